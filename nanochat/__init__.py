@@ -1,0 +1,1 @@
+"""The nanochat speedrun fork: pretraining, an inferred horizon, fused kernels."""

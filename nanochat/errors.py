@@ -1,0 +1,28 @@
+"""What a person did wrong, said in one line, and the exit code that goes with it."""
+
+import functools
+import sys
+
+
+class UserError(ValueError):
+    """Something the user can mend: the message says what is wrong and what to do.
+
+    Invariants of our own are asserted; everything a person can cause raises this.
+    """
+
+    exit_code = 2
+
+
+def command(main):
+    """Wrap a script's `main(argv=None)`: a UserError becomes one line on stderr and its exit code."""
+
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            line = " ".join(str(error).split())
+            print(f"error: {line}", file=sys.stderr)
+            raise SystemExit(error.exit_code) from None
+
+    return run

@@ -1,0 +1,183 @@
+"""A run's record on disk: config.json, metrics.jsonl, summary.json; the writer and the only reader.
+
+`step` in every event is the number of optimizer steps completed when it was written, so a
+checkpoint at step s holds everything up to s and a resume from it supersedes what came after s.
+"""
+
+import json
+import math
+import os
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanochat.errors import UserError
+from nanochat.files import write_json
+
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")
+
+
+class RunLog:
+    """Writes one run's folder. Sinks (console, wandb) receive the same events the file does."""
+
+    def __init__(self, folder, sinks=()):
+        self.folder = Path(folder)
+        self.sinks = list(sinks)
+        self._file = open(self.folder / METRICS, "ab")  # noqa: SIM115 (closed by close())
+
+    @classmethod
+    def create(cls, runs_dir, run_id, config, sinks=()):
+        """Start a run under `runs_dir/run_id`. Errors: UserError when the id is taken or not a file name."""
+        folder = Path(runs_dir) / check_run_id(run_id)
+        if (folder / CONFIG).exists():
+            raise UserError(f"run id {run_id!r} is taken ({folder}); choose another --run-id, "
+                            "continue it with --resume-from-step latest, or delete that folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / METRICS).unlink(missing_ok=True)
+        write_json(folder / CONFIG, _jsonable({"run_id": run_id, **config})[0])
+        return cls(folder, sinks)
+
+    @classmethod
+    def resume(cls, runs_dir, run_id, step, sinks=(), **fields):
+        """Add a segment to a run at `step`; a torn last line of a killed process is cut off first."""
+        folder = Path(runs_dir) / check_run_id(run_id)
+        if not (folder / CONFIG).exists():
+            raise UserError(f"run {run_id!r} has no record in {runs_dir}; start it without --resume-from-step")
+        _cut_torn_tail(folder / METRICS)
+        (folder / SUMMARY).unlink(missing_ok=True)
+        log = cls(folder, sinks)
+        log.event("resume", step=step, **fields)
+        return log
+
+    def event(self, kind, **fields):
+        """Append one event; numbers unrounded, non-finite ones as null and named in `nonfinite`."""
+        values, nonfinite = _jsonable(fields)
+        record = {"kind": kind, "time_unix_sec": time.time(), **values}
+        if nonfinite:
+            record["nonfinite"] = nonfinite
+        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        for sink in self.sinks:
+            sink(kind, fields)
+
+    def finish(self, **summary):
+        """Write summary.json atomically: its presence says that the run ended, `status` says how."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        values, nonfinite = _jsonable(summary)
+        if nonfinite:
+            values["nonfinite"] = nonfinite
+        write_json(self.folder / SUMMARY, {"run_id": self.folder.name, **values})
+
+    def close(self):
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run as read back. `events` is the effective trajectory: superseded segments are left out."""
+
+    folder: Path
+    config: dict
+    events: list = field(repr=False)
+    summary: dict | None
+
+    @property
+    def run_id(self):
+        return self.config["run_id"]
+
+    @property
+    def status(self):
+        """How the run ended: `ok`, or what stopped it; `unfinished` when it left no summary."""
+        return self.summary["status"] if self.summary else "unfinished"
+
+    def of(self, kind):
+        """The events of one kind (train, val, core, sample, checkpoint, resume), in order."""
+        return [event for event in self.events if event["kind"] == kind]
+
+
+def read_run(folder):
+    """Read a run's folder. Errors: UserError naming the file and line of whatever is missing or damaged."""
+    folder = Path(folder)
+    config = _read_json(folder / CONFIG)
+    if not isinstance(config.get("run_id"), str):
+        raise UserError(f"{folder / CONFIG}: no run_id; this is not a run's record")
+    summary = _read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else None
+    if summary is not None and not isinstance(summary.get("status"), str):
+        raise UserError(f"{folder / SUMMARY}: no status; delete the file or the run")
+    return RunRecord(folder, config, _effective(_read_events(folder / METRICS)), summary)
+
+
+def find_run(name, runs_dir):
+    """Read a run named by its id (under `runs_dir`) or by the path of its folder."""
+    for folder in (Path(name), Path(runs_dir) / name):
+        if (folder / CONFIG).exists():
+            return read_run(folder)
+    raise UserError(f"no run {name!r}: neither a run's folder nor an id under {runs_dir}")
+
+
+def check_run_id(run_id):
+    """Return `run_id` if it can name a folder, else raise UserError."""
+    if not _RUN_ID.fullmatch(run_id):
+        raise UserError(f"run id {run_id!r} cannot name a folder: use letters, digits and . _ + = - (at most 128)")
+    return run_id
+
+
+def _effective(events):
+    kept = []
+    for event in events:
+        if event["kind"] == "resume":
+            kept = [old for old in kept if old.get("step", 0) <= event["step"]]
+        kept.append(event)
+    return kept
+
+
+def _read_events(path):
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    events = []
+    for number, line in enumerate(lines[:-1], start=1):  # a line without its newline was torn by a kill
+        try:
+            event = json.loads(line)
+            if not isinstance(event, dict) or not isinstance(event["kind"], str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}: not an event; mend or remove that line") from None
+        events.append(event)
+    return events
+
+
+def _read_json(path):
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; this is not a run's record") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); mend or delete it") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; mend or delete it")
+    return value
+
+
+def _cut_torn_tail(path):
+    if path.exists():
+        data = path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            with open(path, "r+b") as file:
+                file.truncate(data.rfind(b"\n") + 1)
+
+
+def _jsonable(value, name=""):
+    """(value with non-finite floats as None, the dotted names where that happened)."""
+    if isinstance(value, dict):
+        parts = {key: _jsonable(item, f"{name}.{key}" if name else str(key)) for key, item in value.items()}
+        return {k: v for k, (v, _) in parts.items()}, [n for _, names in parts.values() for n in names]
+    if isinstance(value, (list, tuple)):
+        parts = [_jsonable(item, f"{name}[{i}]") for i, item in enumerate(value)]
+        return [v for v, _ in parts], [n for _, names in parts for n in names]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None, [name]
+    return value, []
