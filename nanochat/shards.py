@@ -1,0 +1,74 @@
+"""Parquet shards of documents: one string column `text`, a document a row. Read, check, identify."""
+
+import hashlib
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.errors import UserError
+
+_TEXT_TYPES = (pa.string(), pa.large_string())
+
+
+def list_shards(folder):
+    """The folder's parquet files in name order; the last is the validation shard."""
+    return sorted(path for path in Path(folder).glob("*.parquet") if not path.name.startswith("."))
+
+
+def open_shard(path):
+    """Open a shard as a pyarrow ParquetFile. Errors: UserError when it is damaged or has no string column `text`."""
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from None
+    schema = file.schema_arrow
+    if "text" not in schema.names:
+        file.close()
+        raise UserError(f"{path} has no column `text` (its columns: {', '.join(schema.names) or 'none'}); "
+                        "rename the column that holds the documents")
+    if schema.field("text").type not in _TEXT_TYPES:
+        file.close()
+        raise UserError(f"{path}: column `text` is of type {schema.field('text').type}, not string; convert it")
+    return file
+
+
+def read_documents(path):
+    """Yield the documents of a shard in order; null and blank ones are left out.
+
+    Errors: UserError when the shard is damaged, has no string column `text`, or holds blank documents only.
+    """
+    found = False
+    with open_shard(path) as file:
+        try:
+            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+                for text in batch.column(0).to_pylist():
+                    if text and not text.isspace():
+                        found = True
+                        yield text
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise _damaged(path, error) from None
+    if not found:
+        raise UserError(f"{path} holds no document with text in it; remove or replace it")
+
+
+def shard_fingerprint(path):
+    """Short hex digest of a shard: its name, size and parquet footer (which holds sizes and statistics of all pages).
+
+    Reads the end of the file alone, so that thousands of shards take seconds. Errors: as `open_shard`.
+    """
+    path = Path(path)
+    with open_shard(path):  # whatever is not a readable shard is named here
+        pass
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(size - 8)
+        footer_bytes = int.from_bytes(file.read(4), "little")
+        file.seek(size - 8 - footer_bytes)
+        footer = file.read(footer_bytes)
+    return hashlib.sha256(f"{path.name}\n{size}\n".encode() + footer).hexdigest()[:16]
+
+
+def _damaged(path, error):
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(f"{path} is damaged or not parquet ({reason}); delete it and prepare or download it again")
