@@ -1,0 +1,169 @@
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.csv_ledger import append_row, columns, read_rows
+from nanochat.errors import UserError
+from nanochat.lane_b.record import read_records
+
+
+@dataclass(frozen=True)
+class Row:
+    run_id: str
+    seed: int | None
+    loss: float
+    notes: str
+
+    def __post_init__(self):
+        if self.notes == "forbidden":
+            raise UserError("notes must not be 'forbidden'")
+
+
+HEADER = "run_id,seed,loss,notes\n"
+ROW = Row("a", 1, 0.5, "")
+
+# What a CSV in UTF-8 can hold: anything but lone surrogates and NUL.
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+rows = st.builds(Row, run_id=texts.filter(str.strip), seed=st.none() | st.integers(),
+                 loss=st.floats(allow_nan=False, allow_infinity=False), notes=texts.filter(lambda t: t != "forbidden"))
+
+
+@settings(deadline=None)  # fsync takes what it takes
+@given(st.lists(rows, max_size=5, unique_by=lambda row: row.run_id.strip()))
+def test_rows_read_back_as_they_were_appended(tmp_path_factory, written):
+    path = tmp_path_factory.mktemp("ledger") / "ledger.csv"
+    path.write_text(HEADER)
+    for row in written:
+        before = path.read_bytes()
+        append_row(path, row)
+        assert path.read_bytes().startswith(before)
+    assert read_rows(path, Row) == written
+
+
+@settings(deadline=None)  # fsync takes what it takes
+@given(existing=st.lists(rows, max_size=3, unique_by=lambda row: row.run_id.strip()), bom=st.booleans(),
+       eol=st.sampled_from(["\n", "\r\n"]), blank=st.sampled_from(["", "   "]), final_newline=st.booleans())
+def test_bytes_a_person_left_are_kept(tmp_path_factory, existing, bom, eol, blank, final_newline):
+    """Blank lines, spaces around numbers, needless quotes: another hand's style, not a mistake."""
+    def by_hand(row):
+        quoted = ['"' + text.replace('"', '""') + '"' for text in (row.run_id, row.notes)]
+        return f"{quoted[0]}, {'' if row.seed is None else row.seed} ,{row.loss!r}  ,{quoted[1]}"
+
+    lines = [HEADER.strip(), *(line for row in existing for line in (blank, by_hand(row)))]
+    data = (("\ufeff" if bom else "") + eol.join(lines) + (eol if final_newline else "")).encode()
+    path = tmp_path_factory.mktemp("ledger") / "ledger.csv"
+    path.write_bytes(data)
+    new = Row("the new row", None, 1e-300, "n")
+    append_row(path, new)
+    added = b"the new row,,1e-300,n"
+    known = final_newline or existing  # a lone header without a newline does not show its line ending
+    end = eol.encode() if known else b"\n"
+    assert path.read_bytes() == data + (b"" if final_newline else end) + added + end
+    assert read_rows(path, Row) == [*existing, new]
+
+
+@pytest.mark.parametrize("text, fault", [
+    ("run_id,seed,loss\n", r"line 1: another header"),
+    ("run_id;seed;loss;notes\n", r"line 1: another header"),
+    ("seed,run_id,loss,notes\n", r"line 1: another header"),
+    ("\n", r"line 1: another header"),
+    (HEADER + "b,1,0.5\n", r"line 2: 3 cells where the header has 4"),
+    (HEADER + "b,1,0.5,,\n", r"line 2: 5 cells"),
+    (HEADER + "b,1,0.5,\n\n# a comment\n", r"line 4: 1 cells"),
+    (HEADER + "b,one,0.5,\n", r"line 2: seed is 'one', not a whole number"),
+    (HEADER + "b,1.5,0.5,\n", r"line 2: seed is '1.5', not a whole number"),
+    (HEADER + "b,1,nan,\n", r"line 2: loss is 'nan', not a number"),
+    (HEADER + "b,1,1e999,\n", r"line 2: loss is '1e999', beyond"),
+    (HEADER + 'b,1,"0,5",\n', r"line 2: loss is '0,5', not a number"),
+    (HEADER + "b,1,,\n", r"line 2: loss is '', not a number"),
+    (HEADER + ",1,0.5,\n", r"line 2: run_id is empty"),
+    (HEADER + "b,1,0.5,\nc,1,0.5,\nb ,2,0.6,\n", r"line 4: run_id 'b' is on line 2 too"),
+    (HEADER + 'b,1,0.5,"two\nlines"\nc,1,x,\n', r"line 4: loss"),
+    (HEADER + 'b,1,0.5,"x" y\n', r"line 2: not CSV"),
+    (HEADER + 'b,1,0.5,\nc,1,0.5,"never closed\n', r"line 3: not CSV"),
+    (HEADER + "b,1,0.5,forbidden\n", r"line 2: notes must not be"),
+    (HEADER + "b,1,0.5,\n\ufeff,1,0.5,\0\n", r"line 3"),
+])
+def test_mistakes_are_named_by_line_and_nothing_is_written(tmp_path, text, fault):
+    path = tmp_path / "ledger.csv"
+    path.write_bytes(text.encode())
+    if "\0" not in text or sys.version_info < (3, 11):  # newer csv modules read a NUL as any character
+        with pytest.raises(UserError, match=fault):
+            read_rows(path, Row)
+        with pytest.raises(UserError, match=fault):
+            append_row(path, ROW)
+        assert path.read_bytes() == text.encode()
+
+
+def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path):
+    path = tmp_path / "ledger.csv"
+    path.write_bytes(HEADER.encode() + b"b,1,0.5,\nc,1,0.5,caf\xe9\n")
+    with pytest.raises(UserError, match="line 3: not UTF-8"):
+        append_row(path, ROW)
+
+
+@pytest.mark.parametrize("row, fault", [
+    (replace(ROW, loss=float("nan")), "loss is 'nan'"),
+    (replace(ROW, loss=None), "loss is ''"),
+    (replace(ROW, seed=1.5), "seed is '1.5'"),
+    (replace(ROW, notes=None), "would read back as"),
+    (replace(ROW, notes="\ud800"), "surrogates"),
+    (replace(ROW, notes="x" * 200_000), "field larger than"),
+    (replace(ROW, run_id=" "), "run_id is empty"),
+])
+def test_a_row_that_csv_cannot_hold_is_refused(tmp_path, row, fault):
+    path = tmp_path / "ledger.csv"
+    with pytest.raises(UserError, match=fault):
+        append_row(path, row)
+    assert not path.exists()
+
+
+def test_a_duplicate_is_refused_with_the_line_of_the_first(tmp_path):
+    path = tmp_path / "ledger.csv"
+    append_row(path, replace(ROW, run_id="first"))
+    append_row(path, ROW)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"line 3: run_id 'a' is already there"):
+        append_row(path, replace(ROW, seed=2))
+    assert path.read_bytes() == before
+
+
+def test_a_missing_ledger_starts_with_the_header_and_cannot_be_read_before(tmp_path):
+    path = tmp_path / "new" / "ledger.csv"
+    with pytest.raises(UserError, match="cannot read the ledger"):
+        read_rows(path, Row)
+    append_row(path, ROW)
+    assert path.read_text() == HEADER + "a,1,0.5,\n"
+    assert columns(Row) == ["run_id", "seed", "loss", "notes"]
+
+
+def test_a_symlinked_ledger_stays_a_symlink(tmp_path):
+    (tmp_path / "real.csv").write_text(HEADER)
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    append_row(tmp_path / "link.csv", ROW)
+    assert (tmp_path / "link.csv").is_symlink()
+    assert read_rows(tmp_path / "real.csv", Row) == [ROW]
+
+
+APPEND_ONE = """
+import sys
+from nanochat.lane_b.record import LaneBRecord, append_record, read_records
+path, number = sys.argv[1], int(sys.argv[2])
+empty = dict.fromkeys(LaneBRecord.__dataclass_fields__)
+append_record(path, LaneBRecord(**{**empty, "timestamp_utc": "t", "git_commit": "c", "run_id": f"run-{number}",
+    "seed": number, "dataset_id": "d", "target_metric_name": "val_bpb", "lane_b_decision": "inferred",
+    "status": "ok", "notes": f'alpha_source=theory, "{number}"\\n' * 50}))
+"""
+
+
+def test_fifty_processes_appending_at_once_leave_fifty_whole_rows(tmp_path):
+    path = tmp_path / "ledger.csv"
+    processes = [subprocess.Popen([sys.executable, "-c", APPEND_ONE, str(path), str(number)]) for number in range(50)]
+    assert [process.wait() for process in processes] == [0] * 50
+    found = read_records(path)
+    assert sorted(row.seed for row in found) == list(range(50))
+    assert all(row.notes == f'alpha_source=theory, "{row.seed}"\n' * 50 for row in found)

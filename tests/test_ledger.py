@@ -1,0 +1,35 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nanochat.csv_ledger import columns
+from nanochat.errors import UserError
+from nanochat.experiments.ledger import ExperimentRow, append_experiment, read_experiments
+
+ROW = ExperimentRow(
+    timestamp="2026-11-23T10:00:00Z", git_commit="abc1234", experiment_name="lane_c", seed=0, depth=12,
+    target_metric_name="val_bpb", target_metric_threshold=None, time_to_target_sec_measured=None,
+    time_to_target_sec_extrapolated=901.25, tok_per_sec_median=37_000.0, dt_median_ms=440.0, wall_time_sec=700.5,
+    min_val_bpb=1.01, status="ok", candidate_flags="--chunked-ce --fused-rmsnorm", dataset_id="d",
+    total_tokens=24_576_000, device="CPU x2", peak_memory_mib=None, run_id="lane_c-both-s0")
+
+
+def test_columns_are_frozen():
+    assert columns(ExperimentRow) == [
+        "timestamp", "git_commit", "experiment_name", "seed", "depth", "target_metric_name",
+        "target_metric_threshold", "time_to_target_sec_measured", "time_to_target_sec_extrapolated",
+        "tok_per_sec_median", "dt_median_ms", "wall_time_sec", "min_val_bpb", "status", "candidate_flags",
+        "dataset_id", "total_tokens", "device", "peak_memory_mib", "run_id"]
+
+
+def test_the_committed_ledger_has_this_header():
+    read_experiments(Path(__file__).parents[1] / "dev" / "experiments.csv")
+
+
+def test_a_row_survives_the_ledger_and_its_run_id_is_unique(tmp_path):
+    path = tmp_path / "experiments.csv"
+    append_experiment(path, ROW)
+    with pytest.raises(UserError, match="line 2: run_id 'lane_c-both-s0' is already there"):
+        append_experiment(path, replace(ROW, seed=1))
+    assert read_experiments(path) == [ROW]
