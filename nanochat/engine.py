@@ -1,0 +1,69 @@
+"""Generation with a key/value cache; decoding token by token equals the full forward."""
+
+import torch
+
+from nanochat.errors import UserError
+
+
+class KVCache:
+    """Keys and values of every layer for B sequences of at most `capacity` tokens, all of one length.
+
+    `extend` is called once a layer with (B, T, Hkv, D), `advance` once a forward.
+    """
+
+    def __init__(self, config, batch_rows, capacity, device, dtype):
+        shape = (2, config.n_layer, batch_rows, capacity, config.n_kv_head, config.head_dim)
+        self._store = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+        self.previous_embedding = None  # (B, 1, n_embd): what the smear of the next token needs
+
+    def extend(self, layer, k, v):
+        """Store this layer's new keys and values; return all of them so far, each (B, length + T, Hkv, D)."""
+        end = self.length + k.size(1)
+        assert end <= self._store.size(3), "the cache is full"
+        for store, new in zip(self._store[:, layer], (k, v), strict=True):
+            store[:, self.length : end] = new
+        return self._store[0, layer, :, :end], self._store[1, layer, :, :end]
+
+    def advance(self, n_tokens):
+        self.length += n_tokens
+
+
+@torch.inference_mode()
+def generate(model, prompt_ids, max_new_tokens, *, n_samples=1, temperature=1.0, top_k=None, seed=0, stop_ids=()):
+    """Sample continuations of one prompt; returns n_samples lists of new token ids, stop tokens left out.
+
+    temperature 0 takes the likeliest token. Errors: UserError for an empty prompt or one that, with
+    the new tokens, is longer than the model's rotary table.
+    """
+    capacity = len(prompt_ids) + max_new_tokens
+    if not prompt_ids:
+        raise UserError("the prompt is empty: it must hold at least one token (the BOS token, say)")
+    if capacity > model.cos.size(1):
+        raise UserError(f"prompt and new tokens are {capacity} together, the model takes {model.cos.size(1)}; ask for fewer")
+    if temperature < 0 or (top_k is not None and top_k < 1):
+        raise UserError("temperature must be at least 0 and top_k at least 1")
+    device = model.device
+    generator = torch.Generator(device).manual_seed(seed)
+    cache = KVCache(model.config, n_samples, capacity, device, model.compute_dtype)
+    ids = torch.tensor([prompt_ids] * n_samples, device=device)
+    outputs, done = [[] for _ in range(n_samples)], [False] * n_samples
+    for step in range(max_new_tokens):
+        ids = sample_token(model(ids, kv_cache=cache)[:, -1], generator, temperature, top_k)
+        for row, token in enumerate(ids[:, 0].tolist()):
+            done[row] = done[row] or token in stop_ids
+            if not done[row]:
+                outputs[row].append(token)
+        if all(done) or step == max_new_tokens - 1:
+            break
+    return outputs
+
+
+def sample_token(logits, generator, temperature=1.0, top_k=None):
+    """One token id per row (B, 1) from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    if top_k is not None and top_k < logits.size(-1):
+        threshold = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, float("-inf"))
+    return torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)

@@ -1,0 +1,35 @@
+"""What every test relies on: the Triton interpreter without a GPU, a cache folder of its own, no network."""
+
+import os
+
+import pytest
+
+try:
+    import torch
+
+    HAS_CUDA = torch.cuda.is_available()
+except ImportError:  # the data tools are tested without torch too
+    HAS_CUDA = False
+
+if not HAS_CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported anywhere
+os.environ["WANDB_MODE"] = "offline"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("NANOCHAT_DTYPE", None)
+
+
+@pytest.fixture(autouse=True)
+def base_dir(tmp_path, monkeypatch):
+    """An empty cache folder for each test: nothing of the person's own is read or written."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    return folder
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "gpu" in item.keywords and not HAS_CUDA:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "slow" in item.keywords and "slow" not in (config.option.markexpr or ""):
+            item.add_marker(pytest.mark.skip(reason="minutes long; run with -m slow"))
