@@ -1,0 +1,252 @@
+"""Time to target: training seconds until a metric reaches a threshold, measured or extrapolated.
+
+Model of the curve between the evaluations: metric = m_inf + a * tokens^-b plus independent normal
+noise of one size on every evaluation. A learning-rate warmdown bends the curve away from that form;
+an extrapolation over one says so only by its interval, so measured times are worth more.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from scipy.stats import f as f_distribution
+
+from nanochat.errors import UserError
+
+METRICS = {"val_bpb": "lower", "core": "higher"}  # the metric's name and the direction that is better
+CONFIDENCE = 0.9
+MIN_EVALUATIONS = 6  # three parameters and at least three degrees of freedom for the noise
+WARMUP_FRACTION = 0.1  # evaluations in the first tenth of the tokens are not on the curve
+MAX_EXTRAPOLATION = 10.0  # times the tokens seen so far
+_EXPONENTS = np.geomspace(0.02, 2.0, 25)
+_CROSSINGS = 41
+_KINDS = {"val_bpb": ("val", "val_bpb"), "core": ("core", "core_metric")}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Steps, tokens and training seconds so far, and the metric's value (None: not finite)."""
+
+    step: int
+    tokens: int
+    metric: float | None
+    train_time_sec: float
+
+
+@dataclass(frozen=True)
+class TimeToTarget:
+    """When the target is reached. One of measured_sec, extrapolated_sec and reason is set, the others are None.
+
+    extrapolated_hi_sec None beside a finite extrapolated_sec means that the data give no upper bound within
+    MAX_EXTRAPOLATION times the tokens seen. linear_sec is the straight line of the last three evaluations.
+    """
+
+    metric_name: str
+    threshold: float
+    measured_sec: float | None = None
+    measured_step: int | None = None
+    extrapolated_sec: float | None = None
+    extrapolated_lo_sec: float | None = None
+    extrapolated_hi_sec: float | None = None
+    extrapolated_tokens: float | None = None
+    confidence: float = CONFIDENCE
+    exponent: float | None = None
+    asymptote: float | None = None
+    linear_sec: float | None = None
+    reason: str | None = None
+
+    @property
+    def method(self):
+        """measured, power law in tokens, or none."""
+        if self.measured_sec is not None:
+            return "measured"
+        return "power law in tokens" if self.extrapolated_sec is not None else "none"
+
+    def summary_fields(self):
+        """The fields for a run's summary.json; the first four are columns of the experiments' ledger too."""
+        fields = asdict(self)
+        names = {"metric_name": "target_metric_name", "threshold": "target_metric_threshold",
+                 "measured_sec": "time_to_target_sec_measured", "extrapolated_sec": "time_to_target_sec_extrapolated"}
+        return ({new: fields.pop(old) for old, new in names.items()}
+                | {f"time_to_target_{name}": value for name, value in fields.items()}
+                | {"time_to_target_method": self.method})
+
+    def describe(self):
+        """One line for the console."""
+        sign = "<=" if METRICS[self.metric_name] == "lower" else ">="
+        head = f"time to {self.metric_name} {sign} {self.threshold:g}"
+        if self.measured_sec is not None:
+            return f"{head}: {self.measured_sec:.1f} s of training, measured at step {self.measured_step}"
+        line = "" if self.linear_sec is None else f"; straight line of the last three: {self.linear_sec:.1f} s"
+        if self.extrapolated_sec is None:
+            return f"{head}: {self.reason}{line}"
+        high = "no upper bound" if self.extrapolated_hi_sec is None else f"{self.extrapolated_hi_sec:.1f} s"
+        return (f"{head}: {self.extrapolated_sec:.1f} s extrapolated ({self.confidence:.0%} interval "
+                f"{self.extrapolated_lo_sec:.1f} s to {high}){line}")
+
+
+def check_target(metric_name, threshold):
+    """Raise UserError when no training run can be asked for this target."""
+    if metric_name not in METRICS:
+        raise UserError(f"--target-metric-name {metric_name!r} is unknown; use one of {', '.join(METRICS)}")
+    if threshold is None or not math.isfinite(threshold):
+        raise UserError(f"--target-metric-threshold {threshold} is not a number")
+    if metric_name == "val_bpb" and threshold <= 0:
+        raise UserError(f"--target-metric-threshold {threshold:g}: bits per byte are above 0")
+    if metric_name == "core" and threshold >= 1:
+        raise UserError(f"--target-metric-threshold {threshold:g}: CORE is below 1")
+
+
+def evaluations_of(events: Iterable[dict], metric_name: str) -> list[Evaluation]:
+    """The evaluations of one metric among a run's events, in their order."""
+    kind, field = _KINDS[metric_name]
+    return [Evaluation(event["step"], event["tokens"], event[field], event["train_time_sec"])
+            for event in events if event["kind"] == kind]
+
+
+def time_to_target(evaluations: Sequence[Evaluation], metric_name: str, threshold: float,
+                   confidence: float = CONFIDENCE) -> TimeToTarget:
+    """Training seconds until `metric_name` (val_bpb: at most, core: at least) reaches `threshold`.
+
+    Measured: the clock at the first evaluation that reaches it. Otherwise the power law in tokens, fitted by
+    least squares (profile over b, closed form in m_inf and a), times the median seconds per token; the interval
+    holds every crossing point that an F test of the curve forced through it does not refuse.
+    """
+    check_target(metric_name, threshold)
+    finite = [e for e in evaluations if e.metric is not None and math.isfinite(e.metric)]
+    lower = METRICS[metric_name] == "lower"
+    for e in finite:
+        if e.metric <= threshold if lower else e.metric >= threshold:
+            return TimeToTarget(metric_name, threshold, e.train_time_sec, e.step, confidence=confidence)
+
+    if finite and finite[-1] is not evaluations[-1]:
+        return _refused(metric_name, threshold, "the last evaluation is not finite")
+    sign = 1.0 if lower else -1.0  # from here on: the metric falls towards the threshold
+    tokens = np.array([e.tokens for e in finite], dtype=np.float64)
+    metric = sign * np.array([e.metric for e in finite], dtype=np.float64)
+    clock_sec = np.array([e.train_time_sec for e in finite], dtype=np.float64)
+    linear_tokens = _line_crossing(tokens[-3:], metric[-3:], sign * threshold)
+    to_sec = _clock(tokens, clock_sec)
+    linear_sec = None if linear_tokens is None else to_sec(linear_tokens)
+
+    kept = tokens > WARMUP_FRACTION * (tokens[-1] if len(tokens) else 0)
+    if kept.sum() < MIN_EVALUATIONS or len(set(tokens[kept])) < kept.sum():
+        return _refused(metric_name, threshold, f"{kept.sum()} evaluations past the first {WARMUP_FRACTION:.0%} "
+                        f"of the tokens, at least {MIN_EVALUATIONS} at growing token counts are needed", linear_sec)
+    fit = _fit(tokens[kept], metric[kept], sign * threshold, confidence)
+    if isinstance(fit, str):
+        return _refused(metric_name, threshold, fit, linear_sec)
+    hi_sec = None if math.isinf(fit.hi_tokens) else to_sec(fit.hi_tokens)
+    return TimeToTarget(metric_name, threshold, extrapolated_sec=to_sec(fit.tokens),
+                        extrapolated_lo_sec=to_sec(fit.lo_tokens), extrapolated_hi_sec=hi_sec,
+                        extrapolated_tokens=fit.tokens, confidence=confidence, exponent=fit.exponent,
+                        asymptote=sign * fit.asymptote, linear_sec=linear_sec)
+
+
+@dataclass(frozen=True)
+class _Crossing:
+    tokens: float
+    lo_tokens: float
+    hi_tokens: float
+    exponent: float
+    asymptote: float
+
+
+def _fit(tokens, metric, threshold, confidence):
+    """Where the fitted falling power law crosses the threshold, with an interval; or the reason it is not given.
+
+    The curves that cross at `c` are metric - threshold = a * (tokens^-b - c^-b): the best a is a closed form and
+    the best b a search in one dimension, so the smallest residual of any curve through (c, threshold) is at hand.
+    Tokens are in units of those seen so far.
+    """
+    scale = tokens[-1]
+    t, y = tokens / scale, metric - metric.mean()
+    exponent = _best_exponent(lambda b: _free_residual(t, y, b))
+    residual = float(_free_residual(t, y, exponent))
+    if not math.isfinite(residual):
+        return "the metric has not improved over the evaluations so far"
+    x = t**-exponent
+    slope = (x - x.mean()) @ y / ((x - x.mean()) ** 2).sum()
+    asymptote = metric.mean() - slope * x.mean()
+    if asymptote >= threshold:
+        return f"the fitted curve levels off {asymptote - threshold:.4g} short of the threshold"
+    crossing = ((threshold - asymptote) / slope) ** (-1 / exponent)
+    if crossing > MAX_EXTRAPOLATION:
+        return f"the fitted curve needs {crossing:.1f} times the tokens seen so far, more than {MAX_EXTRAPOLATION:g}"
+
+    freedom = len(metric) - 3
+    floor = residual + 1e-12 * (y**2).sum()  # rounding is not evidence
+    allowed = floor * (1 + f_distribution.ppf(confidence, 1, freedom) / freedom)
+    crossing = max(crossing, 1.0)  # the target was not reached so far
+    lo, hi = _accepted_range(lambda c: _profile(t, metric - threshold, c) <= allowed, crossing)
+    return _Crossing(crossing * scale, lo * scale, hi * scale, float(exponent), float(asymptote))
+
+
+def _free_residual(t, y, exponents):
+    """Sum of squares left by the best falling curve of each exponent; infinity where the best one rises."""
+    x = t ** -np.asarray(exponents)[..., None]
+    centred = x - x.mean(-1, keepdims=True)
+    product, square = centred @ y, (centred**2).sum(-1)
+    return np.where(product > 0, ((y - (product / square)[..., None] * centred) ** 2).sum(-1), np.inf)
+
+
+def _profile(t, distance, crossings):
+    """Sum of squares left by the best falling curve that crosses the threshold at each of `crossings`."""
+
+    def residual(exponents):
+        forced = t ** -exponents[..., None] - (crossings**-exponents)[..., None]
+        product, square = forced @ distance, (forced**2).sum(-1)
+        return np.where(product > 0, ((distance - (product / square)[..., None] * forced) ** 2).sum(-1), np.inf)
+
+    return residual(_best_exponent(residual, np.ones_like(crossings)))
+
+
+def _best_exponent(residual, like=1.0):
+    """The exponent of the smallest residual, elementwise: best of a grid, then golden-section search beside it."""
+    grid = _EXPONENTS.reshape(-1, *(1,) * np.ndim(like)) * like
+    best = np.argmin(residual(grid), axis=0)
+    lo, hi = (_EXPONENTS[np.clip(best + shift, 0, len(_EXPONENTS) - 1)] for shift in (-1, 1))
+    golden = (math.sqrt(5) - 1) / 2
+    for _ in range(18):  # the bracket shrinks to 2e-4 of a grid step
+        left, right = hi - golden * (hi - lo), lo + golden * (hi - lo)
+        keep_left = residual(left) <= residual(right)
+        lo, hi = np.where(keep_left, lo, left), np.where(keep_left, right, hi)
+    return (lo + hi) / 2
+
+
+def _accepted_range(accepts, estimate):
+    """Ends of the accepted crossings around the estimate, from 1 up; infinity above MAX_EXTRAPOLATION."""
+    grid = np.geomspace(1.0, MAX_EXTRAPOLATION, _CROSSINGS)
+    accepted = [estimate, *grid[accepts(grid)]]
+    inside = np.array([min(accepted), max(accepted)])
+    outside = np.array([max(grid[grid < inside[0]], default=1.0), min(grid[grid > inside[1]], default=math.inf)])
+    if math.isinf(outside[1]):
+        outside[1] = inside[1]
+    for _ in range(8):  # bisection of both ends at once, to 0.02 % of the time
+        middle = np.sqrt(inside * outside)
+        kept = accepts(middle)
+        inside, outside = np.where(kept, middle, inside), np.where(kept, outside, middle)
+    return float(inside[0]), math.inf if inside[1] == MAX_EXTRAPOLATION else float(inside[1])
+
+
+def _line_crossing(tokens, metric, threshold):
+    """Tokens at which the least-squares line reaches the threshold, or None when it does not fall."""
+    if len(tokens) < 3 or len(set(tokens)) < 3:
+        return None
+    slope, level = np.polyfit(tokens / tokens[-1] - 1, metric, 1)  # level: the line's value at the last evaluation
+    crossing = 1 + (threshold - level) / slope if slope < 0 else math.inf
+    return crossing * tokens[-1] if 1 <= crossing <= MAX_EXTRAPOLATION else None
+
+
+def _clock(tokens, clock_sec):
+    """A function from tokens still to come to the training clock, at the median seconds per token so far."""
+    if len(tokens) < 2:
+        return lambda target: None
+    spans = np.diff(tokens)
+    pace = float(np.median(np.diff(clock_sec)[spans > 0] / spans[spans > 0])) if (spans > 0).any() else 0.0
+    return lambda target: float(clock_sec[-1] + (target - tokens[-1]) * pace)
+
+
+def _refused(metric_name, threshold, reason, linear_sec=None):
+    return TimeToTarget(metric_name, threshold, linear_sec=linear_sec, reason=f"not extrapolated: {reason}")
