@@ -1,0 +1,81 @@
+"""A folder of .txt, .md, .jsonl and .jsonl.gz files as a stream of documents."""
+
+import gzip
+import hashlib
+import json
+import zlib
+from pathlib import Path
+
+from nanochat.errors import UserError
+from nanochat.files import sha256_of
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz")
+_PIECE_CHARS = 20_000  # longer text files are cut at a blank line into documents of about this size
+_RULES = "1"  # raise it when the documents change for the same files
+
+
+def list_text_files(folder):
+    """The folder's text files, those of its subfolders among them, sorted; hidden ones are left out."""
+    folder = Path(folder)
+    return sorted(path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file()
+                  and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def folder_key(folder):
+    """8 hex digits over the names and contents of the text files: reads them all once."""
+    listing = [f"{path.relative_to(folder).as_posix()} {sha256_of(path)}" for path in list_text_files(folder)]
+    return hashlib.sha256("\n".join([_RULES, *listing]).encode()).hexdigest()[:8]
+
+
+def expected_bytes(folder):
+    """About how much text there is: file sizes, gzip counted threefold."""
+    return sum(path.stat().st_size * (3 if path.suffix == ".gz" else 1) for path in list_text_files(folder))
+
+
+def folder_documents(folder):
+    """Yield the documents: one a line of .jsonl (its "text"), text files whole or cut at blank lines.
+
+    Errors: UserError with file and line for what is not UTF-8, not JSON or has no "text".
+    """
+    for path in list_text_files(folder):
+        yield from (_lines_of_json(path) if ".jsonl" in path.name else cut_text(_decode(path.read_bytes(), path)))
+
+
+def cut_text(text, piece_chars=_PIECE_CHARS):
+    """Cut a text into pieces whose concatenation it is: each ends at the first blank line after `piece_chars`."""
+    pieces, start = [], 0
+    while len(text) - start > piece_chars:
+        blank = text.find("\n\n", start + piece_chars)
+        if blank < 0:
+            break
+        pieces.append(text[start:blank + 2])
+        start = blank + 2
+    return [*pieces, text[start:]] if start < len(text) else pieces
+
+
+def _lines_of_json(path):
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _text_of(line, path, number)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged gzip after line {number} ({error}); replace the file") from None
+
+
+def _text_of(line, path, number):
+    try:
+        value = json.loads(_decode(line, f"{path}, line {number}"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove that line") from None
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+        raise UserError(f'{path}, line {number}: no string under "text"; every line must be like {{"text": "..."}}')
+    return value["text"]
+
+
+def _decode(data, where):
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}; convert it, for example with iconv") from None
