@@ -40,7 +40,8 @@ def generate(model, prompt_ids, max_new_tokens, *, n_samples=1, temperature=1.0,
     if not prompt_ids:
         raise UserError("the prompt is empty: it must hold at least one token (the BOS token, say)")
     if capacity > model.cos.size(1):
-        raise UserError(f"prompt and new tokens are {capacity} together, the model takes {model.cos.size(1)}; ask for fewer")
+        raise UserError(f"prompt and new tokens are {capacity} together, the model takes {model.cos.size(1)}; "
+                        "ask for fewer")
     if temperature < 0 or (top_k is not None and top_k < 1):
         raise UserError("temperature must be at least 0 and top_k at least 1")
     device = model.device

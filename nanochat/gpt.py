@@ -43,7 +43,7 @@ class GPTConfig:
         if self.n_head % self.n_kv_head:
             raise UserError(f"{self.n_head} query heads cannot share {self.n_kv_head} key/value heads evenly")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            raise UserError(f"--window-pattern {self.window_pattern!r} must be made of S (short) and L (full), like SSSL")
+            raise UserError(f"--window-pattern {self.window_pattern!r} must be made of S (short) and L (full)")
 
     @classmethod
     def from_dict(cls, values):

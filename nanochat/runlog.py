@@ -1,7 +1,7 @@
 """A run's record on disk: config.json, metrics.jsonl, summary.json; the writer and the only reader.
 
 `step` in every event is the number of optimizer steps completed when it was written, so a
-checkpoint at step s holds everything up to s and a resume from it supersedes what came after s.
+checkpoint at step s holds everything up to s and a resume from it supersedes what came after.
 """
 
 import json
@@ -129,9 +129,15 @@ def _effective(events):
     kept = []
     for event in events:
         if event["kind"] == "resume":
-            kept = [old for old in kept if old.get("step", 0) <= event["step"]]
+            kept = [old for old in kept if _survives(old, event["step"])]
         kept.append(event)
     return kept
+
+
+def _survives(event, resumed_step):
+    """A checkpoint is saved before the evaluations of its step, which a resumed run makes again."""
+    step = event.get("step", 0)
+    return step < resumed_step or (step == resumed_step and event["kind"] in ("train", "checkpoint", "resume"))
 
 
 def _read_events(path):

@@ -55,7 +55,7 @@ def plan_horizon(n_scaling_params, reference_scaling_params, flops_per_token, *,
     decay as sqrt(B/B_ref) D_ref/D (arXiv:2505.13738, arXiv:2405.13698).
     """
     if target_param_data_ratio <= 0:
-        raise UserError(f"--target-param-data-ratio {target_param_data_ratio} must be positive: it sets batch and decay")
+        raise UserError(f"--target-param-data-ratio {target_param_data_ratio} must be positive")
     size_ratio = n_scaling_params / reference_scaling_params  # = D/D_ref, the ratio cancels
     if total_batch_size_tokens == -1:
         wanted = REFERENCE_BATCH_TOKENS * size_ratio**BATCH_EXPONENT
