@@ -52,6 +52,25 @@ def read_documents(path):
         raise UserError(f"{path} holds no document with text in it; remove or replace it")
 
 
+def sample_documents(shards, max_chars, doc_cap=None):
+    """Yield documents of the shards in order, each cut at `doc_cap` characters, until `max_chars` are reached."""
+    chars = 0
+    for shard in shards:
+        for document in read_documents(shard):
+            yield document[:doc_cap]
+            chars += len(document[:doc_cap])
+            if chars >= max_chars:
+                return
+
+
+def text_bytes(path):
+    """About how many bytes of text a shard holds, as its footer says."""
+    with open_shard(path) as file:
+        column = file.schema_arrow.names.index("text")
+        groups = (file.metadata.row_group(i) for i in range(file.num_row_groups))
+        return sum(group.column(column).total_uncompressed_size for group in groups)
+
+
 def shard_fingerprint(path):
     """Short hex digest of a shard: its name, size and parquet footer (which holds sizes and statistics of all pages).
 

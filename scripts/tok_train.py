@@ -1,0 +1,63 @@
+"""Train a tokenizer on the training shards of a dataset.
+
+python -m scripts.tok_train --dataset stdlib --vocab-size 8192
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanochat.common import base_dir
+from nanochat.dataset import open_dataset
+from nanochat.errors import UserError, command
+from nanochat.shards import sample_documents, text_bytes
+from nanochat.tokenizer import load_tokenizer, train_tokenizer
+
+_REPORT_CHARS = 1_000_000  # validation text for the compression figure
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m scripts.tok_train", description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="climbmix", help="stdlib, climbmix, fineweb-edu, or a folder of texts")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens, the nine special ones among them")
+    parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="stop reading after this many characters")
+    parser.add_argument("--doc-cap", type=int, default=10_000, help="characters taken of each document at most")
+    parser.add_argument("--tokenizer-dir", type=Path, help="where to save it (default: <cache folder>/tokenizer)")
+    return parser.parse_args(argv)
+
+
+def with_progress(documents, total):
+    """Yield the documents and show how many characters have gone by, `total` being an upper bound."""
+    with tqdm(total=total, unit="char", unit_scale=True, desc="reading") as bar:
+        for document in documents:
+            yield document
+            bar.update(len(document))
+        bar.total = bar.n
+    print("merging pairs ...", flush=True)
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    if args.max_chars < 1 or args.doc_cap < 1:
+        raise UserError("--max-chars and --doc-cap must be at least 1")
+    folder = args.tokenizer_dir or base_dir() / "tokenizer"
+    dataset = open_dataset(args.dataset)
+    start = time.perf_counter()
+    total = sum(map(text_bytes, dataset.train_shards))
+    documents = sample_documents(dataset.train_shards, args.max_chars, args.doc_cap)
+    tokenizer = train_tokenizer(with_progress(documents, min(args.max_chars, total)), args.vocab_size)
+    train_sec = time.perf_counter() - start
+    tokenizer.save(folder)
+    assert load_tokenizer(folder).tokenizer_id == tokenizer.tokenizer_id
+    texts = list(sample_documents(dataset.val_shards, _REPORT_CHARS))
+    n_bytes = sum(len(text.encode()) for text in texts)
+    n_tokens = sum(map(len, tokenizer.encode_batch(texts)))
+    print(f"tokenizer {tokenizer.tokenizer_id}: {tokenizer.vocab_size:,} tokens, trained in {train_sec:.1f} s on "
+          f"{dataset.dataset_id}, {n_bytes / n_tokens:.3f} bytes per token on validation text, saved in {folder}")
+
+
+if __name__ == "__main__":
+    main()
