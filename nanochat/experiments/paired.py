@@ -1,0 +1,42 @@
+"""Paired differences over seeds: size, spread, interval and p of a gain."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Paired:
+    """n differences: their mean, standard deviation (ddof 1), t interval, and one-sided p of a mean above zero.
+
+    With one difference sd, lo, hi and p are None: one pair says nothing of the noise.
+    """
+
+    n: int
+    mean: float
+    sd: float | None = None
+    lo: float | None = None
+    hi: float | None = None
+    p: float | None = None
+
+    def describe(self, unit, digits=2):
+        if self.n < 2:
+            return f"n=1, {self.mean:+.{digits}f} {unit}"
+        return (f"n={self.n}, mean {self.mean:+.{digits}f} {unit} (interval {self.lo:+.{digits}f} to "
+                f"{self.hi:+.{digits}f}), sd {self.sd:.{digits}f}, p={self.p:.2g}")
+
+
+def paired(differences, confidence):
+    """Student's t for the mean of the differences, at least one of them (Student 1908)."""
+    d = np.asarray(differences, dtype=np.float64)
+    n, mean = len(d), float(d.mean())
+    if n == 1:
+        return Paired(1, mean)
+    sd = float(d.std(ddof=1))
+    if sd == 0:  # every pair alike: the t statistic is infinite, or 0/0 when there is no difference at all
+        return Paired(n, mean, 0.0, mean, mean, 0.0 if mean > 0 else 1.0)
+    error = sd / math.sqrt(n)
+    reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
+    return Paired(n, mean, sd, mean - reach, mean + reach, float(stats.t.sf(mean / error, n - 1)))

@@ -1,0 +1,74 @@
+"""What an experiment trains: the protocols (profiles) and what is compared under them (candidates)."""
+
+import shlex
+from dataclasses import dataclass
+
+from nanochat.errors import UserError
+
+BASELINE = "baseline"
+
+# A candidate is the flags that set it apart from the baseline; the ledger's `candidate_flags` is its identity.
+CANDIDATES = {
+    BASELINE: "",
+    "fused-rmsnorm": "--fused-rmsnorm",
+    "chunked-ce": "--chunked-ce",
+    "both": "--fused-rmsnorm --chunked-ce",
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A training protocol: everything but candidate, seed, depth and target is fixed by it."""
+
+    description: str
+    depth: int
+    dataset: str
+    flags: str
+
+    def command_flags(self):
+        """The profile's base_train flags, without --depth and --dataset."""
+        return shlex.split(self.flags)
+
+
+PROFILES = {
+    "d12": Profile(
+        "the d12 baseline protocol: 1500 steps of 16384 tokens, on one GPU", 12, "climbmix",
+        "--head-dim 128 --window-pattern L --max-seq-len 512 --device-batch-size 16 --total-batch-size 16384 "
+        "--num-iterations 1500 --eval-every 100 --eval-tokens 524288 "
+        "--core-metric-every -1 --sample-every -1 --save-every -1"),
+    "cpu": Profile(
+        "the same shape of protocol on a CPU: d4, 300 steps of 2048 tokens", 4, "stdlib",
+        "--aspect-ratio 64 --head-dim 64 --window-pattern L --max-seq-len 256 --device-batch-size 8 "
+        "--total-batch-size 2048 --num-iterations 300 --eval-every 50 --eval-tokens 65536 "
+        "--core-metric-every -1 --sample-every -1 --save-every -1"),
+    "miniseries": Profile(
+        "whole schedules at each depth: horizon and batch follow from the depth", 12, "climbmix",
+        "--target-param-data-ratio 12 --eval-every 250 --core-metric-every -1 --sample-every -1 --save-every -1"),
+    "miniseries-cpu": Profile(
+        "the CPU protocol at each depth, half as long", 4, "stdlib",
+        "--aspect-ratio 64 --head-dim 64 --window-pattern L --max-seq-len 256 --device-batch-size 8 "
+        "--total-batch-size 2048 --num-iterations 150 --eval-every 25 --eval-tokens 65536 "
+        "--core-metric-every -1 --sample-every -1 --save-every -1"),
+}
+
+
+def find_profile(name):
+    """The profile of that name. Errors: UserError naming those there are."""
+    if name not in PROFILES:
+        raise UserError(f"no profile {name!r}; use one of {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def candidate_flags(name):
+    """The flags of a known candidate, or of NAME=FLAGS. Errors: UserError naming those there are."""
+    known, equals, flags = name.partition("=")
+    if equals:
+        return known, shlex.join(shlex.split(flags))
+    if known not in CANDIDATES:
+        raise UserError(f"no candidate {name!r}; use one of {', '.join(CANDIDATES)}, or give NAME='--its-flags ...'")
+    return known, CANDIDATES[known]
+
+
+def candidate_name(flags):
+    """The name that `flags` are known by; flags without a name are their own."""
+    return next((name for name, known in CANDIDATES.items() if known == flags), flags)

@@ -1,0 +1,139 @@
+"""Trials: an experiment's ledger rows joined with the records of their runs, and what may be compared."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from nanochat.errors import UserError
+from nanochat.experiments.ledger import ExperimentRow, read_experiments
+from nanochat.experiments.profiles import BASELINE, candidate_name
+from nanochat.runlog import CONFIG, RunRecord, read_run
+
+HORIZON_FLAGS = ("--num-iterations", "--target-flops", "--target-param-data-ratio")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of an experiment. Figures come from the ledger, curves from the record (None: it is not here)."""
+
+    row: ExperimentRow
+    record: RunRecord | None = field(repr=False, default=None)
+
+    @property
+    def candidate(self):
+        return candidate_name(self.row.candidate_flags)
+
+    @property
+    def ok(self):
+        return self.row.status == "ok"
+
+    @property
+    def label(self):
+        return f"{self.candidate}, depth {self.row.depth}, seed {self.row.seed}"
+
+    @property
+    def own_horizon(self):
+        """Whether the candidate's flags set how long it trains."""
+        return any(flag in self.row.candidate_flags for flag in HORIZON_FLAGS)
+
+    @property
+    def time_to_target_sec(self):
+        """Measured, else extrapolated, else None; None for a run that did not end well."""
+        measured = self.row.time_to_target_sec_measured
+        seconds = measured if measured is not None else self.row.time_to_target_sec_extrapolated
+        return seconds if self.ok else None
+
+    @property
+    def is_extrapolated(self):
+        return self.time_to_target_sec is not None and self.row.time_to_target_sec_measured is None
+
+    @property
+    def training_sec(self):
+        """Training clock at the end of the run, or None."""
+        return self.summary.get("train_time_sec")
+
+    @property
+    def summary(self):
+        return (self.record.summary if self.record else None) or {}
+
+    @cached_property
+    def val_curve(self):
+        """Columns step, tokens, train_time_sec, val_bpb of the evaluations with a finite value; float64 [n, 4]."""
+        return self._curve("val", "val_bpb")
+
+    @cached_property
+    def loss_curve(self):
+        """Columns step, tokens, train_time_sec, loss (nats/token) of the training steps; float64 [n, 4]."""
+        return self._curve("train", "loss")
+
+    @cached_property
+    def step_times_ms(self):
+        """Milliseconds of the training steps past the first ten, which compile; float64 [n]."""
+        events = self.record.of("train") if self.record else []
+        return np.array([e["dt_ms"] for e in events if e["step"] > 10 and e["dt_ms"] is not None], dtype=np.float64)
+
+    def _curve(self, kind, value):
+        events = self.record.of(kind) if self.record else []
+        points = [[e["step"], e["tokens"], e["train_time_sec"], e[value]] for e in events if e[value] is not None]
+        return np.array(points, dtype=np.float64).reshape(-1, 4)
+
+
+def load_trials(ledger, experiment_name, runs_dir):
+    """The trials of an experiment, in the ledger's order.
+
+    Errors: UserError for a ledger that does not read (with the line), an unknown experiment, and two runs of one
+    candidate, depth and seed.
+    """
+    rows = read_experiments(ledger)
+    names = list(dict.fromkeys(row.experiment_name for row in rows))
+    if experiment_name not in names:
+        there = f"it has {', '.join(names)}" if names else "it has no rows yet"
+        raise UserError(f"no experiment {experiment_name!r} in {ledger}; {there}")
+    trials = [Trial(row, _record(runs_dir, row)) for row in rows if row.experiment_name == experiment_name]
+    seen = {}
+    for trial in trials:
+        first = seen.setdefault((trial.row.candidate_flags, trial.row.depth, trial.row.seed), trial)
+        if first is not trial:
+            raise UserError(f"{ledger}: {first.row.run_id} and {trial.row.run_id} are both {trial.label}; "
+                            "remove one of the two lines")
+    return trials
+
+
+def check_comparable(trials):
+    """Raise UserError unless the trials share data, device and target, and at each depth the horizon in tokens.
+
+    A candidate whose own flags set the horizon may differ from the others in it.
+    """
+    for what, value_of in (("dataset", lambda t: t.row.dataset_id), ("device", lambda t: t.row.device)):
+        _same(what, [t for t in trials if value_of(t)], value_of)
+    _same("target", trials, lambda t: (t.row.target_metric_name, t.row.target_metric_threshold))
+    for depth in {t.row.depth for t in trials}:
+        _same(f"horizon at depth {depth}", [t for t in trials if t.row.depth == depth and t.ok and not t.own_horizon],
+              lambda t: t.row.total_tokens)
+
+
+def split(trials):
+    """(baseline trials by (depth, seed), {candidate: its trials by (depth, seed)}), the candidates in order."""
+    groups = {}
+    for trial in trials:
+        groups.setdefault(trial.candidate, {})[trial.row.depth, trial.row.seed] = trial
+    return groups.pop(BASELINE, {}), groups
+
+
+def _same(what, trials, value_of):
+    for trial in trials[1:]:
+        if value_of(trial) != value_of(trials[0]):
+            raise UserError(f"not comparable, another {what}: {trials[0].row.run_id} has {value_of(trials[0])}, "
+                            f"{trial.row.run_id} has {value_of(trial)}; compare runs of one {what.split()[0]}")
+
+
+def _record(runs_dir, row):
+    folder = Path(runs_dir) / row.run_id
+    if not (folder / CONFIG).exists():
+        return None
+    record = read_run(folder)
+    if record.run_id != row.run_id:
+        raise UserError(f"{folder}: its config.json says run_id {record.run_id!r}; one of two runs has the other's id")
+    return record

@@ -1,0 +1,300 @@
+"""The four gates on made ledgers with known answers."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from synthetic_runs import make_trial
+
+from nanochat.common import runs_dir
+from nanochat.errors import UserError
+from nanochat.experiments.gates import Rules, judge
+from nanochat.experiments.paired import paired
+from nanochat.experiments.trials import load_trials
+
+CANDIDATE = "fused-rmsnorm"
+
+
+class Bench:
+    """A made experiment: two or more seeds of baseline and candidate, a miniseries, a resume probe."""
+
+    def __init__(self, tmp_path):
+        self.ledger = tmp_path / "experiments.csv"
+        self.probe_nats = 0.0
+
+    def pair(self, seed, gain=0.05, depth=4, experiment="lane_c", baseline=None, **candidate):
+        jitter = 1 + 0.001 * math.sin(7 * seed + depth)
+        self.baseline(seed, depth, experiment, **(baseline or {}))
+        make_trial(self.ledger, experiment, candidate=CANDIDATE, depth=depth, seed=seed,
+                   **{"step_ms": 100 * (1 - gain) * jitter} | candidate)
+
+    def baseline(self, seed, depth=4, experiment="lane_c", **run):
+        make_trial(self.ledger, experiment, depth=depth, seed=seed, **run)
+
+    def miniseries(self, gain=0.05, **candidate):
+        for depth in (2, 3, 4):
+            self.pair(0, gain=gain, depth=depth, experiment="miniseries", **candidate)
+
+    def verdict(self, miniseries=True):
+        return judge(CANDIDATE, load_trials(self.ledger, "lane_c", runs_dir()),
+                     load_trials(self.ledger, "miniseries", runs_dir()) if miniseries else (),
+                     {CANDIDATE: self.probe_nats})
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path)
+
+
+def outcomes(verdict):
+    return [gate.outcome for gate in verdict.gates]
+
+
+def test_a_real_gain_is_promoted(bench):
+    for seed in range(3):
+        bench.pair(seed)
+    bench.miniseries()
+    verdict = bench.verdict()
+    assert (verdict.decision, verdict.decided_by) == ("promote", "all four gates")
+    assert outcomes(verdict) == ["pass"] * 4
+    assert verdict.gain.n == 3 and verdict.gain.mean == pytest.approx(5.0, abs=0.2) and verdict.gain.p < 0.01
+    assert "n=3" in verdict.gates[0].detail and "sd" in verdict.gates[0].detail and "p=" in verdict.gates[0].detail
+
+
+def test_slower_in_one_seed_fails_gate_1_alone(bench):
+    bench.pair(0), bench.pair(1, gain=-0.02), bench.pair(2)
+    bench.miniseries()
+    verdict = bench.verdict()
+    assert outcomes(verdict) == ["fail", "pass", "pass", "pass"]
+    assert (verdict.decision, verdict.decided_by) == ("reject", "gate 1 time")
+    assert "not lower in seed 1" in verdict.gates[0].detail
+
+
+def test_equal_times_are_not_a_gain(bench):
+    for seed in range(3):
+        bench.pair(seed, step_ms=100.0)
+    bench.miniseries()
+    verdict = bench.verdict()
+    assert outcomes(verdict) == ["fail", "pass", "pass", "pass"] and verdict.decision == "reject"
+    assert verdict.gain.mean == 0 and verdict.gain.p == 1.0
+
+
+def test_target_never_reached_where_the_baseline_reached_it_fails_gate_1(bench):
+    for seed in range(2):
+        bench.pair(seed, gain=-0.05, bpb_shift=0.2)
+    bench.miniseries()
+    assert "not lower in seed 0, 1" in bench.verdict().gates[0].detail
+
+
+def test_worse_end_fails_gate_2_alone(bench):
+    for seed in range(3):  # baseline sd 0.0005: the margin is 2 sd; the excess comes after the target was reached
+        bench.pair(seed, bpb_shift=0.0028, threshold=2.5, baseline={"threshold": 2.5})
+    bench.miniseries()
+    verdict = bench.verdict()
+    assert outcomes(verdict) == ["pass", "fail", "pass", "pass"]
+    assert (verdict.decision, verdict.decided_by) == ("reject", "gate 2 quality")
+
+
+def test_excess_below_the_floor_passes_even_when_repeats_are_equal(bench):
+    for seed in (0, 1):
+        bench.pair(seed, bpb_shift=0.00045 - 0.001 * math.sin(seed), baseline={"bpb_shift": -0.001 * math.sin(seed)})
+    bench.miniseries()
+    gate = bench.verdict().gates[1]
+    assert gate.outcome == "pass" and "margin 0.00050" in gate.detail
+
+
+def test_excess_in_mid_run_fails_gate_2(bench, monkeypatch):
+    import synthetic_runs
+    plain = synthetic_runs._bpb
+    for seed in range(3):
+        bench.baseline(seed)
+    monkeypatch.setattr(synthetic_runs, "_bpb", lambda step, *a: plain(step, *a) + (0.05 if step == 60 else 0))
+    for seed in range(3):
+        make_trial(bench.ledger, "lane_c", candidate=CANDIDATE, seed=seed, step_ms=95 + 0.1 * seed)
+    verdict = bench.verdict(miniseries=False)
+    assert verdict.gates[1].outcome == "fail" and "at step 60" in verdict.gates[1].detail
+
+
+@pytest.mark.parametrize(("fault", "words"), [
+    ({"spike_at": 150}, "loss spike at step 150"), ({"graph_breaks": 2}, "2 graph breaks"),
+])
+def test_an_unstable_run_fails_gate_3_alone(bench, fault, words):
+    bench.pair(0), bench.pair(1, **fault), bench.pair(2)
+    bench.miniseries()
+    verdict = bench.verdict()
+    assert outcomes(verdict) == ["pass", "pass", "fail", "pass"]
+    assert (verdict.decision, verdict.decided_by) == ("reject", "gate 3 stability") and words in verdict.gates[2].detail
+
+
+def test_a_spike_that_the_baseline_has_too_is_the_datas(bench):
+    for seed in range(3):
+        bench.pair(seed, spike_at=150, baseline={"spike_at": 150})
+    bench.miniseries()
+    assert bench.verdict().decision == "promote"
+
+
+@pytest.mark.parametrize("nats", [0.1, math.nan])
+def test_losses_that_differ_after_a_resume_fail_gate_3_alone(bench, nats):
+    for seed in range(3):
+        bench.pair(seed)
+    bench.miniseries()
+    bench.probe_nats = nats
+    assert outcomes(bench.verdict()) == ["pass", "pass", "fail", "pass"]
+
+
+def test_a_nan_run_is_rejected_by_gate_3(bench):
+    bench.pair(0), bench.pair(1, nan_at=120), bench.pair(2)
+    bench.miniseries()
+    verdict = bench.verdict()
+    assert (verdict.decision, verdict.decided_by) == ("reject", "gate 3 stability")
+    assert "seed 1 ended as 'nan'" in verdict.gates[2].detail
+    assert outcomes(verdict)[0] == "insufficient"
+
+
+def test_a_run_without_summary_counts_as_failed(bench):
+    bench.pair(0), bench.pair(1, finished=False)
+    bench.miniseries()
+    verdict = bench.verdict()
+    assert verdict.decision == "reject" and "'failed'" in verdict.gates[2].detail
+
+
+def test_slower_at_every_depth_fails_gate_4_alone(bench):
+    for seed in range(3):
+        bench.pair(seed)
+    bench.miniseries(gain=-0.05)
+    verdict = bench.verdict()
+    assert outcomes(verdict) == ["pass", "pass", "pass", "fail"]
+    assert (verdict.decision, verdict.decided_by) == ("reject", "gate 4 generalisation")
+    assert "worse at 3 of 3 depths (sign test p=0.12)" in verdict.gates[3].detail
+
+
+def test_worse_bits_per_byte_at_every_depth_fails_gate_4_alone(bench):
+    for seed in range(3):
+        bench.pair(seed)
+    bench.miniseries(bpb_shift=0.02, threshold=2.5, baseline={"threshold": 2.5})
+    assert outcomes(bench.verdict()) == ["pass", "pass", "pass", "fail"]
+
+
+def test_slower_at_one_depth_of_four_is_not_systematic(bench):
+    for seed in range(3):
+        bench.pair(seed)
+    bench.miniseries()
+    bench.pair(0, gain=-0.03, depth=6, experiment="miniseries")
+    assert outcomes(bench.verdict()) == ["pass"] * 4
+
+
+@pytest.mark.parametrize("missing", ["candidate seed", "baseline seed", "one seed", "miniseries", "depths", "probe",
+                                     "graph breaks", "failed baseline"])
+def test_missing_runs_are_insufficient_never_a_pass(bench, missing):
+    bench.pair(0)
+    if missing != "one seed":
+        bench.pair(1, graph_breaks=None if missing == "graph breaks" else 0,
+                   baseline={"finished": missing != "failed baseline"})
+    if missing == "candidate seed":
+        bench.baseline(2)
+    if missing == "baseline seed":
+        make_trial(bench.ledger, "lane_c", candidate=CANDIDATE, seed=2, step_ms=95.0)
+    if missing == "probe":
+        bench.probe_nats = None
+    if missing == "depths":
+        bench.pair(0, depth=2, experiment="miniseries"), bench.pair(0, depth=3, experiment="miniseries")
+    elif missing != "miniseries":
+        bench.miniseries()
+    verdict = bench.verdict(miniseries=missing != "miniseries")
+    assert verdict.decision == "insufficient" and "fail" not in outcomes(verdict)
+    number = {"miniseries": 3, "depths": 3, "probe": 2, "graph breaks": 2}.get(missing, 0)
+    assert outcomes(verdict)[number] == "insufficient"
+
+
+def test_runs_whose_curves_are_elsewhere_are_insufficient(bench, monkeypatch, tmp_path):
+    for seed in range(3):
+        bench.pair(seed)
+    bench.miniseries()
+    trials, series = (load_trials(bench.ledger, name, tmp_path / "nowhere") for name in ("lane_c", "miniseries"))
+    verdict = judge(CANDIDATE, trials, series, {CANDIDATE: 0.0})
+    assert verdict.decision == "insufficient" and outcomes(verdict) == ["pass", *["insufficient"] * 2, "pass"]
+
+
+def test_noise_at_the_size_of_the_gain_is_optional(bench):
+    for seed, gain in enumerate((0.001, 0.03, 0.002)):
+        bench.pair(seed, gain=gain)
+    bench.miniseries()
+    verdict = bench.verdict()
+    assert outcomes(verdict) == ["pass"] * 4
+    assert verdict.decision == "optional" and "interval reaches zero" in verdict.decided_by
+
+
+def test_extrapolated_times_are_at_most_optional(bench):
+    for seed in range(3):
+        bench.pair(seed, row={"time_to_target_sec_measured": None,
+                              "time_to_target_sec_extrapolated": 8.0 + 0.01 * seed})
+    bench.miniseries()
+    verdict = bench.verdict()
+    assert verdict.decision == "optional" and "extrapolated" in verdict.decided_by
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    ({"dataset_id": "books-2"}, "dataset"), ({"device": "NVIDIA H200"}, "device"),
+    ({"row": {"target_metric_threshold": 1.4}}, "target"), ({"steps": 100}, "horizon"),
+])
+def test_runs_of_different_worlds_are_not_compared(bench, change, word):
+    bench.pair(0)
+    bench.pair(1, **change)
+    with pytest.raises(UserError, match=f"another {word}.*s1"):
+        bench.verdict(miniseries=False)
+
+
+def test_two_runs_of_one_cell_are_refused_by_name(bench):
+    bench.pair(0)
+    make_trial(bench.ledger, "lane_c", seed=0, depth=4, candidate="chunked-ce", row={"candidate_flags": ""})
+    with pytest.raises(UserError, match=r"lane_c\.baseline\.d4\.s0 and lane_c\.chunked-ce\.d4\.s0 are both baseline"):
+        bench.verdict(miniseries=False)
+
+
+def test_a_hand_made_mistake_in_the_ledger_is_named_by_line(bench):
+    bench.pair(0)
+    lines = bench.ledger.read_text().splitlines()
+    lines[2] = lines[2].replace(",4,val_bpb", ",four,val_bpb")
+    bench.ledger.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match="line 3: depth is 'four'"):
+        bench.verdict(miniseries=False)
+
+
+def test_a_record_with_another_runs_id_is_refused(bench):
+    bench.pair(0)
+    folder = runs_dir() / "lane_c.baseline.d4.s0"
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("baseline.d4.s0", "other"))
+    with pytest.raises(UserError, match="two runs"):
+        bench.verdict(miniseries=False)
+
+
+def test_unknown_names_are_refused_with_those_there_are(bench):
+    bench.pair(0)
+    with pytest.raises(UserError, match=r"no experiment 'x'.*lane_c"):
+        load_trials(bench.ledger, "x", runs_dir())
+    with pytest.raises(UserError, match=r"no candidate 'both'.*fused-rmsnorm"):
+        judge("both", load_trials(bench.ledger, "lane_c", runs_dir()))
+
+
+def test_several_depths_are_not_judged_as_one(bench):
+    bench.miniseries()
+    with pytest.raises(UserError, match="depths 2, 3, 4"):
+        judge(CANDIDATE, load_trials(bench.ledger, "miniseries", runs_dir()))
+
+
+def test_paired_statistics_agree_with_scipy():
+    base, tried = np.array([10.0, 11.0, 9.5, 10.4]), np.array([9.1, 10.6, 9.4, 9.3])
+    found = paired(base - tried, 0.9)
+    want = stats.ttest_rel(base, tried, alternative="two-sided").confidence_interval(0.9)
+    assert (found.lo, found.hi) == pytest.approx((want.low, want.high))
+    assert found.p == pytest.approx(stats.ttest_rel(base, tried, alternative="greater").pvalue)
+    assert found.sd == pytest.approx(np.std(base - tried, ddof=1))
+
+
+def test_without_a_real_gain_promotion_is_rarer_than_the_intervals_error():
+    """2000 experiments of three seeds whose candidate changes nothing: gate 1's interval excludes zero above."""
+    rng = np.random.default_rng(0)
+    gains = rng.standard_normal((2000, 3))
+    promoted = sum(bool((row > 0).all()) and paired(row, Rules().confidence).lo > 0 for row in gains)
+    assert promoted / 2000 < 0.025 + 3 * math.sqrt(0.025 * 0.975 / 2000)
