@@ -74,13 +74,18 @@ def _groups(documents, total_bytes):
     val_bytes = min(_VAL_SHARE * total_bytes, _VAL_MAX_BYTES)
     train_bytes = total_bytes - val_bytes
     n_train = math.ceil(train_bytes / min(max(train_bytes / 64, _SHARD_MIN_BYTES), _SHARD_MAX_BYTES))
-    group, size, limit = [], 0, val_bytes
+    group, size, boundary = [], 0, val_bytes
     for data in documents:
-        if group and size >= limit:
+        if group and size >= boundary:
             yield group
-            group, size, limit = [], 0, train_bytes / n_train
+            group = []
+            while boundary <= size:
+                boundary += train_bytes / n_train
         group.append(data)
         size += len(data)
+    if boundary == val_bytes and len(group) > 1:  # nearly all were duplicates, and no training shard came about
+        yield group[:1]
+        group = group[1:]
     if group:
         yield group
 
