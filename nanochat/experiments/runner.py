@@ -1,0 +1,236 @@
+"""Runs an experiment: candidates x seeds in interleaved order, one training process and one ledger row each.
+
+What is finished is skipped, what was interrupted starts again, so the same command can be repeated until
+every row is there. One lock an experiment, inherited by the training process, keeps two runners apart
+even when the first was killed and its training goes on.
+"""
+
+import contextlib
+import fcntl
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanochat.errors import UserError
+from nanochat.experiments.ledger import ExperimentRow, append_experiment, read_experiments
+from nanochat.experiments.profiles import Profile
+from nanochat.experiments.target import check_target
+from nanochat.experiments.trials import load_trials, split
+from nanochat.runlog import CONFIG, METRICS, SUMMARY, check_run_id, read_run
+
+TRAIN = "scripts.base_train"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is asked for. `candidates` maps names to flags; `extra_flags` go to every run, after the profile's."""
+
+    name: str
+    profile: Profile
+    candidates: dict
+    seeds: tuple[int, ...]
+    depths: tuple[int, ...]
+    target_metric_name: str
+    target_metric_threshold: float
+    dataset: str = ""  # empty: the profile's
+    extra_flags: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_target(self.target_metric_name, self.target_metric_threshold)
+        for what, values in (("seed", self.seeds), ("depth", self.depths)):
+            if not values or len(set(values)) < len(values):
+                raise UserError(f"give each {what} once, and at least one: {list(values)}")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run to be made: its id and its base_train flags."""
+
+    run_id: str
+    candidate_flags: str
+    depth: int
+    seed: int
+    flags: list[str] = field(repr=False)
+
+
+def plan(experiment):
+    """Every run in its order: all candidates of a seed, then the next seed, then the next depth (A B A B ...)."""
+    runs = []
+    for depth in experiment.depths:
+        for seed in experiment.seeds:
+            for name, flags in experiment.candidates.items():
+                run_id = check_run_id(f"{experiment.name}.{name}.d{depth}.s{seed}")
+                train_flags = _train_flags(experiment, run_id, flags, depth, seed)
+                runs.append(PlannedRun(run_id, flags, depth, seed, train_flags))
+    return runs
+
+
+def training_command(flags, nproc_per_node=1):
+    """The argv that trains: one process, or torchrun with one process a device."""
+    ranks = ([] if nproc_per_node == 1 else
+             ["torch.distributed.run", "--standalone", f"--nproc_per_node={nproc_per_node}", "-m"])
+    return [sys.executable, "-m", *ranks, TRAIN, *flags]
+
+
+def finished_runs(experiment, ledger):
+    """The run ids of the experiment that the ledger holds. Errors: UserError when one stands for another run."""
+    planned = {run.run_id: run for run in plan(experiment)}
+    rows = [row for row in read_experiments(ledger) if row.run_id in planned] if Path(ledger).exists() else []
+    target = (experiment.target_metric_name, experiment.target_metric_threshold)
+    for row in rows:
+        if (row.candidate_flags != planned[row.run_id].candidate_flags
+                or (row.target_metric_name, row.target_metric_threshold) != target):
+            raise UserError(f"{ledger}: {row.run_id} is there with candidate flags {row.candidate_flags!r} and target "
+                            f"{row.target_metric_name} {row.target_metric_threshold}, which is not what was asked; "
+                            "choose another --name")
+    return {row.run_id for row in rows}
+
+
+def run_experiment(experiment, ledger, runs_dir, command=training_command, report=print):
+    """Make every run that the ledger has not, one row each. Returns the number of runs made.
+
+    command(flags) gives the training process's argv. Errors: UserError when a run does not start (its last
+    line says why; no row) and when it was stopped by a signal (no row; the same call goes on from there).
+    A run that started and left no summary gets a row with status `failed`.
+    """
+    made = 0
+    with _experiment_lock(runs_dir, experiment.name, report) as lock:
+        runs = plan(experiment)
+        finished = finished_runs(experiment, ledger)
+        for number, run in enumerate(runs, start=1):
+            if run.run_id in finished:
+                continue
+            folder = Path(runs_dir) / run.run_id
+            if not _ended(folder):
+                _train(run, folder, command(run.flags), lock, f"[{number}/{len(runs)}] {run.run_id}")
+                made += 1
+            row = ledger_row(experiment, run, read_run(folder))
+            append_experiment(ledger, row)
+            report(f"[{number}/{len(runs)}] {_describe(row)}")
+    return made
+
+
+def ledger_row(experiment, run, record):
+    """The ledger's row of a run: status `failed` when it left no summary."""
+    summary = record.summary or {}
+    cells = {name: summary.get(name) for name in (
+        "time_to_target_sec_measured", "time_to_target_sec_extrapolated", "tok_per_sec_median", "dt_median_ms",
+        "wall_time_sec", "min_val_bpb", "peak_memory_mib")}
+    device = record.config["device"]
+    ranks = device.get("world_size", 1)
+    return ExperimentRow(
+        timestamp=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        git_commit=record.config.get("git_commit") or "", experiment_name=experiment.name, seed=run.seed,
+        depth=run.depth, target_metric_name=experiment.target_metric_name,
+        target_metric_threshold=experiment.target_metric_threshold, status=summary.get("status", "failed"),
+        candidate_flags=run.candidate_flags, dataset_id=record.config["dataset_id"],
+        total_tokens=summary.get("tokens"), device=device["name"] + (f" ({ranks} ranks)" if ranks > 1 else ""),
+        run_id=run.run_id, **cells)
+
+
+def threshold_from(ledger, experiment_name, runs_dir, slack_bpb=0.001):
+    """A val_bpb that every baseline seed of a finished experiment reached: the worst of their ends, plus a slack.
+
+    Errors: UserError with fewer than two baseline runs that ended well, or at several depths.
+    """
+    baseline, _ = split(load_trials(ledger, experiment_name, runs_dir))
+    ends = [t.row.min_val_bpb for t in baseline.values() if t.ok and t.row.min_val_bpb is not None]
+    if len(ends) < 2 or len({depth for depth, _ in baseline}) > 1:
+        raise UserError(f"a threshold needs two baseline seeds of {experiment_name!r} that ended well, at one depth; "
+                        f"it has {len(ends)}")
+    return max(ends) + slack_bpb
+
+
+def _train_flags(experiment, run_id, candidate_flags, depth, seed):
+    return ["--depth", str(depth), *experiment.profile.command_flags(), *experiment.extra_flags,
+            *shlex.split(candidate_flags), "--dataset", experiment.dataset or experiment.profile.dataset,
+            "--seed", str(seed), "--target-metric-name", experiment.target_metric_name,
+            "--target-metric-threshold", repr(experiment.target_metric_threshold),
+            "--run-id", run_id, "--model-tag", run_id, "--run", "dummy"]
+
+
+def _ended(folder):
+    """Whether the run of this folder ended by itself; one that was stopped starts again."""
+    return (folder / SUMMARY).exists() and read_run(folder).status != "interrupted"
+
+
+def _train(run, folder, argv, lock, title):
+    """Run one training process to its end; its output goes to console.txt in the run's folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    console = folder / "console.txt"
+    with open(console, "wb") as output, tqdm(desc=title, unit="step", disable=None, leave=False) as bar:
+        child = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),))
+        try:
+            code = _follow(child, folder, bar)
+        except BaseException:  # Ctrl-C or a signal to this process: the training saves and ends first
+            child.terminate()
+            child.wait()
+            raise
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{run.run_id} did not start: {_last_line(console)} (all of it: {console})")
+    stopped = code in (-signal.SIGINT, -signal.SIGTERM) and not (folder / SUMMARY).exists()
+    if stopped or read_run(folder).status == "interrupted":
+        raise UserError(f"{run.run_id} was stopped by a signal; give the same command again to go on")
+
+
+def _follow(child, folder, bar):
+    """Wait for the process, showing the run's steps; returns its exit code."""
+    while True:
+        try:
+            return child.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            bar.total = bar.total or _total_steps(folder)
+            bar.update(_last_step(folder, bar.n) - bar.n)
+
+
+def _total_steps(folder):
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("num_iterations")
+
+
+def _last_step(folder, known):
+    """The step of the newest whole event near the end of the file; `known` when there is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError), open(folder / METRICS, "rb") as file:
+        file.seek(max(0, (folder / METRICS).stat().st_size - 8192))
+        return json.loads(file.read().split(b"\n")[-2])["step"]
+    return known
+
+
+def _last_line(console):
+    lines = console.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
+def _describe(row):
+    if row.status != "ok":
+        return f"{row.run_id}: {row.status}"
+    reached = ("not known" if row.time_to_target_sec_extrapolated is None
+               else f"{row.time_to_target_sec_extrapolated:.1f} s extrapolated")
+    if row.time_to_target_sec_measured is not None:
+        reached = f"{row.time_to_target_sec_measured:.1f} s"
+    figures = [f"val_bpb {row.min_val_bpb:.5f}" if row.min_val_bpb is not None else "no val_bpb",
+               f"time to target {reached}",
+               f"{row.tok_per_sec_median:,.0f} tokens/s" if row.tok_per_sec_median is not None else "no rate"]
+    return f"{row.run_id}: {', '.join(figures)}"
+
+
+@contextlib.contextmanager
+def _experiment_lock(runs_dir, name, report):
+    """Hold the experiment's lock for the block; yields the open file, which the training inherits."""
+    Path(runs_dir).mkdir(parents=True, exist_ok=True)
+    with open(Path(runs_dir) / f".{check_run_id(name)}.lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"experiment {name!r} is running (another runner, or training that one left behind): waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock

@@ -1,0 +1,263 @@
+"""The runner, with a small stand-in for base_train that writes true run records."""
+
+import dataclasses
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from nanochat.common import runs_dir
+from nanochat.errors import UserError
+from nanochat.experiments.ledger import ExperimentRow, read_experiments
+from nanochat.experiments.profiles import CANDIDATES, PROFILES, Profile, candidate_flags, candidate_name, find_profile
+from nanochat.experiments.runner import (
+    Experiment,
+    finished_runs,
+    plan,
+    run_experiment,
+    threshold_from,
+    training_command,
+)
+
+# A stand-in for scripts.base_train: parses the flags it needs and writes a record as the real one does.
+FAKE_TRAIN = textwrap.dedent("""
+    import argparse, os, sys, time
+    from nanochat.common import runs_dir
+    from nanochat.runlog import RunLog
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for name in ("run-id", "dataset"):
+        parser.add_argument("--" + name)
+    for name in ("depth", "seed"):
+        parser.add_argument("--" + name, type=int)
+    parser.add_argument("--pause-sec", type=float, default=0.0)
+    parser.add_argument("--fate", default="ok")
+    args, _ = parser.parse_known_args()
+    if args.fate == "refused":
+        print("some output\\nerror: --depth 4 cannot be; use 8", file=sys.stderr)
+        sys.exit(2)
+    log = RunLog.create(runs_dir(), args.run_id, {
+        "dataset_id": args.dataset + "-1", "git_commit": "c" * 40, "num_iterations": 4,
+        "device": {"type": "cpu", "name": "CPU x2", "world_size": 1}})
+    for step in range(1, 5):
+        time.sleep(args.pause_sec / 4)
+        log.event("train", step=step, tokens=step * 10, loss=5.0 - step, dt_ms=1.0, train_time_sec=step * 0.1)
+        if args.fate == "crash" and step == 2:
+            os._exit(1)
+    status = args.fate if args.fate != "crash" else "ok"
+    log.finish(status=status, tokens=40, min_val_bpb=1.0 + args.seed / 1000, tok_per_sec_median=100.0,
+               dt_median_ms=1.0, wall_time_sec=0.4, time_to_target_sec_measured=0.3)
+""")
+PROFILE = Profile("a stand-in", 4, "stdlib", "--num-iterations 4")
+
+
+@pytest.fixture
+def fake(tmp_path):
+    script = tmp_path / "fake_train.py"
+    script.write_text(FAKE_TRAIN)
+    return lambda flags: [sys.executable, str(script), *flags]
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return tmp_path / "experiments.csv"
+
+
+def experiment(name="matrix", candidates=("baseline", "both"), seeds=(0, 1), depths=(4,), **fields):
+    return Experiment(name, PROFILE, {c: CANDIDATES[c] for c in candidates}, seeds, depths, "val_bpb", 1.2, **fields)
+
+
+def run(asked, ledger, fake, lines=None):
+    return run_experiment(asked, ledger, runs_dir(), fake, report=(lines if lines is not None else []).append)
+
+
+def test_candidates_alternate_under_identical_seeds():
+    planned = plan(experiment(seeds=(3, 5), depths=(2, 4)))
+    assert [(r.depth, r.seed, r.candidate_flags) for r in planned] == [
+        (depth, seed, CANDIDATES[c]) for depth in (2, 4) for seed in (3, 5) for c in ("baseline", "both")]
+    assert len({r.run_id for r in planned}) == 8
+
+
+def test_one_row_each_with_the_runs_figures(ledger, fake):
+    lines = []
+    assert run(experiment(), ledger, fake, lines) == 4
+    rows = read_experiments(ledger)
+    assert [r.run_id for r in rows] == [f"matrix.{c}.d4.s{s}" for s in (0, 1) for c in ("baseline", "both")]
+    second = dataclasses.asdict(rows[1])
+    assert second | {"timestamp": "now"} == dataclasses.asdict(ExperimentRow(
+        timestamp="now", git_commit="c" * 40, experiment_name="matrix", seed=0, depth=4,
+        target_metric_name="val_bpb", target_metric_threshold=1.2, time_to_target_sec_measured=0.3,
+        time_to_target_sec_extrapolated=None, tok_per_sec_median=100.0, dt_median_ms=1.0, wall_time_sec=0.4,
+        min_val_bpb=1.0, status="ok", candidate_flags="--fused-rmsnorm --chunked-ce", dataset_id="stdlib-1",
+        total_tokens=40, device="CPU x2", peak_memory_mib=None, run_id="matrix.both.d4.s0"))
+    assert lines[0] == "[1/4] matrix.baseline.d4.s0: val_bpb 1.00000, time to target 0.3 s, 100 tokens/s"
+
+
+def test_finished_runs_are_skipped(ledger, fake):
+    run(experiment(seeds=(0,)), ledger, fake)
+    before = ledger.read_bytes()
+    assert run(experiment(seeds=(0,)), ledger, fake) == 0 and ledger.read_bytes() == before
+    assert run(experiment(seeds=(0, 1)), ledger, fake) == 2 and ledger.read_bytes().startswith(before)
+
+
+def test_a_run_that_finished_before_its_row_was_written_is_not_run_again(ledger, fake):
+    run(experiment(), ledger, fake)
+    kept = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join(kept[:-1]))
+    assert run(experiment(), ledger, fake) == 0
+    assert len(read_experiments(ledger)) == 4
+
+
+def test_a_crashed_run_is_a_failed_row_and_the_others_go_on(ledger, fake):
+    asked = experiment(candidates=("baseline",), seeds=(0, 1))
+    crash_first = {"0": "crash"}
+    run_experiment(asked, ledger, runs_dir(),
+                   lambda flags: fake([*flags, "--fate", crash_first.get(flags[flags.index("--seed") + 1], "ok")]),
+                   report=lambda line: None)
+    rows = read_experiments(ledger)
+    assert [r.status for r in rows] == ["failed", "ok"] and rows[0].min_val_bpb is None
+
+
+def test_a_nan_run_keeps_its_status(ledger, fake):
+    run(experiment(candidates=("baseline",), seeds=(0,), extra_flags=("--fate", "nan")), ledger, fake)
+    assert [r.status for r in read_experiments(ledger)] == ["nan"]
+
+
+def test_a_refused_start_stops_the_experiment_with_the_trainings_reason(ledger, fake):
+    with pytest.raises(UserError, match="did not start: error: --depth 4 cannot be; use 8"):
+        run(experiment(extra_flags=("--fate", "refused")), ledger, fake)
+    assert not ledger.exists()
+
+
+def test_an_interrupted_training_gets_no_row_and_starts_again(ledger, fake):
+    with pytest.raises(UserError, match="stopped by a signal"):
+        run(experiment(seeds=(0,), extra_flags=("--fate", "interrupted")), ledger, fake)
+    assert not ledger.exists()
+    assert run(experiment(seeds=(0,)), ledger, fake) == 2
+
+
+def driver(tmp_path, ledger):
+    """A process that runs the whole matrix; its group is its own, so that a kill reaches nobody else."""
+    code = textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from test_runner import experiment
+        from nanochat.common import runs_dir
+        from nanochat.experiments.runner import run_experiment
+        asked = experiment(seeds=(0, 1), extra_flags=("--pause-sec", "1.0"))
+        run_experiment(asked, {str(ledger)!r}, runs_dir(),
+                       lambda flags: [sys.executable, {str(tmp_path / "fake_train.py")!r}, *flags])
+    """)
+    return subprocess.Popen([sys.executable, "-c", code], start_new_session=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_matrix_killed_five_times_ends_with_the_rows_of_an_uninterrupted_one(tmp_path, ledger, fake, monkeypatch):
+    """SIGKILL to the runner alone (its training lives on) or to both, at random moments."""
+    rng = random.Random(7)
+    for kill in rng.sample([os.kill, os.killpg] * 3, 5):
+        process = driver(tmp_path, ledger)
+        time.sleep(rng.uniform(0.6, 1.6))
+        assert process.poll() is None, "the matrix was over before the kill: the test would show nothing"
+        kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    last = driver(tmp_path, ledger)
+    assert last.communicate(timeout=60)[1] == "" and last.returncode == 0
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "other"))
+    straight = tmp_path / "straight.csv"
+    run(experiment(seeds=(0, 1)), straight, fake)
+    rows, wanted = (
+        [dataclasses.replace(row, timestamp="") for row in read_experiments(path)] for path in (ledger, straight))
+    assert rows == wanted
+
+
+def test_two_runners_of_one_experiment_take_turns(tmp_path, ledger, fake):
+    processes = [driver(tmp_path, ledger) for _ in range(2)]
+    assert [p.communicate(timeout=60)[1] for p in processes] == ["", ""]
+    assert len(read_experiments(ledger)) == 4
+
+
+def test_a_terminated_runner_ends_its_training_too(tmp_path, ledger, fake):
+    code = textwrap.dedent(f"""
+        import signal, sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from test_runner import experiment
+        from nanochat.common import runs_dir
+        from nanochat.experiments.runner import run_experiment
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        run_experiment(experiment(extra_flags=("--pause-sec", "30")), {str(ledger)!r}, runs_dir(),
+                       lambda flags: [sys.executable, {str(tmp_path / "fake_train.py")!r}, *flags])
+    """)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    config = runs_dir() / "matrix.baseline.d4.s0" / "config.json"
+    deadline = time.monotonic() + 30
+    while not config.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate(timeout=20)  # returns when the training has closed the pipe as well
+    assert process.returncode == 143 and not ledger.exists()
+
+
+def test_a_name_in_use_for_another_experiment_is_refused(ledger, fake):
+    run(experiment(seeds=(0,)), ledger, fake)
+    other = dataclasses.replace(experiment(seeds=(0,)), target_metric_threshold=0.9)
+    with pytest.raises(UserError, match="choose another --name"):
+        finished_runs(other, ledger)
+
+
+def test_threshold_is_one_that_every_baseline_seed_reached(ledger, fake):
+    run(experiment(name="base", candidates=("baseline",), seeds=(0, 1, 2)), ledger, fake)
+    assert threshold_from(ledger, "base", runs_dir()) == pytest.approx(1.002 + 0.001)
+    run(experiment(name="single", candidates=("baseline",), seeds=(0,)), ledger, fake)
+    with pytest.raises(UserError, match="two baseline seeds"):
+        threshold_from(ledger, "single", runs_dir())
+
+
+def test_several_processes_start_under_torchrun():
+    argv = training_command(["--depth", "4"], nproc_per_node=8)
+    assert shlex.join(argv[1:]) == (
+        "-m torch.distributed.run --standalone --nproc_per_node=8 -m scripts.base_train --depth 4")
+
+
+def test_d12_profile_is_the_plans_protocol_to_the_letter():
+    asked = Experiment("b", find_profile("d12"), {"baseline": ""}, (0,), (12,), "val_bpb", 0.9)
+    flags = plan(asked)[0].flags
+    wanted = {"--depth": "12", "--head-dim": "128", "--window-pattern": "L", "--max-seq-len": "512",
+              "--device-batch-size": "16", "--total-batch-size": "16384", "--eval-every": "100",
+              "--eval-tokens": "524288", "--core-metric-every": "-1", "--sample-every": "-1", "--save-every": "-1",
+              "--num-iterations": "1500"}
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    assert given == wanted | {"--dataset": "climbmix", "--seed": "0", "--target-metric-name": "val_bpb",
+                              "--target-metric-threshold": "0.9", "--run-id": "b.baseline.d12.s0",
+                              "--model-tag": "b.baseline.d12.s0", "--run": "dummy"}
+
+
+def test_every_evaluation_interval_leaves_enough_points_to_extrapolate():
+    for profile in PROFILES.values():
+        flags = dict(zip(profile.command_flags()[::2], profile.command_flags()[1::2], strict=True))
+        if "--num-iterations" in flags:
+            assert int(flags["--num-iterations"]) // int(flags["--eval-every"]) >= 6
+
+
+@pytest.mark.parametrize(("ask", "message"), [
+    (lambda: find_profile("d99"), "no profile 'd99'.*d12"),
+    (lambda: candidate_flags("magic"), "no candidate 'magic'.*baseline"),
+    (lambda: experiment(seeds=(0, 0)), "each seed once"),
+    (lambda: experiment(seeds=()), "at least one"),
+    (lambda: plan(experiment(name="a b")), "cannot name a folder"),
+])
+def test_unknown_and_impossible_requests_are_refused(ask, message):
+    with pytest.raises(UserError, match=message):
+        ask()
+
+
+def test_a_candidate_of_ones_own_is_named_by_its_flags():
+    assert candidate_flags("ratio8=--target-param-data-ratio 8") == ("ratio8", "--target-param-data-ratio 8")
+    assert candidate_name("--chunked-ce") == "chunked-ce"
+    assert candidate_name("--target-param-data-ratio 8") == "--target-param-data-ratio 8"
