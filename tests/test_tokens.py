@@ -21,8 +21,9 @@ TEXTS = ["one fish", "two <|bos|> fish", "", "rød fisk, blå fisk", "   ", "x" 
 KEPT = [text for text in TEXTS if text.strip()]
 
 
-def bytes_tokenizer():
-    return Tokenizer({bytes([i]): i for i in range(256)}, {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
+def bytes_tokenizer(merges=()):
+    ranks = {token: i for i, token in enumerate([*(bytes([byte]) for byte in range(256)), *merges])}
+    return Tokenizer(ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
 
 
 def make_dataset(folder, *shards, dataset_id="tales-1"):
@@ -121,8 +122,7 @@ def test_a_source_of_another_size_makes_the_tokens_again(tmp_path, capsys):
 
 def test_another_tokenizer_has_its_own_cache(tmp_path):
     dataset, tokenizer = make_dataset(tmp_path / "d", ["abab"], ["val"]), bytes_tokenizer()
-    ranks = {**tokenizer.ranks, b"ab": 256}
-    merged = Tokenizer(ranks, {name: 257 + i for i, name in enumerate(SPECIAL_TOKENS)})
+    merged = bytes_tokenizer(merges=[b"ab"])
     assert token_shards(dataset, tokenizer)[0].n_tokens == 5
     assert token_shards(dataset, merged)[0].n_tokens == 3
     assert token_shards(dataset, tokenizer)[0].n_tokens == 5
