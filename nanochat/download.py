@@ -66,9 +66,9 @@ def _fetch(url, path, progress, stop):
             if not _continue(url, part, progress, stop):
                 return
             open_shard(part).close()
-        except UserError as error:  # the whole file came, but it is no shard: begin anew
+        except UserError:  # the whole file came and is no shard: begin anew
             part.unlink()
-            reason = error
+            reason = "what came is not a parquet file with a string column `text`"
         except urllib.error.HTTPError as error:
             reason = f"HTTP status {error.code}"
             if error.code in _GONE:
@@ -98,6 +98,7 @@ def _continue(url, part, progress, stop):
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_SEC)
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code == 416:  # nothing after `have`: complete, or longer than the file is now
             total = (error.headers.get("Content-Range") or "").rpartition("/")[2]
             if total == str(have):
