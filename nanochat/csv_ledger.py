@@ -36,6 +36,26 @@ def read_rows(path, row_type, key="run_id"):
     return [row for _, row in _parse(Path(path), _read(Path(path)), row_type, key)]
 
 
+def parse_cell(cell, field):
+    """The typed value of one cell of the column `field` (a dataclass field). Errors: UserError."""
+    if field.type is str:
+        return cell
+    kinds = get_args(field.type) or (field.type,)
+    number = cell.strip()
+    if not number and NoneType in kinds:
+        return None
+    try:
+        if not _NUMBER.fullmatch(number):
+            raise ValueError
+        value = kinds[0](number)
+    except ValueError:
+        kind = "a whole number" if kinds[0] is int else "a number"
+        raise UserError(f"{field.name} is {cell!r}, not {kind}") from None
+    if kinds[0] is float and not math.isfinite(value):
+        raise UserError(f"{field.name} is {cell!r}, beyond the range of a float")
+    return value
+
+
 def append_row(path, row, key="run_id"):
     """Add `row` (a dataclass) at the end, atomically and under a lock; a missing or empty file gets the header.
 
@@ -110,26 +130,7 @@ def _typed(cells, row_type):
     fields = dataclasses.fields(row_type)
     if len(cells) != len(fields):
         raise ValueError(f"{len(cells)} cells where the header has {len(fields)}")
-    return row_type(**{field.name: _value(cell, field) for cell, field in zip(cells, fields, strict=True)})
-
-
-def _value(cell, field):
-    if field.type is str:
-        return cell
-    kinds = get_args(field.type) or (field.type,)
-    number = cell.strip()
-    if not number and NoneType in kinds:
-        return None
-    try:
-        if not _NUMBER.fullmatch(number):
-            raise ValueError
-        value = kinds[0](number)
-    except ValueError:
-        kind = "a whole number" if kinds[0] is int else "a number"
-        raise ValueError(f"{field.name} is {cell!r}, not {kind}") from None
-    if kinds[0] is float and not math.isfinite(value):
-        raise ValueError(f"{field.name} is {cell!r}, beyond the range of a float")
-    return value
+    return row_type(**{field.name: parse_cell(cell, field) for cell, field in zip(cells, fields, strict=True)})
 
 
 def _format(row, key):

@@ -1,5 +1,7 @@
 """Lane B's ledger: one row a run, 21 columns in a fixed order, filled in by the tools or by hand."""
 
+import math
+import statistics
 from dataclasses import dataclass
 
 from nanochat import csv_ledger
@@ -52,3 +54,70 @@ def read_records(path):
 def append_record(path, record):
     """Add one LaneBRecord, refusing a run_id that is there already. Errors: see csv_ledger.append_row."""
     csv_ledger.append_row(path, record)
+
+
+def record_of_run(run, inference, decision, reached, ratio=None, notes=""):
+    """The row of a run (RunRecord) that was trained at the ratio of `decision` from `inference` (RecordedInference).
+
+    `reached`: (measured, extrapolated) training seconds to the inference's threshold, None where not known.
+    A `ratio` given replaces the decision's. Errors: UserError when the run did not train at the ratio, or on
+    another dataset, tokenizer or model.
+    """
+    config, summary = run.config, run.summary or {}
+    ratio = ratio or inference.ratio_of(decision)
+    _check_trained_as_decided(config, run.run_id, inference, decision, ratio)
+    source = "default" if decision == "fallback" else inference.alpha_source
+    given = f"alpha_source={source}; state={inference.state}"
+    return LaneBRecord(
+        timestamp_utc=config.get("created_utc", ""), git_commit=config.get("git_commit") or "", run_id=run.run_id,
+        seed=config.get("seed"), dataset_id=inference.dataset_id, target_metric_name=inference.target_metric_name,
+        target_metric_threshold=inference.target_metric_threshold, n_scaling_params=inference.n_scaling_params,
+        inferred_data_scaling_exponent=inference.alpha,
+        inferred_target_tokens=None if inference.target_tokens is None else math.ceil(inference.target_tokens),
+        inferred_target_param_data_ratio=inference.target_param_data_ratio,
+        confirmation_ratio=inference.confirmation_ratio, chosen_ratio=ratio, lane_b_decision=decision,
+        time_to_target_sec_measured=reached[0], time_to_target_sec_extrapolated=reached[1],
+        min_val_bpb=summary.get("min_val_bpb"), tok_per_sec_median=summary.get("tok_per_sec_median"),
+        dt_median_ms=summary.get("dt_median_ms"), status=run.status, notes=f"{given}; {notes}" if notes else given)
+
+
+def _check_trained_as_decided(config, run_id, inference, decision, ratio):
+    for name in ("dataset_id", "tokenizer_id", "n_scaling_params"):
+        if config.get(name) != getattr(inference, name):
+            raise UserError(f"run {run_id} has {name} {config.get(name)}, the inference {getattr(inference, name)}; "
+                            "log it with the inference it was trained for")
+    tokens, step_tokens = config.get("target_tokens"), config.get("total_batch_size_tokens")
+    if tokens is None or step_tokens is None:
+        raise UserError(f"run {run_id} does not record its target_tokens; it was not written by scripts.base_train")
+    wanted = ratio * inference.n_scaling_params
+    if abs(tokens - wanted) > max(step_tokens, 0.01 * wanted):
+        trained = tokens / inference.n_scaling_params
+        raise UserError(f"run {run_id} was trained at ratio {trained:.4g} ({tokens} tokens), the {decision} ratio is "
+                        f"{ratio:.4g}; give the --decision or --chosen-ratio it was trained for")
+
+
+def standing(records, baseline_sec):
+    """Lines that say which decision reached the target first, and by how much against the baseline.
+
+    `records`: LaneBRecords of one target; `baseline_sec`: the baseline runs' measured seconds, None where not
+    reached. A group wins by its median over seeds; one that missed in any seed cannot win.
+    """
+    groups = {"baseline": list(baseline_sec)}
+    for decision in DECISIONS:
+        times = [record.time_to_target_sec_measured for record in records if record.lane_b_decision == decision]
+        if times:
+            groups[decision] = times
+    medians = {name: statistics.median(times) for name, times in groups.items() if times and None not in times}
+    lines = []
+    for name, times in groups.items():
+        shown = " ".join("not reached" if time is None else f"{time:.1f}" for time in times)
+        against = ""
+        if name != "baseline" and {name, "baseline"} <= set(medians):
+            against = f", {100 * (medians[name] / medians['baseline'] - 1):+.1f} % against the baseline"
+        middle = f", median {medians[name]:.1f}" if name in medians else ""
+        lines.append(f"{name:<13}{shown} s{middle}{against}")
+    if not medians:
+        return [*lines, "no winner: no group reached the target in every seed"]
+    order = sorted(medians, key=medians.get)
+    margin = f", by {100 * (1 - medians[order[0]] / medians[order[1]]):.1f} % of {order[1]}'s time" if order[1:] else ""
+    return [*lines, f"first: {order[0]}{margin}; a margin within the seeds' spread above is a tie"]

@@ -1,0 +1,211 @@
+"""The metric at the end of complete schedules of D tokens: L(D) = L_inf + A D^-alpha, in bits per byte.
+
+At a fixed model L_inf holds the entropy of the text and the model's own limit together, so it is
+always fitted (L_inf >= 0, A > 0). alpha is given by the theory, or fitted too: least squares in
+closed form for (L_inf, A), a search in one dimension for alpha. Errors: copies of the points with
+new normal noise are fitted again; the noise of each copy is drawn with the uncertainty that its
+size has at so few degrees of freedom (Student's t by resampling).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanochat.errors import UserError
+from nanochat.lane_b import Refusal
+
+CONFIDENCE = 0.95
+MIN_HORIZONS = 3  # with alpha given: L_inf, A and something left to see the fit by
+MIN_HORIZONS_FREE = 4  # with alpha fitted too
+MIN_HORIZON_STEP = 1.5  # horizons closer than this factor count as one
+_ALPHAS = np.geomspace(0.01, 3.0, 64)
+_ZOOMS = 7  # the last grid's steps are 5e-6 of alpha
+
+
+@dataclass(frozen=True, order=True)
+class BitsPerByte:
+    """A loss per byte of text. Comparing or mixing it with BitsPerToken is a TypeError."""
+
+    value: float
+
+    def __post_init__(self):
+        if not (np.isfinite(self.value) and self.value > 0):
+            raise Refusal(f"a metric of {self.value} bits per byte cannot be: it must be finite and above 0; "
+                          "leave that run out or repeat it")
+
+
+@dataclass(frozen=True, order=True)
+class BitsPerToken:
+    """A loss per token; it becomes one per byte only with the tokenizer's bytes per token."""
+
+    value: float
+
+    def per_byte(self, bytes_per_token):
+        return BitsPerByte(self.value / bytes_per_token)
+
+
+def bits_per_byte(metric):
+    """The number in a BitsPerByte. Errors: TypeError for anything else, a bare float or BitsPerToken."""
+    if not isinstance(metric, BitsPerByte):
+        raise TypeError(f"{metric!r} is not in bits per byte")
+    return metric.value
+
+
+@dataclass(frozen=True)
+class CalibrationPoint:
+    """The metric at the end of one complete schedule of `tokens` tokens; `source` names the run."""
+
+    tokens: int
+    metric: BitsPerByte
+    source: str
+
+    def __post_init__(self):
+        bits_per_byte(self.metric)
+        if self.tokens < 1:
+            raise UserError(f"calibration point {self.source}: {self.tokens} tokens cannot be a horizon")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """L(D) = asymptote + amplitude (D / reference_tokens)^-alpha: one curve (floats) or many (1-D arrays).
+
+    The amplitude is taken at the middle of the data, in bits per byte, where it is a number of ordinary
+    size; `scale` is the same thing at one token, the A of the formula (bits per byte x tokens^alpha).
+    """
+
+    alpha: float | np.ndarray
+    asymptote: float | np.ndarray
+    amplitude: float | np.ndarray
+    reference_tokens: float
+
+    @property
+    def scale(self):
+        return self.amplitude * self.reference_tokens**self.alpha
+
+    def metric_at(self, tokens):
+        """Bits per byte at the end of a schedule of `tokens`; (curves, tokens) for many curves."""
+        alpha, asymptote, amplitude = (part[:, None] if np.ndim(part) else part for part in self._parts)
+        return asymptote + amplitude * (np.asarray(tokens) / self.reference_tokens) ** -alpha
+
+    def tokens_at(self, metric):
+        """The horizon whose end reaches `metric` (BitsPerByte); infinity for a curve that never does."""
+        alpha, asymptote, amplitude = (np.asarray(part, dtype=np.float64) for part in self._parts)
+        gap = bits_per_byte(metric) - asymptote
+        reaches = (gap > 0) & (amplitude > 0)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            tokens = self.reference_tokens * (amplitude / gap) ** (1 / alpha)
+        return np.where(reaches, tokens, np.inf)
+
+    @property
+    def _parts(self):
+        return self.alpha, self.asymptote, self.amplitude
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A fitted curve, its residual, and the resampled curves that carry its uncertainty (None: nothing to spare).
+
+    alpha_lo, alpha_hi: 95 % by resampling; for a given alpha, of what was given.
+    """
+
+    curve: Curves
+    alpha_lo: float | None
+    alpha_hi: float | None
+    rms_residual_bits_per_byte: float
+    degrees_of_freedom: int
+    resampled: Curves | None
+
+
+def horizons(points):
+    """The distinct horizons in tokens, shortest first; those within a factor MIN_HORIZON_STEP count as one."""
+    distinct = []
+    for tokens in sorted(point.tokens for point in points):
+        if not distinct or tokens >= MIN_HORIZON_STEP * distinct[-1]:
+            distinct.append(tokens)
+    return distinct
+
+
+def check_points(points):
+    """(tokens, bits per byte) of points that a falling curve can be fitted to. Errors: Refusal for the others."""
+    found = horizons(points)
+    if len(found) < MIN_HORIZONS:
+        raise Refusal(f"calibration has {len(found)} distinct horizons (need {MIN_HORIZONS}, a factor of 2 apart; "
+                      f"closer than {MIN_HORIZON_STEP} they count as one); add runs with complete schedules between or "
+                      "beyond them")
+    tokens = np.array([point.tokens for point in points], dtype=np.float64)
+    metrics = np.array([bits_per_byte(point.metric) for point in points])
+    first = metrics[tokens < MIN_HORIZON_STEP * found[0]].mean()
+    last = metrics[tokens >= found[-1]].mean()
+    if last >= first:
+        raise Refusal(f"calibration points do not fall: {first:.4f} bits per byte at {found[0]} tokens, {last:.4f} at "
+                      f"{found[-1]}; use longer horizons or more seeds, and check that each run ended its own schedule")
+    return tokens, metrics
+
+
+def fit_calibration(points, alpha=None, alpha_log_se=0.0, resamples=2000, seed=0):
+    """Fit L(D) to the points with `alpha` given (its standard error in log alpha beside it), or fitted too.
+
+    Errors: Refusal for fewer than three distinct horizons, points that do not fall from the shortest to the
+    longest or fit no falling curve, and a free alpha that they do not determine.
+    """
+    tokens, metrics = check_points(points)
+    free = alpha is None
+    reference = float(np.exp(np.log(tokens).mean()))
+    scaled = tokens / reference
+    best = float(_best_alpha(scaled, metrics)) if free else alpha
+    if free and not _ALPHAS[0] < best < _ALPHAS[-1]:
+        raise Refusal(f"alpha not fitted: the calibration points fit best at its limit {best:g}; "
+                      "add horizons further apart, or seeds")
+    asymptote, amplitude, _ = _solve(scaled**-best, metrics)
+    if amplitude <= 0:
+        raise Refusal("no falling curve fits the calibration points; check that each run ended its own schedule, "
+                      "or add seeds")
+    curve = Curves(best, float(asymptote), float(amplitude), reference)
+    residual = metrics - curve.metric_at(tokens)
+    freedom = len(tokens) - (3 if free else 2)
+    resampled = lo = hi = None
+    if freedom > 0:
+        rng = np.random.default_rng(seed)
+        noise = np.sqrt((residual**2).sum() / rng.chisquare(freedom, resamples))
+        copies = curve.metric_at(tokens) + noise[:, None] * rng.standard_normal((resamples, len(tokens)))
+        alphas = (_best_alpha(scaled, copies) if free
+                  else best * np.exp(alpha_log_se * rng.standard_normal(resamples)))
+        resampled = Curves(alphas, *_solve(scaled ** -alphas[:, None], copies)[:2], reference)
+        lo, hi = central_interval(alphas)
+    return Calibration(curve, lo, hi, float(np.sqrt((residual**2).mean())), freedom, resampled)
+
+
+def central_interval(values):
+    """(lo, hi) holding the middle CONFIDENCE of the values; infinite ones keep their place in the order."""
+    tail = (1 - CONFIDENCE) / 2
+    lo, hi = np.quantile(values, [tail, 1 - tail], method="inverted_cdf")
+    return float(lo), float(hi)
+
+
+def _solve(x, y):
+    """Least squares of y = asymptote + amplitude x along the last axis, asymptote >= 0: both and the squares left."""
+    x, y = np.broadcast_arrays(x, y)
+    x_mean, y_mean = x.mean(-1, keepdims=True), y.mean(-1, keepdims=True)
+    amplitude = ((x - x_mean) * (y - y_mean)).sum(-1) / ((x - x_mean) ** 2).sum(-1)
+    asymptote = y_mean[..., 0] - amplitude * x_mean[..., 0]
+    below = asymptote < 0  # the best fit allowed is then the pure power law
+    amplitude = np.where(below, (x * y).sum(-1) / (x * x).sum(-1), amplitude)
+    asymptote = np.where(below, 0.0, asymptote)
+    squares = ((y - asymptote[..., None] - amplitude[..., None] * x) ** 2).sum(-1)
+    return asymptote, amplitude, squares
+
+
+def _best_alpha(scaled, metrics):
+    """The alpha of the smallest residual for each row of `metrics` (..., points): a grid, zoomed in on."""
+    log_alpha = np.log(_ALPHAS)
+    for zoom in range(_ZOOMS + 1):
+        alphas = np.exp(log_alpha)
+        _, amplitude, squares = _solve(scaled ** -alphas[..., None], metrics[..., None, :])
+        best = np.where(amplitude > 0, squares, np.inf).argmin(-1)[..., None]
+        last = alphas.shape[-1] - 1
+        log_alpha = np.broadcast_to(log_alpha, (*best.shape[:-1], last + 1))
+        lo, hi = (np.take_along_axis(log_alpha, np.clip(best + step, 0, last), -1) for step in (-1, 1))
+        middle = np.take_along_axis(log_alpha, best, -1)[..., 0]
+        if zoom < _ZOOMS:
+            log_alpha = lo + (hi - lo) * np.linspace(0, 1, 9)
+    return np.exp(middle)

@@ -1,0 +1,148 @@
+"""What lane B's inference reads: stats.json, and runs as calibration points or as the baseline."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+from nanochat.errors import UserError
+from nanochat.lane_b import Refusal
+from nanochat.lane_b.calibration import BitsPerByte, CalibrationPoint
+from nanochat.lane_b.horizon import CorpusStatistics, CorrelationLaw, Estimate
+
+STATISTICS_VERSION = 1
+
+
+def read_json(path):
+    """A JSON object from a file. Errors: UserError with file and line."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); make the file again") from None
+    except ValueError:
+        raise UserError(f"{path}: not UTF-8; make the file again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, line 1: not a JSON object; make the file again")
+    return value
+
+
+class Fields:
+    """Typed access to a JSON object by dotted names; every error is a UserError that names the file and the field."""
+
+    def __init__(self, path, maker):
+        self.path, self.maker, self.values = path, maker, read_json(path)
+
+    def get(self, name, kinds):
+        """The value at `name` (a.b.c), which must be there and of one of `kinds`; numbers must be finite."""
+        value = self.values
+        for part in name.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise UserError(f"{self.path}: no field {name}; make the file again with {self.maker}")
+            value = value[part]
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not finite:
+            raise UserError(f"{self.path}: {name} is {value!r}; make the file again with {self.maker}")
+        return value
+
+    def number(self, name):
+        return float(self.get(name, (int, float)))
+
+    def optional(self, name):
+        value = self.get(name, (int, float, type(None)))
+        return None if value is None else float(value)
+
+    def estimate(self, name):
+        return Estimate(*(self.optional(f"{name}.{part}") for part in ("value", "se", "lo", "hi")))
+
+
+def read_statistics(path):
+    """CorpusStatistics from the stats.json of scripts.lane_b_stats. Errors: UserError naming file and field."""
+    file = Fields(path, "scripts.lane_b_stats")
+    if file.get("schema_version", int) != STATISTICS_VERSION:
+        raise UserError(f"{path}: schema_version {file.values['schema_version']} (this program reads "
+                        f"{STATISTICS_VERSION}); make the file again with scripts.lane_b_stats")
+    n_break = file.optional("n_break")
+    fit = "fits.op.single" if n_break is None else "fits.op.broken"
+    law = CorrelationLaw(
+        log_intercept=file.number(f"{fit}.log_intercept"),
+        slope=file.number(f"{fit}.slope" if n_break is None else f"{fit}.slope_before"),
+        n_break=n_break,
+        slope_after=None if n_break is None else file.number(f"{fit}.slope_after"),
+        null_coefficient=file.number("null_coefficient"),
+        longest_lag=max((lag["lag"] for lag in file.get("lags", list)), default=0))
+    context_tokens = file.optional("context_tokens")
+    return CorpusStatistics(
+        dataset_id=file.get("dataset_id", str), tokenizer_id=file.get("tokenizer_id", str),
+        vocab_size=file.get("vocab_size", int), beta=file.estimate("beta"),
+        beta_max_data_tokens=file.number("beta.max_data_tokens"), gamma=file.estimate("gamma"),
+        gamma_refusal=file.get("gamma.refusal", (str, type(None))), law=law,
+        context_tokens=None if context_tokens is None else int(context_tokens),
+        warnings=tuple(file.get("warnings", list)))
+
+
+def parse_point(text):
+    """A CalibrationPoint from TOKENS:METRIC as typed on the command line, the metric in bits per byte."""
+    tokens, _, metric = text.partition(":")
+    try:
+        tokens, metric = float(tokens), float(metric)
+        if not tokens.is_integer():
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise UserError(f"--calibration {text!r} is neither a run nor TOKENS:METRIC, like 8388608:1.0372") from None
+    return CalibrationPoint(int(tokens), BitsPerByte(metric), "given")
+
+
+def point_of_run(run, corpus):
+    """A CalibrationPoint: the val_bpb at the end of a run's complete schedule.
+
+    Errors: Refusal for a run that did not end well, stopped or was last evaluated before its schedule's
+    end, or was trained on another dataset or tokenizer than the statistics of `corpus`.
+    """
+    _check_run(run, corpus)
+    tokens, target = _field(run.summary, "tokens", run), _field(run.config, "target_tokens", run)
+    if tokens != target:
+        raise Refusal(f"run {run.run_id} ended after {tokens} of {target} tokens: not the end of its schedule; "
+                      "finish it or leave it out")
+    evaluations = run.of("val")
+    steps, metric = _field(run.summary, "steps", run), _field(run.summary, "final_val_bpb", run)
+    if metric is None or not evaluations or evaluations[-1].get("step") != steps:
+        raise Refusal(f"run {run.run_id} was not evaluated at the end of its schedule (step {steps}); "
+                      "repeat it with --eval-every")
+    return CalibrationPoint(tokens, BitsPerByte(metric), run.run_id)
+
+
+def threshold_of_baseline(runs, corpus):
+    """The default threshold: the median over seeds of the baseline runs' lowest val_bpb, as BitsPerByte."""
+    for run in runs:
+        _check_run(run, corpus)
+    return BitsPerByte(statistics.median(_field(run.summary, "min_val_bpb", run) for run in runs))
+
+
+def common_model(runs):
+    """(n_scaling_params, context length in tokens) of runs of one model. Errors: Refusal when they differ."""
+    models = {run.run_id: (_field(run.config, "n_scaling_params", run), _field(run.config, "model_config", run))
+              for run in runs}
+    names = list(models)
+    for name in names[1:]:
+        if models[name] != models[names[0]]:
+            raise Refusal(f"runs {names[0]} and {name} are of different models; calibrate with one model")
+    params, config = models[names[0]]
+    return params, config.get("sequence_len")
+
+
+def _check_run(run, corpus):
+    if run.status != "ok":
+        raise Refusal(f"run {run.run_id} did not end well (status {run.status}); repeat it or leave it out")
+    for name, found in (("dataset", corpus.dataset_id), ("tokenizer", corpus.tokenizer_id)):
+        trained_on = _field(run.config, f"{name}_id", run)
+        if trained_on != found:
+            raise Refusal(f"run {run.run_id} was trained on {name} {trained_on}, the statistics are of {found}; "
+                          f"make the statistics again with that {name}")
+
+
+def _field(values, name, run):
+    if name not in values:
+        raise UserError(f"{run.folder}: its record has no {name}; it was not written by scripts.base_train")
+    return values[name]

@@ -1,0 +1,91 @@
+"""A run and its inference -> one row of lane B's ledger; any column can be given by hand instead.
+
+python -m scripts.lane_b_log_run --run RUN --inference-json infer.json --decision inferred
+python -m scripts.lane_b_log_run --standing --inference-json infer.json --baseline-run base-s0 base-s1
+"""
+
+import argparse
+from dataclasses import fields, replace
+from pathlib import Path
+
+from nanochat.common import runs_dir
+from nanochat.csv_ledger import parse_cell
+from nanochat.errors import UserError, command
+from nanochat.experiments.target import evaluations_of, time_to_target
+from nanochat.lane_b.inference_file import read_inference
+from nanochat.lane_b.record import DECISIONS, LaneBRecord, append_record, read_records, record_of_run, standing
+from nanochat.runlog import find_run
+
+LEDGER = Path(__file__).resolve().parents[1] / "ideas" / "lane_b_inference_schema.csv"
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", help="run id or folder to log")
+    what.add_argument("--standing", action="store_true", help="log nothing, say which decision came first")
+    parser.add_argument("--inference-json", required=True, help="from scripts.lane_b_infer_ratio")
+    parser.add_argument("--decision", choices=DECISIONS, help="default: the inference's")
+    parser.add_argument("--baseline-run", nargs="+", default=[], metavar="RUN", help="with --standing")
+    parser.add_argument("--csv", type=Path, default=LEDGER, help="the ledger (default: the one in ideas/)")
+    columns = parser.add_argument_group("columns by hand", "each replaces what the run and the inference say; "
+                                        "notes without alpha_source= are added to theirs")
+    for field in fields(LaneBRecord):
+        if field.name != "lane_b_decision":
+            columns.add_argument("--" + field.name.replace("_", "-"), metavar="VALUE")
+    return parser.parse_args(argv)
+
+
+def seconds_to_target(run, inference):
+    """(measured, extrapolated) training seconds of the run to the inference's threshold."""
+    evaluations = evaluations_of(run.events, inference.target_metric_name)
+    found = time_to_target(evaluations, inference.target_metric_name, inference.target_metric_threshold)
+    return found.measured_sec, found.extrapolated_sec
+
+
+def by_hand(args):
+    """{column: typed value} of the columns given as flags."""
+    given = {field: getattr(args, field.name, None) for field in fields(LaneBRecord)}
+    return {field.name: parse_cell(text, field) for field, text in given.items() if text is not None}
+
+
+def log(args, inference):
+    run = find_run(args.run, runs_dir())
+    given = by_hand(args)
+    notes = "" if "alpha_source=" in given.get("notes", "") else given.pop("notes", "")
+    record = record_of_run(run, inference, args.decision or inference.decision, seconds_to_target(run, inference),
+                           given.get("chosen_ratio"), notes)
+    record = replace(record, **given)
+    append_record(args.csv, record)
+    reached = record.time_to_target_sec_measured
+    print(f"{args.csv}: {record.run_id}, {record.lane_b_decision}, ratio {record.chosen_ratio:.4g}, "
+          f"{record.target_metric_name} {record.target_metric_threshold:.4f} "
+          f"{'not reached' if reached is None else f'after {reached:.1f} s of training'}")
+
+
+def show_standing(args, inference):
+    if not args.baseline_run:
+        raise UserError("--standing compares with the baseline: give --baseline-run")
+    baseline = [seconds_to_target(find_run(name, runs_dir()), inference)[0] for name in args.baseline_run]
+    target = (inference.dataset_id, inference.target_metric_name, inference.target_metric_threshold,
+              inference.n_scaling_params)
+    records = [record for record in read_records(args.csv)
+               if (record.dataset_id, record.target_metric_name, record.target_metric_threshold,
+                   record.n_scaling_params) == target]
+    print(f"training seconds to {inference.target_metric_name} {inference.target_metric_threshold:.4f}")
+    print("\n".join(standing(records, baseline)))
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    inference = read_inference(args.inference_json)
+    if args.standing:
+        show_standing(args, inference)
+    else:
+        log(args, inference)
+
+
+if __name__ == "__main__":
+    main()
