@@ -1,0 +1,223 @@
+"""Encoding, decoding, training, saving and loading."""
+
+import itertools
+import json
+import pickle
+import random
+import shutil
+import string
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from nanochat import tokenizer as tokenizer_module
+from nanochat.errors import UserError
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, load_tokenizer, train_tokenizer
+
+GOLDEN = Path(__file__).parent / "golden" / "tokenizer_1024"
+EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
+golden = load_tokenizer(GOLDEN)
+BYTES = {bytes([i]): i for i in range(256)}
+bytes_only = Tokenizer(BYTES, {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
+
+any_text = st.one_of(
+    st.text(max_size=80),
+    st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|", "|>", "\n", "\r\n", "\n\n", " ", "  ", "\t", "'s", "'LL", "word",
+                              "12345", "é", "🤖", "漢字", "\u200b", "\u00a0", "...", "\x00"]),
+             max_size=25).map("".join))
+
+
+@pytest.mark.parametrize("case", EXPECTED["encoded"], ids=range(len(EXPECTED["encoded"])))
+def test_golden_texts_encode_as_upstream_encodes_them(case):
+    assert golden.encode(case["text"]) == case["ids"]
+    assert golden.decode(case["ids"]) == case["text"]
+
+
+def test_golden_vocabulary():
+    assert golden.vocab_size == EXPECTED["vocab_size"]
+    assert golden.bos_id == EXPECTED["bos"]
+    assert [golden.bos_id, *golden.encode("abc")] == EXPECTED["with_bos"]
+    assert {golden.decode([i]): i for i in range(1015, 1024)} == EXPECTED["special"]
+
+
+@given(any_text)
+@example("\n")
+@example("<|bos|>")
+@settings(deadline=None)
+def test_decoding_what_was_encoded_gives_the_text(text):
+    for tokenizer in (golden, bytes_only):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert all(0 <= i < tokenizer.bos_id for i in ids), "no special token comes out of text"
+
+
+@given(any_text)
+@settings(deadline=None)
+def test_byte_lengths_of_tokens_add_up_to_the_text(text):
+    assert golden.token_bytes()[golden.encode(text)].sum() == len(text.encode())
+
+
+def test_special_tokens_have_no_bytes():
+    lengths = golden.token_bytes()
+    assert lengths.shape == (1024,) and lengths.dtype == np.int32
+    assert (lengths[1015:] == 0).all() and (lengths[:1015] > 0).all() and (lengths[:256] == 1).all()
+
+
+def test_half_a_character_decodes_to_the_replacement_character():
+    assert bytes_only.decode([0xC3]) == "\ufffd"
+    with pytest.raises(KeyError):
+        golden.decode([1024])
+
+
+def test_lone_surrogate_is_encoded_as_the_replacement_character():
+    assert golden.decode(golden.encode("a\ud800b")) == "a\ufffdb"
+
+
+@given(st.lists(any_text, max_size=8), st.integers(1, 4))
+@settings(deadline=None, max_examples=30)
+def test_batch_in_threads_equals_one_by_one(texts, num_threads):
+    assert golden.encode_batch(texts, num_threads=num_threads) == [golden.encode(text) for text in texts]
+
+
+@given(st.lists(any_text, max_size=8).map("".join), st.integers(4, 30))
+@settings(deadline=None)
+def test_long_text_in_parts_has_the_same_tokens_where_words_end(text, part_chars):
+    whole = golden.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "_PART_CHARS", part_chars)
+        parts = list(tokenizer_module._parts(text))
+        assert "".join(parts) == text and all(len(part) <= part_chars for part in parts)
+        assert golden.decode(golden.encode(text)) == text
+        cut_at_words = all(after[0] == " " and not before[-1].isspace()
+                           for before, after in itertools.pairwise(parts))
+        if cut_at_words:
+            assert golden.encode(text) == whole
+
+
+def test_ordinary_long_text_is_never_cut_inside_a_word():
+    rng = random.Random(0)
+    words = ("".join(rng.choices(string.ascii_letters, k=rng.randint(1, 9))) for _ in range(100_000))
+    text = "".join(word + rng.choice([" ", " ", ", ", ".\n", "  "]) for word in words)
+    assert len(text) > 5 * tokenizer_module._PART_CHARS
+    reference = tiktoken.Encoding("reference", pat_str=golden._vocabulary[2], mergeable_ranks=golden._vocabulary[0],
+                                  special_tokens={})
+    assert golden.encode(text) == reference.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("text", [" " * 1_200_000, "a" * 1_000_000, "\n" * 1_000_000, " \t" * 600_000, "!" * 1_000_000])
+def test_a_million_equal_characters_neither_fail_nor_take_long(text):
+    assert golden.decode(golden.encode(text)) == text  # tiktoken alone panics on the first
+
+
+def test_training_is_reproducible_and_merges_the_frequent_pairs():
+    texts = ["the cat and the hat and the bat " * 20, "then there they were " * 10]
+    first, second = train_tokenizer(texts, 280), train_tokenizer(iter(texts), 280)
+    assert first.tokenizer_id == second.tokenizer_id and first.vocab_size == 280
+    assert first.bos_id == 271
+    assert len(first.encode(" the")) == 1
+
+
+def test_trained_tokenizer_agrees_with_a_textbook_bpe():
+    text = "low low low low lower lower newest newest newest widest widest"
+    trained = train_tokenizer([text], 265 + 6)
+    ours = [trained.decode([i]) for i in range(256, 262)]
+    words = [list(word) for word in (" " + text).split(" ")[1:]]
+    words = [words[0], *([" ", *word] for word in words[1:])]
+    for merged in ours:
+        pairs = {}
+        for word in words:
+            for pair in itertools.pairwise(word):
+                pairs[pair] = pairs.get(pair, 0) + 1
+        assert merged in {a + b for (a, b), count in pairs.items() if count == max(pairs.values())}
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if word[i] + word[i + 1] == merged:
+                    word[i:i + 2] = [merged]
+                i += 1
+
+
+def test_training_survives_a_million_blanks():
+    assert train_tokenizer([" " * 1_200_000 + "word word word"], 270).vocab_size == 270
+
+
+@pytest.mark.parametrize("vocab_size, message", [
+    (264, "too small: the 256 bytes and 9 special tokens take 265"),
+    (5000, "too large for this text, which has pairs to merge for 269 tokens at most"),
+])
+def test_impossible_vocabulary_sizes_are_refused(vocab_size, message):
+    with pytest.raises(UserError, match=message):
+        train_tokenizer(["abc abd", "abc"], vocab_size)
+
+
+def test_vocabulary_without_merges_is_possible():
+    assert train_tokenizer(["any text"], 265).encode("hé") == [104, 0xC3, 0xA9]
+
+
+@given(st.lists(any_text, min_size=1, max_size=5))
+@settings(deadline=None, max_examples=8)
+def test_saved_and_loaded_tokenizer_encodes_the_same(tmp_path_factory, texts):
+    trained = train_tokenizer([*texts, "some more words to merge, words to merge"], 275)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    trained.save(folder)
+    for missing in (None, "tokenizer.pkl", "tokenizer.txt"):
+        shutil.copytree(folder, folder / "copy", dirs_exist_ok=True)
+        if missing:
+            (folder / "copy" / missing).unlink()
+        loaded = load_tokenizer(folder / "copy")
+        assert loaded.tokenizer_id == trained.tokenizer_id and loaded.vocab_size == trained.vocab_size
+        assert loaded.encode_batch(texts, num_threads=1) == trained.encode_batch(texts, num_threads=1)
+        shutil.rmtree(folder / "copy")
+
+
+def test_upstream_reads_what_we_save(tmp_path):
+    golden.save(tmp_path)
+    encoding = pickle.loads((tmp_path / "tokenizer.pkl").read_bytes())
+    assert isinstance(encoding, tiktoken.Encoding)
+    assert encoding.encode_single_token("<|bos|>") == golden.bos_id
+    for case in EXPECTED["encoded"]:
+        assert encoding.encode_ordinary(case["text"]) == case["ids"]
+    token_bytes = torch.load(tmp_path / "token_bytes.pt", weights_only=True)
+    assert token_bytes.dtype == torch.int32 and token_bytes.tolist() == golden.token_bytes().tolist()
+
+
+def test_id_depends_on_everything_that_decides_the_tokens():
+    ranks = BYTES | {b"ab": 256, b"cd": 257}
+    special = {name: 258 + i for i, name in enumerate(SPECIAL_TOKENS)}
+    swapped = ranks | {b"ab": 257, b"cd": 256}
+    renamed = {name.replace("user", "person"): i for name, i in special.items()}
+    ids = [Tokenizer(*parts).tokenizer_id for parts in (
+        (ranks, special), (swapped, special), (ranks, renamed), (ranks, special, r"\s+|\S+"))]
+    assert len(set(ids)) == 4
+    assert Tokenizer(dict(reversed(ranks.items())), special, SPLIT_PATTERN).tokenizer_id == ids[0]
+
+
+@pytest.mark.parametrize("ranks, special, pattern, message", [
+    (BYTES | {b"ab": 300}, {"<|bos|>": 256}, SPLIT_PATTERN, "without a gap"),
+    (BYTES | {b"ab": 256}, {"<|bos|>": 256}, SPLIT_PATTERN, "without a gap"),
+    ({token: i for token, i in BYTES.items() if i < 255}, {"<|bos|>": 255}, SPLIT_PATTERN,
+     "1 of the 256 single bytes have no token"),
+    (BYTES | {b"": 256}, {"<|bos|>": 257}, SPLIT_PATTERN, "no byte at all"),
+    (BYTES, {"<|eos|>": 256}, SPLIT_PATTERN, r"no special token <\|bos\|>"),
+    (BYTES, {"<|bos|>": 256}, "(", "not a regular expression"),
+])
+def test_what_makes_no_vocabulary_is_refused(ranks, special, pattern, message):
+    with pytest.raises(UserError, match=message):
+        Tokenizer(ranks, special, pattern)
+
+
+def test_folder_without_a_tokenizer_names_the_command(tmp_path):
+    with pytest.raises(UserError, match=r"no tokenizer in .*python -m scripts\.tok_train"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_two_different_tokenizers_in_one_folder_are_refused(tmp_path):
+    golden.save(tmp_path)
+    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(bytes_only._encoding))
+    with pytest.raises(UserError, match="different tokenizers"):
+        load_tokenizer(tmp_path)
