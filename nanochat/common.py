@@ -2,7 +2,10 @@
 so that the tools without a model (datasets, statistics, ledgers) start at once."""
 
 import os
+import platform
+import subprocess
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from nanochat.errors import UserError
@@ -25,6 +28,30 @@ def base_dir():
 def runs_dir():
     """Where the runs' records are: <cache folder>/runs."""
     return base_dir() / "runs"
+
+
+def git_commit():
+    """(commit, dirty) of the checkout this package runs from; (None, None) outside one."""
+    def git(*words):
+        done = subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def versions():
+    """Versions of Python and of the packages that decide the numbers."""
+    packages = ("torch", "triton", "numpy", "nanochat")
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 
 from nanochat.attention import causal_attention
 from nanochat.errors import UserError
+from nanochat.kernels.linear_cross_entropy import linear_cross_entropy, plain_linear_cross_entropy
+from nanochat.kernels.rms_norm import rms_norm, rope_qk_norm
 
 VOCAB_MULTIPLE = 64
 ROTARY_BASE = 100_000.0
@@ -131,8 +133,9 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, fused):
         super().__init__()
+        self.fused = fused
         self.layer, self.window = layer, config.windows[layer]
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
@@ -150,8 +153,10 @@ class Attention(nn.Module):
         if self.ve_gate is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.n_kv_head, self.head_dim)
-        q = norm(rotate(q, *cos_sin)) * QK_SCALE
-        k = norm(rotate(k, *cos_sin)) * QK_SCALE
+        if self.fused:
+            q, k = rope_qk_norm(q, k, *cos_sin, QK_SCALE)
+        else:
+            q, k = (norm(rotate(x, *cos_sin)) * QK_SCALE for x in (q, k))
         if kv_cache is not None:
             k, v = kv_cache.extend(self.layer, k, v)
         y = causal_attention(q, k, v, self.window)
@@ -169,28 +174,34 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, fused):
         super().__init__()
-        self.attn = Attention(config, layer)
+        self.norm = rms_norm if fused else norm
+        self.attn = Attention(config, layer, fused)
         self.mlp = MLP(config)
 
     def forward(self, x, value_embedding, cos_sin, kv_cache):
-        x = x + self.attn(norm(x), value_embedding, cos_sin, kv_cache)
-        return x + self.mlp(norm(x))
+        x = x + self.attn(self.norm(x), value_embedding, cos_sin, kv_cache)
+        return x + self.mlp(self.norm(x))
 
 
 class GPT(nn.Module):
-    """The model. `compute_dtype` is the dtype of activations and embeddings; build it, then `init_weights`."""
+    """The model: build it, then `init_weights` or load a state dict.
 
-    def __init__(self, config, compute_dtype=torch.float32):
+    compute_dtype is the dtype of activations and embeddings. fused_rmsnorm and chunked_ce choose lane C's
+    kernels; they change neither the parameters nor, up to rounding, the results.
+    """
+
+    def __init__(self, config, compute_dtype=torch.float32, *, fused_rmsnorm=False, chunked_ce=False):
         super().__init__()
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config, self.compute_dtype, self.chunked_ce = config, compute_dtype, chunked_ce
+        self.norm = rms_norm if fused_rmsnorm else norm
         vocab, d = config.padded_vocab_size, config.n_embd
         # fp16's range is too small for an embedding's optimizer state: those stay fp32
         embedding_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(vocab, d, dtype=embedding_dtype),
-            "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+            "h": nn.ModuleList(Block(config, i, fused_rmsnorm) for i in range(config.n_layer)),
         })
         self.value_embeds = nn.ModuleDict({
             str(i): nn.Embedding(vocab, config.kv_dim, dtype=embedding_dtype)
@@ -243,7 +254,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, loss_reduction="mean", kv_cache=None):
         """Logits (B, T, vocab) in fp32, or with `targets` (B, T; -1 is ignored) the loss in nats.
 
-        idx (B, T) integer token ids. loss_reduction: mean, sum (scalars) or none (B*T). With a `kv_cache`
+        idx (B, T) integer token ids. loss_reduction: mean, sum (scalars) or none (B, T). With a `kv_cache`
         idx continues what the cache holds and the cache is extended.
         """
         x = self.hidden(idx, kv_cache)
@@ -258,7 +269,7 @@ class GPT(nn.Module):
         start = 0 if kv_cache is None else kv_cache.length
         assert start + T <= self.cos.size(1), "sequence longer than the rotary table"
         cos_sin = self.cos[:, start : start + T], self.sin[:, start : start + T]
-        x = self._smear(norm(self.transformer.wte(idx).to(self.compute_dtype)), kv_cache)
+        x = self._smear(self.norm(self.transformer.wte(idx).to(self.compute_dtype)), kv_cache)
         x0, backout = x, None
         for i, block in enumerate(self.transformer.h):
             x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
@@ -272,15 +283,14 @@ class GPT(nn.Module):
             kv_cache.advance(T)
         if backout is not None:
             x = x - self.backout_lambda.to(x.dtype) * backout
-        return norm(x)
+        return self.norm(x)
 
     def loss(self, x, targets, reduction):
         """Cross-entropy in nats of the head's softcapped logits; the padded columns never count."""
-        logits = self.lm_head(x).float()
-        logits = SOFTCAP * torch.tanh(logits / SOFTCAP)
-        column = torch.arange(logits.size(-1), device=logits.device)
-        logits = logits.masked_fill(column >= self.config.vocab_size, -math.inf)
-        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1, reduction=reduction)
+        head = (x, self.lm_head.weight, targets, self.config.vocab_size, SOFTCAP, reduction)
+        if self.chunked_ce:
+            return linear_cross_entropy(*head, implementation="triton" if x.is_cuda else "torch")
+        return plain_linear_cross_entropy(*head)
 
     def _smear(self, x, kv_cache):
         """Mix the previous token's embedding into each position, by a gate of the position's own channels."""

@@ -1,0 +1,83 @@
+"""Where a run's events go besides its record: the terminal, and wandb."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from nanochat.errors import UserError
+
+LINE_EVERY_SEC = 10.0  # without a terminal: a line at most this often
+
+
+class ConsoleSink:
+    """A progress bar with rate and ETA on a terminal, plain lines in a log; one line for each evaluation."""
+
+    def __init__(self, num_iterations, start_step=0):
+        self.num_iterations = num_iterations
+        self.bar = tqdm(total=num_iterations, initial=start_step, unit="step", dynamic_ncols=True,
+                        disable=not sys.stderr.isatty())
+        self.start, self.start_step, self.last_line = time.monotonic(), start_step, 0.0
+
+    def __call__(self, kind, event):
+        writer = getattr(self, f"_{kind}", None)
+        if writer:
+            writer(event)
+
+    def close(self):
+        self.bar.close()
+
+    def _train(self, event):
+        step = event["step"]
+        numbers = f"loss {event['loss']:.4f}, {event['tok_per_sec']:,.0f} tok/s"
+        if not self.bar.disable:
+            self.bar.set_postfix_str(numbers, refresh=False)
+            self.bar.update(step - self.bar.n)
+            return
+        now = time.monotonic()
+        if now - self.last_line >= LINE_EVERY_SEC or step == self.num_iterations:
+            self.last_line = now
+            per_step = (now - self.start) / max(1, step - self.start_step)
+            left = tqdm.format_interval(per_step * (self.num_iterations - step))
+            self._line(f"step {step}/{self.num_iterations}: {numbers}, ETA {left}")
+
+    def _val(self, event):
+        seconds = event["train_time_sec"]
+        self._line(f"step {event['step']}: val_bpb {event['val_bpb']:.4f} after {seconds:.1f} s of training")
+
+    def _core(self, event):
+        self._line(f"step {event['step']}: CORE {event['core_metric']:.4f}")
+
+    def _checkpoint(self, event):
+        self._line(f"step {event['step']}: checkpoint saved in {event['path']}")
+
+    def _sample(self, event):
+        text = event["text"].replace("\n", "\n    ")
+        self._line(f"step {event['step']}: sample, the model continues after [...]:\n"
+                   f"    {event['prompt'].replace(chr(10), chr(10) + '    ')}[...]{text}")
+
+    def _line(self, text):
+        self.bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class WandbSink:
+    """Sends the numbers of the same events to wandb; WANDB_MODE=offline works without a network."""
+
+    def __init__(self, name, run_id, config):
+        import wandb
+
+        try:
+            self.run = wandb.init(project="nanochat", name=name, id=run_id, resume="allow", config=config)
+        except (wandb.errors.UsageError, wandb.errors.CommError) as error:
+            raise UserError(f"wandb does not start ({str(error).splitlines()[0]}); run `wandb login`, set "
+                            "WANDB_MODE=offline, or turn it off with --run=dummy") from None
+
+    def __call__(self, kind, event):
+        numbers = {f"{kind}/{name}": value for name, value in event.items()
+                   if isinstance(value, (int, float)) and name != "step"}
+        if numbers and "step" in event:
+            self.run.log({"step": event["step"], **numbers})
+
+    def close(self):
+        self.run.finish()

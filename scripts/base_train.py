@@ -1,0 +1,178 @@
+"""Pretrain a model: python -m scripts.base_train, or torchrun --nproc-per-node=8 -m scripts.base_train.
+
+The same program at every size. Sizes, horizon, batch and learning rates follow from --depth.
+"""
+
+import argparse
+import time
+from datetime import datetime, timezone
+
+import torch
+
+from nanochat import checkpoint, common, pretrain, schedule
+from nanochat.console import ConsoleSink, WandbSink
+from nanochat.errors import UserError, command
+from nanochat.gpt import flops_per_token, parameter_counts, scaling_params
+from nanochat.runlog import RunLog
+from nanochat.train import Cadence, Hooks, Schedule, Trainer, summarize
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="base_train", description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def topic(title, *flags):
+        group = parser.add_argument_group(title)
+        for name, default, text in flags:
+            kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
+            group.add_argument(name, help=text, **kind)
+
+    topic("record",
+          ("--run", "dummy", "wandb run name; dummy turns wandb off"),
+          ("--run-id", "", "name of the run's record under <cache>/runs; empty: made from tag, time and seed"),
+          ("--model-tag", "", "name of the checkpoint folder; empty: d<depth>"))
+    topic("machine",
+          ("--device-type", "", "cuda, mps or cpu; empty: the best there is"),
+          ("--no-compile", False, "run the model uncompiled (slower; starts at once)"))
+    topic("data",
+          ("--dataset", "climbmix", "stdlib, climbmix, fineweb-edu, or a folder of text"),
+          ("--tokenizer-dir", "", "folder of the tokenizer; empty: <cache>/tokenizer"),
+          ("--seed", 42, "seed of the initial values and of the data order"))
+    topic("model",
+          ("--depth", 20, "layers"),
+          ("--aspect-ratio", 64, "width = depth * aspect ratio, rounded up to whole heads"),
+          ("--head-dim", 128, "channels per attention head"),
+          ("--max-seq-len", 2048, "context length in tokens"),
+          ("--window-pattern", "SSSL", "attention per layer, tiled: L full, S a quarter; the last is full"),
+          ("--fused-rmsnorm", False, "fused Triton norm kernels (lane C)"),
+          ("--chunked-ce", False, "chunked linear cross-entropy (lane C)"))
+    topic("horizon (the first that is given)",
+          ("--num-iterations", -1, "optimizer steps"),
+          ("--target-flops", -1.0, "total training FLOPs"),
+          ("--target-param-data-ratio", 12.0, "tokens per scaling parameter"))
+    topic("optimization",
+          ("--device-batch-size", 32, "rows per device and micro-batch"),
+          ("--total-batch-size", -1, "tokens per optimizer step; -1: automatic"),
+          ("--embedding-lr", 0.3, "AdamW, embeddings"),
+          ("--unembedding-lr", 0.008, "AdamW, head"),
+          ("--matrix-lr", 0.02, "Muon"),
+          ("--scalar-lr", 0.5, "AdamW, scalars"),
+          ("--weight-decay", 0.28, "Muon, scheduled to 0"),
+          ("--warmup-steps", 40, "linear warmup of the learning rates"),
+          ("--warmdown-ratio", 0.65, "share of the steps with falling learning rates"),
+          ("--final-lr-frac", 0.05, "last learning rate over the peak"),
+          ("--resume-from-step", "-1", "a step, or latest: go on from that checkpoint"))
+    topic("evaluation, samples, checkpoints (every so many steps; -1 never)",
+          ("--eval-every", 250, "validation bits per byte"),
+          ("--eval-tokens", 80 * 524288, "tokens of each validation"),
+          ("--core-metric-every", 2000, "CORE"),
+          ("--core-metric-max-per-task", 500, "examples per CORE task; -1 all"),
+          ("--sample-every", 2000, "samples from the model"),
+          ("--save-every", -1, "checkpoints; -1 at the end only, 0 never"),
+          ("--position-losses", False, "save the loss by position of the last validation with the run"),
+          ("--target-metric-name", "val_bpb", "metric of the time to target: val_bpb or core"),
+          ("--target-metric-threshold", float("nan"), "its threshold; nan: no target"))
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    started = time.monotonic()
+    pretrain.check_flags(args)
+    device = common.choose_device(args.device_type)
+    dtype, dtype_reason = pretrain.training_dtype(device)
+    ranks = common.start_ranks(device)
+    try:
+        return train(args, device, dtype, dtype_reason, ranks, started)
+    finally:
+        common.stop_ranks()
+
+
+def train(args, device, dtype, dtype_reason, ranks, started):
+    name = common.device_name(device)
+    dtype_name = str(dtype).removeprefix("torch.")
+    common.print0(f"device: {name}, {ranks.world_size} rank(s), compute dtype {dtype_name}: {dtype_reason}")
+    data = pretrain.open_data(args)
+    config = pretrain.model_config(args, data.tokenizer.vocab_size)
+    horizon = pretrain.plan(args, config)
+    accumulation = schedule.accumulation_steps(horizon.total_batch_size_tokens, args.device_batch_size,
+                                               args.max_seq_len, ranks.world_size)
+    pretrain.check_kernels(args, config, device, dtype)
+    tag = args.model_tag or f"d{args.depth}"
+    folder = checkpoint.checkpoint_folder(tag)
+    resume_step = None
+    if args.resume_from_step != "-1":
+        resume_step = checkpoint.find_checkpoint(folder, args.resume_from_step)
+    resumed = pretrain.resume_meta(args, folder, resume_step, config, data, horizon)
+
+    model = pretrain.build_model(args, config, device, dtype)
+    optimizer = pretrain.build_optimizer(args, model, horizon, ranks, dtype)
+    if resumed:
+        pretrain.restore(model, optimizer, folder, resume_step, resumed, device, ranks)
+    run_id = args.run_id or (resumed or {}).get("run_id") or pretrain.new_run_id(tag, args.seed, ranks)
+    counts = parameter_counts(config)
+    record = {
+        "created_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"), "flags": pretrain.flags_of(args),
+        **dict(zip(("git_commit", "git_dirty"), common.git_commit(), strict=True)), "versions": common.versions(),
+        "device": {"type": device.type, "name": name, "compute_dtype": dtype_name,
+                   "dtype_reason": dtype_reason, "world_size": ranks.world_size},
+        "dataset_id": data.dataset.dataset_id, "tokenizer_id": data.tokenizer.tokenizer_id,
+        "model_config": config.to_dict(), "n_scaling_params": scaling_params(config), "n_params": counts["total"],
+        "flops_per_token": flops_per_token(config), "seed": args.seed,
+        "total_batch_size_tokens": horizon.total_batch_size_tokens, "num_iterations": horizon.num_iterations,
+        "target_tokens": horizon.target_tokens,
+        "target_param_data_ratio": horizon.target_tokens / scaling_params(config),
+    }
+    common.print0(pretrain.describe(config, horizon, accumulation, data))
+
+    log, sinks = pretrain.NoLog(), []
+    if ranks.is_main:
+        if resumed:
+            log = RunLog.resume(common.runs_dir(), run_id, resume_step)
+        else:
+            log = RunLog.create(common.runs_dir(), run_id, record)
+            checkpoint.set_aside(folder)
+        sinks = [ConsoleSink(horizon.num_iterations, resume_step or 0)]
+        if args.run != "dummy":
+            sinks.append(WandbSink(args.run, run_id, record))
+        log.sinks.extend(sinks)
+
+    compiled = model if args.no_compile else torch.compile(model, dynamic=False)
+    loader = data.train_loader(args, ranks, device, resumed)
+    meta = {"model_config": config.to_dict(), "user_config": record["flags"], "run_id": run_id,
+            **pretrain.identity(args, data, horizon)}
+
+    def save(loop_state):
+        checkpoint.save_checkpoint(folder, loop_state["step"], model.state_dict(), optimizer.state_dict(),
+                                   {**meta, "loop_state": loop_state}, ranks)
+        return {"path": str(folder)}
+
+    hooks = Hooks(pretrain.evaluator(args, compiled, data, ranks, device), save,
+                  core=pretrain.core_evaluator(args, model, data, ranks, device),
+                  sample=pretrain.sampler(model, data) if ranks.is_main else None)
+    trainer = Trainer(
+        compiled, optimizer, loader, accumulation=accumulation, step_tokens=horizon.total_batch_size_tokens,
+        schedule=Schedule(horizon.num_iterations, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac),
+        cadence=Cadence(args.eval_every, args.core_metric_every, args.sample_every, args.save_every), hooks=hooks,
+        log=log, ranks=ranks, device=device, device_name=name, flops_per_token=flops_per_token(config),
+        loop_state=resumed and resumed["loop_state"])
+    status = "error"
+    try:
+        with loader:
+            status = trainer.run()
+    finally:
+        for sink in sinks:
+            sink.close()
+        if ranks.is_main:
+            summary = summarize(log.folder, status, device, *pretrain.target_of(args))
+            log.finish(**summary, wall_time_sec=time.monotonic() - started)
+            print(pretrain.describe_end(summary, log.folder), flush=True)
+    if status == "nan":
+        raise UserError(f"the loss is not finite at step {trainer.step}; the run stopped there without saving. "
+                        "Lower the learning rates or resume an earlier checkpoint")
+    return 128 + trainer.stop_signal if status == "interrupted" else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
