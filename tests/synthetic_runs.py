@@ -15,8 +15,7 @@ BATCH_TOKENS = 2048
 
 
 def make_run(run_id, *, candidate="baseline", depth=4, seed=0, steps=200, eval_every=20, step_ms=100.0, bpb_shift=0.0,
-             threshold=1.5, device="CPU x2", dataset_id="stdlib-1", nan_at=None, spike_at=None, finished=True,
-             graph_breaks=0, horizon_noise=0.0):
+             threshold=1.5, device="CPU x2", dataset_id="stdlib-1", nan_at=None, spike_at=None, finished=True):
     """Write one run's record: a falling loss, its evaluations and a summary; returns the RunRecord."""
     flags = {"depth": depth, "seed": seed, "run_id": run_id, "dataset": "stdlib",
              "fused_rmsnorm": "fused" in candidate or candidate == "both",
@@ -32,7 +31,7 @@ def make_run(run_id, *, candidate="baseline", depth=4, seed=0, steps=200, eval_e
         tokens = step * BATCH_TOKENS
         if step % eval_every == 0:
             bpb.append(_bpb(step, steps, depth) + bpb_shift * min(1.0, step / steps * 2)
-                       + horizon_noise * rng.standard_normal() + 0.001 * math.sin(seed))
+                       + 0.001 * math.sin(seed))
             log.event("val", step=step, tokens=tokens, val_bpb=bpb[-1], train_time_sec=clock_sec)
         if step == steps:
             break
@@ -50,7 +49,7 @@ def make_run(run_id, *, candidate="baseline", depth=4, seed=0, steps=200, eval_e
         log.finish(status=status, steps=step, tokens=step * BATCH_TOKENS, min_val_bpb=min(bpb), final_val_bpb=bpb[-1],
                    core_metric=None, tok_per_sec_median=BATCH_TOKENS / step_ms * 1000, dt_median_ms=step_ms,
                    train_time_sec=clock_sec, wall_time_sec=clock_sec + 5, peak_memory_mib=900.0,
-                   graph_breaks=graph_breaks, **target.summary_fields())
+                   **target.summary_fields())
     log.close()
     return find_run(run_id, runs_dir())
 

@@ -15,6 +15,7 @@ import pytest
 from nanochat.common import runs_dir
 from nanochat.errors import UserError
 from nanochat.experiments.ledger import ExperimentRow, read_experiments
+from nanochat.experiments.probe import Probe, probe_candidates, read_probe
 from nanochat.experiments.profiles import CANDIDATES, PROFILES, Profile, candidate_flags, candidate_name, find_profile
 from nanochat.experiments.runner import (
     Experiment,
@@ -37,19 +38,34 @@ FAKE_TRAIN = textwrap.dedent("""
         parser.add_argument("--" + name, type=int)
     parser.add_argument("--pause-sec", type=float, default=0.0)
     parser.add_argument("--fate", default="ok")
+    parser.add_argument("--num-iterations", type=int, default=4)
+    parser.add_argument("--save-every", type=int, default=0)
+    parser.add_argument("--resume-from-step", type=int, default=0)
+    parser.add_argument("--resume-error", type=float, default=0.0)
     args, _ = parser.parse_known_args()
     if args.fate == "refused":
         print("some output\\nerror: --depth 4 cannot be; use 8", file=sys.stderr)
         sys.exit(2)
-    log = RunLog.create(runs_dir(), args.run_id, {
-        "dataset_id": args.dataset + "-1", "git_commit": "c" * 40, "num_iterations": 4,
-        "device": {"type": "cpu", "name": "CPU x2", "world_size": 1}})
-    for step in range(1, 5):
+    last, first = args.num_iterations, args.resume_from_step
+    if "graph_breaks" in os.environ.get("TORCH_LOGS", ""):
+        print("V [0/0] Graph break in user code at model.py:1" if args.fate == "breaks" else "compiled")
+    if first:
+        log = RunLog.resume(runs_dir(), args.run_id, first)
+    else:
+        log = RunLog.create(runs_dir(), args.run_id, {
+            "dataset_id": args.dataset + "-1", "git_commit": "c" * 40, "num_iterations": last,
+            "device": {"type": "cpu", "name": "CPU x2", "world_size": 1}})
+    for step in range(first + 1, last + 1):
         time.sleep(args.pause_sec / 4)
-        log.event("train", step=step, tokens=step * 10, loss=5.0 - step, dt_ms=1.0, train_time_sec=step * 0.1)
-        if args.fate == "crash" and step == 2:
+        loss = 5.0 - step / last + (args.resume_error if first else 0.0)
+        log.event("train", step=step, tokens=step * 10, loss=loss, dt_ms=1.0, train_time_sec=step * 0.1)
+        if args.fate == "crash" and step == 2 or args.fate == "crash after a resume" and step == 15 and first:
             os._exit(1)
-    status = args.fate if args.fate != "crash" else "ok"
+        if args.save_every and step % args.save_every == 0:
+            folder = runs_dir().parent / "base_checkpoints" / args.run_id
+            folder.mkdir(parents=True, exist_ok=True)
+            log.event("checkpoint", step=step, path=str(folder))
+    status = args.fate if args.fate in ("ok", "nan", "interrupted") else "ok"
     log.finish(status=status, tokens=40, min_val_bpb=1.0 + args.seed / 1000, tok_per_sec_median=100.0,
                dt_median_ms=1.0, wall_time_sec=0.4, time_to_target_sec_measured=0.3)
 """)
@@ -149,7 +165,7 @@ def driver(tmp_path, ledger):
         from test_runner import experiment
         from nanochat.common import runs_dir
         from nanochat.experiments.runner import run_experiment
-        asked = experiment(seeds=(0, 1), extra_flags=("--pause-sec", "1.0"))
+        asked = experiment(seeds=(0, 1), extra_flags=("--pause-sec", "0.6"))
         run_experiment(asked, {str(ledger)!r}, runs_dir(),
                        lambda flags: [sys.executable, {str(tmp_path / "fake_train.py")!r}, *flags])
     """)
@@ -162,7 +178,7 @@ def test_a_matrix_killed_five_times_ends_with_the_rows_of_an_uninterrupted_one(t
     rng = random.Random(7)
     for kill in rng.sample([os.kill, os.killpg] * 3, 5):
         process = driver(tmp_path, ledger)
-        time.sleep(rng.uniform(0.6, 1.6))
+        time.sleep(rng.uniform(0.4, 1.2))
         assert process.poll() is None, "the matrix was over before the kill: the test would show nothing"
         kill(process.pid, signal.SIGKILL)
         process.communicate()
@@ -219,6 +235,22 @@ def test_threshold_is_one_that_every_baseline_seed_reached(ledger, fake):
         threshold_from(ledger, "single", runs_dir())
 
 
+@pytest.mark.parametrize(("extra", "expected"), [
+    ((), Probe(0, 0.0, 10)), (("--resume-error", "0.25"), Probe(0, 0.25, 10)),
+    (("--fate", "breaks"), Probe(1, 0.0, 10)), (("--fate", "crash after a resume"), Probe(0, None, 10)),
+])
+def test_probe_resumes_from_the_middle_and_counts_graph_breaks(base_dir, ledger, fake, extra, expected):
+    asked, lines = experiment(extra_flags=extra), []
+    probe_candidates(asked, runs_dir(), fake, lines.append)
+    assert read_probe(runs_dir(), "matrix", "both") == expected
+    assert read_probe(runs_dir(), "matrix", "baseline") is None and len(lines) == 1
+    assert not (base_dir / "base_checkpoints" / "matrix.both.probe").exists()
+    console = runs_dir() / "matrix.both.probe" / "console.txt"
+    before = console.stat().st_mtime_ns
+    probe_candidates(asked, runs_dir(), fake, lines.append)
+    assert console.stat().st_mtime_ns == before
+
+
 def test_several_processes_start_under_torchrun():
     argv = training_command(["--depth", "4"], nproc_per_node=8)
     assert shlex.join(argv[1:]) == (
@@ -230,7 +262,7 @@ def test_d12_profile_is_the_plans_protocol_to_the_letter():
     flags = plan(asked)[0].flags
     wanted = {"--depth": "12", "--head-dim": "128", "--window-pattern": "L", "--max-seq-len": "512",
               "--device-batch-size": "16", "--total-batch-size": "16384", "--eval-every": "100",
-              "--eval-tokens": "524288", "--core-metric-every": "-1", "--sample-every": "-1", "--save-every": "-1",
+              "--eval-tokens": "524288", "--core-metric-every": "-1", "--sample-every": "-1", "--save-every": "0",
               "--num-iterations": "1500"}
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     assert given == wanted | {"--dataset": "climbmix", "--seed": "0", "--target-metric-name": "val_bpb",

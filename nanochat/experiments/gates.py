@@ -69,12 +69,12 @@ class Verdict:
         return lines + [f"  {gate.name:<16} {gate.outcome:<13} {gate.detail}" for gate in self.gates]
 
 
-def judge(candidate, trials, miniseries=(), probes=None, rules=Rules()):
+def judge(candidate, trials, miniseries=(), probe=None, rules=Rules()):
     """The verdict on one candidate against the baseline.
 
-    trials: those of the experiment, at one depth. miniseries: those of gate 4's experiment. probes: {candidate:
-    largest loss difference after a resume, nats/token}. Errors: UserError when there is no such candidate or no
-    baseline, and for trials of another dataset, device, target or horizon.
+    trials: those of the experiment, at one depth. miniseries: those of gate 4's experiment. probe: the candidate's
+    Probe, or None. Errors: UserError when there is no such candidate or no baseline, and for trials of another
+    dataset, device, target or horizon.
     """
     baseline, others = split(trials)
     if candidate not in others:
@@ -92,7 +92,7 @@ def judge(candidate, trials, miniseries=(), probes=None, rules=Rules()):
     missing = _missing(baseline, tried)
     time, gain = time_gate(pairs, missing, rules)
     gates = (time, quality_gate(pairs, baseline, missing, rules),
-             stability_gate(tried, baseline, (probes or {}).get(candidate), rules),
+             stability_gate(tried, baseline, probe, rules),
              generalisation_gate(candidate, miniseries, quality_margin(baseline, rules), rules))
     flags = next(iter(tried.values())).row.candidate_flags
     return Verdict(candidate, flags, *decide(gates, gain, any(t.is_extrapolated for pair in pairs for t in pair)),
@@ -168,7 +168,7 @@ def quality_gate(pairs, baseline, missing, rules):
     return Gate(name, PASS, detail)
 
 
-def stability_gate(tried, baseline, resume_difference_nats, rules):
+def stability_gate(tried, baseline, probe, rules):
     """Gate 3: ends, spikes, graph breaks, resume."""
     name = "3 stability"
     faults = [f"seed {t.row.seed} ended as {t.row.status!r}" for t in tried.values() if not t.ok]
@@ -177,21 +177,21 @@ def stability_gate(tried, baseline, resume_difference_nats, rules):
         steps = spikes(trial, rules) - (spikes(baseline[key], rules) if key in baseline else set())
         if steps:
             faults.append(f"seed {trial.row.seed} has a loss spike at step {min(steps)}")
-        breaks = trial.summary.get("graph_breaks")
-        if breaks:
-            faults.append(f"seed {trial.row.seed} compiled with {breaks} graph breaks")
         if trial.ok and not len(trial.loss_curve):
             gaps.append(f"seed {trial.row.seed}'s losses are not here")
-        elif trial.ok and breaks is None:
-            gaps.append(f"seed {trial.row.seed} does not say its graph breaks")
-    if resume_difference_nats is None:
-        gaps.append("no save/resume probe")
-    elif not resume_difference_nats <= rules.resume_tolerance_nats:  # NaN is a fault
-        faults.append(f"losses differ by {resume_difference_nats:.2g} nats after a resume")
+    if probe is None:
+        return Gate(name, FAIL if faults else INSUFFICIENT, "; ".join([*faults, *gaps, "no save/resume probe"]))
+    difference = probe.resume_difference_nats
+    if probe.graph_breaks:
+        faults.append(f"compiles with {probe.graph_breaks} graph breaks")
+    if difference is None:
+        faults.append("a run did not end well after a resume")
+    elif difference > rules.resume_tolerance_nats:
+        faults.append(f"losses differ by {difference:.2g} nats after a resume")
     if faults or gaps:
         return Gate(name, FAIL if faults else INSUFFICIENT, "; ".join(faults + gaps))
     return Gate(name, PASS, f"{len(tried)} runs without NaN, spike or graph break; losses after a resume differ by "
-                            f"{resume_difference_nats:.2g} nats")
+                            f"{difference:.2g} nats at most")
 
 
 def spikes(trial, rules):

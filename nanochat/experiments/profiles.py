@@ -30,25 +30,26 @@ class Profile:
         return shlex.split(self.flags)
 
 
+# --save-every 0: no checkpoint at all, where -1 is one at the end.
 PROFILES = {
     "d12": Profile(
         "the d12 baseline protocol: 1500 steps of 16384 tokens, on one GPU", 12, "climbmix",
         "--head-dim 128 --window-pattern L --max-seq-len 512 --device-batch-size 16 --total-batch-size 16384 "
         "--num-iterations 1500 --eval-every 100 --eval-tokens 524288 "
-        "--core-metric-every -1 --sample-every -1 --save-every -1"),
+        "--core-metric-every -1 --sample-every -1 --save-every 0"),
     "cpu": Profile(
         "the same shape of protocol on a CPU: d4, 300 steps of 2048 tokens", 4, "stdlib",
         "--aspect-ratio 64 --head-dim 64 --window-pattern L --max-seq-len 256 --device-batch-size 8 "
         "--total-batch-size 2048 --num-iterations 300 --eval-every 50 --eval-tokens 65536 "
-        "--core-metric-every -1 --sample-every -1 --save-every -1"),
+        "--core-metric-every -1 --sample-every -1 --save-every 0"),
     "miniseries": Profile(
         "whole schedules at each depth: horizon and batch follow from the depth", 12, "climbmix",
-        "--target-param-data-ratio 12 --eval-every 250 --core-metric-every -1 --sample-every -1 --save-every -1"),
+        "--target-param-data-ratio 12 --eval-every 250 --core-metric-every -1 --sample-every -1 --save-every 0"),
     "miniseries-cpu": Profile(
         "the CPU protocol at each depth, half as long", 4, "stdlib",
         "--aspect-ratio 64 --head-dim 64 --window-pattern L --max-seq-len 256 --device-batch-size 8 "
         "--total-batch-size 2048 --num-iterations 150 --eval-every 25 --eval-tokens 65536 "
-        "--core-metric-every -1 --sample-every -1 --save-every -1"),
+        "--core-metric-every -1 --sample-every -1 --save-every 0"),
 }
 
 

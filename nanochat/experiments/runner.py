@@ -5,26 +5,19 @@ every row is there. One lock an experiment, inherited by the training process, k
 even when the first was killed and its training goes on.
 """
 
-import contextlib
-import fcntl
-import json
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nanochat.errors import UserError
+from nanochat.experiments.launch import experiment_lock, run_training
 from nanochat.experiments.ledger import ExperimentRow, append_experiment, read_experiments
 from nanochat.experiments.profiles import Profile
 from nanochat.experiments.target import check_target
 from nanochat.experiments.trials import load_trials, split
-from nanochat.runlog import CONFIG, METRICS, SUMMARY, check_run_id, read_run
+from nanochat.runlog import SUMMARY, check_run_id, read_run
 
 TRAIN = "scripts.base_train"
 
@@ -38,13 +31,14 @@ class Experiment:
     candidates: dict
     seeds: tuple[int, ...]
     depths: tuple[int, ...]
-    target_metric_name: str
-    target_metric_threshold: float
+    target_metric_name: str = "val_bpb"
+    target_metric_threshold: float | None = None  # None: no target
     dataset: str = ""  # empty: the profile's
     extra_flags: tuple[str, ...] = ()
 
     def __post_init__(self):
-        check_target(self.target_metric_name, self.target_metric_threshold)
+        if self.target_metric_threshold is not None:
+            check_target(self.target_metric_name, self.target_metric_threshold)
         for what, values in (("seed", self.seeds), ("depth", self.depths)):
             if not values or len(set(values)) < len(values):
                 raise UserError(f"give each {what} once, and at least one: {list(values)}")
@@ -55,6 +49,7 @@ class PlannedRun:
     """One run to be made: its id and its base_train flags."""
 
     run_id: str
+    candidate: str
     candidate_flags: str
     depth: int
     seed: int
@@ -69,7 +64,7 @@ def plan(experiment):
             for name, flags in experiment.candidates.items():
                 run_id = check_run_id(f"{experiment.name}.{name}.d{depth}.s{seed}")
                 train_flags = _train_flags(experiment, run_id, flags, depth, seed)
-                runs.append(PlannedRun(run_id, flags, depth, seed, train_flags))
+                runs.append(PlannedRun(run_id, name, flags, depth, seed, train_flags))
     return runs
 
 
@@ -102,15 +97,15 @@ def run_experiment(experiment, ledger, runs_dir, command=training_command, repor
     A run that started and left no summary gets a row with status `failed`.
     """
     made = 0
-    with _experiment_lock(runs_dir, experiment.name, report) as lock:
+    with experiment_lock(runs_dir, experiment.name, report) as lock:
         runs = plan(experiment)
         finished = finished_runs(experiment, ledger)
         for number, run in enumerate(runs, start=1):
             if run.run_id in finished:
                 continue
             folder = Path(runs_dir) / run.run_id
-            if not _ended(folder):
-                _train(run, folder, command(run.flags), lock, f"[{number}/{len(runs)}] {run.run_id}")
+            if not (folder / SUMMARY).exists() or read_run(folder).status == "interrupted":
+                run_training(folder, command(run.flags), lock, f"[{number}/{len(runs)}] {run.run_id}")
                 made += 1
             row = ledger_row(experiment, run, read_run(folder))
             append_experiment(ledger, row)
@@ -150,64 +145,12 @@ def threshold_from(ledger, experiment_name, runs_dir, slack_bpb=0.001):
 
 
 def _train_flags(experiment, run_id, candidate_flags, depth, seed):
+    target = [] if experiment.target_metric_threshold is None else [
+        "--target-metric-name", experiment.target_metric_name,
+        "--target-metric-threshold", repr(experiment.target_metric_threshold)]
     return ["--depth", str(depth), *experiment.profile.command_flags(), *experiment.extra_flags,
             *shlex.split(candidate_flags), "--dataset", experiment.dataset or experiment.profile.dataset,
-            "--seed", str(seed), "--target-metric-name", experiment.target_metric_name,
-            "--target-metric-threshold", repr(experiment.target_metric_threshold),
-            "--run-id", run_id, "--model-tag", run_id, "--run", "dummy"]
-
-
-def _ended(folder):
-    """Whether the run of this folder ended by itself; one that was stopped starts again."""
-    return (folder / SUMMARY).exists() and read_run(folder).status != "interrupted"
-
-
-def _train(run, folder, argv, lock, title):
-    """Run one training process to its end; its output goes to console.txt in the run's folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    console = folder / "console.txt"
-    with open(console, "wb") as output, tqdm(desc=title, unit="step", disable=None, leave=False) as bar:
-        child = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),))
-        try:
-            code = _follow(child, folder, bar)
-        except BaseException:  # Ctrl-C or a signal to this process: the training saves and ends first
-            child.terminate()
-            child.wait()
-            raise
-    if not (folder / CONFIG).exists():
-        raise UserError(f"{run.run_id} did not start: {_last_line(console)} (all of it: {console})")
-    stopped = code in (-signal.SIGINT, -signal.SIGTERM) and not (folder / SUMMARY).exists()
-    if stopped or read_run(folder).status == "interrupted":
-        raise UserError(f"{run.run_id} was stopped by a signal; give the same command again to go on")
-
-
-def _follow(child, folder, bar):
-    """Wait for the process, showing the run's steps; returns its exit code."""
-    while True:
-        try:
-            return child.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            bar.total = bar.total or _total_steps(folder)
-            bar.update(_last_step(folder, bar.n) - bar.n)
-
-
-def _total_steps(folder):
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("num_iterations")
-
-
-def _last_step(folder, known):
-    """The step of the newest whole event near the end of the file; `known` when there is none."""
-    with contextlib.suppress(OSError, ValueError, KeyError, IndexError), open(folder / METRICS, "rb") as file:
-        file.seek(max(0, (folder / METRICS).stat().st_size - 8192))
-        return json.loads(file.read().split(b"\n")[-2])["step"]
-    return known
-
-
-def _last_line(console):
-    lines = console.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+            "--seed", str(seed), *target, "--run-id", run_id, "--model-tag", run_id, "--run", "dummy"]
 
 
 def _describe(row):
@@ -221,16 +164,3 @@ def _describe(row):
                f"time to target {reached}",
                f"{row.tok_per_sec_median:,.0f} tokens/s" if row.tok_per_sec_median is not None else "no rate"]
     return f"{row.run_id}: {', '.join(figures)}"
-
-
-@contextlib.contextmanager
-def _experiment_lock(runs_dir, name, report):
-    """Hold the experiment's lock for the block; yields the open file, which the training inherits."""
-    Path(runs_dir).mkdir(parents=True, exist_ok=True)
-    with open(Path(runs_dir) / f".{check_run_id(name)}.lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(f"experiment {name!r} is running (another runner, or training that one left behind): waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock

@@ -1,0 +1,36 @@
+"""The change log, dev/LOG.md: entries newest first under its title line."""
+
+from pathlib import Path
+
+from nanochat.errors import UserError
+from nanochat.files import locked, write_text
+
+
+def verdict_entry(date, experiment_name, miniseries, verdicts):
+    """A Markdown entry: date, exact change, measured result against the baseline, decision."""
+    against = f", miniseries `{miniseries}`" if miniseries else ""
+    names = ", ".join(f"{v.candidate}: {v.decision}" for v in verdicts) or "no candidate"
+    lines = [f"## {date} · {experiment_name}: {names}", "", f"Experiment `{experiment_name}`{against}, "
+             "judged by `python -m scripts.verdict` against the baseline at the same seeds.", ""]
+    for verdict in verdicts:
+        lines += [f"**{verdict.candidate}** (`{verdict.flags}`): **{verdict.decision}**, decided by "
+                  f"{verdict.decided_by}.", ""]
+        lines += [f"- gate {gate.name}: {gate.outcome}. {gate.detail}" for gate in verdict.gates] + [""]
+    return "\n".join(lines)
+
+
+def add_entry(path, entry):
+    """Put `entry` under the log's title, above the older ones; the rest stays as it is.
+
+    Errors: UserError when the file is missing or does not begin with a `# ` title.
+    """
+    path = Path(path)
+    with locked(path):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(f"there is no {path}; create it with a first line `# Log`") from None
+        title, newline, rest = text.partition("\n")
+        if not title.startswith("# "):
+            raise UserError(f"{path}, line 1: not a `# ` title; the newest entry goes under one")
+        write_text(path, f"{title}\n\n{entry.strip()}\n\n{rest.lstrip(newline)}")

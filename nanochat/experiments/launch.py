@@ -1,0 +1,89 @@
+"""Training processes: one at a time, under the experiment's lock, followed to their end."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanochat.errors import UserError
+from nanochat.runlog import CONFIG, METRICS, SUMMARY, check_run_id, read_run
+
+CONSOLE = "console.txt"
+
+
+@contextlib.contextmanager
+def experiment_lock(runs_dir, name, report=print):
+    """Hold the experiment's lock for the block, waiting for whoever has it; yields the open file.
+
+    A training process inherits the file, so the lock outlives a runner that is killed beside it.
+    """
+    Path(runs_dir).mkdir(parents=True, exist_ok=True)
+    with open(Path(runs_dir) / f".{check_run_id(name)}.lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"experiment {name!r} is running (another runner, or training that one left behind): waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+
+
+def run_training(folder, argv, lock, title, fresh=True, environment=None):
+    """Run one training process to its end; its output goes to console.txt in the run's folder.
+
+    fresh: whatever an earlier attempt left in the folder is removed first. environment: added to this
+    process's. Errors: UserError when the run did not start (its last line says why) or was stopped by a
+    signal. A process that crashed is no error: it leaves a record without summary.
+    """
+    if fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    console = folder / CONSOLE
+    with open(console, "wb" if fresh else "ab") as output, tqdm(desc=title, unit="step", disable=None,
+                                                               leave=False) as bar:
+        child = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),),
+                                 env={**os.environ, **(environment or {})})
+        try:
+            code = _follow(child, folder, bar)
+        except BaseException:  # Ctrl-C or a signal to this process: the training saves and ends first
+            child.terminate()
+            child.wait()
+            raise
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder.name} did not start: {_last_line(console)} (all of it: {console})")
+    stopped = code in (-signal.SIGINT, -signal.SIGTERM) and not (folder / SUMMARY).exists()
+    if stopped or read_run(folder).status == "interrupted":
+        raise UserError(f"{folder.name} was stopped by a signal; give the same command again to go on")
+
+
+def _follow(child, folder, bar):
+    """Wait for the process, showing the run's steps; returns its exit code."""
+    while True:
+        try:
+            return child.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            bar.total = bar.total or _total_steps(folder)
+            bar.update(_last_step(folder, bar.n) - bar.n)
+
+
+def _total_steps(folder):
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("num_iterations")
+
+
+def _last_step(folder, known):
+    """The step of the newest whole event near the end of the file; `known` when there is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError), open(folder / METRICS, "rb") as file:
+        file.seek(max(0, (folder / METRICS).stat().st_size - 8192))
+        return json.loads(file.read().split(b"\n")[-2])["step"]
+    return known
+
+
+def _last_line(console):
+    lines = console.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")

@@ -1,0 +1,91 @@
+"""Run an experiment: python -m scripts.experiment --name lane_c --profile cpu --candidates baseline chunked-ce
+
+Candidates x seeds x depths, one training after the other, one row each in the ledger. The same command again
+goes on where it was stopped. Flags after `--` are given to every training.
+"""
+
+import argparse
+import shlex
+import signal
+import sys
+from functools import partial
+
+from nanochat.common import runs_dir
+from nanochat.errors import UserError, command
+from nanochat.experiments.gates import Rules
+from nanochat.experiments.probe import probe_candidates
+from nanochat.experiments.profiles import BASELINE, CANDIDATES, PROFILES, candidate_flags, find_profile
+from nanochat.experiments.runner import (
+    Experiment,
+    finished_runs,
+    plan,
+    run_experiment,
+    threshold_from,
+    training_command,
+)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="experiment", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", required=True, help="the experiment's name in the ledger and in its run ids")
+    parser.add_argument("--profile", required=True, help=f"training protocol: {', '.join(PROFILES)}")
+    parser.add_argument("--candidates", nargs="+", default=[BASELINE], metavar="NAME",
+                        help=f"{', '.join(CANDIDATES)}, or NAME='--its-flags ...'")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="the same for every candidate (0 1)")
+    parser.add_argument("--depths", nargs="+", type=int, help="the profile's when left out")
+    parser.add_argument("--dataset", default="", help="the profile's when left out")
+    parser.add_argument("--target-metric-name", default="val_bpb", help="val_bpb or core")
+    parser.add_argument("--target-metric-threshold", type=float, help="no time to target when left out")
+    parser.add_argument("--target-from", metavar="EXPERIMENT",
+                        help="take as threshold a val_bpb that every baseline seed of that experiment reached")
+    parser.add_argument("--nproc-per-node", type=int, default=1, help="more than 1: torchrun")
+    parser.add_argument("--probe", action="store_true", help="also make gate 3's save/resume and graph-break probe")
+    parser.add_argument("--ledger", default="dev/experiments.csv")
+    parser.add_argument("--dry-run", action="store_true", help="print the gates' rules and the commands; run nothing")
+    given = list(sys.argv[1:] if argv is None else argv)
+    own, extra = (given[:given.index("--")], given[given.index("--") + 1:]) if "--" in given else (given, [])
+    args = parser.parse_args(own)
+    args.extra_flags = extra
+    return args
+
+
+def experiment_of(args):
+    """The Experiment that the flags ask for."""
+    profile = find_profile(args.profile)
+    threshold = args.target_metric_threshold
+    if args.target_from:
+        if threshold is not None or args.target_metric_name != "val_bpb":
+            raise UserError("--target-from gives a val_bpb threshold; leave out --target-metric-name and -threshold")
+        threshold = threshold_from(args.ledger, args.target_from, runs_dir())
+    candidates = [candidate_flags(name) for name in args.candidates]
+    if len(dict(candidates)) < len(candidates):
+        raise UserError("a candidate is named twice; name each once")
+    return Experiment(args.name, profile, dict(candidates), tuple(args.seeds), tuple(args.depths or [profile.depth]),
+                      args.target_metric_name, threshold, args.dataset, tuple(args.extra_flags))
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    if args.nproc_per_node < 1:
+        raise UserError(f"--nproc-per-node {args.nproc_per_node} must be at least 1")
+    experiment = experiment_of(args)
+    training = partial(training_command, nproc_per_node=args.nproc_per_node)
+    runs, finished = plan(experiment), finished_runs(experiment, args.ledger)
+    print(f"{experiment.name}: {experiment.profile.description}; {len(runs)} runs, {len(finished)} of them done")
+    print("The rules, before the runs:\n  " + "\n  ".join(Rules().describe()))
+    if args.dry_run:
+        for run in runs:
+            print(("# done: " if run.run_id in finished else "") + shlex.join(training(run.flags)))
+        return 0
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    made = run_experiment(experiment, args.ledger, runs_dir(), training)
+    if args.probe:
+        probe_candidates(experiment, runs_dir(), training)
+    print(f"{made} runs made; rows in {args.ledger}, records in {runs_dir()}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,44 @@
+"""Judge an experiment's candidates by the four gates: python -m scripts.verdict --experiment lane_c
+
+--log writes the decisions to the change log, newest first.
+"""
+
+import argparse
+from datetime import datetime, timezone
+from pathlib import Path
+
+from nanochat.common import runs_dir
+from nanochat.errors import command
+from nanochat.experiments.change_log import add_entry, verdict_entry
+from nanochat.experiments.gates import Rules
+from nanochat.experiments.verdicts import judge_experiment
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="verdict", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", required=True, help="the experiment's name in the ledger")
+    parser.add_argument("--miniseries", help="the experiment over depths that gate 4 judges by")
+    parser.add_argument("--candidates", nargs="+", metavar="NAME", help="all of the experiment's when left out")
+    parser.add_argument("--ledger", default="dev/experiments.csv")
+    parser.add_argument("--log", nargs="?", const="dev/LOG.md", type=Path, metavar="FILE",
+                        help="also add the decisions to this change log (dev/LOG.md)")
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    verdicts = judge_experiment(args.ledger, args.experiment, runs_dir(), args.miniseries, args.candidates)
+    print("\n".join(Rules().describe()), end="\n\n")
+    for verdict in verdicts:
+        print("\n".join(verdict.describe()), end="\n\n")
+    if args.log:
+        today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+        add_entry(args.log, verdict_entry(today, args.experiment, args.miniseries, verdicts))
+        print(f"added to {args.log}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,116 @@
+"""scripts.experiment and scripts.verdict as a person calls them."""
+
+import pytest
+from synthetic_runs import make_trial
+
+from nanochat.experiments.ledger import read_experiments
+from scripts import experiment, verdict
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return tmp_path / "experiments.csv"
+
+
+@pytest.fixture
+def matrix(ledger):
+    """Two seeds of baseline and candidate at depth 4, and a three-depth miniseries."""
+    for seed in (0, 1):
+        make_trial(ledger, "lane_c", seed=seed)
+        make_trial(ledger, "lane_c", candidate="chunked-ce", seed=seed, step_ms=90.0)
+    for depth in (2, 3, 4):
+        make_trial(ledger, "depths", depth=depth)
+        make_trial(ledger, "depths", candidate="chunked-ce", depth=depth, step_ms=90.0)
+    return ledger
+
+
+def refused(capsys, main, *argv):
+    with pytest.raises(SystemExit) as stop:
+        main([str(arg) for arg in argv])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_dry_run_prints_rules_and_commands_and_runs_nothing(ledger, capsys):
+    experiment.main(["--name", "x", "--profile", "cpu", "--candidates", "baseline", "both", "--seeds", "0", "1",
+                     "--ledger", str(ledger), "--dry-run", "--", "--device-type", "cpu"])
+    out = capsys.readouterr().out
+    commands = [line for line in out.splitlines() if "scripts.base_train" in line]
+    assert [line.split("--run-id ")[1].split()[0] for line in commands] == [
+        f"x.{c}.d4.s{s}" for s in (0, 1) for c in ("baseline", "both")]
+    assert all("--device-type cpu" in line for line in commands) and "4 generalisation" in out
+    assert not ledger.exists()
+
+
+def test_dry_run_marks_what_is_done(matrix, capsys):
+    experiment.main(["--name", "lane_c", "--profile", "cpu", "--seeds", "0", "9", "--target-metric-threshold", "1.5",
+                     "--ledger", str(matrix), "--dry-run"])
+    commands = [line for line in capsys.readouterr().out.splitlines() if "scripts.base_train" in line]
+    assert [line.startswith("# done: ") for line in commands] == [True, False]
+
+
+def test_every_flag_given_is_one_that_base_train_has(matrix, capsys):
+    from scripts import base_train
+    experiment.main(["--name", "x", "--profile", "d12", "--candidates", "both", "--seeds", "3", "--ledger", str(matrix),
+                     "--target-from", "lane_c", "--dry-run"])
+    flags = capsys.readouterr().out.split("scripts.base_train ")[1].split()
+    args = base_train.parse_args(flags)
+    ends = [row.min_val_bpb for row in read_experiments(matrix) if row.run_id.startswith("lane_c.baseline")]
+    assert args.target_metric_threshold == max(ends) + 0.001
+    assert (args.depth, args.seed, args.run_id, args.fused_rmsnorm) == (12, 3, "x.both.d12.s3", True)
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--profile", "d99"], "no profile 'd99'"),
+    (["--profile", "cpu", "--candidates", "magic"], "no candidate 'magic'"),
+    (["--profile", "cpu", "--candidates", "both", "both"], "named twice"),
+    (["--profile", "cpu", "--target-metric-threshold", "-1"], "above 0"),
+    (["--profile", "cpu", "--target-metric-name", "loss", "--target-metric-threshold", "1"], "unknown"),
+    (["--profile", "cpu", "--target-from", "nothing"], "no experiment 'nothing'"),
+    (["--profile", "cpu", "--nproc-per-node", "0"], "at least 1"),
+])
+def test_experiment_refuses_in_one_line(matrix, capsys, argv, message):
+    error = refused(capsys, experiment.main, "--name", "x", "--ledger", matrix, *argv)
+    assert error.count("\n") == 1 and message in error
+
+
+def test_verdict_prints_rules_gates_and_decision(matrix, capsys):
+    verdict.main(["--experiment", "lane_c", "--miniseries", "depths", "--ledger", str(matrix)])
+    out = capsys.readouterr().out
+    assert "chunked-ce: INSUFFICIENT (gate 3 stability)" in out and "no save/resume probe" in out
+    assert "gain n=2, mean +10.00 %" in out and "decision: reject when" in out
+
+
+def test_verdict_goes_into_the_log_above_older_entries(matrix, tmp_path, capsys):
+    log = tmp_path / "LOG.md"
+    log.write_text("# Log\n\n## 2026-01-01 · older\n\nText.\n")
+    for name in ("lane_c", "lane_c"):
+        verdict.main(["--experiment", name, "--miniseries", "depths", "--ledger", str(matrix), "--log", str(log)])
+    text = log.read_text()
+    heads = [line for line in text.splitlines() if line.startswith("## ")]
+    assert text.startswith("# Log\n\n## 20") and len(heads) == 3 and heads[-1] == "## 2026-01-01 · older"
+    assert "**chunked-ce** (`--chunked-ce`): **insufficient**" in text and text.endswith("older\n\nText.\n")
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "create it"), ("no title\n", "line 1")])
+def test_verdict_refuses_a_log_without_a_title(matrix, tmp_path, capsys, text, message):
+    log = tmp_path / "LOG.md"
+    if text is not None:
+        log.write_text(text)
+    assert message in refused(capsys, verdict.main, "--experiment", "lane_c", "--ledger", matrix, "--log", log)
+    assert log.exists() == (text is not None) and (text is None or log.read_text() == text)
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--experiment", "x"], "no experiment 'x'"),
+    (["--experiment", "lane_c", "--candidates", "both"], "no candidate 'both'"),
+    (["--experiment", "lane_c", "--ledger", "nowhere.csv"], "nowhere.csv"),
+])
+def test_verdict_refuses_in_one_line(matrix, capsys, argv, message):
+    error = refused(capsys, verdict.main, "--ledger", matrix, *argv)
+    assert error.count("\n") == 1 and message in error
+
+
+def test_verdict_names_the_line_of_a_hand_made_mistake(matrix, capsys):
+    matrix.write_text(matrix.read_text().replace("lane_c,1,4", "lane_c,one,4", 1))
+    assert "line 4: seed is 'one'" in refused(capsys, verdict.main, "--ledger", matrix, "--experiment", "lane_c")
