@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import sysconfig
+import textwrap
 from pathlib import Path
 
 from nanochat.errors import UserError
@@ -21,9 +22,10 @@ _LEFT_OUT_FOLDERS = re.compile(r"site-packages|dist-packages|lib-dynload|__pycac
 _LEFT_OUT_FILES = re.compile(r"_sysconfigdata.*|_sysconfig_vars.*|sitecustomize\.py|usercustomize\.py")
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _RULES = "1"  # raise it when the documents change for the same files
-_BLOCK = re.compile(r"\n(?=(?:@|def |class |async def |if __name__|[A-Za-z_]\w* *=))")  # at the left margin
-_METHOD = re.compile(r"\n(?=\n    (?:@|def |class |async def ))")
-_MIN_CHARS, _MAX_CHARS = 1_500, 4_000
+# Where a definition begins, with its comments and decorators: after a blank line, at the margin or in a class.
+_BLOCK = re.compile(r"\n(?=\n(?:[@#]|def |class |async def |if __name__|\w+ *=))")
+_METHOD = re.compile(r"\n(?=\n    (?:[@#]|def |class |async def ))")
+_MIN_CHARS, _MAX_CHARS = 800, 3_000
 
 
 def corpus_name():
@@ -63,7 +65,10 @@ def library_folder():
 
 
 def cut_code(text):
-    """Cut source code at definitions: pieces of about 1,500 to 4,000 characters, whole definitions where they fit."""
+    """Cut source code at definitions: pieces of 800 to about 3,000 characters, definitions whole where they fit.
+
+    Methods cut out of a large class are moved to the left margin.
+    """
     pieces, current = [], ""
     for block in _BLOCK.split(text):
         for part in _METHOD.split(block) if len(block) > _MAX_CHARS else [block]:
@@ -75,7 +80,7 @@ def cut_code(text):
         pieces[-1] += "\n" + current
     else:
         pieces.append(current)
-    return [piece.strip("\n") + "\n" for piece in pieces if piece.strip()]
+    return [textwrap.dedent(piece.strip("\n")) + "\n" for piece in pieces if piece.strip()]
 
 
 def topics(text):
