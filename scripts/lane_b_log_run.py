@@ -67,13 +67,14 @@ def log(args, inference):
 def show_standing(args, inference):
     if not args.baseline_run:
         raise UserError("--standing compares with the baseline: give --baseline-run")
-    baseline = [seconds_to_target(find_run(name, runs_dir()), inference)[0] for name in args.baseline_run]
+    baseline = [seconds_to_target(find_run(name, runs_dir()), inference) for name in args.baseline_run]
     target = (inference.dataset_id, inference.target_metric_name, inference.target_metric_threshold,
               inference.n_scaling_params)
     records = [record for record in read_records(args.csv)
                if (record.dataset_id, record.target_metric_name, record.target_metric_threshold,
                    record.n_scaling_params) == target]
-    print(f"training seconds to {inference.target_metric_name} {inference.target_metric_threshold:.4f}")
+    print(f"training seconds to {inference.target_metric_name} {inference.target_metric_threshold:.4f} "
+          "(~ extrapolated, not reached within the schedule)")
     print("\n".join(standing(records, baseline)))
 
 

@@ -96,28 +96,41 @@ def _check_trained_as_decided(config, run_id, inference, decision, ratio):
                         f"{ratio:.4g}; give the --decision or --chosen-ratio it was trained for")
 
 
-def standing(records, baseline_sec):
+def standing(records, baseline):
     """Lines that say which decision reached the target first, and by how much against the baseline.
 
-    `records`: LaneBRecords of one target; `baseline_sec`: the baseline runs' measured seconds, None where not
-    reached. A group wins by its median over seeds; one that missed in any seed cannot win.
+    `records`: LaneBRecords of one target; `baseline`: (measured, extrapolated) seconds of each baseline run.
+    A group stands by the median over its seeds of the measured time, else the extrapolated one (marked ~);
+    a group with a seed that has neither cannot win.
     """
-    groups = {"baseline": list(baseline_sec)}
+    groups = {"baseline": list(baseline)}
     for decision in DECISIONS:
-        times = [record.time_to_target_sec_measured for record in records if record.lane_b_decision == decision]
+        times = [(record.time_to_target_sec_measured, record.time_to_target_sec_extrapolated)
+                 for record in records if record.lane_b_decision == decision]
         if times:
             groups[decision] = times
-    medians = {name: statistics.median(times) for name, times in groups.items() if times and None not in times}
+    medians = {name: statistics.median(_seconds(pair) for pair in times) for name, times in groups.items()
+               if all(pair != (None, None) for pair in times)}
     lines = []
     for name, times in groups.items():
-        shown = " ".join("not reached" if time is None else f"{time:.1f}" for time in times)
+        middle = f", median {medians[name]:.1f}" if name in medians else ""
         against = ""
         if name != "baseline" and {name, "baseline"} <= set(medians):
             against = f", {100 * (medians[name] / medians['baseline'] - 1):+.1f} % against the baseline"
-        middle = f", median {medians[name]:.1f}" if name in medians else ""
-        lines.append(f"{name:<13}{shown} s{middle}{against}")
+        lines.append(f"{name:<13}{'  '.join(map(_shown, times))} s{middle}{against}")
     if not medians:
         return [*lines, "no winner: no group reached the target in every seed"]
     order = sorted(medians, key=medians.get)
     margin = f", by {100 * (1 - medians[order[0]] / medians[order[1]]):.1f} % of {order[1]}'s time" if order[1:] else ""
     return [*lines, f"first: {order[0]}{margin}; a margin within the seeds' spread above is a tie"]
+
+
+def _seconds(pair):
+    return pair[1] if pair[0] is None else pair[0]
+
+
+def _shown(pair):
+    measured, extrapolated = pair
+    if measured is not None:
+        return f"{measured:.1f}"
+    return "not reached" if extrapolated is None else f"~{extrapolated:.1f}"
