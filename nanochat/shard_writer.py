@@ -40,7 +40,7 @@ def prepare_shards(folder, name, documents, expected_bytes):
             _write(documents(), temporary, name, expected_bytes)
             os.rename(temporary, folder)
         except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+            raise UserError(f"cannot prepare {folder}: {error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

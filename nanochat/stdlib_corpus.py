@@ -80,7 +80,8 @@ def cut_code(text):
         pieces[-1] += "\n" + current
     else:
         pieces.append(current)
-    return [textwrap.dedent(piece.strip("\n")) + "\n" for piece in pieces if piece.strip()]
+    pieces = [piece.strip("\n") + "\n" for piece in pieces if piece.strip()]
+    return [textwrap.dedent(piece) if piece.startswith(" ") else piece for piece in pieces]
 
 
 def topics(text):

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -136,9 +138,22 @@ def test_full_disk_while_converting_is_one_line_and_leaves_nothing(tmp_path, bas
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shard_writer.pq, "write_table", full)
-    with pytest.raises(UserError, match=r"cannot write .*: No space left on device"):
+    with pytest.raises(UserError, match=r"cannot prepare .*No space left on device"):
         open_dataset(text_folder(tmp_path / "corpus", a="first text", b="second text"))
     assert [path.name for path in base_dir.iterdir() if path.is_dir()] == []
+
+
+def test_processes_that_ask_at_once_share_one_conversion(tmp_path):
+    calls = []
+
+    def texts():
+        calls.append(1)
+        time.sleep(0.05)
+        return iter(["one document", "another"])
+
+    with ThreadPoolExecutor(4) as pool:  # flock keeps threads apart as it does processes
+        list(pool.map(lambda _: prepare_shards(tmp_path / "shards", "x", texts, 20), range(4)))
+    assert len(calls) == 1 and len(list((tmp_path / "shards").glob("*.parquet"))) == 2
 
 
 def test_what_a_killed_conversion_left_is_cleared_away(tmp_path, base_dir):
