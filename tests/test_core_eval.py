@@ -1,0 +1,335 @@
+import csv
+import functools
+import http.server
+import io
+import json
+import math
+import random
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from nanochat.core_bundle import Task, bundle_folder, download_bundle, read_bundle
+from nanochat.core_eval import Option, crop, evaluate_core, fewshot_indices, options_of, render_prompts, score_options
+from nanochat.errors import UserError
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+MADE_TASKS = json.loads((GOLDEN / "core_prompts.json").read_text(encoding="utf-8"))
+
+
+def golden_task(name):
+    made = MADE_TASKS[name]
+    return Task(name, made["task_type"], made["num_fewshot"], made["continuation_delimiter"], 0.0, made["items"])
+
+
+@pytest.mark.parametrize("name", MADE_TASKS)
+def test_shots_prompts_and_spans_are_upstreams(name):
+    task, tokenizer = golden_task(name), load_tokenizer(GOLDEN / "tokenizer_1024")
+    for index, expected in enumerate(MADE_TASKS[name]["expected"]):
+        assert fewshot_indices(task, index) == expected["fewshot"]
+        prompts = render_prompts(task, index)
+        assert prompts == expected["prompts"]
+        options = options_of(task, index, tokenizer)
+        assert [option.start for option in options] == expected["start"]
+        assert [option.end for option in options] == expected["end"]
+        scored = prompts[-len(options):]
+        assert [option.tokens for option in options] == [[tokenizer.bos_id, *tokenizer.encode(p)] for p in scored]
+
+
+def test_braces_and_blanks_in_the_items_stay_as_they_are():
+    items = [{"query": " {{ x }}\r\n", "choices": ["{% y %}", " b \n"], "gold": 1}] * 2
+    prompts = render_prompts(Task("t", "multiple_choice", 1, "\n", 0.0, items), 0)
+    assert prompts == [" {{ x }}\r\n\n b \n\n\n {{ x }}\r\n\n{% y %}", " {{ x }}\r\n\n b \n\n\n {{ x }}\r\n\n b \n"]
+
+
+# A made bundle: words of a few letters, so that the tokenizer of single bytes keeps prompts short.
+
+def bytes_tokenizer():
+    return Tokenizer({bytes([i]): i for i in range(256)}, {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
+
+
+def made_items(task_type, n, rng):
+    def words(k):
+        return " ".join("".join(rng.choices("abcde", k=rng.randint(1, 4))) for _ in range(k))
+
+    for _ in range(n):
+        gold = rng.randrange(3)
+        yield {"multiple_choice": {"query": words(3), "choices": [words(2) for _ in range(3)], "gold": gold},
+               "schema": {"context_options": [words(2) for _ in range(3)], "continuation": words(2), "gold": gold},
+               "language_modeling": {"context": words(4) + " ", "continuation": words(1)}}[task_type]
+
+
+def write_bundle(folder, n_items=9):
+    rng, tasks = random.Random(0), []
+    for task_type, baseline, shots in (("multiple_choice", 100 / 3, 2), ("schema", 25, 0), ("language_modeling", 0, 1)):
+        uri = f"made/{task_type}.jsonl"
+        path = folder / "eval_data" / uri
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(item) + "\n" for item in made_items(task_type, n_items, rng)))
+        tasks.append(({"label": task_type[:6], "icl_task_type": task_type, "dataset_uri": uri, "num_fewshot": [shots],
+                       "continuation_delimiter": ": "}, baseline))
+    (folder / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": [task for task, _ in tasks]}))
+    with open(folder / "eval_meta_data.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("Eval Task", "Task Category", "Random baseline"),
+                                    *((task["label"], "made", baseline) for task, baseline in tasks)])
+    return folder
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return write_bundle(tmp_path / "eval_bundle")
+
+
+@functools.cache
+def causal_model(seed=0, vocab_size=265, width=8):
+    """Logits from the decaying mean of what came so far: causal, and every token before counts."""
+    generator = torch.Generator().manual_seed(seed)
+    embedding = torch.randn(vocab_size, width, generator=generator)
+    head = torch.randn(width, vocab_size, generator=generator)
+
+    def model(idx):
+        T = idx.size(1)
+        age = torch.arange(T)[:, None] - torch.arange(T)
+        weight = torch.where(age >= 0, 0.7 ** age.clamp_min(0), 0.0)
+        return weight @ embedding[idx] @ head
+
+    return model
+
+
+def accuracy_by_brute_force(model, bundle, cap):
+    """CORE's rules spelled out with plain strings, one unpadded prompt at a time: {label: accuracy}."""
+    def ids(text):
+        return [256, *text.encode()]
+
+    def nats(tokens):
+        log_p = model(torch.tensor([tokens]))[0].double().log_softmax(-1)
+        return [-log_p[i, token].item() for i, token in enumerate(tokens[1:])], log_p.argmax(-1).tolist()
+
+    found = {}
+    for entry in yaml.safe_load((bundle / "core.yaml").read_text())["icl_tasks"]:
+        lines = (bundle / "eval_data" / entry["dataset_uri"]).read_text().splitlines()
+        items = [json.loads(line) for line in lines]
+        random.Random(1337).shuffle(items)
+        items, kind, right = items[:cap], entry["icl_task_type"], 0
+        for i, item in enumerate(items):
+            others = [k for k in range(len(items)) if k != i]
+            shots = [items[k] for k in random.Random(1234 + i).sample(others, entry["num_fewshot"][0])]
+            if kind == "multiple_choice":
+                before = "".join(f"{shot['query']}: {shot['choices'][shot['gold']]}\n\n" for shot in shots)
+                prompts = [ids(f"{before}{item['query']}: {choice}") for choice in item["choices"]]
+                start = 0
+                while len({tuple(prompt[:start + 1]) for prompt in prompts}) == 1:
+                    start += 1
+                means = [sum(nats(p)[0][start - 1:]) / (len(p) - start) if len(p) > start else math.inf
+                         for p in prompts]
+                right += means.index(min(means)) == item["gold"]
+            elif kind == "schema":
+                prompts = [ids(f"{context}: {item['continuation']}") for context in item["context_options"]]
+                shared = 0
+                while len({tuple(prompt[-shared - 1:]) for prompt in prompts}) == 1:
+                    shared += 1
+                means = [sum(nats(prompt)[0][-shared:]) / shared for prompt in prompts]
+                right += means.index(min(means)) == item["gold"]
+            else:
+                before = "".join(f"{shot['context'].strip()}: {shot['continuation']}\n\n" for shot in shots)
+                without = ids(f"{before}{item['context'].strip()}:")
+                tokens = ids(f"{before}{item['context'].strip()}: {item['continuation']}")
+                right += nats(tokens)[1][len(without) - 1:-1] == tokens[len(without):]
+        found[entry["label"]] = right / len(items)
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("cap", [9, 5])
+def test_core_equals_the_rules_spelled_out(bundle, seed, cap):
+    result = evaluate_core(causal_model(seed), bytes_tokenizer(), bundle, "cpu", max_per_task=cap)
+    accuracy = accuracy_by_brute_force(causal_model(seed), bundle, cap)
+    assert result.accuracy == pytest.approx(accuracy)
+    expected = {"multip": (accuracy["multip"] - 1 / 3) / (2 / 3), "schema": (accuracy["schema"] - 0.25) / 0.75,
+                "langua": accuracy["langua"]}
+    assert result.centered == pytest.approx(expected)
+    assert result.core_metric == pytest.approx(sum(expected.values()) / 3)
+
+
+def test_a_model_that_knows_the_answers_scores_one(bundle):
+    tokenizer, right = bytes_tokenizer(), {}
+    for task in read_bundle(bundle):
+        for index, item in enumerate(task.items):
+            options = options_of(task, index, tokenizer)
+            option = options[item.get("gold", 0)]
+            for at in range(option.start, option.end):
+                right[tuple(option.tokens[:at])] = option.tokens[at]
+
+    def model(idx):
+        logits = torch.zeros(*idx.shape, 265)
+        for b, row in enumerate(idx.tolist()):
+            for t in range(len(row)):
+                if tuple(row[:t + 1]) in right:
+                    logits[b, t, right[tuple(row[:t + 1])]] = 20
+        return logits
+
+    assert evaluate_core(model, tokenizer, bundle, "cpu").core_metric == pytest.approx(1, abs=0)
+
+
+def test_batches_of_any_size_give_the_same_scores(bundle):
+    tokenizer = bytes_tokenizer()
+    options = [option for task in read_bundle(bundle) for i in range(9) for option in options_of(task, i, tokenizer)]
+    seen = []
+
+    def model(idx):
+        seen.append(idx.numel())
+        return causal_model()(idx)
+
+    one_by_one = score_options(options, model, 256, "cpu", batch_tokens=1)
+    for batch_tokens in (100, 1000):
+        seen.clear()
+        batched = score_options(options, model, 256, "cpu", batch_tokens)
+        assert max(seen) <= batch_tokens and len(seen) < len(options)
+        assert [nats for nats, _ in batched] == pytest.approx([nats for nats, _ in one_by_one], rel=1e-5)
+        assert [hit for _, hit in batched] == [hit for _, hit in one_by_one]
+
+
+def test_ranks_share_the_examples_and_sum_their_counts(bundle, monkeypatch):
+    tokenizer, whole = bytes_tokenizer(), evaluate_core(causal_model(), bytes_tokenizer(), bundle, "cpu")
+    counts, calls = [], []
+
+    def model(idx):
+        calls.append(len(idx))
+        return causal_model()(idx)
+
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda n_correct: counts.append(n_correct.clone()))
+    for rank in range(2):
+        evaluate_core(model, tokenizer, bundle, "cpu", rank=rank, world_size=2)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda n_correct: n_correct.copy_(sum(counts)))
+    assert evaluate_core(model, tokenizer, bundle, "cpu", rank=1, world_size=2) == whole
+    assert len(counts) == 2 and sum(calls) == 9 * 7 + 4 * 7  # rank 0 has 5 of the 9 items, rank 1 has 4, twice
+
+
+def test_long_prompts_lose_their_beginning():
+    option = Option(list(range(10)), 7, 9)
+    assert crop(option, None) is option and crop(option, 10) is option
+    assert crop(option, 4) == Option([6, 7, 8, 9], 1, 3)
+    assert crop(Option(list(range(10)), 2, 10), 3) == Option([7, 8, 9], 1, 3)
+
+
+def test_no_prompt_is_longer_than_the_model_takes(bundle):
+    lengths = []
+
+    def model(idx):
+        lengths.append(idx.size(1))
+        return causal_model()(idx)
+
+    evaluate_core(model, bytes_tokenizer(), bundle, "cpu", max_tokens=12)
+    assert max(lengths) == 12
+
+
+def test_a_choice_that_is_the_beginning_of_another_is_never_chosen():
+    items = [{"query": "q", "choices": ["a", "ab", "ac"], "gold": 0}]
+    options = options_of(Task("t", "multiple_choice", 0, " ", 0.0, items), 0, bytes_tokenizer())
+    assert [option.end - option.start for option in options] == [0, 1, 1]
+    scores = score_options(options, causal_model(), 256, "cpu", batch_tokens=1)
+    assert scores[0] == (math.inf, False) and all(math.isfinite(nats) for nats, _ in scores[1:])
+
+
+def test_a_missing_bundle_says_where_it_must_be():
+    with pytest.raises(UserError, match=r"core.yaml is missing.*nanochat.core_eval.*eval_bundle") as error:
+        evaluate_core(causal_model(), bytes_tokenizer(), bundle_folder(), "cpu")
+    assert str(bundle_folder()) in str(error.value)
+
+
+@pytest.mark.parametrize(("file", "old", "new", "message"), [
+    ("core.yaml", "icl_tasks:", "icl_tasks: [", "not a list of tasks"),
+    ("core.yaml", "icl_tasks:", "tasks:", "not a list of tasks"),
+    ("core.yaml", "label: schema", "label: [schema]", "are texts"),
+    ("core.yaml", "icl_task_type: schema", "icl_task_type: riddle", "task schema is of type riddle"),
+    ("core.yaml", "made/schema.jsonl", "made/other.jsonl", "other.jsonl is missing"),
+    ("eval_meta_data.csv", "schema,made,25", "", "no random baseline for task schema"),
+    ("eval_meta_data.csv", "25", "a quarter", "not a table with the columns"),
+    ("eval_data/made/schema.jsonl", '"gold"', '"silver"', "schema.jsonl, line 1: .*without gold"),
+    ("eval_data/made/schema.jsonl", '"gold": ', '"gold": 9', "line 1: .*no index into context_options"),
+    ("eval_data/made/schema.jsonl", "{", "", "schema.jsonl, line 1: not an item of a schema task"),
+    ("eval_data/made/schema.jsonl", '"continuation": "', '"continuation": "", "was": "', "continuation is blank"),
+])
+def test_a_damaged_bundle_is_named(bundle, file, old, new, message):
+    path = bundle / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(UserError, match=message):
+        read_bundle(bundle)
+
+
+def test_a_cap_below_the_shots_is_refused(bundle):
+    with pytest.raises(UserError, match=r"task multip shows 2 other examples .* only 2 are evaluated"):
+        read_bundle(bundle, max_per_task=2)
+
+
+@pytest.fixture
+def serve():
+    """Serve bytes on loopback: serve(content, announced length or None) -> (url, requests so far)."""
+    servers = []
+
+    def start(content, length=None):
+        requests = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                requests.append(self.path)
+                self.send_response(200)
+                self.send_header("Content-Length", str(length or len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/eval_bundle.zip", requests
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def zipped(folder):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for path in folder.rglob("*"):
+            file.write(path, path.relative_to(folder.parent))
+    return buffer.getvalue()
+
+
+def test_the_bundle_is_downloaded_once(bundle, serve):
+    url, requests = serve(zipped(bundle))
+    assert download_bundle(url) == bundle_folder()
+    assert read_bundle(bundle_folder()) == read_bundle(bundle)
+    assert download_bundle(url) == bundle_folder() and len(requests) == 1
+
+
+@pytest.mark.parametrize(("content", "length"), [(b"not a zip", None), (b"PK", 10_000)])
+def test_a_failed_download_leaves_nothing(base_dir, serve, content, length):
+    url, _ = serve(content, length)
+    with pytest.raises(UserError, match="could not download"):
+        download_bundle(url)
+    assert [path.name for path in base_dir.iterdir()] == ["eval_bundle.lock"]
+
+
+def test_an_archive_of_something_else_is_refused(base_dir, bundle, serve):
+    (bundle / "core.yaml").unlink()
+    url, _ = serve(zipped(bundle))
+    with pytest.raises(UserError, match=r"core\.yaml is missing"):
+        download_bundle(url)
+    assert [path.name for path in base_dir.iterdir()] == ["eval_bundle.lock"]
+
+
+def test_no_server_is_one_line():
+    with pytest.raises(UserError, match=r"could not download http://127\.0\.0\.1:9/"):
+        download_bundle("http://127.0.0.1:9/eval_bundle.zip")
