@@ -1,0 +1,111 @@
+"""Interpolated modified Kneser-Ney n-gram models (Chen & Goodman 1999, section 3), for cross-entropies alone."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_CONTEXT = 3           # an n-gram of 16-bit tokens is one 64-bit key
+_MIN_DISCOUNT = 0.05      # keeps a probability for what was never seen
+_UNKNOWN_DISCOUNT = 0.5   # where no n-gram has the counts that would tell
+
+
+@dataclass(frozen=True)
+class _Order:
+    """The n-grams of one length. keys: sorted uint64, the first token in the highest bits; contexts: keys >> 16."""
+
+    keys: np.ndarray
+    discounted: np.ndarray    # count minus its discount, over the context's total
+    contexts: np.ndarray
+    backoff: np.ndarray       # probability a context leaves to the shorter one
+
+    def probability(self, ngrams, shorter):
+        """Interpolate with the probabilities `shorter` of the same n-grams without their first token."""
+        where, seen = _find(self.contexts, ngrams >> np.uint64(16))
+        result = np.where(seen, self.backoff[where], 1.0) * shorter
+        where, seen = _find(self.keys, ngrams)
+        return result + np.where(seen, self.discounted[where], 0.0)
+
+
+class KneserNey:
+    """p(token | the `context` tokens before it). Every length but the longest counts in how many different ways an
+    n-gram is continued to the left; each length has three discounts; the shortest falls back on 1 / vocab_size."""
+
+    def __init__(self, documents, context):
+        assert 1 <= context <= MAX_CONTEXT
+        self.context, self.vocab_size = context, documents.vocab_size
+        keys = ngram_keys(documents, context + 1)
+        keys.sort()
+        keys, counts = _run_lengths(keys)
+        self.orders = []  # from the longest n-grams to single tokens
+        for length in range(context + 1, 0, -1):
+            self.orders.append(_order(keys, counts))
+            if length > 1:
+                keys = keys & np.uint64((1 << 16 * (length - 1)) - 1)
+                keys.sort()
+                keys, counts = _run_lengths(keys)
+
+    def probability(self, ngrams):
+        """(n,) float64: the probability of each n-gram's last token after the others. ngrams: uint64 keys."""
+        result = np.full(len(ngrams), 1 / self.vocab_size)
+        for length, order in enumerate(reversed(self.orders), start=1):
+            result = order.probability(ngrams & np.uint64((1 << 16 * length) - 1), result)
+        return result
+
+    def cross_entropy(self, documents):
+        """Mean nats a token over the documents' tokens that have a whole context before them."""
+        keys = ngram_keys(documents, self.context + 1)
+        keys.sort()
+        keys, counts = _run_lengths(keys)
+        return float(-(counts @ np.log(self.probability(keys))) / counts.sum())
+
+
+def ngram_keys(documents, length):
+    """(n,) uint64: every run of `length` tokens within a document, 16 bits a token, the last one lowest."""
+    n_keys = documents.n_tokens - length + 1
+    keys = np.zeros(max(n_keys, 0), np.uint64)
+    for i in range(length if n_keys > 0 else 0):
+        keys <<= np.uint64(16)
+        keys |= documents.tokens[i:i + n_keys]
+    inside = np.ones(len(keys), bool)
+    for i in range(1, length):  # a run beginning i tokens before a document's end crosses it
+        ends = documents.offsets[1:-1] - i
+        inside[ends[(ends >= 0) & (ends < len(inside))]] = False
+    return keys[inside]
+
+
+def _order(keys, counts):
+    discounts = _discounts(counts)
+    contexts, sizes = _run_lengths(keys >> np.uint64(16))
+    starts = np.cumsum(sizes) - sizes
+    totals = np.add.reduceat(counts, starts) if len(starts) else counts
+    discount = discounts.take(np.minimum(counts, 3))
+    backoff = np.add.reduceat(discount, starts) / totals if len(starts) else discount
+    discounted = counts - discount
+    discounted /= np.repeat(totals, sizes)
+    return _Order(keys, discounted, contexts, backoff)
+
+
+def _discounts(counts):
+    """(4,) what to take off a count of 0, 1, 2, and 3 or more: Chen & Goodman's eq. 26, clamped to [0.05, count]."""
+    n = np.bincount(np.minimum(counts, 5), minlength=6).astype(float)
+    discounts = np.zeros(4)
+    for i in (1, 2, 3):
+        if n[i] > 0 and n[1] > 0:
+            discounts[i] = np.clip(i - (i + 1) * n[1] / (n[1] + 2 * n[2]) * n[i + 1] / n[i], _MIN_DISCOUNT, i)
+        else:
+            discounts[i] = _UNKNOWN_DISCOUNT
+    return discounts
+
+
+def _run_lengths(keys):
+    """(the different values of sorted keys, how often each occurs)."""
+    changes = np.ones(len(keys), bool)
+    np.not_equal(keys[1:], keys[:-1], out=changes[1:])
+    starts = np.flatnonzero(changes)
+    return keys[starts], np.diff(starts, append=len(keys))
+
+
+def _find(keys, queries):
+    """(an index for each query, whether the key there is the query)."""
+    where = np.minimum(np.searchsorted(keys, queries), max(len(keys) - 1, 0))
+    return where, keys[where] == queries if len(keys) else np.zeros(len(queries), bool)
