@@ -65,9 +65,9 @@ def token_shards(dataset, tokenizer, split="train", max_shards=None, num_threads
     for source, path in paths.items():
         try:
             shards[source] = _open(path, source, tokenizer)
-        except UserError as reason:
+        except UserError as error:
             if path.exists():
-                print0(reason)
+                print0(f"tokenising again: {str(error).partition(';')[0]}")
     missing = [source for source in sources if shards[source] is None]
     if missing:
         ranks = Ranks.from_environment()
@@ -108,16 +108,15 @@ def write_token_shard(path, groups, header):
 
 def damaged(path, reason):
     """The UserError for a file of tokens that cannot be what was written."""
-    return UserError(f"{path} is damaged ({reason}); it has to be made again: token_shards does so "
-                     "when it finds the file damaged or deleted")
+    return UserError(f"{path} is damaged ({reason}); delete it, and it is made again")
 
 
 def _open(path, source, tokenizer):
     """The TokenShard of a source. Errors: UserError with the reason why it has to be made (again)."""
     shard = TokenShard(path)
     for key, value in _header(source, tokenizer).items():
-        if shard.header.get(key) != value:
-            raise UserError(f"{path} is stale ({key} was {shard.header.get(key)}, is {value}); it has to be made again")
+        if (had := shard.header.get(key)) != value:
+            raise UserError(f"{path} is stale ({key} was {had}, is {value}); delete it, and it is made again")
     return shard
 
 
@@ -146,7 +145,7 @@ def _read_header(path):
         with open(path, "rb") as file:
             header = json.loads(file.read(HEADER_BYTES))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; it has to be made") from None
+        raise UserError(f"{path} is missing; token_shards makes it") from None
     except (ValueError, RecursionError):
         raise damaged(path, "its header is not JSON") from None
     numbers = ("vocab_size", "bos_id", "n_docs", "n_tokens")
