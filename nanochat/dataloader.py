@@ -17,7 +17,7 @@ from nanochat.errors import UserError
 from nanochat.tokens import damaged
 
 BUFFER_DOCUMENTS = 1000
-# Batches are handed over in groups: one by one, small batches would spend half their time on the handing over.
+# Batches are handed over in groups: one by one, small batches would spend a third of their time on the handing over.
 GROUP_TOKENS, GROUP_BATCHES = 1 << 16, 32
 GROUPS_AHEAD = 3
 
