@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 
@@ -18,12 +18,10 @@ def atomic_path(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
+        temporary.touch(exist_ok=False)  # permissions by the umask, which mkstemp would not follow
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -40,7 +38,13 @@ def write_text(path, text):
 
 def write_json(path, value):
     """Write JSON atomically: indented, keys in the given order, NaN and infinity refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(json_bytes(value, indent=2) + b"\n")
+
+
+def json_bytes(value, indent=None):
+    """UTF-8 JSON; NaN and infinity refused. A lone surrogate (a file name that is not UTF-8) becomes its escape."""
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace")
 
 
 @contextlib.contextmanager
@@ -63,12 +67,6 @@ def sha256_of(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _fsync_folder(folder):
