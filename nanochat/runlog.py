@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.errors import UserError
-from nanochat.files import write_json
+from nanochat.files import json_bytes, write_json
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")
@@ -36,7 +36,7 @@ class RunLog:
                             "continue it with --resume-from-step latest, or delete that folder")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / METRICS).unlink(missing_ok=True)
-        write_json(folder / CONFIG, _jsonable({"run_id": run_id, **config})[0])
+        write_json(folder / CONFIG, _record(run_id=run_id, **config))
         return cls(folder, sinks)
 
     @classmethod
@@ -53,11 +53,7 @@ class RunLog:
 
     def event(self, kind, **fields):
         """Append one event; numbers unrounded, non-finite ones as null and named in `nonfinite`."""
-        values, nonfinite = _jsonable(fields)
-        record = {"kind": kind, "time_unix_sec": time.time(), **values}
-        if nonfinite:
-            record["nonfinite"] = nonfinite
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._file.write(json_bytes(_record(kind=kind, time_unix_sec=time.time(), **fields)) + b"\n")
         self._file.flush()
         for sink in self.sinks:
             sink(kind, fields)
@@ -66,10 +62,7 @@ class RunLog:
         """Write summary.json atomically: its presence says that the run ended, `status` says how."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        values, nonfinite = _jsonable(summary)
-        if nonfinite:
-            values["nonfinite"] = nonfinite
-        write_json(self.folder / SUMMARY, {"run_id": self.folder.name, **values})
+        write_json(self.folder / SUMMARY, _record(run_id=self.folder.name, **summary))
 
     def close(self):
         self._file.close()
@@ -148,12 +141,19 @@ def _read_events(path):
     for number, line in enumerate(lines[:-1], start=1):  # a line without its newline was torn by a kill
         try:
             event = json.loads(line)
-            if not isinstance(event, dict) or not isinstance(event["kind"], str):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number}: not an event; mend or remove that line") from None
+        except ValueError:
+            event = None
+        if not _is_event(event):
+            raise UserError(f"{path}, line {number}: not an event; mend or remove that line")
         events.append(event)
     return events
+
+
+def _is_event(value):
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        return False
+    step = value.get("step", None if value["kind"] == "resume" else 0)  # only a resume must have one
+    return isinstance(step, int)
 
 
 def _read_json(path):
@@ -174,6 +174,12 @@ def _cut_torn_tail(path):
         if data and not data.endswith(b"\n"):
             with open(path, "r+b") as file:
                 file.truncate(data.rfind(b"\n") + 1)
+
+
+def _record(**values):
+    """The values as JSON has them; what was not finite is null and named in `nonfinite`."""
+    values, nonfinite = _jsonable(values)
+    return {**values, "nonfinite": nonfinite} if nonfinite else values
 
 
 def _jsonable(value, name=""):
