@@ -1,0 +1,51 @@
+import pytest
+
+from nanochat.errors import UserError, command
+
+
+class Refusal(UserError):
+    exit_code = 3
+
+
+def main_that(result):
+    @command
+    def main(argv=None):
+        """What it does."""
+        if isinstance(result, BaseException):
+            raise result
+        return result, argv
+
+    return main
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("no shards; run x"), 2), (Refusal("no shards; run x"), 3)])
+def test_user_error_is_one_line_on_stderr_and_its_exit_code(capsys, error, code):
+    with pytest.raises(SystemExit) as exit_info:
+        main_that(error)()
+    assert exit_info.value.code == code
+    assert exit_info.value.__suppress_context__  # no traceback of the error below it
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: no shards; run x\n")
+
+
+def test_message_of_several_lines_is_printed_as_one(capsys):
+    with pytest.raises(SystemExit):
+        main_that(UserError("first\n  second\r\n\tthird\u2028fourth"))()
+    assert capsys.readouterr().err == "error: first second third fourth\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), AssertionError(), KeyboardInterrupt()])
+def test_errors_that_are_not_the_users_pass_through(error):
+    with pytest.raises(type(error)) as caught:
+        main_that(error)()
+    assert caught.value is error
+
+
+def test_result_and_arguments_pass_through():
+    assert main_that(7)() == (7, None)
+    assert main_that(7)(["--flag"]) == (7, ["--flag"])
+
+
+def test_wrapped_main_keeps_its_name_and_docstring():
+    main = main_that(0)
+    assert (main.__name__, main.__doc__) == ("main", "What it does.")
