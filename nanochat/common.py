@@ -12,16 +12,21 @@ from nanochat.errors import UserError
 
 # Dense bf16 FLOP/s by the vendors' datasheets; the first name contained in the device's wins.
 _PEAK_BF16_FLOPS = (
-    ("GB200", 2.5e15), ("B200", 2.25e15), ("B100", 1.8e15), ("H200", 989e12), ("H100 NVL", 835e12),
-    ("H100 PCIe", 756e12), ("H100", 989e12), ("H800", 989e12), ("A100", 312e12), ("A800", 312e12),
-    ("L40S", 362e12), ("L4", 121e12), ("RTX 5090", 209e12), ("RTX 4090", 165.2e12), ("RTX 3090", 71e12),
+    ("GB200", 2.5e15), ("B200", 2.25e15), ("B100", 1.8e15), ("H200 NVL", 835e12), ("H200", 989e12),
+    ("H100 NVL", 835e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("H800", 989e12), ("A100", 312e12),
+    ("A800", 312e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("RTX 5090", 209e12),
+    ("RTX 4090", 165.2e12), ("RTX 3090", 71e12),
 )
 
 
 def base_dir():
     """The cache folder: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Created when missing."""
     folder = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the cache folder {folder} cannot be made ({error.strerror}); set NANOCHAT_BASE_DIR "
+                        "to a folder that you can write to") from None
     return folder
 
 
@@ -66,7 +71,11 @@ class Ranks:
     def from_environment(cls):
         if "RANK" not in os.environ:
             return cls()
-        return cls(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+        try:
+            return cls(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+        except (KeyError, ValueError):
+            raise UserError("RANK is set, but RANK, LOCAL_RANK and WORLD_SIZE are not three whole numbers; "
+                            "start several ranks with torchrun, or unset RANK") from None
 
     @property
     def is_main(self):
