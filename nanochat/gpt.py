@@ -228,7 +228,7 @@ class GPT(nn.Module):
         n_layer, bound = self.config.n_layer, math.sqrt(3 / self.config.n_embd)
         uniform_bounds = {"c_q": bound, "c_k": bound, "c_v": bound, "c_fc": 0.4 * bound}
         for name, parameter in self.named_parameters():
-            generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it heeds 32 bits only
             value = torch.zeros(parameter.shape)
             kind = name.split(".")[-2] if "." in name else name
             if name == "transformer.wte.weight":

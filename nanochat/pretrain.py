@@ -9,7 +9,9 @@ import torch.distributed as dist
 
 from nanochat import checkpoint, schedule
 from nanochat.common import base_dir, choose_compute_dtype, print0
-from nanochat.dataloader import TokenLoader
+from nanochat.core_bundle import bundle_folder
+from nanochat.core_eval import evaluate_core
+from nanochat.dataloader import RowPlanner, TokenLoader
 from nanochat.dataset import Dataset, open_dataset
 from nanochat.engine import generate
 from nanochat.errors import UserError
@@ -144,8 +146,7 @@ def restore(model, optimizer, folder, step, meta, device, ranks):
 
 def evaluator(args, model, data, ranks, device):
     """Validation as a function of (is it the last one?): the fields of a `val` event."""
-    batch_tokens = args.device_batch_size * args.max_seq_len * ranks.world_size
-    n_batches = eval_batches(args.eval_tokens, batch_tokens, data.val)
+    n_batches = eval_batches(data.val, args.eval_tokens, args.device_batch_size * ranks.world_size, args.max_seq_len)
     token_bytes = torch.from_numpy(data.tokenizer.token_bytes()).to(device)
 
     def evaluate(last):
@@ -163,26 +164,30 @@ def evaluator(args, model, data, ranks, device):
     return evaluate
 
 
-def eval_batches(eval_tokens, batch_tokens, shards):
-    """Batches of one evaluation: `eval_tokens`, at least one batch, no more than the split holds once."""
-    in_split = sum(shard.n_tokens for shard in shards)
-    return max(1, min(eval_tokens, in_split) // batch_tokens)
+def eval_batches(shards, eval_tokens, batch_rows, sequence_len):
+    """Batches (over all ranks) of one evaluation: `eval_tokens`, but at most one pass over the split; at least 1."""
+    planner = RowPlanner(shards, sequence_len + 1, seed=0, shuffle=False)
+    wanted = max(1, eval_tokens // (batch_rows * sequence_len))
+    for done in range(wanted):
+        for _ in range(batch_rows):
+            planner.next_row()
+        if planner.order.epoch > 0:
+            return max(1, done)
+    return wanted
 
 
 def core_evaluator(args, model, data, ranks, device):
     """CORE as the fields of a `core` event, or None when it is never asked for or its bundle is not there."""
     if args.core_metric_every <= 0:
         return None
-    bundle = base_dir() / "eval_bundle"
-    from nanochat.core_eval import evaluate_core
-
+    bundle = bundle_folder()
     if not bundle.exists():
         print0(f"CORE is not evaluated: {bundle} is missing (python -m nanochat.core_eval downloads it)")
         return None
 
     def evaluate():
         result = evaluate_core(model, data.tokenizer, bundle, device, max_per_task=args.core_metric_max_per_task,
-                               rank=ranks.rank, world_size=ranks.world_size)
+                               max_tokens=model.cos.size(1), rank=ranks.rank, world_size=ranks.world_size)
         return {"core_metric": result.core_metric, "tasks": result.centered}
 
     return evaluate

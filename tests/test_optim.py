@@ -1,0 +1,118 @@
+import pytest
+import torch
+from golden_figures import FACTS, arrays, batch, golden_model, relative_error
+from ranks import run_on_ranks
+
+from nanochat.common import Ranks
+from nanochat.optim import MuonAdamW, adamw_update, muon_direction, parameter_groups, polar_express
+
+
+def take_golden_steps(model, optimizer):
+    idx, targets = batch()
+    losses = []
+    for figures in FACTS["schedule_per_step"]:
+        loss = model(idx, targets)
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.schedule(figures["lr_multiplier"], figures["muon_momentum"], figures["muon_weight_decay"] / 0.28)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*losses, model(idx, targets).item()]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_three_steps_match_golden(compiled):
+    model = golden_model()
+    losses = take_golden_steps(model, MuonAdamW(parameter_groups(model), compiled=compiled))
+    assert losses == pytest.approx(FACTS["loss_before_each_step_then_after"], abs=1e-4)
+    golden = arrays("after_step_3")
+    errors = {name: relative_error(p.detach(), golden[name]) for name, p in model.named_parameters()}
+    assert max(errors.values()) < 1e-3, errors
+
+
+def test_groups_match_golden():
+    model = golden_model()
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {frozenset(names[id(p)] for p in group["params"]): group for group in parameter_groups(model)}
+    golden = {frozenset(group["params"]): group for group in FACTS["optimizer_groups"]}
+    assert set(found) == set(golden)
+    for params, group in golden.items():
+        for key in ("kind", "lr", "weight_decay", *(("eps",) if group["kind"] == "adamw" else ("beta2", "momentum"))):
+            assert found[params][key] == pytest.approx(group[key]), (params, key)
+        if group["kind"] == "adamw":
+            assert list(found[params]["betas"]) == group["betas"]
+
+
+def test_batch_and_decay_scales_multiply_every_lr_and_muons_decay():
+    plain, scaled = (parameter_groups(golden_model(), **scales)
+                     for scales in ({}, {"batch_lr_scale": 0.5, "decay_scale": 0.1}))
+    for a, b in zip(plain, scaled, strict=True):
+        assert b["lr"] == pytest.approx(0.5 * a["lr"])
+        assert b["weight_decay"] == pytest.approx((0.1 if a["kind"] == "muon" else 1.0) * a["weight_decay"])
+
+
+def test_adamw_agrees_with_torchs_own():
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(50, generator=generator)
+    ours, theirs = w.clone(), torch.nn.Parameter(w.double())
+    reference = torch.optim.AdamW([theirs], lr=0.03, betas=(0.8, 0.96), eps=1e-10, weight_decay=0.1)
+    m, v = torch.zeros(50), torch.zeros(50)
+    for step in range(1, 20):
+        grad = torch.randn(50, generator=generator)
+        adamw_update(ours, grad, m, v, *map(torch.tensor, (0.03, 0.8, 0.96, 1e-10, 0.1, 1 - 0.8**step, 1 - 0.96**step)))
+        theirs.grad = grad.double()
+        reference.step()
+    torch.testing.assert_close(ours.double(), theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 40), (3, 64, 16), (1, 16, 64), (2, 1, 12)])
+def test_polar_express_approaches_the_polar_factor(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = x / (1.01 * torch.linalg.matrix_norm(x, keepdim=True))
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    found = polar_express(x)
+    singular_values = torch.linalg.svdvals(found)
+    assert 0.6 < singular_values.min() and singular_values.max() < 1.25
+    cosine = (found * (u @ vh)).sum() / found.norm() / (u @ vh).norm()
+    assert cosine > 0.98
+
+
+def test_muon_direction_has_equal_rows_and_spectral_norm_below_one():
+    grad = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(2)) * torch.logspace(-3, 3, 20)[None, :, None]
+    grad[1, 4] = 0
+    direction = muon_direction(grad, torch.zeros_like(grad), torch.tensor(0.9), torch.float32)
+    norms = direction.norm(dim=-1)
+    assert norms[1, 4] == 0
+    others = norms[norms > 0]
+    torch.testing.assert_close(others, others[:1].expand_as(others), rtol=0.05, atol=0)
+    assert torch.linalg.svdvals(direction).max() < 1
+
+
+def train_on_one_of(rank, world_size):
+    """A few steps on this rank's rows of a fixed batch; (losses, parameters, elements of optimizer state)."""
+    idx, targets = batch()
+    idx, targets = idx[:2].view(world_size, -1, 256)[rank], targets[:2].abs().view(world_size, -1, 256)[rank]
+    model = golden_model()
+    optimizer = MuonAdamW(parameter_groups(model), Ranks(rank, rank, world_size))
+    losses = []
+    for _ in range(4):
+        for row in range(len(idx)):
+            loss = model(idx[row : row + 1], targets[row : row + 1])
+            (loss / len(idx)).backward()
+            losses.append(loss.item())
+        optimizer.schedule(1.0, 0.9, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    state = sum(v.numel() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v))
+    return losses, {name: p.detach().numpy() for name, p in model.named_parameters()}, state
+
+
+def test_two_ranks_make_the_updates_of_one_and_share_the_state():
+    losses, one, state = train_on_one_of(0, 1)
+    ranks = run_on_ranks(2, train_on_one_of)
+    for rank, (rank_losses, params, rank_state) in enumerate(ranks):
+        assert rank_losses == pytest.approx(losses[rank::2], rel=1e-5)
+        for name, value in params.items():
+            assert relative_error(torch.from_numpy(value), torch.from_numpy(one[name])) < 1e-4, name
+        assert 0.45 * state < rank_state < 0.6 * state
+    assert all((ranks[0][1][name] == ranks[1][1][name]).all() for name in one)
