@@ -171,7 +171,8 @@ def eval_batches(shards, eval_tokens, batch_rows, sequence_len):
     for done in range(wanted):
         for _ in range(batch_rows):
             planner.next_row()
-        if planner.order.epoch > 0:
+        epoch, position, buffered = planner.snapshot()
+        if epoch * planner.order.n_docs + position - len(buffered) > planner.order.n_docs:
             return max(1, done)
     return wanted
 

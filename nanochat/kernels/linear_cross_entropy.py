@@ -1,0 +1,300 @@
+"""Cross-entropy of softcapped logits straight from hidden states, a chunk of rows at a time.
+
+The (N, V) logits never exist as a whole: each chunk's logits are turned into their own gradient in
+place and multiplied into dx and dW at once, in the forward pass (Liger, arXiv:2410.10989, and CCE,
+arXiv:2411.09009, do the same). With z = cap * tanh(a / cap), |z| <= cap bounds exp(z), so no running
+maximum is needed. Order: reference, kernels, chunk loop, ops, public functions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from nanochat.errors import UserError
+from nanochat.kernels.runtime import (
+    INTERPRETED,
+    TILE_ELEMENTS,
+    jit,
+    require_dtype,
+    require_kernels,
+    store_rounded,
+    tl,
+    triton,
+)
+
+DTYPES = (torch.bfloat16, torch.float32)
+IGNORED = -1
+MAX_SOFTCAP = 64.0  # exp(64) * V stays far inside fp32
+_LOG2_E = math.log2(math.e)
+_SCRATCH_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 26}  # of each of the torch form's two fp32 scratch arrays
+_PRODUCT_ROWS = 8192  # rows of dW summed at a time on a CPU
+_REDUCTIONS = ("mean", "sum", "none")
+_IMPLEMENTATIONS = ("triton", "torch")
+
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+def plain_linear_cross_entropy(x, weight, targets, vocab_size, softcap=15.0, reduction="mean"):
+    """The unfused loss in the form that compiles best: columns from vocab_size on are masked after the softcap.
+
+    x (..., d), weight (Vpad, d) cast to x's dtype, targets (...) int64 with -1 ignored; logits and loss in fp32.
+    """
+    logits = F.linear(x.reshape(-1, x.size(-1)), weight.to(x.dtype)).float()
+    logits = softcap * torch.tanh(logits / softcap)
+    if vocab_size < weight.size(0):
+        logits = logits.masked_fill(torch.arange(weight.size(0), device=x.device) >= vocab_size, -torch.inf)
+    loss = F.cross_entropy(logits, targets.reshape(-1), ignore_index=IGNORED, reduction=reduction)
+    return loss.view(targets.shape) if reduction == "none" else loss
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+@jit
+def _tanh(x, APPROXIMATE: tl.constexpr):
+    """tanh in fp32: the hardware's (relative error 2^-11), or within 2 ulp by exp2 and Cephes' polynomial near 0."""
+    if APPROXIMATE:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    magnitude = tl.abs(x)
+    decay = tl.exp2(magnitude * -2.8853900817779268)  # exp(-2|x|) never overflows
+    far = (1.0 - decay) / (1.0 + decay)
+    z = x * x
+    near = -5.70498872745e-3 * z + 2.06390887954e-2
+    near = near * z - 5.37397155531e-2
+    near = near * z + 1.33314422036e-1
+    near = near * z - 3.33332819422e-1
+    return tl.where(magnitude < 0.625, near * z * x + x, tl.where(x < 0, -far, far))
+
+
+@jit
+def _rows_kernel(logits, targets, losses, scale, stride, n_rows, vocab_size, n_columns, CAP: tl.constexpr,
+                 INVERSE_CAP: tl.constexpr, CAP_LOG2_E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                 GRADIENT: tl.constexpr, APPROXIMATE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """ROWS rows a program: their losses, and with GRADIENT their logits replaced by scale * d loss / d logits."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    is_row = row < n_rows
+    column = tl.arange(0, BLOCK)[None, :]
+    logits += row * stride
+    target = tl.load(targets + row, mask=is_row, other=-1)
+    ignored = target == -1
+    in_range = (target >= 0) & (target < vocab_size)
+    # Read before the reduction below: its barrier keeps other warps from overwriting the column first.
+    at_target = tl.load(logits + target, mask=in_range, other=0.0).to(tl.float32)
+    partial = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, n_columns, BLOCK):
+        counts = start + column < vocab_size
+        a = tl.load(logits + start + column, mask=is_row & counts, other=0.0).to(tl.float32)
+        partial += tl.where(counts, tl.exp2(_tanh(a * INVERSE_CAP, APPROXIMATE) * CAP_LOG2_E), 0.0)
+    total = tl.where(in_range | ignored, tl.sum(partial, axis=1, keep_dims=True), float("nan"))
+    loss = tl.log(total) - CAP * _tanh(at_target * INVERSE_CAP, APPROXIMATE)
+    tl.store(losses + row, tl.where(ignored, 0.0, loss), mask=is_row)
+    if GRADIENT:
+        factor = tl.load(scale)
+        inverse_total = 1.0 / total
+        for start in range(0, n_columns, BLOCK):
+            here = start + column
+            counts = here < vocab_size
+            a = tl.load(logits + here, mask=is_row & counts, other=0.0).to(tl.float32)
+            t = _tanh(a * INVERSE_CAP, APPROXIMATE)
+            p = tl.exp2(t * CAP_LOG2_E) * inverse_total
+            gradient = factor * (tl.where(here == target, p - 1.0, p) * (1.0 - t * t))
+            gradient = tl.where(counts & (target != -1), gradient, 0.0)
+            store_rounded(logits + here, gradient, is_row & (here < n_columns), INTERPRETED)
+
+
+def _rows_by_triton(logits, targets, losses, scale, vocab_size, softcap):
+    """Fill `losses` from a chunk's logits; unless `scale` is None, turn the logits into their scaled gradient."""
+    n_rows, n_columns = logits.shape
+    block = min(4096, triton.next_power_of_2(n_columns))
+    rows = min(max(1, TILE_ELEMENTS // block), triton.next_power_of_2(n_rows))
+    gradient = scale is not None
+    approximate = gradient and logits.dtype == torch.bfloat16 and logits.is_cuda and torch.version.hip is None
+    _rows_kernel[(triton.cdiv(n_rows, rows),)](
+        logits, targets, losses, scale if gradient else losses, logits.stride(0), n_rows, vocab_size, n_columns,
+        CAP=softcap, INVERSE_CAP=1 / softcap, CAP_LOG2_E=softcap * _LOG2_E, ROWS=rows, BLOCK=block, GRADIENT=gradient,
+        APPROXIMATE=approximate, INTERPRETED=INTERPRETED, num_warps=8)
+
+
+def _rows_by_torch(logits, targets, losses, scale, vocab_size, softcap):
+    """The same in eager torch: a few rows at a time, so that the two fp32 scratch arrays stay in a CPU's cache."""
+    n_columns = logits.size(1)
+    step = max(1, _SCRATCH_ELEMENTS["cpu" if logits.device.type == "cpu" else "gpu"] // n_columns)
+    scratch = torch.empty(2, min(step, len(logits)), n_columns, dtype=torch.float32, device=logits.device)
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        t, e = scratch[:, :len(logits[rows])]
+        _few_rows_by_torch(logits[rows], targets[rows], losses[rows], scale, vocab_size, softcap, t, e)
+
+
+def _few_rows_by_torch(logits, targets, losses, scale, vocab_size, softcap, t, e):
+    t.copy_(logits)
+    if logits.dtype == torch.float32:
+        t.div_(softcap).tanh_()
+        torch.mul(t, softcap, out=e).exp_()
+    else:  # a few 1e-7 less exact, far below the rounding of such logits, and several times faster on a CPU
+        t.mul_(2 / softcap).sigmoid_().mul_(2).sub_(1)
+        torch.mul(t, softcap * _LOG2_E, out=e).exp2_()
+    e[:, vocab_size:] = 0
+    ignored = targets == IGNORED
+    in_range = (targets >= 0) & (targets < vocab_size)
+    total = torch.where(ignored | in_range, e.sum(1), torch.nan)
+    index = targets.clamp(0, vocab_size - 1)[:, None]
+    loss = total.log() - softcap * t.gather(1, index)[:, 0]
+    losses.copy_(loss.masked_fill_(ignored, 0))
+    if scale is None:
+        return
+    e.mul_((scale / total)[:, None])
+    e.scatter_(1, index, e.gather(1, index) - scale)
+    torch.ops.aten.tanh_backward.grad_input(e, t, grad_input=e)  # e * (1 - t^2) in one pass
+    logits.copy_(e.masked_fill_(ignored[:, None], 0))
+
+
+# --- the chunk loop --------------------------------------------------------------------------------------------------
+
+def chunk_rows(n_rows, row_bytes, chunk_bytes):
+    """Rows of a chunk: what the budget holds, a multiple of 128 when it holds that many, chunks of about equal size."""
+    most = chunk_bytes // row_bytes
+    if most < 1:
+        raise UserError(f"a chunk budget of {chunk_bytes} bytes is smaller than one row of logits ({row_bytes} bytes); "
+                        "raise it to that at least")
+    if most >= n_rows:
+        return max(n_rows, 1)
+    tile = 128 if most >= 128 else 1
+    most -= most % tile
+    n_chunks = math.ceil(n_rows / most)
+    return math.ceil(n_rows / n_chunks / tile) * tile
+
+
+def _each_chunk(x, weight, targets, scale, vocab_size, softcap, implementation, chunk_bytes, dx=None, dweight=None):
+    """Per-token fp32 losses of x (N, d); fills dx (x's dtype) and adds to dweight (fp32) where they are given."""
+    rows_by = {"triton": _rows_by_triton, "torch": _rows_by_torch}[implementation]
+    weight = weight.to(x.dtype)
+    n_rows, n_columns = len(x), len(weight)
+    step = chunk_rows(n_rows, n_columns * x.element_size(), chunk_bytes)
+    losses = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+    buffer = x.new_empty(min(step, n_rows), n_columns)
+    for start in range(0, n_rows, step):
+        rows = slice(start, start + step)
+        chunk = x[rows]
+        logits = torch.mm(chunk, weight.T, out=buffer[:len(chunk)])
+        rows_by(logits, targets[rows], losses[rows], scale, vocab_size, softcap)
+        if dx is not None:
+            torch.mm(logits, weight, out=dx[rows])
+        if dweight is not None:
+            _add_product(dweight, logits, chunk)
+    return losses
+
+
+def _add_product(dweight, gradient, chunk):
+    """dweight += gradient^T chunk, summed in fp32 whatever the factors' dtype."""
+    if chunk.dtype == torch.float32:
+        dweight.addmm_(gradient.T, chunk)
+    elif chunk.is_cuda:
+        torch.addmm(dweight, gradient.T, chunk, out_dtype=torch.float32, out=dweight)
+    else:  # in pieces, so that the bf16 product is still in the cache when it is added
+        for start in range(0, len(dweight), _PRODUCT_ROWS):
+            piece = slice(start, start + _PRODUCT_ROWS)
+            dweight[piece] += gradient[:, piece].T @ chunk
+
+
+# --- ops -------------------------------------------------------------------------------------------------------------
+
+@torch.library.custom_op("nanochat::linear_cross_entropy", mutates_args=())
+def _loss_and_gradients(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, softcap: float, mean: bool,
+    implementation: str, chunk_bytes: int, need_dx: bool, need_dweight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, d loss/dx, d loss/dweight): right for any scalar upstream gradient, which backward multiplies in."""
+    scale = _row_scale(targets, mean)
+    dx = x.new_empty(x.shape if need_dx else 0)
+    dweight = torch.zeros(weight.shape if need_dweight else 0, dtype=torch.float32, device=x.device)
+    losses = _each_chunk(x, weight, targets, scale, vocab_size, softcap, implementation, chunk_bytes,
+                         dx if need_dx else None, dweight if need_dweight else None)
+    return losses.sum() * scale, dx, dweight.to(weight.dtype)
+
+
+@_loss_and_gradients.register_fake
+def _(x, weight, targets, vocab_size, softcap, mean, implementation, chunk_bytes, need_dx, need_dweight):
+    return (x.new_empty((), dtype=torch.float32), x.new_empty(x.shape if need_dx else 0),
+            weight.new_empty(weight.shape if need_dweight else 0))
+
+
+def _save_gradients(ctx, inputs, output):
+    _, dx, dweight = output
+    ctx.need_dx, ctx.need_dweight = inputs[-2:]
+    ctx.mark_non_differentiable(dx, dweight)
+    ctx.save_for_backward(dx.detach(), dweight.detach())
+    ctx.set_materialize_grads(False)
+
+
+def _scale_gradients(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 10
+    dx, dweight = ctx.saved_tensors  # multiplied out of place: a second backward finds them unchanged
+    return (dx * grad if ctx.need_dx else None, dweight * grad if ctx.need_dweight else None, *(None,) * 8)
+
+
+_loss_and_gradients.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+@torch.library.custom_op("nanochat::linear_cross_entropy_losses", mutates_args=())
+def _losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, softcap: float,
+            implementation: str, chunk_bytes: int) -> torch.Tensor:
+    """Per-token losses for evaluation: no gradients are made."""
+    return _each_chunk(x, weight, targets, None, vocab_size, softcap, implementation, chunk_bytes)
+
+
+@_losses.register_fake
+def _(x, weight, targets, vocab_size, softcap, implementation, chunk_bytes):
+    return x.new_empty(x.size(0), dtype=torch.float32)
+
+
+def _row_scale(targets, mean):
+    """What each row's loss counts for, a device scalar: nobody waits for the number of valid targets."""
+    if not mean:
+        return torch.ones((), device=targets.device)
+    return (targets != IGNORED).sum().float().reciprocal()
+
+
+# --- public functions ------------------------------------------------------------------------------------------------
+
+def linear_cross_entropy(x, weight, targets, vocab_size, softcap=15.0, reduction="mean", implementation="triton",
+                         chunk_bytes=None):
+    """Cross-entropy of softcap * tanh(x W^T / softcap) over the first vocab_size columns, without the (N, V) logits.
+
+    x (..., d) bf16 or fp32; weight (Vpad, d) fp32 or x's dtype; targets (...) int64: -1 is ignored, anything else
+    out of range makes the loss NaN. mean and sum: fp32 scalar, differentiable once in x and weight;
+    none: fp32 losses of targets' shape, without gradients. chunk_bytes bounds the logits alive at a time.
+    """
+    assert reduction in _REDUCTIONS and implementation in _IMPLEMENTATIONS
+    if chunk_bytes is None:
+        chunk_bytes = default_chunk_bytes(x.device)
+    rows, flat_targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
+    need_dx, need_dweight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight))
+    if reduction != "none" and (need_dx or need_dweight):
+        return _loss_and_gradients(rows, weight, flat_targets, vocab_size, float(softcap), reduction == "mean",
+                                   implementation, chunk_bytes, need_dx, need_dweight)[0]
+    losses = _losses(rows.detach(), weight.detach(), flat_targets, vocab_size, float(softcap), implementation,
+                     chunk_bytes)
+    if reduction == "none":
+        return losses.view(targets.shape)
+    return losses.sum() * _row_scale(flat_targets, reduction == "mean")
+
+
+def default_chunk_bytes(device):
+    """Bytes of logits alive at a time: on a GPU 1 GiB keeps dW's rewriting below 2 %; on a CPU the cache decides."""
+    return 1 << 30 if device.type == "cuda" else 16 << 20
+
+
+def check_linear_cross_entropy(device, dtype, padded_vocab_size, softcap=15.0, implementation="triton",
+                               chunk_bytes=None, flag="--chunked-ce"):
+    """UserError when this loss cannot serve such a model; call it before building one."""
+    device = torch.device(device)
+    if implementation == "triton":
+        require_kernels(device, flag)
+    require_dtype(dtype, DTYPES, flag)
+    if not 0 < softcap <= MAX_SOFTCAP:
+        raise UserError(f"{flag} takes a softcap above 0, up to {MAX_SOFTCAP:g}, not {softcap:g}; leave the flag out")
+    chunk_rows(1, padded_vocab_size * dtype.itemsize, chunk_bytes or default_chunk_bytes(device))

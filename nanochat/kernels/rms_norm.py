@@ -1,0 +1,233 @@
+"""RMSNorm without weight, and rotary embedding followed by that norm (QK-norm), each as one kernel.
+
+Both read their input once and write their output once, in fp32 between; the backward passes
+recompute the row's scale from the saved input. Order: reference, kernels, ops, public functions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from nanochat.errors import UserError
+from nanochat.kernels.runtime import (
+    INTERPRETED,
+    TILE_ELEMENTS,
+    jit,
+    require_dtype,
+    require_kernels,
+    store_rounded,
+    tl,
+    triton,
+)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_WIDTH = 16384  # one row has to fit into the registers of one program
+MAX_HEAD_DIM = 512
+
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+def plain_rms_norm(x, eps=None):
+    """The unfused norm: what the fused one is measured against."""
+    return F.rms_norm(x, (x.size(-1),), eps=eps)
+
+
+def plain_rope(x, cos, sin):
+    """Rotate the halves of x (B, T, H, D) by minus theta; cos, sin (1, T, 1, D/2) in x's dtype (arXiv:2104.09864)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def plain_rope_qk_norm(q, k, cos, sin, scale=1.2):
+    """Rotary embedding, RMSNorm, times `scale`, on q and k (B, T, H, D), unfused."""
+    return tuple(plain_rms_norm(plain_rope(x, cos, sin)) * scale for x in (q, k))
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+@jit
+def _norm_kernel(x, grad, out, stride_x, stride_grad, n_rows, WIDTH: tl.constexpr, EPS: tl.constexpr,
+                 ROWS: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr, INTERPRETED: tl.constexpr):
+    """y = x * r with r = (mean(x^2) + eps)^-1/2; backward dx = r * (g - x * r^2 * mean(g * x))."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (row < n_rows) & (column < WIDTH)
+    value = tl.load(x + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / WIDTH + EPS)
+    if BACKWARD:
+        upstream = tl.load(grad + row * stride_grad + column, mask=mask, other=0.0).to(tl.float32)
+        unit = value * rstd
+        dot = tl.sum(upstream * unit, axis=1, keep_dims=True) / WIDTH
+        result = rstd * (upstream - unit * dot)
+    else:
+        result = value * rstd
+    store_rounded(out + row * WIDTH + column, result, mask, INTERPRETED)
+
+
+@jit
+def _rope_norm_kernel(x, grad, cos, sin, out, stride_token, stride_head, stride_grad_token, stride_grad_head,
+                      n_rows, n_positions, HEADS: tl.constexpr, HALF: tl.constexpr, SCALE: tl.constexpr,
+                      EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
+                      INTERPRETED: tl.constexpr):
+    """A row is one head of one token. Rotation keeps the norm, so the row's scale comes from x before it."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (row < n_rows) & (column < HALF)
+    token, head = (row // HEADS).to(tl.int64), row % HEADS  # divided in 32 bits: in 64 it is slow
+    angle = (row // HEADS % n_positions) * HALF + column
+    c = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)
+    first = x + token * stride_token + head * stride_head + column
+    x1 = tl.load(first, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(first + HALF, mask=mask, other=0.0).to(tl.float32)
+    mean_square = tl.sum(x1 * x1 + x2 * x2, axis=1, keep_dims=True) / (2 * HALF)
+    rstd = tl.rsqrt(mean_square + EPS)
+    if BACKWARD:
+        first = grad + token * stride_grad_token + head * stride_grad_head + column
+        g1 = SCALE * tl.load(first, mask=mask, other=0.0).to(tl.float32)
+        g2 = SCALE * tl.load(first + HALF, mask=mask, other=0.0).to(tl.float32)
+        back1, back2 = g1 * c - g2 * s, g1 * s + g2 * c  # the transposed rotation
+        unit1, unit2 = x1 * rstd, x2 * rstd
+        dot = tl.sum(back1 * unit1 + back2 * unit2, axis=1, keep_dims=True) / (2 * HALF)
+        y1, y2 = rstd * (back1 - unit1 * dot), rstd * (back2 - unit2 * dot)
+    else:
+        factor = SCALE * rstd
+        y1, y2 = factor * (x1 * c + x2 * s), factor * (x2 * c - x1 * s)
+    result = out + row.to(tl.int64) * (2 * HALF) + column
+    store_rounded(result, y1, mask, INTERPRETED)
+    store_rounded(result + HALF, y2, mask, INTERPRETED)
+
+
+def _tiling(n_rows, width):
+    """Grid and tile for rows of `width` elements: narrow rows share a program."""
+    block = triton.next_power_of_2(width)
+    rows = min(max(1, TILE_ELEMENTS // block), triton.next_power_of_2(n_rows))
+    return (triton.cdiv(n_rows, rows),), {"ROWS": rows, "BLOCK": block, "num_warps": 8 if rows * block >= 4096 else 4}
+
+
+def _flat(x, *shape):
+    """`x` as `shape`, a view where it can be one; consecutive elements in the last dimension."""
+    x = x.reshape(shape)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _launch_norm(x, grad, eps):
+    out = x.new_empty(x.shape)
+    if x.numel() == 0:
+        return out
+    rows = _flat(x, -1, x.size(-1))
+    grads = rows if grad is None else _flat(grad, -1, x.size(-1))
+    n_rows, width = rows.shape
+    grid, tile = _tiling(n_rows, width)
+    _norm_kernel[grid](rows, grads, out, rows.stride(0), grads.stride(0), n_rows, WIDTH=width, EPS=eps,
+                       BACKWARD=grad is not None, INTERPRETED=INTERPRETED, **tile)
+    return out
+
+
+def _launch_rope_norm(x, grad, cos, sin, scale, eps):
+    out = x.new_empty(x.shape)
+    if x.numel() == 0:
+        return out
+    _, n_positions, n_heads, head_dim = x.shape
+    half = head_dim // 2
+    heads = _flat(x, -1, n_heads, head_dim)
+    grads = heads if grad is None else _flat(grad, -1, n_heads, head_dim)
+    assert cos.shape == sin.shape == (1, n_positions, 1, half), f"angles {tuple(cos.shape)} for input {tuple(x.shape)}"
+    cos, sin = cos.contiguous(), sin.contiguous()
+    n_rows = heads.size(0) * n_heads
+    assert n_rows < 2**31, "row numbers are 32-bit"
+    grid, tile = _tiling(n_rows, half)
+    _rope_norm_kernel[grid](heads, grads, cos, sin, out, *heads.stride()[:2], *grads.stride()[:2], n_rows,
+                            n_positions, HEADS=n_heads, HALF=half, SCALE=scale, EPS=eps, BACKWARD=grad is not None,
+                            INTERPRETED=INTERPRETED, **tile)
+    return out
+
+
+# --- ops -------------------------------------------------------------------------------------------------------------
+
+@torch.library.custom_op("nanochat::rms_norm", mutates_args=())
+def _rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return _launch_norm(x, None, eps)
+
+
+@torch.library.custom_op("nanochat::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(x: torch.Tensor, grad: torch.Tensor, eps: float) -> torch.Tensor:
+    return _launch_norm(x, grad, eps)
+
+
+@torch.library.custom_op("nanochat::rope_norm", mutates_args=())
+def _rope_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float, eps: float) -> torch.Tensor:
+    return _launch_rope_norm(x, None, cos, sin, scale, eps)
+
+
+@torch.library.custom_op("nanochat::rope_norm_backward", mutates_args=())
+def _rope_norm_backward(x: torch.Tensor, grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+                        scale: float, eps: float) -> torch.Tensor:
+    return _launch_rope_norm(x, grad, cos, sin, scale, eps)
+
+
+for _op in (_rms_norm, _rms_norm_backward, _rope_norm, _rope_norm_backward):
+    _op.register_fake(lambda x, *others: x.new_empty(x.shape))
+
+
+def _save_norm(ctx, inputs, output):
+    x, ctx.eps = inputs
+    ctx.save_for_backward(x)
+    ctx.set_materialize_grads(False)
+
+
+def _norm_gradients(ctx, grad):
+    if grad is None:
+        return None, None
+    return _rms_norm_backward(*ctx.saved_tensors, grad, ctx.eps), None
+
+
+def _save_rope_norm(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _rope_norm_gradients(ctx, grad):
+    if grad is None:
+        return (None,) * 5
+    x, cos, sin = ctx.saved_tensors
+    return _rope_norm_backward(x, grad, cos, sin, ctx.scale, ctx.eps), None, None, None, None
+
+
+_rms_norm.register_autograd(_norm_gradients, setup_context=_save_norm)
+_rope_norm.register_autograd(_rope_norm_gradients, setup_context=_save_rope_norm)
+
+
+# --- public functions ------------------------------------------------------------------------------------------------
+
+def rms_norm(x, eps=None):
+    """Fused RMSNorm over the last dimension, without weight; x (..., d) -> (..., d), differentiable once.
+
+    eps: None is F.rms_norm's default, the machine epsilon of the precision it computes in (fp32).
+    Source: arXiv:1910.07467.
+    """
+    return _rms_norm(x, _eps(eps))
+
+
+def rope_qk_norm(q, k, cos, sin, scale=1.2, eps=None):
+    """Rotary embedding, RMSNorm and `scale` on q (B, T, H, D) and k (B, T, Hkv, D), each read and written once.
+
+    cos, sin (1, T, 1, D/2): constants, no gradient. q and k may be views into one packed tensor.
+    """
+    return tuple(_rope_norm(x, cos, sin, float(scale), _eps(eps)) for x in (q, k))
+
+
+def check_rms_norm(device, dtype, model_dim, head_dim, flag="--fused-rmsnorm"):
+    """UserError when these kernels cannot serve such a model; call it before building one."""
+    require_kernels(device, flag)
+    require_dtype(dtype, DTYPES, flag)
+    if model_dim > MAX_WIDTH:
+        raise UserError(f"{flag} takes a model width up to {MAX_WIDTH}, not {model_dim}; leave the flag out")
+    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
+        raise UserError(f"{flag} takes an even head size up to {MAX_HEAD_DIM}, not {head_dim}; change --head-dim")
+
+
+def _eps(eps):
+    return torch.finfo(torch.float32).eps if eps is None else float(eps)
