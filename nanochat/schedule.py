@@ -49,23 +49,28 @@ def plan_horizon(n_scaling_params, reference_scaling_params, flops_per_token, *,
                  target_param_data_ratio=12.0, total_batch_size_tokens=-1):
     """Steps and batch of a run: `num_iterations`, else `target_flops`, else tokens = ratio * scaling params.
 
-    Values of -1 mean "not given". `reference_scaling_params` are those of the depth-12 model with the
+    A value of -1 leaves a flag out. `reference_scaling_params` are those of the depth-12 model with the
     same vocabulary: D_ref = ratio * them goes with B_ref = 2^19 tokens. Automatic batch:
     B_ref (D/D_ref)^0.383 to the nearest power of two; learning rates scale as sqrt(B/B_ref), Muon's
     decay as sqrt(B/B_ref) D_ref/D (arXiv:2505.13738, arXiv:2405.13698).
     """
-    if target_param_data_ratio <= 0:
-        raise UserError(f"--target-param-data-ratio {target_param_data_ratio} must be positive")
+    for flag, value in (("--num-iterations", num_iterations), ("--target-flops", target_flops),
+                        ("--target-param-data-ratio", target_param_data_ratio),
+                        ("--total-batch-size", total_batch_size_tokens)):
+        if value != -1 and not 0 < value < math.inf:
+            raise UserError(f"{flag} {value} must be positive; leave it out or give -1 to do without")
     size_ratio = n_scaling_params / reference_scaling_params  # = D/D_ref, the ratio cancels
     if total_batch_size_tokens == -1:
         wanted = REFERENCE_BATCH_TOKENS * size_ratio**BATCH_EXPONENT
         total_batch_size_tokens = 2 ** round(math.log2(wanted))
-    if num_iterations > 0:
+    if num_iterations != -1:
         steps = num_iterations
-    elif target_flops > 0:
+    elif target_flops != -1:
         steps = round(target_flops / (flops_per_token * total_batch_size_tokens))
-    else:
+    elif target_param_data_ratio != -1:
         steps = int(target_param_data_ratio * n_scaling_params) // total_batch_size_tokens
+    else:
+        raise UserError("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio")
     if steps < 1:
         raise UserError(f"the horizon is shorter than one batch of {total_batch_size_tokens} tokens; "
                         "raise it or lower --total-batch-size")
