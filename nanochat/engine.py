@@ -61,10 +61,10 @@ def generate(model, prompt_ids, max_new_tokens, *, n_samples=1, temperature=1.0,
 
 
 def sample_token(logits, generator, temperature=1.0, top_k=None):
-    """One token id per row (B, 1) from logits (B, V)."""
+    """One token id per row (B, 1) from logits (B, V), among the `top_k` likeliest when given."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    if top_k is not None and top_k < logits.size(-1):
-        threshold = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
-    return torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)
+    if top_k is None:
+        return torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)
+    logits, ids = logits.topk(min(top_k, logits.size(-1)), dim=-1)  # exactly k, also among equal logits
+    return ids.gather(-1, sample_token(logits, generator, temperature))
