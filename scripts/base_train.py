@@ -167,6 +167,7 @@ def train(args, device, dtype, dtype_reason, ranks, started):
         if ranks.is_main:
             summary = summarize(log.folder, status, device, *pretrain.target_of(args))
             log.finish(**summary, wall_time_sec=time.monotonic() - started)
+            log.close()
             print(pretrain.describe_end(summary, log.folder), flush=True)
     if status == "nan":
         raise UserError(f"the loss is not finite at step {trainer.step}; the run stopped there without saving. "

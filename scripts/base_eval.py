@@ -1,0 +1,120 @@
+"""Evaluate a checkpoint of ours or of upstream: python -m scripts.base_eval --model-tag d12 --eval bpb,sample."""
+
+import argparse
+from itertools import islice
+
+import torch
+from tqdm import tqdm
+
+from nanochat import checkpoint, common, pretrain
+from nanochat.core_bundle import bundle_folder
+from nanochat.core_eval import evaluate_core
+from nanochat.dataloader import TokenLoader
+from nanochat.dataset import open_dataset
+from nanochat.errors import UserError, command
+from nanochat.files import write_json
+from nanochat.loss_eval import evaluate_loss
+from nanochat.tokenizer import load_tokenizer
+from nanochat.tokens import token_shards
+
+KINDS = ("bpb", "position", "sample", "core")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="base_eval", description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--eval", default="bpb,sample", help=f"what to evaluate: {','.join(KINDS)}")
+    parser.add_argument("--model-tag", required=True, help="checkpoint folder: a name under <cache>, or a path")
+    parser.add_argument("--step", default="latest", help="the checkpoint's step, or latest")
+    parser.add_argument("--dataset", default="climbmix", help="stdlib, climbmix, fineweb-edu, or a folder of text")
+    parser.add_argument("--tokenizer-dir", default="", help="folder of the tokenizer; empty: <cache>/tokenizer")
+    parser.add_argument("--split-tokens", type=int, default=40 * 524288, help="tokens evaluated of each split")
+    parser.add_argument("--device-batch-size", type=int, default=32, help="rows per device and batch")
+    parser.add_argument("--max-per-task", type=int, default=-1, help="examples per CORE task; -1 all")
+    parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
+    parser.add_argument("--output-json", default="", help="write the results to this file too")
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    kinds = args.eval.split(",")
+    if unknown := set(kinds) - set(KINDS):
+        raise UserError(f"--eval {','.join(sorted(unknown))} is unknown; use some of {','.join(KINDS)}")
+    if args.device_batch_size < 1 or args.split_tokens < 1:
+        raise UserError("--device-batch-size and --split-tokens must be at least 1")
+    device = common.choose_device(args.device_type)
+    dtype, reason = common.choose_compute_dtype(device)
+    ranks = common.start_ranks(device)
+    try:
+        folder = checkpoint.checkpoint_folder(args.model_tag)
+        step = checkpoint.find_checkpoint(folder, args.step)
+        tokenizer = load_tokenizer(args.tokenizer_dir or common.base_dir() / "tokenizer")
+        model, meta = checkpoint.load_model(folder, step, device, dtype)
+        if model.config.vocab_size != tokenizer.vocab_size:
+            raise UserError(f"the model's vocabulary is {model.config.vocab_size}, the tokenizer's "
+                            f"{tokenizer.vocab_size}; give the one it was trained with (--tokenizer-dir)")
+        model.eval()
+        common.print0(f"{folder.name}, step {step}, on {common.device_name(device)} in {dtype}: {reason}")
+        dataset = open_dataset(args.dataset)
+        results = evaluate(args, kinds, model, dataset, tokenizer, device, ranks)
+        if args.output_json and ranks.is_main:
+            tokens = step * meta.get("total_batch_size_tokens", meta.get("total_batch_size", 0))
+            write_json(args.output_json, {
+                "model_tag": folder.name, "step": step, "tokens": tokens, "dataset_id": dataset.dataset_id,
+                "tokenizer_id": tokenizer.tokenizer_id, **results})
+            print(f"results: {args.output_json}")
+    finally:
+        common.stop_ranks()
+    return 0
+
+
+def evaluate(args, kinds, model, dataset, tokenizer, device, ranks):
+    """The results of the kinds asked for, printed as they come."""
+    results = {}
+    if "sample" in kinds and ranks.is_main:
+        shard = token_shards(dataset, tokenizer, "val")[0]
+        results["samples"] = [pretrain.sample_document(model, tokenizer, shard, i) for i in range(pretrain.N_SAMPLES)]
+        for sample in results["samples"]:
+            print(f"sample: {sample['prompt']}[...]{sample['text']}\n")
+    if {"bpb", "position"} & set(kinds):
+        splits = evaluate_splits(args, model, dataset, tokenizer, device, ranks)
+        for split, loss in splits.items():
+            common.print0(f"{split}: {loss.bits_per_byte:.4f} bits per byte, {loss.nats_per_token:.4f} nats per token "
+                          f"on {loss.n_tokens:,} tokens")
+        if "bpb" in kinds:
+            results |= {f"{split}_bpb": loss.bits_per_byte for split, loss in splits.items()}
+        if "position" in kinds:
+            results["nats_by_position"] = splits["val"].nats_by_position
+            results["counts_by_position"] = splits["val"].counts_by_position
+            common.print0("tokens of context since BOS: nats per token")
+            by_position = list(zip(results["nats_by_position"], results["counts_by_position"], strict=True))
+            for n in (0, *(2**k for k in range(len(by_position).bit_length() - 1))):
+                nats, count = by_position[n]
+                common.print0(f"{n:6d}: {nats:.4f} ({count:,} tokens)" if count else f"{n:6d}: none")
+    if "core" in kinds:
+        core = evaluate_core(model, tokenizer, bundle_folder(), device, max_per_task=args.max_per_task,
+                             max_tokens=model.cos.size(1), rank=ranks.rank, world_size=ranks.world_size)
+        results |= {"core_metric": core.core_metric, "core_tasks": core.centered}
+        common.print0(f"CORE {core.core_metric:.4f}")
+    return results
+
+
+def evaluate_splits(args, model, dataset, tokenizer, device, ranks):
+    """{train, val: LossEvaluation} on --split-tokens of each, at most one pass."""
+    length = model.config.sequence_len
+    token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
+    losses = {}
+    for split in ("train", "val"):
+        shards = token_shards(dataset, tokenizer, split)
+        n_batches = pretrain.eval_batches(shards, args.split_tokens, args.device_batch_size * ranks.world_size, length)
+        with TokenLoader(shards, args.device_batch_size, length, rank=ranks.rank, world_size=ranks.world_size,
+                         device=device, shuffle=False) as batches:
+            bar = tqdm(islice(batches, n_batches), f"evaluating {split}", n_batches, disable=not ranks.is_main)
+            losses[split] = evaluate_loss(model, iter(bar), n_batches, token_bytes, tokenizer.bos_id, ranks)
+    return losses
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

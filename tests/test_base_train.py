@@ -1,0 +1,239 @@
+"""The training program as a person runs it: end to end, killed, resumed, on two ranks, with every mistake."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from corpus import TINY_FLAGS, write_corpus
+
+from nanochat import gpt
+from nanochat.checkpoint import checkpoint_folder, checkpoint_steps
+from nanochat.common import runs_dir
+from nanochat.runlog import read_run
+from scripts.base_train import main, parse_args
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return str(write_corpus(tmp_path / "corpus"))
+
+
+@pytest.fixture(autouse=True)
+def fp32(monkeypatch):
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+
+
+def flags(corpus, steps=12, run_id="run", *more):
+    return [*TINY_FLAGS, "--dataset", corpus, "--num-iterations", str(steps), "--run-id", run_id, "--model-tag", run_id,
+            *more]
+
+
+def losses(run_id):
+    """{step: loss} of a run, and its validations."""
+    record = read_run(runs_dir() / run_id)
+    return ({e["step"]: e["loss"] for e in record.of("train")}, {e["step"]: e["val_bpb"] for e in record.of("val")})
+
+
+@contextlib.contextmanager
+def started(arguments):
+    """The program as a process of its own, its output in `process.log`; killed when the block is left early."""
+    with tempfile.NamedTemporaryFile("w+") as log:
+        process = subprocess.Popen([sys.executable, "-m", "scripts.base_train", *arguments], stdout=log, stderr=log,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process.log = lambda: Path(log.name).read_text()
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def trained_lines(run_id):
+    """How many training events the record holds, every segment counted."""
+    path = runs_dir() / run_id / "metrics.jsonl"
+    return path.read_text().count('"kind": "train"') if path.exists() else 0
+
+
+def wait_for_lines(run_id, n_lines, process, timeout_sec=120):
+    """Until the run's record holds that many training events."""
+    deadline = time.monotonic() + timeout_sec
+    while trained_lines(run_id) < n_lines:
+        assert time.monotonic() < deadline and process.poll() is None, process.log()
+        time.sleep(0.005)
+
+
+def test_a_run_learns_and_leaves_its_record(corpus, capsys):
+    assert main([*flags(corpus, 30), "--sample-every", "30", "--position-losses",
+                 "--target-metric-threshold", "9.9"]) == 0
+    record = read_run(runs_dir() / "run")
+    assert record.status == "ok"
+    train, val = record.of("train"), record.of("val")
+    assert [e["step"] for e in train] == list(range(1, 31))
+    assert [e["tokens"] for e in train] == [256 * step for step in range(1, 31)]
+    assert [e["step"] for e in val] == [0, 5, 10, 15, 20, 25, 30]
+    assert val[-1]["val_bpb"] < val[0]["val_bpb"] - 0.1
+    clock = [e["train_time_sec"] for e in train]
+    assert clock[10] == 0 < clock[11] and clock == sorted(clock)
+    summary = record.summary
+    assert summary["min_val_bpb"] == min(e["val_bpb"] for e in val)
+    assert summary["time_to_target_sec_measured"] is not None
+    assert summary["tokens"] == 30 * 256
+    [positions] = record.of("position_losses")
+    assert len(positions["nats_by_position"]) == 64 and sum(positions["counts_by_position"]) > 100
+    assert len(record.of("sample")) == 2
+    assert record.config["n_scaling_params"] > 0 and record.config["dataset_id"]
+    assert [e["step"] for e in record.of("checkpoint")] == [30]
+    printed = capsys.readouterr().out
+    assert "val_bpb" in printed and str(runs_dir() / "run") in printed
+
+
+def test_the_checkpoint_is_saved_before_the_final_evaluation(corpus):
+    main(flags(corpus))
+    kinds = [(e["kind"], e["step"]) for e in read_run(runs_dir() / "run").events]
+    assert kinds.index(("checkpoint", 12)) < kinds.index(("val", 12))
+
+
+def test_a_run_killed_at_random_steps_and_resumed_is_the_uninterrupted_one_bit_for_bit(corpus):
+    # both in processes with one thread: the order of a CPU's sums depends on the number of threads
+    with started(flags(corpus, 24, "whole")) as process:
+        assert process.wait(120) == 0, process.log()
+    resume = []
+    for _ in range(2):
+        with started([*flags(corpus, 24, "killed", "--save-every", "3"), *resume]) as process:
+            wait_for_lines("killed", trained_lines("killed") + random.randint(4, 10), process)
+            process.send_signal(signal.SIGKILL)
+        resume = ["--resume-from-step", "latest"]
+    with started([*flags(corpus, 24, "killed", "--save-every", "3"), *resume]) as process:
+        assert process.wait(120) == 0, process.log()
+    assert losses("killed") == losses("whole")
+    weights = [torch.load(checkpoint_folder(name) / "model_000024.pt") for name in ("whole", "killed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_saves_a_checkpoint_and_ends_cleanly(corpus, number):
+    with started(flags(corpus, 100_000, "stopped")) as process:
+        wait_for_lines("stopped", 3, process)
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number, process.log()
+        assert "Traceback" not in process.log()
+    record = read_run(runs_dir() / "stopped")
+    assert record.status == "interrupted"
+    assert checkpoint_steps(checkpoint_folder("stopped")) == [record.of("train")[-1]["step"]]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_status(corpus, monkeypatch, capsys):
+    forward, calls = gpt.GPT.forward, []
+
+    def poisoned(self, idx, targets=None, *rest, **options):
+        loss = forward(self, idx, targets, *rest, **options)
+        if self.training and targets is not None:
+            calls.append(None)
+        return loss * float("nan") if len(calls) > 8 else loss
+
+    monkeypatch.setattr(gpt.GPT, "forward", poisoned)
+    with pytest.raises(SystemExit) as stopped:
+        main(flags(corpus, 30, "nan", "--save-every", "2"))
+    assert stopped.value.code == 2
+    assert "not finite" in capsys.readouterr().err
+    record = read_run(runs_dir() / "nan")
+    assert record.status == "nan"
+    assert record.of("train")[-1]["loss"] is None and record.of("train")[-1]["nonfinite"] == ["loss"]
+    newest = checkpoint_steps(checkpoint_folder("nan"))[-1]
+    assert newest < record.of("train")[-1]["step"]
+
+
+def test_two_ranks_give_the_losses_of_one_with_twice_the_accumulation(corpus):
+    assert main(flags(corpus, 20, "one")) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                "-m", "scripts.base_train"]
+    done = subprocess.run([*launcher, *flags(corpus, 20, "two")], capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    (one, one_val), (two, two_val) = losses("one"), losses("two")
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
+    assert list(two_val.values()) == pytest.approx(list(one_val.values()), rel=1e-5)
+    shards = [torch.load(checkpoint_folder("two") / f"optim_000020_rank{r}.pt") for r in range(2)]
+    whole = torch.load(checkpoint_folder("one") / "optim_000020_rank0.pt")
+    sizes = [sum(v.numel() for s in state["state"].values() for v in s.values() if torch.is_tensor(v))
+             for state in (whole, *shards)]
+    assert all(0.45 < size / sizes[0] < 0.6 for size in sizes[1:])
+
+
+def test_the_flags_are_frozen():
+    expected = json.loads((Path(__file__).parent / "golden" / "base_train_flags.json").read_text())
+    assert {name: repr(value) for name, value in vars(parse_args([])).items()} == expected
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (["--depth", "0"], "--depth"),
+    (["--head-dim", "15"], "--head-dim"),
+    (["--total-batch-size", "200"], "--total-batch-size"),
+    (["--device-batch-size", "0"], "--device-batch-size"),
+    (["--window-pattern", "SQ"], "--window-pattern"),
+    (["--device-type", "tpu"], "--device-type"),
+    (["--tokenizer-dir", "nowhere"], "nowhere"),
+    (["--dataset", "nowhere"], "nowhere"),
+    (["--run-id", "a/b"], "run id"),
+    (["--resume-from-step", "latest"], "no checkpoint"),
+    (["--target-metric-threshold", "-1"], "--target-metric-threshold"),
+    (["--target-metric-name", "loss", "--target-metric-threshold", "1"], "--target-metric-name"),
+    (["--num-iterations", "-1", "--target-param-data-ratio", "-1"], "--target-param-data-ratio"),
+])
+def test_a_mistake_is_one_line_with_exit_code_2_and_leaves_nothing(corpus, capsys, change, words):
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags(corpus), *change])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ") and words in message
+    assert not list(runs_dir().glob("*/config.json")) if runs_dir().exists() else True
+
+
+def test_a_taken_run_id_is_refused_and_the_old_record_stays(corpus, capsys):
+    main(flags(corpus, 2))
+    before = (runs_dir() / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit):
+        main(flags(corpus, 2))
+    assert "taken" in capsys.readouterr().err
+    assert (runs_dir() / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [["--seed", "7"], ["--depth", "3"], ["--num-iterations", "13"],
+                                    ["--total-batch-size", "512"]], ids=str)
+def test_a_run_is_not_resumed_with_other_flags(corpus, capsys, change):
+    main(flags(corpus, 4))
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags(corpus, 4), "--resume-from-step", "4", *change])
+    assert stopped.value.code == 2
+    assert "cannot resume" in capsys.readouterr().err
+
+
+def test_resuming_a_step_that_is_not_there_names_the_newest(corpus, capsys):
+    main(flags(corpus, 4))
+    with pytest.raises(SystemExit):
+        main([*flags(corpus, 4), "--resume-from-step", "3"])
+    assert "newest usable one is 4" in capsys.readouterr().err
+
+
+def test_another_runs_checkpoints_are_set_aside_not_mixed(corpus):
+    main(flags(corpus, 4, "first", "--model-tag", "shared"))
+    main(flags(corpus, 2, "second", "--model-tag", "shared"))
+    assert checkpoint_steps(checkpoint_folder("shared")) == [2]
+    [aside] = checkpoint_folder("shared").parent.glob("shared.before-*")
+    assert checkpoint_steps(aside) == [4]
+
+
+def test_wandb_offline_records_without_a_network(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert main(flags(corpus, 3, "logged", "--run", "name")) == 0
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
