@@ -70,7 +70,7 @@ class WandbSink:
         try:
             self.run = wandb.init(project="nanochat", name=name, id=run_id, resume="allow", config=config)
         except (wandb.errors.UsageError, wandb.errors.CommError) as error:
-            raise UserError(f"wandb does not start ({str(error).splitlines()[0]}); run `wandb login`, set "
+            raise UserError(f"wandb does not start ({error}); run `wandb login`, set "
                             "WANDB_MODE=offline, or turn it off with --run=dummy") from None
 
     def __call__(self, kind, event):
