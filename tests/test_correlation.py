@@ -25,11 +25,13 @@ def counts_by_hand(arrays, lag, vocab_size):
     return counts
 
 
+@settings(deadline=None, max_examples=50)
 @given(token_arrays, st.integers(1, 45))
 def test_counts_equal_counting_by_hand(arrays, lag):
     assert (count_pairs(from_arrays(arrays, 7), lag).toarray() == counts_by_hand(arrays, lag, 7)).all()
 
 
+@settings(deadline=None, max_examples=50)
 @given(token_arrays, st.integers(1, 10), st.integers(0, 12))
 def test_counts_of_parts_add_up_to_those_of_the_whole(arrays, lag, split):
     whole = count_pairs(from_arrays(arrays, 7), lag)
@@ -51,6 +53,7 @@ def test_counts_reach_the_largest_vocabulary():
     assert (counts[65535, 0], counts[0, 65535], counts[65535, 65535], counts.sum()) == (1, 1, 1, 3)
 
 
+@settings(deadline=None, max_examples=50)
 @given(token_arrays, st.integers(1, 45))
 def test_document_sums_equal_sums_by_hand(arrays, lag):
     documents = from_arrays(arrays, 7)
@@ -230,7 +233,3 @@ def test_text_without_variety_is_refused(arrays, vocab_size, words):
     with pytest.raises(Refusal, match=words) as refusal:
         from_shards([shard(arrays, 99)], 99, vocab_size, max_tokens=10 ** 6)
     assert refusal.value.exit_code == 3
-
-
-settings.register_profile("lane_b", deadline=None, max_examples=50)
-settings.load_profile("lane_b")

@@ -126,17 +126,17 @@ def fit_offset_power_law(x, y):
     Least squares: closed form in offset and amplitude for each exponent of a grid in 0.02..2.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
-    best = None
-    for exponent in np.geomspace(0.02, 2, 401):
-        decay = (x / x[-1]) ** -exponent
-        amplitude = max(0.0, np.cov(decay, y, bias=True)[0, 1] / np.var(decay))
-        offset = np.mean(y - amplitude * decay)
-        if offset < 0:
-            offset, amplitude = 0.0, (decay @ y) / (decay @ decay)
-        squares = np.sum((y - offset - amplitude * decay) ** 2)
-        if best is None or squares < best[0]:
-            best = squares, float(offset), float(amplitude), float(exponent)
-    return best[1:]
+    exponents = np.geomspace(0.02, 2, 401)
+    decays = (x / x[-1]) ** -exponents[:, None]
+    centred = decays - decays.mean(axis=1, keepdims=True)
+    amplitudes = np.maximum(0.0, centred @ y / np.sum(centred ** 2, axis=1))
+    offsets = y.mean() - amplitudes * decays.mean(axis=1)
+    through_zero = offsets < 0
+    offsets[through_zero] = 0.0
+    amplitudes[through_zero] = (decays @ y / np.sum(decays ** 2, axis=1))[through_zero]
+    squares = np.sum((offsets[:, None] + amplitudes[:, None] * decays - y) ** 2, axis=1)
+    best = squares.argmin()
+    return float(offsets[best]), float(amplitudes[best]), float(exponents[best])
 
 
 def slopes(x, ys, weights):

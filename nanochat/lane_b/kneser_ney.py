@@ -20,6 +20,8 @@ class _Order:
 
     def probability(self, ngrams, shorter):
         """Interpolate with the probabilities `shorter` of the same n-grams without their first token."""
+        if len(self.keys) == 0:
+            return shorter
         where, seen = _find(self.contexts, ngrams >> np.uint64(16))
         result = np.where(seen, self.backoff[where], 1.0) * shorter
         where, seen = _find(self.keys, ngrams)
@@ -74,12 +76,14 @@ def ngram_keys(documents, length):
 
 
 def _order(keys, counts):
+    if len(keys) == 0:
+        return _Order(keys, np.empty(0), keys, np.empty(0))
     discounts = _discounts(counts)
     contexts, sizes = _run_lengths(keys >> np.uint64(16))
     starts = np.cumsum(sizes) - sizes
-    totals = np.add.reduceat(counts, starts) if len(starts) else counts
+    totals = np.add.reduceat(counts, starts)
     discount = discounts.take(np.minimum(counts, 3))
-    backoff = np.add.reduceat(discount, starts) / totals if len(starts) else discount
+    backoff = np.add.reduceat(discount, starts) / totals
     discounted = counts - discount
     discounted /= np.repeat(totals, sizes)
     return _Order(keys, discounted, contexts, backoff)
@@ -107,5 +111,5 @@ def _run_lengths(keys):
 
 def _find(keys, queries):
     """(an index for each query, whether the key there is the query)."""
-    where = np.minimum(np.searchsorted(keys, queries), max(len(keys) - 1, 0))
-    return where, keys[where] == queries if len(keys) else np.zeros(len(queries), bool)
+    where = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
+    return where, keys[where] == queries

@@ -1,0 +1,112 @@
+"""A corpus -> stats.json: how fast its correlations and its entropy decay, with intervals, or a refusal.
+
+python -m scripts.lane_b_stats --dataset stdlib --output-json stats.json --plot stats.png
+python -m scripts.lane_b_stats --dataset climbmix --max-tokens 64000000 --position-losses cal-4-s0 cal-3-s0 \\
+    --output-json stats.json
+torchrun --nproc-per-node 4 -m scripts.lane_b_stats ... shares the lags out over the ranks.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy
+
+from nanochat.common import Ranks, base_dir, print0, runs_dir, versions
+from nanochat.dataset import open_dataset
+from nanochat.errors import UserError, command
+from nanochat.files import write_json
+from nanochat.lane_b.documents import from_shards
+from nanochat.lane_b.position_losses import check_same_text, read_position_losses
+from nanochat.lane_b.statistics import DEFAULT_LAGS, measure
+from nanochat.lane_b.statistics_figure import draw_statistics
+from nanochat.lane_b.statistics_file import VERSION, describe, statistics_document
+from nanochat.tokenizer import load_tokenizer
+from nanochat.tokens import token_shards
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="a name of nanochat.dataset, or a folder")
+    parser.add_argument("--tokenizer", metavar="DIR", help="default: the one of scripts.tok_train in the cache folder")
+    parser.add_argument("--split", choices=("train", "val"), default="train")
+    parser.add_argument("--max-tokens", type=int, default=32_000_000, help="whole documents up to about this many")
+    parser.add_argument("--lags", type=parse_lags, metavar="N,N,...",
+                        help=f"default: {','.join(map(str, DEFAULT_LAGS))}, up to a tenth of the median document")
+    parser.add_argument("--position-losses", nargs="+", default=[], metavar="RUN_OR_FILE",
+                        help="runs of scripts.base_train --position-losses on P and P/2 tokens: they give gamma")
+    parser.add_argument("--context-tokens", type=int, help="context length of the model it is for; recorded")
+    parser.add_argument("--processes", type=int, help="default: one a core")
+    parser.add_argument("--output-json", required=True)
+    parser.add_argument("--plot", metavar="FILE.png")
+    args = parser.parse_args(argv)
+    for name in ("max_tokens", "context_tokens", "processes"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def parse_lags(text):
+    """Sorted different lags of a list "1,2,4"."""
+    try:
+        lags = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 1,2,4,8") from None
+    if lags[0] < 1:
+        raise argparse.ArgumentTypeError(f"lag {lags[0]} is below 1")
+    return lags
+
+
+def read_shards(dataset, tokenizer, split, max_tokens):
+    """Token shards, encoded only as far as max_tokens needs them."""
+    n_shards = 1
+    while True:
+        shards = token_shards(dataset, tokenizer, split, max_shards=n_shards)
+        if len(shards) < n_shards or sum(shard.n_tokens - shard.n_docs for shard in shards) >= max_tokens:
+            return [(shard.tokens, shard.offsets) for shard in shards]
+        n_shards *= 2
+
+
+def prepare_output(path):
+    """Fail now, not after the work, where stats.json cannot be written."""
+    folder = Path(path).resolve().parent
+    if Path(path).is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"--output-json {path} cannot be written; give a file in a folder that is there")
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    start = time.time()
+    ranks = Ranks.from_environment()
+    prepare_output(args.output_json)
+    dataset = open_dataset(args.dataset)
+    tokenizer = load_tokenizer(args.tokenizer or base_dir() / "tokenizer")
+    losses = [read_position_losses(name, runs_dir()) for name in args.position_losses]
+    check_same_text(losses, dataset.dataset_id, tokenizer.tokenizer_id)
+    shards = read_shards(dataset, tokenizer, args.split, args.max_tokens)
+    documents = from_shards(shards, tokenizer.bos_id, tokenizer.vocab_size, args.max_tokens)
+    processes = args.processes or max(1, os.cpu_count() // ranks.world_size)
+    statistics = measure(documents, args.lags, losses, processes, ranks, args.output_json)
+    if statistics is None:
+        return
+    n_bytes = tokenizer.token_bytes()[statistics.documents.tokens].sum(dtype=np.int64)
+    document = {
+        "schema_version": VERSION, "dataset_id": dataset.dataset_id, "tokenizer_id": tokenizer.tokenizer_id,
+        "split": args.split, "vocab_size": tokenizer.vocab_size, "context_tokens": args.context_tokens,
+        "bytes_per_token": float(n_bytes / statistics.documents.n_tokens), **statistics_document(statistics),
+        "settings": vars(args),
+        "versions": {**versions(), "scipy": scipy.__version__},
+        "command": " ".join(["python", "-m", "scripts.lane_b_stats", *(sys.argv[1:] if argv is None else argv)]),
+        "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "wall_time_sec": time.time() - start}
+    write_json(args.output_json, document)
+    print0(describe(document))
+    if args.plot:
+        draw_statistics(statistics, args.plot)
+
+
+if __name__ == "__main__":
+    main()
