@@ -170,7 +170,7 @@ def chunk_rows(n_rows, row_bytes, chunk_bytes):
 def _each_chunk(x, weight, targets, scale, vocab_size, softcap, implementation, chunk_bytes, dx=None, dweight=None):
     """Per-token fp32 losses of x (N, d); fills dx (x's dtype) and adds to dweight (fp32) where they are given."""
     rows_by = {"triton": _rows_by_triton, "torch": _rows_by_torch}[implementation]
-    weight = weight.to(x.dtype)
+    weight, targets = weight.to(x.dtype), targets.contiguous()
     n_rows, n_columns = len(x), len(weight)
     step = chunk_rows(n_rows, n_columns * x.element_size(), chunk_bytes)
     losses = torch.empty(n_rows, dtype=torch.float32, device=x.device)
