@@ -42,14 +42,14 @@ PROFILES = {
         "--aspect-ratio 64 --head-dim 64 --window-pattern L --max-seq-len 256 --device-batch-size 8 "
         "--total-batch-size 2048 --num-iterations 300 --eval-every 50 --eval-tokens 65536 "
         "--core-metric-every -1 --sample-every -1 --save-every 0"),
+    "cpu-short": Profile(
+        "the CPU protocol, a fifth as long: lane C's kernels run in the Triton interpreter there", 4, "stdlib",
+        "--aspect-ratio 64 --head-dim 64 --window-pattern L --max-seq-len 256 --device-batch-size 8 "
+        "--total-batch-size 2048 --num-iterations 60 --eval-every 10 --eval-tokens 32768 "
+        "--core-metric-every -1 --sample-every -1 --save-every 0"),
     "miniseries": Profile(
         "whole schedules at each depth: horizon and batch follow from the depth", 12, "climbmix",
         "--target-param-data-ratio 12 --eval-every 250 --core-metric-every -1 --sample-every -1 --save-every 0"),
-    "miniseries-cpu": Profile(
-        "the CPU protocol at each depth, half as long", 4, "stdlib",
-        "--aspect-ratio 64 --head-dim 64 --window-pattern L --max-seq-len 256 --device-batch-size 8 "
-        "--total-batch-size 2048 --num-iterations 150 --eval-every 25 --eval-tokens 65536 "
-        "--core-metric-every -1 --sample-every -1 --save-every 0"),
 }
 
 

@@ -106,12 +106,17 @@ def check_comparable(trials):
 
     A candidate whose own flags set the horizon may differ from the others in it.
     """
-    for what, value_of in (("dataset", lambda t: t.row.dataset_id), ("device", lambda t: t.row.device)):
-        _same(what, [t for t in trials if value_of(t)], value_of)
+    check_same_world(trials)
     _same("target", trials, lambda t: (t.row.target_metric_name, t.row.target_metric_threshold))
     for depth in {t.row.depth for t in trials}:
         _same(f"horizon at depth {depth}", [t for t in trials if t.row.depth == depth and t.ok and not t.own_horizon],
               lambda t: t.row.total_tokens)
+
+
+def check_same_world(trials):
+    """Raise UserError unless the trials share data and device."""
+    for what, value_of in (("dataset", lambda t: t.row.dataset_id), ("device", lambda t: t.row.device)):
+        _same(what, [t for t in trials if value_of(t)], value_of)
 
 
 def split(trials):

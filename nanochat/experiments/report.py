@@ -1,0 +1,217 @@
+"""The report of an experiment: one self-contained HTML page, or Markdown; the figures are in figures.py."""
+
+import base64
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup  # marks the figures as markup: matplotlib escapes their texts
+
+from nanochat.errors import UserError
+from nanochat.experiments import figures
+from nanochat.experiments.gates import Rules, quality_margin
+from nanochat.experiments.ledger import ExperimentRow
+from nanochat.experiments.profiles import BASELINE
+from nanochat.experiments.trials import Trial, check_same_world, load_trials, split
+from nanochat.experiments.verdicts import judge_experiment
+from nanochat.runlog import find_run
+
+MARKS = {"pass": "✓", "fail": "✗", "insufficient": "?"}
+_IMAGE_TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """Figures under one heading; `figures` are (caption, note, markup)."""
+
+    title: str
+    figures: list
+
+
+@dataclass(frozen=True)
+class Report:
+    """What both forms show."""
+
+    title: str
+    facts: list  # (name, value)
+    labels: list  # of the colours, in order
+    trials: list
+    verdicts: list
+    sections: list
+    marks = MARKS
+    rules = Rules().describe()
+
+    @property
+    def versions(self):
+        return _versions(self.trials)
+
+    @property
+    def commands(self):
+        return _commands(self.trials)
+
+    def html(self):
+        return _template("report.html.jinja", autoescape=True).render(report=self)
+
+    def markdown(self):
+        return _template("report.md.jinja", autoescape=False).render(report=self)
+
+
+def experiment_report(ledger, experiment_name, runs_dir, miniseries=None, images=()):
+    """The Report of an experiment: verdicts, curves, times, miniseries. Errors: UserError as judge_experiment."""
+    trials = load_trials(ledger, experiment_name, runs_dir)
+    series = load_trials(ledger, miniseries, runs_dir) if miniseries else []
+    check_same_world(trials)
+    check_same_world(series)
+    groups, (baseline, others) = _groups(trials), split(trials)
+    one_depth = len({trial.row.depth for trial in trials}) == 1
+    verdicts = judge_experiment(ledger, experiment_name, runs_dir, miniseries) if others and one_depth else []
+    overview = _overview(groups)
+    if verdicts and baseline:
+        drawn = figures.excess(groups, BASELINE, quality_margin(baseline, Rules()))
+        overview.append(("Quality", "val_bpb minus the baseline's, same seed and step; band: gate 2's margin",
+                         Markup(drawn)))
+    sections = [Section("Overview", overview), *_curve_sections(groups),
+                *_miniseries_sections(series if one_depth else trials, list(groups)), *_image_sections(images)]
+    return Report(experiment_name, _facts(trials), list(groups), trials, verdicts, sections)
+
+
+def runs_report(names, runs_dir, images=()):
+    """The Report of runs chosen by id or folder, each its own group.
+
+    Errors: UserError for a run that is not there, two runs with one id, and runs of other datasets or devices.
+    """
+    trials = [_trial_of(find_run(name, runs_dir)) for name in names]
+    seen = {}
+    for trial in trials:
+        first = seen.setdefault(trial.row.run_id, trial)
+        if first is not trial:
+            raise UserError(f"two runs have the id {trial.row.run_id!r}: {first.record.folder} and "
+                            f"{trial.record.folder}; name one of them")
+    check_same_world(trials)
+    groups = {trial.row.run_id: [trial] for trial in trials}
+    sections = [Section("Overview", _overview(groups)), *_curve_sections(groups), *_image_sections(images)]
+    return Report(", ".join(groups), _facts(trials), list(groups), trials, [], sections)
+
+
+def _facts(trials):
+    known = [trial.row for trial in trials if trial.row.device]
+    targets = {"none" if t.row.target_metric_threshold is None else
+               f"{t.row.target_metric_name} {t.row.target_metric_threshold:.5g}" for t in trials}
+    failed = sum(not trial.ok for trial in trials)
+    return [("runs", f"{len(trials)}" + (f", {failed} failed" if failed else "")),
+            ("target", ", ".join(sorted(targets))),
+            ("dataset", known[0].dataset_id if known else "not known"),
+            ("device", known[0].device if known else "not known"),
+            ("seeds", ", ".join(sorted({str(t.row.seed) for t in trials}))),
+            ("depths", ", ".join(str(d) for d in sorted({t.row.depth for t in trials}, key=str)))]
+
+
+def _overview(groups):
+    drawn = []
+    if any(t.time_to_target_sec is not None for trials in groups.values() for t in trials):
+        drawn.append(("Training time to target", "bar: mean; line: 95 % interval of the mean; dots: seeds, hollow "
+                      "where extrapolated, with their own interval", Markup(figures.time_bars(groups, 0.95))))
+    if any(len(t.step_times_ms) for trials in groups.values() for t in trials):
+        drawn.append(("Step times", "median, quartiles, 5th to 95th percentile of all seeds; first ten steps left out",
+                      Markup(figures.step_times(groups))))
+    return drawn
+
+
+def _curve_sections(groups):
+    sections = []
+    for value, title in (("val_bpb", "Validation"), ("loss", "Training loss")):
+        if any(len(t.val_curve if value == "val_bpb" else t.loss_curve) for trials in groups.values() for t in trials):
+            sections.append(Section(title, [(f"against {axis}", "", Markup(figures.curves(groups, value, axis)))
+                                            for axis in figures.X_AXES]))
+    return sections
+
+
+def _image_sections(images):
+    return [Section("Lane B", [_image(path) for path in images])] if images else []
+
+
+def _miniseries_sections(series, labels):
+    if len({trial.row.depth for trial in series}) < 2:
+        return []
+    groups = _groups(series, labels)
+    drawn = [("val_bpb against depth", "", Markup(figures.miniseries(groups)))]
+    if groups.get(BASELINE) and len(groups) > 1:
+        for what, value_of in (("val_bpb", lambda t: t.row.min_val_bpb), ("step time", lambda t: t.row.dt_median_ms)):
+            drawn.append((f"{what}, change at each depth", "below zero is better",
+                          Markup(figures.depth_changes(groups, BASELINE, value_of, f"{what} change, %"))))
+    return [Section(f"Miniseries: {series[0].row.experiment_name}", drawn)]
+
+
+def _groups(trials, labels=()):
+    """{candidate: its trials}; `labels` come first, so that a candidate has one colour in all figures."""
+    groups = {label: [] for label in labels}
+    for trial in trials:
+        groups.setdefault(trial.candidate, []).append(trial)
+    return groups
+
+
+def _trial_of(record):
+    """A run's record as a trial: each run is a candidate of its own."""
+    summary, config = record.summary or {}, record.config
+    cells = {name: summary.get(name) for name in (
+        "target_metric_threshold", "time_to_target_sec_measured", "time_to_target_sec_extrapolated",
+        "tok_per_sec_median", "dt_median_ms", "wall_time_sec", "min_val_bpb", "peak_memory_mib")}
+    return Trial(ExperimentRow(
+        timestamp=config.get("created_utc", ""), git_commit=config.get("git_commit") or "", experiment_name="",
+        seed=config.get("seed"), depth=config.get("flags", {}).get("depth"), status=summary.get("status", "failed"),
+        target_metric_name=summary.get("target_metric_name") or "", candidate_flags=record.run_id,
+        dataset_id=config["dataset_id"], total_tokens=summary.get("tokens"), device=config["device"]["name"],
+        run_id=record.run_id, **cells), record)
+
+
+def _versions(trials):
+    """(name, version) pairs, every version that occurs among the runs, and the commits."""
+    configs = [trial.record.config for trial in trials if trial.record]
+    names = dict.fromkeys(name for config in configs for name in config.get("versions", {}))
+    found = [(name, ", ".join(sorted({str(config.get("versions", {}).get(name)) for config in configs})))
+             for name in names]
+    commits = sorted({trial.row.git_commit[:12] for trial in trials if trial.row.git_commit})
+    dirty = any(config.get("git_dirty") for config in configs)
+    return [("commit", ", ".join(commits) + (" (with uncommitted changes)" if dirty else "")), *found]
+
+
+def _commands(trials):
+    """Shell lines that make the runs again: the flags all have in common, then each run's own."""
+    argvs = [_flags(t.record.config["flags"]) for t in trials if t.record and t.record.config.get("flags")]
+    if not argvs:
+        return []
+    shared = [item for item in argvs[0] if all(item in items for items in argvs)]
+    own = [" ".join(item for item in items if item not in shared) for items in argvs]
+    return [f"COMMON={shlex.quote(' '.join(shared))}",
+            *(f"python -m scripts.base_train $COMMON {flags}" for flags in own)]
+
+
+def _flags(flags):
+    items = []
+    for name, value in flags.items():
+        if value is True:
+            items.append(f"--{name.replace('_', '-')}")
+        elif value not in (None, False, ""):
+            items.append(f"--{name.replace('_', '-')}={shlex.quote(str(value))}")
+    return items
+
+
+def _image(path):
+    path = Path(path)
+    if path.suffix.lower() not in _IMAGE_TYPES:
+        raise UserError(f"{path}: not an image this page can hold; use {', '.join(_IMAGE_TYPES)}")
+    try:
+        data = base64.b64encode(path.read_bytes()).decode()
+    except OSError as error:
+        raise UserError(f"cannot read the figure {path} ({error.strerror})") from None
+    caption = path.stem.replace("_", " ")
+    return caption, "", Markup('<img alt="{}" src="data:{};base64,{}">').format(
+        caption, _IMAGE_TYPES[path.suffix.lower()], data)
+
+
+def _template(name, autoescape):
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=autoescape,
+                                     trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["number"] = lambda value, digits=0: "·" if value is None else f"{value:,.{digits}f}"
+    return environment.get_template(name)

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The baseline protocol, without a target: its ends give the other experiments their threshold.
+#   bash runs/baseline.sh [cpu | cpu-short | d12] ["seeds"]      e.g. bash runs/baseline.sh d12 "0 1 2"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ ! -f .venv/bin/activate ] || source .venv/bin/activate
+
+PROFILE="${1:-cpu}"
+SEEDS="${2:-0 1}"
+case "$PROFILE" in
+    cpu*) DATASET=stdlib VOCABULARY=8192 ;;
+    *) DATASET=climbmix VOCABULARY=32768 ;;
+esac
+TOKENIZER="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/tokenizer_$DATASET"
+
+python -m nanochat.dataset --dataset "$DATASET" --num-files 8
+[ -d "$TOKENIZER" ] || python -m scripts.tok_train --dataset "$DATASET" --vocab-size "$VOCABULARY" \
+    --tokenizer-dir "$TOKENIZER"
+
+# shellcheck disable=SC2086  (the seeds are words)
+python -m scripts.experiment --name "baseline_$PROFILE" --profile "$PROFILE" --candidates baseline --seeds $SEEDS \
+    -- --tokenizer-dir "$TOKENIZER"

@@ -1,0 +1,44 @@
+"""Write a report of an experiment or of runs: python -m scripts.report --experiment lane_c --out report.html
+
+One HTML file without anything to load, or with --markdown the same figures as text.
+"""
+
+import argparse
+from pathlib import Path
+
+from nanochat.common import runs_dir
+from nanochat.errors import UserError, command
+from nanochat.experiments.report import experiment_report, runs_report
+from nanochat.files import write_text
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="report", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run ids or folders, instead of --experiment")
+    parser.add_argument("--experiment", help="the experiment's name in the ledger")
+    parser.add_argument("--miniseries", help="the experiment over depths that gate 4 judges by")
+    parser.add_argument("--lane-b-figures", nargs="+", default=[], metavar="FILE", help="images of the lane B tools")
+    parser.add_argument("--ledger", default="dev/experiments.csv")
+    parser.add_argument("--markdown", action="store_true", help="Markdown instead of HTML")
+    parser.add_argument("--out", type=Path, help="the file to write (report.html, report.md)")
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    if bool(args.runs) == bool(args.experiment):
+        raise UserError("name either --experiment or runs")
+    if args.miniseries and not args.experiment:
+        raise UserError("--miniseries goes with --experiment")
+    report = (experiment_report(args.ledger, args.experiment, runs_dir(), args.miniseries, args.lane_b_figures)
+              if args.experiment else runs_report(args.runs, runs_dir(), args.lane_b_figures))
+    out = args.out or Path("report.md" if args.markdown else "report.html")
+    write_text(out, report.markdown() if args.markdown else report.html())
+    print(f"written: {out} ({out.stat().st_size / 1024:.0f} KiB)")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,249 @@
+"""The report: content, safety of its text, and a real headless Chromium where there is one."""
+
+import html
+import json
+import re
+import shutil
+import struct
+import subprocess
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from synthetic_runs import make_run, make_trial
+
+from nanochat.common import runs_dir
+from nanochat.errors import UserError
+from nanochat.experiments.report import experiment_report, runs_report
+from nanochat.experiments.verdicts import judge_experiment
+from nanochat.files import write_json
+from scripts import report as script
+
+pytest.importorskip("matplotlib", reason="figures need matplotlib (extra `report`)")
+SMALL = {"steps": 100, "eval_every": 10}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Matrix:
+    """A ledger with three candidates (one run fails) at two seeds and a three-depth miniseries, and its report."""
+
+    def __init__(self, folder):
+        self.ledger, self.runs = folder / "experiments.csv", runs_dir()
+        for seed in (0, 1):
+            make_trial(self.ledger, "lane_c", seed=seed, step_ms=100 + seed, **SMALL)
+            make_trial(self.ledger, "lane_c", candidate="chunked-ce", seed=seed, step_ms=90 + seed, **SMALL)
+            make_trial(self.ledger, "lane_c", candidate="both", seed=seed, step_ms=85.0, **SMALL,
+                       nan_at=60 if seed else None)
+        for depth in (2, 3, 4):
+            for name, step_ms in (("baseline", 100.0), ("chunked-ce", 92.0)):
+                make_trial(self.ledger, "depths", candidate=name, depth=depth, step_ms=step_ms, **SMALL)
+        write_json(self.runs / "lane_c.chunked-ce.probe" / "probe.json",
+                   {"graph_breaks": 0, "resume_difference_nats": 1e-6, "steps_compared": 10})
+        self.report = experiment_report(self.ledger, "lane_c", self.runs, "depths", [png(folder / "beta.png")])
+        self.page = self.report.html()
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("matrix")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+        return Matrix(folder)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return tmp_path / "experiments.csv"
+
+
+def page_text(page):
+    """The visible text of a page, without styles."""
+    body = page[page.index("<body>"):]
+    return html.unescape(re.sub(r"<[^>]*>", " ", body))
+
+
+def test_page_shows_the_verdicts_that_the_gates_give(matrix):
+    text = " ".join(page_text(matrix.page).split())
+    for verdict in judge_experiment(matrix.ledger, "lane_c", matrix.runs, "depths"):
+        assert f"{verdict.candidate} {verdict.decision}" in text and f"decided by {verdict.decided_by}" in text
+        for gate in verdict.gates:
+            assert " ".join(gate.detail.split()) in text
+    assert text.index("chunked-ce promote") < text.index("Validation") < text.index("Runs")
+    assert "both reject" in text
+
+
+def test_page_has_every_figure_and_every_run(matrix):
+    report, page = matrix.report, matrix.page
+    assert [section.title for section in report.sections] == ["Overview", "Validation", "Training loss",
+                                                             "Miniseries: depths", "Lane B"]
+    assert page.count("<svg") == 3 + 3 + 3 + 3
+    assert all(trial.row.run_id in page for trial in report.trials)
+    assert re.search(r'<tr class="bad"><td>lane_c\.both\.d4\.s1</td><td>nan</td>', page)
+    assert "2.13.0" in page and "COMMON=" in page
+
+
+def test_ids_that_figures_refer_to_are_there_once(matrix):
+    ids = re.findall(r'\bid="([^"]+)"', matrix.page)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r"url\(#([^)]+)\)", matrix.page) + re.findall(r'xlink:href="#([^"]+)"', matrix.page)
+    assert used and set(used) <= set(ids)
+
+
+def test_axis_labels_keep_their_digits(ledger):
+    for seed in (0, 1):
+        make_trial(ledger, "x", seed=seed)
+        make_trial(ledger, "x", candidate="both", seed=seed, bpb_shift=0.004, step_ms=92.0)
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", experiment_report(ledger, "x", runs_dir()).html())
+    assert "0.004" in texts and "baseline" in texts and any(re.fullmatch(r"9\d\.\d ms", text) for text in texts)
+
+
+class Links(HTMLParser):
+    """Collects whatever a browser would load or follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        assert tag not in ("script", "iframe", "object", "embed")
+        self.found += [value for name, value in attributes if name in ("src", "href", "xlink:href", "srcset", "data")]
+
+
+def test_page_refers_to_nothing_outside_itself(matrix):
+    page, links = matrix.page, Links()
+    links.feed(page)
+    assert links.found and all(value.startswith(("data:", "#")) for value in links.found)
+    assert "@import" not in page and all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+
+
+def test_text_from_the_ledger_is_escaped(ledger):
+    evil = "<script>alert(1)</script>"
+    make_trial(ledger, "x", seed=0, row={"experiment_name": evil, "device": evil, "dataset_id": evil})
+    page = experiment_report(ledger, evil, runs_dir()).html()
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+
+
+def test_markdown_has_the_same_verdicts_and_runs(matrix):
+    text = matrix.report.markdown()
+    assert "**chunked-ce** (`--chunked-ce`): **promote**, decided by all four gates." in text
+    assert all(f"| {trial.row.run_id} | {trial.row.status} |" in text for trial in matrix.report.trials)
+    assert "| 4 generalisation | pass |" in text and "&" not in text.replace("&&", "")
+
+
+def test_experiment_without_candidates_or_target_is_still_a_page(ledger):
+    for seed in (0, 1):
+        make_trial(ledger, "base", seed=seed, row={"target_metric_threshold": None, "time_to_target_sec_measured": None,
+                                                   "time_to_target_sec_extrapolated": None})
+    page = experiment_report(ledger, "base", runs_dir()).html()
+    assert 'id="verdict"' not in page and "target <b>none</b>" in page and page.count("<svg") == 1 + 6
+
+
+def test_experiment_over_depths_shows_its_own_series(matrix):
+    report = experiment_report(matrix.ledger, "depths", matrix.runs)
+    assert report.sections[-1].title == "Miniseries: depths" and not report.verdicts
+
+
+def test_curves_that_are_elsewhere_leave_a_page_of_figures_from_the_ledger(matrix, tmp_path):
+    page = experiment_report(matrix.ledger, "lane_c", tmp_path / "nowhere", "depths").html()
+    assert "insufficient" in page and "lane_c.baseline.d4.s0" in page
+
+
+def test_runs_are_chosen_by_name():
+    make_run("one", **SMALL), make_run("other", seed=7, finished=False, **SMALL)
+    report = runs_report(["one", "other"], runs_dir())
+    assert report.labels == ["one", "other"] and not report.verdicts
+    assert '<tr class="bad"><td>other</td><td>failed</td>' in report.html()
+
+
+def test_two_runs_with_one_id_are_refused(matrix, tmp_path):
+    shutil.copytree(matrix.runs / "lane_c.baseline.d4.s0", tmp_path / "copy")
+    with pytest.raises(UserError, match=r"two runs have the id 'lane_c\.baseline\.d4\.s0'.*copy"):
+        runs_report(["lane_c.baseline.d4.s0", str(tmp_path / "copy")], matrix.runs)
+
+
+@pytest.mark.parametrize(("world", "word"), [({"dataset_id": "books-1"}, "dataset"), ({"device": "H200"}, "device")])
+def test_runs_of_other_worlds_are_refused(world, word):
+    make_run("one", **SMALL), make_run("other", **SMALL, **world)
+    with pytest.raises(UserError, match=f"another {word}"):
+        runs_report(["one", "other"], runs_dir())
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    ([], "name either"), (["--experiment", "x", "run"], "name either"), (["--experiment", "x"], "no experiment 'x'"),
+    (["run"], "no run 'run'"), (["one", "--miniseries", "depths"], "goes with --experiment"),
+    (["one", "--lane-b-figures", "beta.csv"], "not an image"),
+    (["one", "--lane-b-figures", "missing.png"], "cannot read"),
+])
+def test_script_refuses_in_one_line_and_writes_nothing(matrix, tmp_path, capsys, argv, message):
+    out = tmp_path / "report.html"
+    make_run("one", **SMALL)
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--ledger", str(matrix.ledger), "--out", str(out), *argv])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error and not out.exists()
+
+
+def test_script_writes_both_forms(ledger, tmp_path):
+    make_trial(ledger, "lane_c", **SMALL)
+    for flag, start in (("--markdown", "# lane_c"), (None, "<!doctype html>")):
+        out = tmp_path / "out"
+        script.main(["--ledger", str(ledger), "--experiment", "lane_c", "--out", str(out), *([flag] if flag else [])])
+        assert out.read_text().startswith(start)
+
+
+def png(path):
+    """A one-pixel PNG."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
+                     + chunk(b"IDAT", zlib.compress(b"\0\0")) + chunk(b"IEND", b""))
+    return path
+
+
+def browse(page, folder, width=1280):
+    """Open a page in Chromium without a network: (console lines, URLs that pages asked for, the final document)."""
+    profile, netlog = folder / "profile", folder / "net.json"
+    shutil.rmtree(profile, ignore_errors=True)
+    result = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}", "--enable-logging=stderr",
+         f"--log-net-log={netlog}", f"--window-size={width},800", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    requests = [event["params"] for event in json.loads(netlog.read_text())["events"] if "params" in event]
+    asked = {request["url"] for request in requests  # the browser's own requests have no origin
+             if "url" in request and request.get("initiator", "not an origin") != "not an origin"}
+    return ([line for line in result.stderr.splitlines() if ":CONSOLE" in line],
+            {url for url in asked if not url.startswith(("file:", "data:"))}, result.stdout)
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+@needs_chromium
+def test_chromium_opens_the_page_without_console_error_or_request(matrix, tmp_path):
+    faulty, page = tmp_path / "faulty.html", tmp_path / "page.html"
+    faulty.write_text("<!doctype html><script>console.error('boom')</script><img src='http://example.invalid/x.png'>")
+    page.write_text(matrix.page)
+    console, urls, _ = browse(faulty, tmp_path)
+    assert any("boom" in line for line in console) and urls == {"http://example.invalid/x.png"}  # such faults are seen
+    console, urls, document = browse(page, tmp_path)
+    assert console == [] and urls == set() and document.count("<svg") == 12
+
+
+@needs_chromium
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_verdict_is_seen_without_scrolling_and_nothing_is_cut_off(matrix, tmp_path, width, height):
+    """The page in a frame as large as the screen; a script beside it measures."""
+    frame = Path(tmp_path / "frame.html")
+    frame.write_text(f"""<!doctype html><title>waiting</title>
+        <iframe style="border:0;width:{width}px;height:{height}px" srcdoc="{html.escape(matrix.page)}" onload="
+          const inside = this.contentDocument;
+          document.title = [inside.getElementById('verdict').getBoundingClientRect().bottom,
+                            inside.documentElement.scrollWidth, inside.documentElement.clientWidth].join(' ')
+        "></iframe>""")
+    _, _, document = browse(frame, tmp_path, width=1400)
+    bottom, full_width, seen_width = map(float, re.search(r"<title>([\d. ]+)</title>", document)[1].split())
+    assert bottom <= height and full_width <= seen_width <= width
