@@ -69,6 +69,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls):
+        """What torchrun's RANK, LOCAL_RANK and WORLD_SIZE say. UserError when RANK is set without the others."""
         if "RANK" not in os.environ:
             return cls()
         try:

@@ -133,6 +133,8 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
+    """Causal attention of one layer: rotary positions, QK-norm, value embeddings by gate, its window."""
+
     def __init__(self, config, layer, fused):
         super().__init__()
         self.fused = fused
@@ -164,6 +166,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Four times as wide inside, relu squared."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
@@ -174,6 +178,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then MLP, each on the normed residual and added to it."""
+
     def __init__(self, config, layer, fused):
         super().__init__()
         self.norm = rms_norm if fused else norm

@@ -109,6 +109,7 @@ def build_model(args, config, device, dtype):
 
 
 def build_optimizer(args, model, horizon, ranks, dtype):
+    """Muon and AdamW on the model's parameters, learning rates and decay scaled by the horizon's batch."""
     groups = parameter_groups(
         model, embedding_lr=args.embedding_lr, unembedding_lr=args.unembedding_lr, matrix_lr=args.matrix_lr,
         scalar_lr=args.scalar_lr, weight_decay=args.weight_decay, batch_lr_scale=horizon.batch_lr_scale,

@@ -90,6 +90,7 @@ def main(argv=None):
 
 
 def train(args, device, dtype, dtype_reason, ranks, started):
+    """Join the parts, run the loop, close the record; returns the exit code."""
     name = common.device_name(device)
     dtype_name = str(dtype).removeprefix("torch.")
     common.print0(f"device: {name}, {ranks.world_size} rank(s), compute dtype {dtype_name}: {dtype_reason}")
