@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# All set-up, then a small model trained on real text that is already here: Python's own library. No download of data.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source runs/setup.sh
+
+TOKENIZER="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/tokenizer_stdlib"
+
+python -m nanochat.dataset --dataset stdlib
+python -m scripts.tok_train --dataset stdlib --vocab-size 8192 --tokenizer-dir "$TOKENIZER"
+python -m scripts.base_train --dataset stdlib --tokenizer-dir "$TOKENIZER" --model-tag quickstart \
+    --depth 4 --head-dim 64 --max-seq-len 256 --window-pattern L --device-batch-size 8 --total-batch-size 2048 \
+    --num-iterations 500 --eval-every 100 --eval-tokens 65536 --core-metric-every -1 --sample-every 500
