@@ -136,7 +136,7 @@ def test_horizon_adds_up(n, flops, batch, ratio, budget, steps):
     if steps != -1:
         assert horizon.num_iterations == steps
     elif budget != -1:
-        assert abs(horizon.target_tokens * flops / Fraction(budget) - 1) * horizon.num_iterations <= 0.51
+        assert abs(horizon.num_iterations - Fraction(budget) / (flops * used)) <= 0.501
     else:
         assert horizon.target_tokens <= ratio * n < horizon.target_tokens + used + 1
     assert horizon.batch_lr_scale == pytest.approx(math.sqrt(used / 2**19))
