@@ -22,7 +22,7 @@ from nanochat.files import write_json
 from nanochat.lane_b.documents import from_shards
 from nanochat.lane_b.position_losses import check_same_text, read_position_losses
 from nanochat.lane_b.statistics import DEFAULT_LAGS, measure
-from nanochat.lane_b.statistics_figure import draw_statistics
+from nanochat.lane_b.statistics_figure import draw_statistics, figure_class
 from nanochat.lane_b.statistics_file import VERSION, describe, statistics_document
 from nanochat.tokenizer import load_tokenizer
 from nanochat.tokens import token_shards
@@ -70,11 +70,14 @@ def read_shards(dataset, tokenizer, split, max_tokens):
         n_shards *= 2
 
 
-def prepare_output(path):
-    """Fail now, not after the work, where stats.json cannot be written."""
-    folder = Path(path).resolve().parent
-    if Path(path).is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise UserError(f"--output-json {path} cannot be written; give a file in a folder that is there")
+def check_outputs(args):
+    """Fail now, not after the work, where it cannot be written or drawn."""
+    for flag, path in (("--output-json", args.output_json), ("--plot", args.plot)):
+        folder = Path(path or ".").resolve().parent
+        if path and (Path(path).is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK))):
+            raise UserError(f"{flag} {path} cannot be written; give a file in a folder that is there")
+    if args.plot:
+        figure_class()
 
 
 @command
@@ -82,7 +85,7 @@ def main(argv=None):
     args = parse_args(argv)
     start = time.time()
     ranks = Ranks.from_environment()
-    prepare_output(args.output_json)
+    check_outputs(args)
     dataset = open_dataset(args.dataset)
     tokenizer = load_tokenizer(args.tokenizer or base_dir() / "tokenizer")
     losses = [read_position_losses(name, runs_dir()) for name in args.position_losses]

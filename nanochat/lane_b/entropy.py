@@ -88,13 +88,23 @@ class NgramBracket:
     curves: tuple[NgramCurve, ...]
 
     @property
+    def is_bounded(self):
+        """False where the cross-entropies still fall so fast that their extrapolation finds no limit above 0."""
+        return all(curve.extrapolated > 0 for curve in self.curves)
+
+    @property
     def lo(self):
+        """From the lowest H_1 and the highest H_2; None where not bounded."""
+        if not self.is_bounded:
+            return None
         return float(max(0.0, np.log2(self.curves[0].extrapolated / self.curves[1].cross_entropies[-1])))
 
     @property
     def hi(self):
-        floor = max(self.curves[1].extrapolated, 1e-9)
-        return float(max(0.0, np.log2(self.curves[0].cross_entropies[-1] / floor)))
+        """From the highest H_1 and the lowest H_2; None where not bounded."""
+        if not self.is_bounded:
+            return None
+        return float(np.log2(self.curves[0].cross_entropies[-1] / self.curves[1].extrapolated))
 
     @property
     def reason(self):

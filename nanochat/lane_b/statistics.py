@@ -121,10 +121,11 @@ def _gamma(positions, ngrams):
         slope = positions.slope
         return Gamma(slope.value, slope.se, *slope.interval, "position_losses",
                      (positions.window[0].n, positions.window[-1].n), positions.tokens, None)
-    reason = positions.refusal if positions else ngrams.reason if ngrams else "there is too little text for n-grams"
+    reason = positions.refusal if positions else ngrams.reason if ngrams else "no losses by position"
     way_out = "train longer or give more runs to --position-losses" if positions else "give --position-losses"
-    if ngrams is None:
-        return Gamma(None, None, None, None, None, None, None, f"gamma not reported: {reason}; {way_out}")
+    if ngrams is None or not ngrams.is_bounded:
+        return Gamma(None, None, None, None, None, None, None,
+                     f"gamma not reported: {reason}; too little text for a bracket from n-grams; {way_out}")
     refusal = f"gamma not reported: {reason}; bracket from n=1,2: {ngrams.lo:.3f}-{ngrams.hi:.3f}; {way_out}"
     return Gamma(None, None, ngrams.lo, ngrams.hi, "ngram_bracket", (1, 2), ngrams.data_tokens[-1], refusal)
 

@@ -9,19 +9,28 @@ INK, MUTED, GRID = "#1f2933", "#6b7785", "#e6e9ed"
 OPERATOR, FROBENIUS, WHOLE, HALF = "#2563a8", "#c2410c", "#2563a8", "#8fb4d9"
 
 
-def draw_statistics(statistics, path):
-    """Write the figure to `path` (its ending chooses the format). Errors: UserError without matplotlib."""
+def figure_class():
+    """matplotlib's Figure, without pyplot: no global state, no display. Errors: UserError where it is missing."""
     try:
-        from matplotlib.figure import Figure  # without pyplot: no global state, no display
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install 'nanochat[report]'") from None
-    figure = Figure(figsize=(12.0, 5.2), dpi=160, layout="constrained")
+    return Figure
+
+
+def draw_statistics(statistics, path):
+    """Write the figure to `path` (its ending chooses the format). Errors: UserError without matplotlib."""
+    figure = figure_class()(figsize=(12.0, 5.2), dpi=160, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, wspace=0.04)
     correlation, entropy = figure.subplots(1, 2)
     _draw_correlation(correlation, statistics)
     _draw_entropy(entropy, statistics)
     for axes in (correlation, entropy):
-        _dress(axes)
+        if axes.has_data():
+            _dress(axes)
+        else:
+            axes.set_axis_off()
+            axes.text(0.5, 0.5, "too little text", ha="center", va="center", color=MUTED, transform=axes.transAxes)
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
@@ -107,6 +116,8 @@ def _draw_ngrams(axes, bracket):
         axes.plot(ahead, law, color=color, linewidth=1.4, linestyle=(0, (4, 3)), alpha=0.85)
         axes.plot(tokens, curve.cross_entropies, marker, color=color, markersize=6,
                   label=f"context of {curve.context} token{'s' * (curve.context > 1)}")
+        if not bracket.is_bounded:
+            continue
         axes.axhspan(curve.extrapolated, curve.cross_entropies[-1], color=color, alpha=0.10, linewidth=0)
         axes.annotate(f"{curve.extrapolated:.2f} < $H_{curve.context}$ < {curve.cross_entropies[-1]:.2f}",
                       (tokens[0], curve.extrapolated), xytext=(0, 4), textcoords="offset points", color=color,

@@ -1,0 +1,241 @@
+import json
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from lane_b_sources import Copying, cut
+
+from nanochat.common import Ranks
+from nanochat.dataset import open_dataset
+from nanochat.errors import UserError
+from nanochat.lane_b import Refusal
+from nanochat.lane_b.beta import measure_beta
+from nanochat.lane_b.correlation import LagEstimate
+from nanochat.lane_b.documents import from_arrays
+from nanochat.lane_b.entropy import PositionLosses
+from nanochat.lane_b.fit import BrokenPowerLaw
+from nanochat.lane_b.statistics import DEFAULT_LAGS, measure
+from nanochat.lane_b.statistics_figure import draw_statistics
+from nanochat.lane_b.statistics_file import statistics_document
+from nanochat.tokenizer import train_tokenizer
+from scripts.lane_b_stats import main, parse_args
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder of text (the Python reference, cut into pages) and a tokenizer for it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    pages = [text[start:start + 2500] for start in range(0, len(text), 2500)]
+    (folder / "text").mkdir()
+    (folder / "text" / "pages.jsonl").write_text("".join(json.dumps({"text": page}) + "\n" for page in pages))
+    train_tokenizer(pages, 700).save(folder / "tokenizer")
+    return folder
+
+
+def arguments(corpus, tmp_path, *more):
+    return ["--dataset", str(corpus / "text"), "--tokenizer", str(corpus / "tokenizer"), "--processes", "1",
+            "--output-json", str(tmp_path / "stats.json"), *more]
+
+
+def copying_text(n_tokens, document_tokens=1000, seed=0):
+    source = Copying(0.9, vocab_size=500)
+    return cut(source.sample(n_tokens, seed), document_tokens, 500)
+
+
+def measured(documents, lags=None, losses=(), processes=1, ranks=None, path="stats.json"):
+    return measure(documents, lags, list(losses), processes, ranks or Ranks(), path)
+
+
+def position_losses(tokens, gamma=0.3, excess=0.0):
+    nats = 5 * np.maximum(np.arange(100), 0.5) ** -gamma + excess
+    return PositionLosses("run", tokens, nats, np.full(100, 10 ** 5))
+
+
+def test_a_corpus_becomes_a_file_and_a_figure(corpus, tmp_path, capsys):
+    main(arguments(corpus, tmp_path, "--plot", str(tmp_path / "stats.png"), "--context-tokens", "256"))
+    stats = json.loads((tmp_path / "stats.json").read_text())
+    assert stats["dataset_id"] == open_dataset(str(corpus / "text")).dataset_id and stats["vocab_size"] == 700
+    assert stats["schema_version"] == 1 and stats["context_tokens"] == 256 and stats["split"] == "train"
+    assert 2 < stats["bytes_per_token"] < 4 and stats["n_tokens"] > 100_000
+    assert {lag["lag"] for lag in stats["lags"]} <= set(DEFAULT_LAGS)
+    beta, gamma, alpha = stats["beta"], stats["gamma"], stats["alpha_theory"]
+    assert 0 < beta["lo"] < beta["value"] < beta["hi"] and beta["n_lags"] >= 5
+    assert gamma["value"] is None and stats["refusals"] == [gamma["refusal"]]
+    assert alpha["value"] is None and "give --position-losses" in gamma["refusal"]
+    assert stats["versions"]["numpy"] == np.__version__ and "--context-tokens 256" in stats["command"]
+    assert (tmp_path / "stats.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert f"beta   {beta['value']:.3f}" in out and "gamma not reported" in out
+
+
+def test_processes_do_not_change_a_single_bit():
+    documents = copying_text(300_000)
+    files = [statistics_document(measured(documents, (1, 2, 3, 4, 5), processes=n)) for n in (1, 2, 4)]
+    assert files[0] == files[1] == files[2]
+
+
+def test_ranks_give_what_one_process_gives(tmp_path):
+    program = """
+import json, sys
+sys.path.insert(0, "tests")
+from test_lane_b_stats import copying_text, measured
+from nanochat.common import Ranks
+from nanochat.lane_b.statistics_file import statistics_document
+if __name__ == "__main__":
+    statistics = measured(copying_text(300_000), (1, 2, 3, 4, 5), ranks=Ranks.from_environment(), path=sys.argv[1])
+    if statistics:
+        print(json.dumps(statistics_document(statistics)))
+"""
+    (tmp_path / "program.py").write_text(program)
+    environment = {**os.environ, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ranks = [subprocess.Popen([sys.executable, str(tmp_path / "program.py"), str(tmp_path / "stats.json")], text=True,
+                              env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE) for rank in (0, 1)]
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0] and outputs[1] == ""
+    alone = statistics_document(measured(copying_text(300_000), (1, 2, 3, 4, 5)))
+    assert json.loads(outputs[0]) == json.loads(json.dumps(alone))
+    assert list(tmp_path.glob("stats.json*")) == []
+
+
+def test_converged_losses_by_position_give_alpha_a_value(tmp_path):
+    documents = copying_text(400_000)
+    statistics = measured(documents, (1, 2, 3, 4, 5, 6), [position_losses(10 ** 6), position_losses(5 * 10 ** 5)])
+    file = statistics_document(statistics)
+    gamma, beta, alpha = file["gamma"], file["beta"], file["alpha_theory"]
+    assert gamma["source"] == "position_losses" and gamma["refusal"] is None and file["refusals"] == []
+    assert gamma["value"] == pytest.approx(0.3, abs=0.01)
+    assert alpha["value"] == pytest.approx(gamma["value"] / (2 * beta["value"]))
+    assert (alpha["lo"], alpha["hi"]) == (gamma["lo"] / (2 * beta["hi"]), gamma["hi"] / (2 * beta["lo"]))
+    draw_statistics(statistics, tmp_path / "stats.png")
+    assert (tmp_path / "stats.png").stat().st_size > 10_000
+
+
+def test_unconverged_losses_leave_the_bracket_and_say_so():
+    statistics = measured(copying_text(400_000), (1, 2, 3, 4, 5),
+                          [position_losses(10 ** 6), position_losses(5 * 10 ** 5, excess=0.1)])
+    file = statistics_document(statistics)
+    assert file["gamma"]["source"] in ("ngram_bracket", None) and file["alpha_theory"]["value"] is None
+    assert "H_n at n=1 still falls 0.100 nats per data doubling" in file["refusals"][0]
+    assert file["entropy"]["position_losses"]["points"][0]["converged"] is False
+
+
+def test_books_like_correlations_report_both_regimes():
+    law = BrokenPowerLaw(1.6, 0.17, 6.4, np.log(9.5e-3), 0, 1, 0)
+    beta = measure_beta(estimates(law), 0.26)
+    assert beta.slope.value == pytest.approx(1.6, abs=0.05) and beta.window == (1, 6)
+    assert beta.op.n_break == pytest.approx(6.4, abs=0.5)
+    assert beta.regime.startswith("correlations follow two regimes (break at n=6.4: 1.60 -> 0.17); beta=1.60 describes")
+    assert beta.max_data_tokens == pytest.approx((0.26 / (9.5e-3 * 6 ** -1.6)) ** 2, rel=0.01)
+
+
+def test_one_law_uses_all_lags():
+    beta = measure_beta(estimates(lambda n: 9e-3 * n ** -0.8), 0.26)
+    assert beta.window == (1, 64) and beta.op.n_break is None and beta.regime.startswith("one power law over lags 1")
+    assert beta.slope.value == pytest.approx(0.8, abs=0.01)
+
+
+def test_correlations_that_do_not_decay_are_refused():
+    with pytest.raises(Refusal, match="not clear of 0"):
+        measure_beta(estimates(lambda n: 5e-3 * np.exp(0.3 * np.sin(n))), 0.26)
+
+
+def estimates(op_of, relative_error=0.01, n_pairs=32_000_000):
+    rng = np.random.default_rng(0)
+    values = []
+    for lag in DEFAULT_LAGS:
+        op = float(op_of(lag))
+        influence = rng.standard_normal(300) * op * relative_error / np.sqrt(300)
+        values.append(LagEstimate(lag, n_pairs, op, (1.5 * op) ** 2, op, influence, 3 * op * influence, 0.0))
+    return values
+
+
+def test_too_little_text_says_how_much_is_needed():
+    with pytest.raises(Refusal, match=r"only \d lags above noise \(need 5\); about \S+ tokens needed") as refusal:
+        measured(copying_text(30_000), (1, 2, 3, 4, 5))
+    needed = float(str(refusal.value).split("about ")[1].split()[0])
+    assert measured(copying_text(int(1.5 * needed)), (1, 2, 3, 4, 5)).beta.n_lags == 5
+
+
+def test_text_without_correlations_is_refused():
+    rng = np.random.default_rng(0)
+    with pytest.raises(Refusal, match=r"no correlations at these lags|tokens needed"):
+        measured(from_arrays([rng.integers(0, 300, 500).astype(np.uint16) for _ in range(200)], 300))
+
+
+@pytest.mark.parametrize("document_tokens, lags, words", [
+    (300, (1, 2, 3, 4, 5, 64), r"lag 64 is above a tenth of the median document's length \(30\)"),
+    (40, None, "the median document has 40 tokens, so lags reach 4"),
+])
+def test_lags_longer_than_documents_are_refused(document_tokens, lags, words):
+    with pytest.raises(Refusal, match=words):
+        measured(copying_text(100_000, document_tokens), lags)
+
+
+def test_default_lags_end_at_a_tenth_of_the_documents_and_say_so():
+    statistics = measured(copying_text(300_000, 200))
+    assert [e.lag for e in statistics.estimates] == [1, 2, 3, 4, 5, 6, 8, 11, 16]
+    assert "lags end at 16, a tenth of the median document's length" in statistics.warnings
+
+
+@pytest.mark.parametrize("documents, words", [
+    ([{"text": "alone " * 3000}, {"text": "validation"}], "only 1 different document"),
+    ([{"text": "~" * (1000 + i)} for i in range(200)], "one token makes up 100% of the text"),
+])
+def test_a_corpus_that_cannot_do_exits_with_3_and_writes_nothing(corpus, tmp_path, capsys, documents, words):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(corpus, tmp_path, "--dataset", str(tmp_path / "text")))
+    assert stop.value.code == 3
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and words in error
+    assert not (tmp_path / "stats.json").exists()
+
+
+def test_losses_of_another_dataset_exit_with_3(corpus, tmp_path, capsys):
+    event = {"tokens": 10, "nats_by_position": [1.0, 1.0], "counts_by_position": [1, 1], "dataset_id": "climbmix-1"}
+    (tmp_path / "event.json").write_text(json.dumps(event))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(corpus, tmp_path, "--position-losses", str(tmp_path / "event.json")))
+    assert stop.value.code == 3 and not (tmp_path / "stats.json").exists()
+    assert "entropy measured on another distribution than the training text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--lags", "0,1"], ["--lags", "a"], ["--max-tokens", "0"], ["--split", "test"]])
+def test_flags_without_sense_exit_with_2(corpus, tmp_path, more, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(corpus, tmp_path, *more))
+    assert stop.value.code == 2 and capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["missing/stats.json", "."])
+def test_an_output_that_cannot_be_written_is_named_before_the_work(corpus, tmp_path, path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(corpus, tmp_path, "--output-json", str(tmp_path / path)))
+    assert stop.value.code == 2 and "--output-json" in capsys.readouterr().err
+
+
+def test_a_missing_matplotlib_is_named_before_the_work(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(corpus, tmp_path, "--plot", str(tmp_path / "stats.png")))
+    assert stop.value.code == 2 and "pip install 'nanochat[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "stats.json").exists()
+
+
+def test_lags_are_sorted_and_different():
+    assert parse_args(["--dataset", "d", "--output-json", "s", "--lags", "4,1,2,4"]).lags == [1, 2, 4]
+
+
+def test_a_killed_worker_is_named(monkeypatch):
+    monkeypatch.setattr("nanochat.lane_b.statistics._lag_task", _die)
+    with pytest.raises(UserError, match="fewer --processes"):
+        measured(copying_text(100_000), (1, 2, 3, 4, 5))
+
+
+def _die(documents, lag):
+    os._exit(9)
