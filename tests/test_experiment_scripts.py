@@ -1,10 +1,17 @@
 """scripts.experiment and scripts.verdict as a person calls them."""
 
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 from synthetic_runs import make_trial
 
+from nanochat import dataset
 from nanochat.experiments.ledger import read_experiments
-from scripts import experiment, verdict
+from nanochat.experiments.runner import plan
+from scripts import base_train, experiment, report, tok_train, verdict
 
 
 @pytest.fixture
@@ -50,7 +57,6 @@ def test_dry_run_marks_what_is_done(matrix, capsys):
 
 
 def test_every_flag_given_is_one_that_base_train_has(matrix, capsys):
-    from scripts import base_train
     experiment.main(["--name", "x", "--profile", "d12", "--candidates", "both", "--seeds", "3", "--ledger", str(matrix),
                      "--target-from", "lane_c", "--dry-run"])
     flags = capsys.readouterr().out.split("scripts.base_train ")[1].split()
@@ -114,3 +120,30 @@ def test_verdict_refuses_in_one_line(matrix, capsys, argv, message):
 def test_verdict_names_the_line_of_a_hand_made_mistake(matrix, capsys):
     matrix.write_text(matrix.read_text().replace("lane_c,1,4", "lane_c,one,4", 1))
     assert "line 4: seed is 'one'" in refused(capsys, verdict.main, "--ledger", matrix, "--experiment", "lane_c")
+
+
+@pytest.mark.parametrize(("script", "argv"), [
+    ("baseline.sh", []), ("baseline.sh", ["d12", "0 1 2"]), ("miniseries.sh", ["d12", "chunked-ce", "8 12"]),
+    ("lane_c.sh", []), ("lane_c.sh", ["d12", "0 1 2"]), ("scaling_laws.sh", ["1e17", "4 6", "8"]),
+])
+def test_shell_scripts_give_only_commands_that_exist(tmp_path, script, argv):
+    """The scripts run beside a stand-in `python` that writes down its arguments; each command is then parsed."""
+    runs = Path(__file__).parents[1] / "runs"
+    assert len((runs / script).read_text().splitlines()) <= 40
+    shutil.copytree(runs, tmp_path / "runs")
+    stand_in, calls = tmp_path / "bin" / "python", tmp_path / "calls"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/bin/sh\nfor arg in "$@"; do printf "%s\\0" "$arg"; done >> {calls}\necho >> {calls}\n')
+    stand_in.chmod(0o755)
+    subprocess.run(["bash", tmp_path / "runs" / script, *argv], check=True, timeout=30, capture_output=True,
+                   env={**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}"})
+    commands = [line.rstrip("\0").split("\0") for line in calls.read_text().splitlines()]
+    parsers = {"scripts.experiment": experiment, "scripts.verdict": verdict, "scripts.report": report,
+               "scripts.tok_train": tok_train, "nanochat.dataset": dataset}
+    for module, *flags in (command[1:] for command in commands):
+        args = parsers[module].parse_args(flags)
+        if module == "scripts.experiment":
+            args.target_from = None
+            asked = experiment.experiment_of(args)
+            assert all(base_train.parse_args(run.flags).tokenizer_dir for run in plan(asked))
+    assert any(command[1] == "scripts.experiment" for command in commands)

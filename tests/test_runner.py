@@ -15,7 +15,7 @@ import pytest
 from nanochat.common import runs_dir
 from nanochat.errors import UserError
 from nanochat.experiments.ledger import ExperimentRow, read_experiments
-from nanochat.experiments.probe import Probe, probe_candidates, read_probe
+from nanochat.experiments.probe import GRAPH_BREAK, Probe, probe_candidates, read_probe
 from nanochat.experiments.profiles import CANDIDATES, PROFILES, Profile, candidate_flags, candidate_name, find_profile
 from nanochat.experiments.runner import (
     Experiment,
@@ -249,6 +249,20 @@ def test_probe_resumes_from_the_middle_and_counts_graph_breaks(base_dir, ledger,
     before = console.stat().st_mtime_ns
     probe_candidates(asked, runs_dir(), fake, lines.append)
     assert console.stat().st_mtime_ns == before
+
+
+def test_torch_words_a_graph_break_as_the_probe_counts_it():
+    code = textwrap.dedent("""
+        import torch
+        def f(x):
+            y = x + 1
+            torch._dynamo.graph_break()
+            return y * 2
+        torch.compile(f, backend="eager")(torch.ones(2))
+    """)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120,
+                            env={**os.environ, "TORCH_LOGS": "graph_breaks"})
+    assert result.stderr.count(GRAPH_BREAK) == 1
 
 
 def test_several_processes_start_under_torchrun():

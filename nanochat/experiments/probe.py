@@ -13,7 +13,7 @@ from nanochat.runlog import read_run
 
 STEPS, RESUME_STEP = 20, 10
 RESULT = "probe.json"
-_GRAPH_BREAK = "Graph break in user code"  # torch's words for each one under TORCH_LOGS=graph_breaks
+GRAPH_BREAK = "Graph break in user code"  # torch's words for each one under TORCH_LOGS=graph_breaks
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _probe(folder, run, command, lock):
     flags = [*run.flags, "--run-id", folder.name, "--model-tag", folder.name, "--num-iterations", str(STEPS),
              "--eval-every", "-1", "--save-every", str(RESUME_STEP)]
     run_training(folder, command(flags), lock, f"{folder.name} straight", environment={"TORCH_LOGS": "graph_breaks"})
-    graph_breaks = (folder / CONSOLE).read_text(encoding="utf-8", errors="replace").count(_GRAPH_BREAK)
+    graph_breaks = (folder / CONSOLE).read_text(encoding="utf-8", errors="replace").count(GRAPH_BREAK)
     straight = _losses(folder)
     resume = [*flags, "--resume-from-step", str(RESUME_STEP)]
     run_training(folder, command(resume), lock, f"{folder.name} resumed", fresh=False)
