@@ -64,18 +64,27 @@ def append_row(path, row, key="run_id"):
     """
     path = Path(path).resolve()  # a symlink stays one: what it points to is replaced
     line = _format(row, key)
-    with locked(path):
-        data = _read(path) if path.exists() else b""
-        for number, old in _parse(path, data, type(row), key) if data else ():
-            if _name(old, key) == _name(row, key):
-                raise UserError(f"{path}, line {number}: {key} {_name(row, key)!r} is already there; "
-                                "remove that line to log it again")
-        if not data:
-            data = (",".join(columns(type(row))) + "\n").encode()
-        eol = b"\r\n" if data.partition(b"\n")[0].endswith(b"\r") else b"\n"
-        joint = b"" if data.endswith(b"\n") else eol
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(data + joint + line.encode() + eol)
+    try:
+        with locked(path):
+            data = _read(path) if path.exists() else b""
+            longer = _longer(path, data, row, line, key)
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(longer)
+    except OSError as error:
+        raise UserError(f"cannot write the ledger {path} ({error.strerror})") from None
+
+
+def _longer(path, data, row, line, key):
+    """The ledger's bytes with the row's line added, after checking every line that is there."""
+    for number, old in _parse(path, data, type(row), key) if data else ():
+        if _name(old, key) == _name(row, key):
+            raise UserError(f"{path}, line {number}: {key} {_name(row, key)!r} is already there; "
+                            "remove that line to log it again")
+    if not data:
+        data = (",".join(columns(type(row))) + "\n").encode()
+    eol = b"\r\n" if data.partition(b"\n")[0].endswith(b"\r") else b"\n"
+    joint = b"" if data.endswith(b"\n") else eol
+    return data + joint + line.encode() + eol
 
 
 def _read(path):

@@ -1,4 +1,4 @@
-"""A run and its inference -> one row of lane B's ledger; any column can be given by hand instead.
+"""Runs and their inference -> rows of lane B's ledger, one a run; any column can be given by hand instead.
 
 python -m scripts.lane_b_log_run --run RUN --inference-json infer.json --decision inferred
 python -m scripts.lane_b_log_run --standing --inference-json infer.json --baseline-run base-s0 base-s1
@@ -23,10 +23,11 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", help="run id or folder to log")
+    what.add_argument("--run", nargs="+", help="run ids or folders to log")
     what.add_argument("--standing", action="store_true", help="log nothing, say which decision came first")
     parser.add_argument("--inference-json", required=True, help="from scripts.lane_b_infer_ratio")
     parser.add_argument("--decision", choices=DECISIONS, help="default: the inference's")
+    parser.add_argument("--skip-logged", action="store_true", help="leave out runs that the ledger has")
     parser.add_argument("--baseline-run", nargs="+", default=[], metavar="RUN", help="with --standing")
     parser.add_argument("--csv", type=Path, default=LEDGER, help="the ledger (default: the one in ideas/)")
     columns = parser.add_argument_group("columns by hand", "each replaces what the run and the inference say; "
@@ -38,10 +39,17 @@ def parse_args(argv):
 
 
 def seconds_to_target(run, inference):
-    """(measured, extrapolated) training seconds of the run to the inference's threshold."""
+    """(measured, extrapolated) training seconds of the run to the inference's threshold.
+
+    A whole schedule that ended short of it is extrapolated as a schedule: its seconds times how much longer
+    it must be by the calibration curve. The curve within the run says nothing: its learning rate is spent.
+    """
     evaluations = evaluations_of(run.events, inference.target_metric_name)
     found = time_to_target(evaluations, inference.target_metric_name, inference.target_metric_threshold)
-    return found.measured_sec, found.extrapolated_sec
+    if found.measured_sec is not None or run.status != "ok":
+        return found.measured_sec, None
+    factor = inference.horizon_factor(run.summary["final_val_bpb"])
+    return None, None if factor is None else run.summary["train_time_sec"] * factor
 
 
 def by_hand(args):
@@ -51,17 +59,21 @@ def by_hand(args):
 
 
 def log(args, inference):
-    run = find_run(args.run, runs_dir())
     given = by_hand(args)
     notes = "" if "alpha_source=" in given.get("notes", "") else given.pop("notes", "")
-    record = record_of_run(run, inference, args.decision or inference.decision, seconds_to_target(run, inference),
-                           given.get("chosen_ratio"), notes)
-    record = replace(record, **given)
-    append_record(args.csv, record)
-    reached = record.time_to_target_sec_measured
-    print(f"{args.csv}: {record.run_id}, {record.lane_b_decision}, ratio {record.chosen_ratio:.4g}, "
-          f"{record.target_metric_name} {record.target_metric_threshold:.4f} "
-          f"{'not reached' if reached is None else f'after {reached:.1f} s of training'}")
+    logged = {record.run_id for record in read_records(args.csv)} if args.skip_logged and args.csv.exists() else ()
+    for run in (find_run(name, runs_dir()) for name in args.run):
+        if run.run_id in logged:
+            print(f"{run.run_id} is in {args.csv} already")
+            continue
+        record = record_of_run(run, inference, args.decision or inference.decision, seconds_to_target(run, inference),
+                               given.get("chosen_ratio"), notes)
+        record = replace(record, **given)
+        append_record(args.csv, record)
+        reached = record.time_to_target_sec_measured
+        print(f"{args.csv}: {record.run_id}, {record.lane_b_decision}, ratio {record.chosen_ratio:.4g}, "
+              f"{record.target_metric_name} {record.target_metric_threshold:.4f} "
+              f"{'not reached' if reached is None else f'after {reached:.1f} s of training'}")
 
 
 def show_standing(args, inference):
@@ -74,7 +86,7 @@ def show_standing(args, inference):
                if (record.dataset_id, record.target_metric_name, record.target_metric_threshold,
                    record.n_scaling_params) == target]
     print(f"training seconds to {inference.target_metric_name} {inference.target_metric_threshold:.4f} "
-          "(~ extrapolated, not reached within the schedule)")
+          "(~ missed: of the longer schedule that would have reached it)")
     print("\n".join(standing(records, baseline)))
 
 

@@ -1,6 +1,8 @@
+import errno
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -120,6 +122,27 @@ def test_a_row_that_csv_cannot_hold_is_refused(tmp_path, row, fault):
     with pytest.raises(UserError, match=fault):
         append_row(path, row)
     assert not path.exists()
+
+
+def test_a_disk_that_is_full_leaves_the_ledger_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "ledger.csv"
+    append_row(path, ROW)
+    before = path.read_bytes()
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"cannot write the ledger .*No space left"):
+        append_row(path, replace(ROW, run_id="b"))
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_ledger_that_cannot_be_there_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the ledger"):
+        append_row(tmp_path / "file" / "ledger.csv", ROW)
 
 
 def test_a_duplicate_is_refused_with_the_line_of_the_first(tmp_path):

@@ -56,7 +56,8 @@ def make_run(base_dir):
                       train_time_sec=tokens * share / 1e5)
         done = stopped_at or steps
         log.finish(**{"status": "ok", "steps": done, "tokens": done * STEP_TOKENS, "min_val_bpb": val_bpb,
-                      "final_val_bpb": val_bpb, "tok_per_sec_median": 1e5, "dt_median_ms": 200.0, **dict(summary)})
+                      "final_val_bpb": val_bpb, "train_time_sec": tokens / 1e5,
+                      "tok_per_sec_median": 1e5, "dt_median_ms": 200.0, **dict(summary)})
         log.close()
         return run_id
 
@@ -252,6 +253,15 @@ def test_notes_by_hand_keep_the_source_of_alpha(tmp_path, inferred, make_run):
     assert row.notes == "alpha_source=calibration; state=ok; the fan was loud"
 
 
+def test_logging_again_skips_what_is_there_only_when_asked(tmp_path, inferred, make_run, capsys):
+    runs = [make_run(f"inferred-s{seed}", steps_of(inferred["chosen_ratio"]), seed=seed) for seed in (0, 1)]
+    assert len(log(tmp_path, "--run", runs[0])) == 1
+    assert [row.run_id for row in log(tmp_path, "--skip-logged", "--run", *runs)] == runs
+    with pytest.raises(SystemExit):
+        log(tmp_path, "--run", runs[0])
+    assert "line 2: run_id 'inferred-s0' is already there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, change, fault", [
     (["--decision", "confirmation"], {}, "the confirmation ratio is"),
     ([], {"config": {"dataset_id": "web"}}, "has dataset_id web, the inference books"),
@@ -266,6 +276,22 @@ def test_a_row_that_would_not_be_true_is_refused(tmp_path, inferred, make_run, c
     assert not (tmp_path / "lane_b.csv").exists()
 
 
+def test_a_schedule_that_ended_short_is_extrapolated_as_a_schedule(tmp_path, inferred, make_run):
+    """By the curve, the end of a schedule a tenth shorter than the target needs one that is a ninth longer."""
+    curve = inferred["calibration"]
+    tokens = steps_of(0.9 * inferred["chosen_ratio"])
+    end = curve["L_inf_bits_per_byte"] + curve["A_bits_per_byte"] * tokens ** -curve["alpha"]
+    (row,) = log(tmp_path, "--run", make_run("short", tokens, val_bpb=end), "--chosen-ratio", str(tokens / PARAMS))
+    assert row.time_to_target_sec_measured is None
+    assert row.time_to_target_sec_extrapolated == pytest.approx(inferred["target_tokens"]["value"] / 1e5, rel=1e-6)
+
+
+def test_a_run_that_diverged_has_no_time(tmp_path, inferred, make_run):
+    run = make_run("nan", steps_of(inferred["chosen_ratio"]), summary={"status": "nan", "final_val_bpb": None})
+    (row,) = log(tmp_path, "--run", run)
+    assert (row.status, row.time_to_target_sec_extrapolated) == ("nan", None)
+
+
 def test_the_standing_says_which_decision_came_first(tmp_path, inferred, make_run, baseline, capsys):
     reached = inferred["target_metric_threshold"] - 0.001
     for decision, tokens in (("inferred", inferred["chosen_ratio"]), ("confirmation", inferred["confirmation_ratio"])):
@@ -276,9 +302,8 @@ def test_the_standing_says_which_decision_came_first(tmp_path, inferred, make_ru
     capsys.readouterr()
     log(tmp_path, "--standing", "--baseline-run", *baseline)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("baseline") and "not reached" in lines[1]  # the worse half misses its own median
-    assert lines[2].startswith("inferred") and lines[2].count("not reached") == 0
-    assert lines[3].startswith("confirmation") and lines[3].count("not reached") == 1
+    marks = [(line.split()[0], line.count("~")) for line in lines[1:4]]
+    assert marks == [("baseline", 1), ("inferred", 0), ("confirmation", 1)]  # the worse half misses its own median
     assert lines[4].startswith("first: inferred")
 
 

@@ -65,7 +65,7 @@ def describe(document):
     if document["regime"]:
         regime = document["regime"]
         usable = regime["usable_context_tokens"]
-        reach = "all lags" if usable is None else f"lags up to {usable:.0f}"
+        reach = "all lags" if usable is None else f"lags up to {usable:.3g}"
         lines.append(f"regime: {regime['data_tokens']:.3g} tokens resolve {reach}, context "
                      f"{regime['context_tokens'] or 'not given'}: {regime['name']}"
                      + (" (extrapolated past the measured lags)" if regime["beyond_measured_lags"] else ""))
@@ -104,6 +104,17 @@ class RecordedInference:
     target_param_data_ratio: float | None
     confirmation_ratio: float | None
     default_ratio: float
+    asymptote: float | None
+    curve_alpha: float | None
+
+    def horizon_factor(self, metric):
+        """How many times longer a schedule that ended at `metric` (bits per byte) must be to end at the threshold.
+
+        By the calibration curve; None without one, or where the curve does not reach the threshold.
+        """
+        if self.asymptote is None or not self.asymptote < min(metric, self.target_metric_threshold):
+            return None
+        return ((metric - self.asymptote) / (self.target_metric_threshold - self.asymptote)) ** (1 / self.curve_alpha)
 
     def ratio_of(self, decision):
         """The ratio that a run of this decision trains at. Errors: UserError when the inference gave none."""
@@ -122,13 +133,16 @@ def read_inference(path):
                         "make the file again with scripts.lane_b_infer_ratio")
     texts = ("dataset_id", "tokenizer_id", "target_metric_name", "decision", "state", "alpha_source")
     nullable = ("alpha", "target_tokens", "target_param_data_ratio")
+    fitted = file.get("calibration", (dict, type(None))) is not None
     return RecordedInference(
         **{name: file.get(name, str) for name in texts},
         **{name: None if file.get(name, (dict, type(None))) is None else file.number(f"{name}.value")
            for name in nullable},
         target_metric_threshold=file.number("target_metric_threshold"),
         n_scaling_params=file.get("n_scaling_params", int),
-        confirmation_ratio=file.optional("confirmation_ratio"), default_ratio=file.number("default_ratio"))
+        confirmation_ratio=file.optional("confirmation_ratio"), default_ratio=file.number("default_ratio"),
+        asymptote=file.number("calibration.L_inf_bits_per_byte") if fitted else None,
+        curve_alpha=file.number("calibration.alpha") if fitted else None)
 
 
 def _finite(value):

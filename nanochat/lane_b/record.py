@@ -100,7 +100,7 @@ def standing(records, baseline):
     """Lines that say which decision reached the target first, and by how much against the baseline.
 
     `records`: LaneBRecords of one target; `baseline`: (measured, extrapolated) seconds of each baseline run.
-    A group stands by the median over its seeds of the measured time, else the extrapolated one (marked ~);
+    A group stands by the median over its seeds of the measured time, else the extrapolated one (~);
     a group with a seed that has neither cannot win.
     """
     groups = {"baseline": list(baseline)}
