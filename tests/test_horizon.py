@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from scipy.optimize import curve_fit, nnls
 
+from nanochat.errors import UserError
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.calibration import (
     BitsPerByte,
@@ -23,6 +24,7 @@ from nanochat.lane_b.horizon import (
     infer_horizon,
     regime_at,
 )
+from nanochat.lane_b.horizon_figure import draw_inference
 
 HORIZONS = np.array([1e6, 2e6, 4e6, 8e6])
 TRUE = Curves(alpha=0.3, asymptote=0.8, amplitude=0.3, reference_tokens=3e6)
@@ -284,6 +286,15 @@ def test_every_state_is_reached_and_refuses_where_it_must():
     assert (hopeless.target_tokens, hopeless.ratio, hopeless.confirmation_ratio, hopeless.regime) == (None,) * 4
     assert "not above L_inf = 0.80" in hopeless.refusal
     assert "a ratio of 1" in found["likely_unreachable"].refusal
+
+
+def test_every_state_has_a_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    for state, inference in states().items():
+        draw_inference(inference, tmp_path / f"{state}.png")
+        assert (tmp_path / f"{state}.png").stat().st_size > 20_000
+    with pytest.raises(UserError, match=r"--plot .*figure\.odd"):
+        draw_inference(inference, tmp_path / "figure.odd")
 
 
 def test_a_target_far_from_the_calibration_is_of_low_quality():
