@@ -221,7 +221,7 @@ def test_resuming_a_step_that_is_not_there_names_the_newest(corpus, capsys):
     main(flags(corpus, 4))
     with pytest.raises(SystemExit):
         main([*flags(corpus, 4), "--resume-from-step", "3"])
-    assert "newest usable one is 4" in capsys.readouterr().err
+    assert "newest usable checkpoint is step 4" in capsys.readouterr().err
 
 
 def test_another_runs_checkpoints_are_set_aside_not_mixed(corpus):
