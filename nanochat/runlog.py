@@ -4,6 +4,7 @@
 checkpoint at step s holds everything up to s and a resume from it supersedes what came after.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -30,13 +31,11 @@ class RunLog:
     @classmethod
     def create(cls, runs_dir, run_id, config, sinks=()):
         """Start a run under `runs_dir/run_id`. Errors: UserError when the id is taken or not a file name."""
-        folder = Path(runs_dir) / check_run_id(run_id)
-        if (folder / CONFIG).exists():
-            raise UserError(f"run id {run_id!r} is taken ({folder}); choose another --run-id, "
-                            "continue it with --resume-from-step latest, or delete that folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / METRICS).unlink(missing_ok=True)
-        write_json(folder / CONFIG, _record(run_id=run_id, **config))
+        folder = check_new_run(runs_dir, run_id)
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / METRICS).unlink(missing_ok=True)
+            write_json(folder / CONFIG, _record(run_id=run_id, **config))
         return cls(folder, sinks)
 
     @classmethod
@@ -53,19 +52,23 @@ class RunLog:
 
     def event(self, kind, **fields):
         """Append one event; numbers unrounded, non-finite ones as null and named in `nonfinite`."""
-        self._file.write(json_bytes(_record(kind=kind, time_unix_sec=time.time(), **fields)) + b"\n")
-        self._file.flush()
+        with _writing(self.folder):
+            self._file.write(json_bytes(_record(kind=kind, time_unix_sec=time.time(), **fields)) + b"\n")
+            self._file.flush()
         for sink in self.sinks:
             sink(kind, fields)
 
     def finish(self, **summary):
         """Write summary.json atomically: its presence says that the run ended, `status` says how."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        write_json(self.folder / SUMMARY, _record(run_id=self.folder.name, **summary))
+        with _writing(self.folder):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            write_json(self.folder / SUMMARY, _record(run_id=self.folder.name, **summary))
 
     def close(self):
-        self._file.close()
+        """Close the file. What a full disk did not take of the last event is lost."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,29 @@ def find_run(name, runs_dir):
     raise UserError(f"no run {name!r}: neither a run's folder nor an id under {runs_dir}")
 
 
+def check_new_run(runs_dir, run_id):
+    """The folder of a run that is to begin. Errors: UserError when the id is taken or cannot name a folder."""
+    folder = Path(runs_dir) / check_run_id(run_id)
+    if (folder / CONFIG).exists():
+        raise UserError(f"run id {run_id!r} is taken ({folder}); choose another --run-id, "
+                        "continue it with --resume-from-step latest, or delete that folder")
+    return folder
+
+
 def check_run_id(run_id):
     """Return `run_id` if it can name a folder, else raise UserError."""
     if not _RUN_ID.fullmatch(run_id):
         raise UserError(f"run id {run_id!r} cannot name a folder: use letters, digits and . _ + = - (at most 128)")
     return run_id
+
+
+@contextlib.contextmanager
+def _writing(folder):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the run's record in {folder} cannot be written ({error.strerror or error}); make room there, "
+                        "then go on from the newest checkpoint with --resume-from-step latest") from None
 
 
 def _effective(events):

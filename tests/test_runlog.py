@@ -1,6 +1,8 @@
+import errno
 import math
 import os
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -178,16 +180,32 @@ def test_summary_that_cannot_be_written_leaves_an_unfinished_run(tmp_path, monke
     log.event("train", step=1)
 
     def refuse(*_):
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", refuse)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(UserError, match=r"No space left on device\); make room"):
             log.finish(status="ok")
     log.close()
     run = read_run(tmp_path / "r")
     assert (run.status, len(run.events)) == ("unfinished", 1)
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == [CONFIG, METRICS]
+
+
+def test_event_that_a_full_disk_does_not_take_is_one_line_and_the_run_goes_on_from_the_last_whole_one(tmp_path):
+    log = start(tmp_path)
+    log.event("train", step=1)
+    size = (tmp_path / "r" / METRICS).stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
+    try:
+        with pytest.raises(UserError, match=r"File too large\); make room"):
+            log.event("train", step=2)
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    RunLog.resume(tmp_path, "r", 1).close()
+    assert [(e["kind"], e["step"]) for e in read_run(tmp_path / "r").events] == [("train", 1), ("resume", 1)]
 
 
 def test_run_is_found_by_id_and_by_path(tmp_path, monkeypatch):
