@@ -1,6 +1,7 @@
 """What a person did wrong, said in one line, and the exit code that goes with it."""
 
 import functools
+import os
 import sys
 
 
@@ -22,7 +23,8 @@ def command(main):
             return main(argv)
         except UserError as error:
             line = " ".join(str(error).split())
-            print(f"error: {line}", file=sys.stderr)
+            rank = os.environ.get("RANK", "0")  # under torchrun every rank may say the same
+            print(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None
 
     return run

@@ -34,6 +34,13 @@ def test_message_of_several_lines_is_printed_as_one(capsys):
     assert capsys.readouterr().err == "error: first second third fourth\n"
 
 
+def test_ranks_above_0_say_which_one_they_are(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit):
+        main_that(UserError("no shards; run x"))()
+    assert capsys.readouterr().err == "error (rank 3): no shards; run x\n"
+
+
 @pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), AssertionError(), KeyboardInterrupt()])
 def test_errors_that_are_not_the_users_pass_through(error):
     with pytest.raises(type(error)) as caught:
