@@ -133,7 +133,11 @@ def set_aside(folder):
         stem = f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"
         names = (f"{stem}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
         aside = next(path for path in map(folder.with_name, names) if not path.exists())
-        os.replace(folder, aside)
+        try:
+            os.replace(folder, aside)
+        except OSError as error:
+            raise UserError(f"the earlier checkpoints in {folder} cannot be moved aside ({error.strerror}); "
+                            "give another --model-tag") from None
         print0(f"earlier checkpoints of {folder.name} moved to {aside}")
 
 

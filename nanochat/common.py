@@ -163,6 +163,29 @@ def start_ranks(device):
     return ranks
 
 
+def on_main(ranks, function):
+    """function() on rank 0 while the others wait; its result there, None elsewhere. Every rank calls it.
+
+    A UserError of it ends them all with its exit code: rank 0 says why, the others leave in silence.
+    """
+    import torch.distributed as dist
+
+    result = error = None
+    if ranks.is_main:
+        try:
+            result = function()
+        except UserError as raised:
+            error = raised
+    if ranks.world_size > 1:
+        exit_codes = [error and error.exit_code]
+        dist.broadcast_object_list(exit_codes, src=0)
+        if exit_codes[0] and not ranks.is_main:
+            raise SystemExit(exit_codes[0])
+    if error:
+        raise error
+    return result
+
+
 def stop_ranks():
     import torch.distributed as dist
 

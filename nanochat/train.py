@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ import torch.distributed as dist
 
 from nanochat import schedule
 from nanochat.common import peak_bf16_flops
+from nanochat.errors import UserError
 from nanochat.experiments.target import evaluations_of, time_to_target
 from nanochat.runlog import read_run
 
 UNTIMED_STEPS = 11  # the first ones compile; they are not on the clock
+REPEAT_SEC = 1.0  # a scheduler's signal comes twice within it: from the scheduler, and passed on by torchrun
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Trainer:
         self.usual_dt_sec = state.get("usual_dt_sec")  # charged for the step that compiles after a resume
         self.saved_step = self.step if loop_state else None
         self._stop_signal = 0
+        self._asked_at = 0.0
 
     def run(self):
         """Train to the horizon. Returns how it ended: ok, interrupted or nan."""
@@ -110,10 +114,14 @@ class Trainer:
                 "loader": self.loader.state_dict()}
 
     def _request_stop(self, number, _frame):
-        if self._stop_signal:  # asked twice: now
+        now = time.monotonic()
+        if not self._stop_signal:
+            self._stop_signal, self._asked_at = number, now
+            if self.ranks.is_main:  # not print: it may be what the signal interrupted
+                os.write(2, b"\nstopping after this step; ask again to stop at once\n")
+        elif now - self._asked_at > REPEAT_SEC:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._stop_signal = number
 
     def _at_boundary(self):
         step, cadence, hooks = self.step, self.cadence, self.hooks
@@ -163,8 +171,8 @@ class Trainer:
     def _clock(self, dt_sec):
         if self.step < UNTIMED_STEPS:
             return
-        if self.step == self.first_step and self.usual_dt_sec is not None:
-            self.train_time_sec += self.usual_dt_sec  # this process compiled again: not the training's time
+        if self.step == self.first_step:  # this process compiled again: not the training's time
+            self.train_time_sec += self.usual_dt_sec or 0.0
             return
         self.train_time_sec += dt_sec
         self.usual_dt_sec = dt_sec if self.usual_dt_sec is None else 0.9 * self.usual_dt_sec + 0.1 * dt_sec
@@ -188,6 +196,29 @@ class Trainer:
     def _synchronize(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def close_record(log, status, device, target, started):
+    """Write the summary and close the log with its sinks; returns the summary. `started`: time.monotonic() then.
+
+    target: (metric name, threshold or None). Errors: UserError when the disk is full.
+    """
+    try:
+        summary = summarize(log.folder, status, device, *target)
+        log.finish(**summary, wall_time_sec=time.monotonic() - started)
+    finally:
+        log.close()
+        for sink in log.sinks:
+            sink.close()
+    return summary
+
+
+def close_failed_record(log, device, target, started):
+    """The same for a run that an exception ended: whatever goes wrong now must not hide it."""
+    try:
+        close_record(log, "error", device, target, started)
+    except UserError as error:
+        print(f"no summary: {error}", file=sys.stderr)
 
 
 def summarize(folder, status, device, target_metric_name=None, target_metric_threshold=None):

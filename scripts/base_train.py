@@ -13,8 +13,8 @@ from nanochat import checkpoint, common, pretrain, schedule
 from nanochat.console import ConsoleSink, WandbSink
 from nanochat.errors import UserError, command
 from nanochat.gpt import flops_per_token, parameter_counts, scaling_params
-from nanochat.runlog import RunLog
-from nanochat.train import Cadence, Hooks, Schedule, Trainer, summarize
+from nanochat.runlog import RunLog, check_new_run
+from nanochat.train import Cadence, Hooks, Schedule, Trainer, close_failed_record, close_record
 
 
 def parse_args(argv=None):
@@ -127,18 +127,6 @@ def train(args, device, dtype, dtype_reason, ranks, started):
     }
     common.print0(pretrain.describe(config, horizon, accumulation, data))
 
-    log, sinks = pretrain.NoLog(), []
-    if ranks.is_main:
-        if resumed:
-            log = RunLog.resume(common.runs_dir(), run_id, resume_step)
-        else:
-            log = RunLog.create(common.runs_dir(), run_id, record)
-            checkpoint.set_aside(folder)
-        sinks = [ConsoleSink(horizon.num_iterations, resume_step or 0)]
-        if args.run != "dummy":
-            sinks.append(WandbSink(args.run, run_id, record))
-        log.sinks.extend(sinks)
-
     compiled = model if args.no_compile else torch.compile(model, dynamic=False)
     loader = data.train_loader(args, ranks, device, resumed)
     meta = {"model_config": config.to_dict(), "user_config": record["flags"], "run_id": run_id,
@@ -152,28 +140,43 @@ def train(args, device, dtype, dtype_reason, ranks, started):
     hooks = Hooks(pretrain.evaluator(args, compiled, data, ranks, device), save,
                   core=pretrain.core_evaluator(args, model, data, ranks, device),
                   sample=pretrain.sampler(model, data) if ranks.is_main else None)
-    trainer = Trainer(
-        compiled, optimizer, loader, accumulation=accumulation, step_tokens=horizon.total_batch_size_tokens,
-        schedule=Schedule(horizon.num_iterations, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac),
-        cadence=Cadence(args.eval_every, args.core_metric_every, args.sample_every, args.save_every), hooks=hooks,
-        log=log, ranks=ranks, device=device, device_name=name, flops_per_token=flops_per_token(config),
-        loop_state=resumed and resumed["loop_state"])
-    status = "error"
-    try:
-        with loader:
+    with loader:
+        # last of all that can fail: until here nothing has been written or moved
+        log = common.on_main(ranks, lambda: open_record(args.run, run_id, record, folder, resume_step))
+        trainer = Trainer(
+            compiled, optimizer, loader, accumulation=accumulation, step_tokens=horizon.total_batch_size_tokens,
+            schedule=Schedule(horizon.num_iterations, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac),
+            cadence=Cadence(args.eval_every, args.core_metric_every, args.sample_every, args.save_every), hooks=hooks,
+            log=log or pretrain.NoLog(), ranks=ranks, device=device, device_name=name,
+            flops_per_token=flops_per_token(config), loop_state=resumed and resumed["loop_state"])
+        try:
             status = trainer.run()
-    finally:
-        for sink in sinks:
-            sink.close()
-        if ranks.is_main:
-            summary = summarize(log.folder, status, device, *pretrain.target_of(args))
-            log.finish(**summary, wall_time_sec=time.monotonic() - started)
-            log.close()
-            print(pretrain.describe_end(summary, log.folder), flush=True)
-    if status == "nan":
-        raise UserError(f"the loss is not finite at step {trainer.step}; the run stopped there without saving. "
-                        "Lower the learning rates or resume an earlier checkpoint")
-    return 128 + trainer.stop_signal if status == "interrupted" else 0
+        except BaseException:
+            if ranks.is_main:
+                close_failed_record(log, device, pretrain.target_of(args), started)
+            raise
+    # the others wait: were another rank gone, torchrun would end rank 0 in the middle of it
+    summary = common.on_main(ranks, lambda: close_record(log, status, device, pretrain.target_of(args), started))
+    if ranks.is_main:
+        print(pretrain.describe_end(summary, log.folder), flush=True)
+        if status == "nan":
+            raise UserError(f"the loss is not finite at step {trainer.step}; the run stopped there without saving. "
+                            "Lower the learning rates or resume an earlier checkpoint")
+    return {"ok": 0, "nan": UserError.exit_code, "interrupted": 128 + trainer.stop_signal}[status]
+
+
+def open_record(wandb_name, run_id, record, folder, resume_step):
+    """The run's log and its sinks, begun or continued; a new run moves another's checkpoints in `folder` aside."""
+    runs = common.runs_dir()
+    if resume_step is None:
+        check_new_run(runs, run_id)  # before wandb hears of it
+    sinks = [ConsoleSink(record["num_iterations"], resume_step or 0)]
+    if wandb_name != "dummy":
+        sinks.append(WandbSink(wandb_name, run_id, record))
+    if resume_step is not None:
+        return RunLog.resume(runs, run_id, resume_step, sinks)
+    checkpoint.set_aside(folder)
+    return RunLog.create(runs, run_id, record, sinks)
 
 
 if __name__ == "__main__":
