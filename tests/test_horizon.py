@@ -137,6 +137,11 @@ def test_points_that_carry_no_curve_are_refused(pairs, fault):
     assert refused.value.exit_code == 3
 
 
+def test_a_given_alpha_that_cannot_be_is_refused():
+    with pytest.raises(Refusal, match=r"alpha is not between 0\.01 and 3\.0: 40"):
+        fit_calibration(points(), alpha=40.0)
+
+
 def test_points_whose_best_curve_rises_are_refused():
     with pytest.raises(Refusal, match="no falling curve fits"):
         fit_calibration(made((1_000_000, 0.9), (2_000_000, 0.5), (4_000_000, 1.5), (8_000_000, 0.89)), alpha=0.3)

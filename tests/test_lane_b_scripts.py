@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import re
@@ -5,7 +6,14 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from nanochat.errors import UserError
+from nanochat.lane_b.calibration import BitsPerByte
+from nanochat.lane_b.horizon import infer_horizon
+from nanochat.lane_b.inference_file import inference_document, read_inference
+from nanochat.lane_b.inputs import parse_point, read_statistics
 from nanochat.lane_b.record import read_records
 from nanochat.runlog import RunLog
 from scripts import lane_b_infer_ratio, lane_b_log_run
@@ -333,3 +341,61 @@ def test_the_worksheet_s_arithmetic_is_right():
                    f"**{asymptote:.4f}** bits", f"**{target / 1e6:.2f}·10^6** tokens", f"**{target / 8e5:.2f}**",
                    f"**{1.05 * target / 8e5:.2f}**", f"**{usable:.0f}** tokens", *(f"{v:.6f}" for v in x)):
         assert figure in page, figure
+
+
+# Files that a person or a crash has changed
+
+json_values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.lists(
+    st.none() | st.integers() | st.dictionaries(st.text(max_size=3), st.integers(), max_size=1), max_size=2)
+
+
+def paths(value, prefix=()):
+    """Every place in a JSON value, as a tuple of keys."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in items:
+        yield (*prefix, key)
+        yield from paths(part, (*prefix, key))
+
+
+def changed(document, path, value):
+    document = json.loads(json.dumps(document))
+    place = document
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return document
+
+
+def converged(**changes):
+    return statistics_document(gamma={"value": 0.3, "se": 0.01, "lo": 0.28, "hi": 0.32, "refusal": None},
+                               n_break=6.4, **changes) | {"fits": {"op": {
+                                   "broken": {"slope_before": 1.5, "slope_after": 0.2, "log_intercept": -5.0}}}}
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), document=st.sampled_from([statistics_document(), converged()]), value=json_values)
+def test_changed_statistics_give_an_inference_or_one_line(tmp_path, data, document, value):
+    path = tmp_path / "stats.json"
+    path.write_text(json.dumps(changed(document, data.draw(st.sampled_from(list(paths(document)))), value)))
+    points = [parse_point(text) for text in POINTS]
+    for source in ("theory", "calibration"):
+        with contextlib.suppress(UserError):
+            found = infer_horizon(points, BitsPerByte(1.0), PARAMS, read_statistics(path), alpha_source=source,
+                                  resamples=10)
+            json.dumps(inference_document(found, 12.0, found.refusal), allow_nan=False)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), value=json_values)
+def test_a_changed_inference_is_read_or_one_line(tmp_path, inferred, data, value):
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(changed(inferred, data.draw(st.sampled_from(list(paths(inferred)))), value)))
+    with contextlib.suppress(UserError):
+        read_inference(path).ratio_of("inferred")
+        read_inference(path).horizon_factor(1.0)
+
+
+@given(st.text())
+def test_points_typed_in_are_read_or_one_line(text):
+    with contextlib.suppress(UserError):
+        assert parse_point(text).tokens >= 1

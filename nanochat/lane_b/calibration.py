@@ -18,7 +18,8 @@ CONFIDENCE = 0.95
 MIN_HORIZONS = 3  # with alpha given: L_inf, A and something left to see the fit by
 MIN_HORIZONS_FREE = 4  # with alpha fitted too
 MIN_HORIZON_STEP = 1.5  # horizons closer than this factor count as one
-_ALPHAS = np.geomspace(0.01, 3.0, 64)
+_ALPHA_RANGE = (0.01, 3.0)  # 0.05 to 0.5 have been measured
+_ALPHAS = np.geomspace(*_ALPHA_RANGE, 64)
 _ZOOMS = 7  # the last grid's steps are 5e-6 of alpha
 
 
@@ -153,9 +154,10 @@ def fit_calibration(points, alpha=None, alpha_log_se=0.0, resamples=2000, seed=0
     reference = float(np.exp(np.log(tokens).mean()))
     scaled = tokens / reference
     best = float(_best_alpha(scaled, metrics)) if free else alpha
-    if free and not _ALPHAS[0] < best < _ALPHAS[-1]:
-        raise Refusal(f"alpha not fitted: the calibration points fit best at its limit {best:g}; "
-                      "add horizons further apart, or seeds")
+    if not 1.001 * _ALPHA_RANGE[0] < best < 0.999 * _ALPHA_RANGE[1]:
+        fault = ("alpha not fitted: the calibration points fit best at its limit" if free else
+                 f"alpha is not between {_ALPHA_RANGE[0]} and {_ALPHA_RANGE[1]}:")
+        raise Refusal(f"{fault} {best:g}; add horizons further apart, or seeds")
     asymptote, amplitude, _ = _solve(scaled**-best, metrics)
     if amplitude <= 0:
         raise Refusal("no falling curve fits the calibration points; check that each run ended its own schedule, "
@@ -168,8 +170,8 @@ def fit_calibration(points, alpha=None, alpha_log_se=0.0, resamples=2000, seed=0
         rng = np.random.default_rng(seed)
         noise = np.sqrt((residual**2).sum() / rng.chisquare(freedom, resamples))
         copies = curve.metric_at(tokens) + noise[:, None] * rng.standard_normal((resamples, len(tokens)))
-        alphas = (_best_alpha(scaled, copies) if free
-                  else best * np.exp(alpha_log_se * rng.standard_normal(resamples)))
+        alphas = (_best_alpha(scaled, copies) if free else
+                  np.exp(np.clip(np.log(best) + alpha_log_se * rng.standard_normal(resamples), *np.log(_ALPHA_RANGE))))
         resampled = Curves(alphas, *_solve(scaled ** -alphas[:, None], copies)[:2], reference)
         lo, hi = central_interval(alphas)
     return Calibration(curve, lo, hi, float(np.sqrt((residual**2).mean())), freedom, resampled)

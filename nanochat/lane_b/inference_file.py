@@ -114,7 +114,9 @@ class RecordedInference:
         """
         if self.asymptote is None or not self.asymptote < min(metric, self.target_metric_threshold):
             return None
-        return ((metric - self.asymptote) / (self.target_metric_threshold - self.asymptote)) ** (1 / self.curve_alpha)
+        gaps = (metric - self.asymptote) / (self.target_metric_threshold - self.asymptote)
+        log_factor = math.log(gaps) / self.curve_alpha
+        return math.exp(log_factor) if log_factor < 700 else None
 
     def ratio_of(self, decision):
         """The ratio that a run of this decision trains at. Errors: UserError when the inference gave none."""
@@ -128,9 +130,9 @@ class RecordedInference:
 def read_inference(path):
     """RecordedInference from infer.json. Errors: UserError naming the file and the line or field."""
     file = Fields(path, "scripts.lane_b_infer_ratio")
-    if file.get("schema_version", int) != VERSION:
-        raise UserError(f"{path}: schema_version {file.values['schema_version']} (this program reads {VERSION}); "
-                        "make the file again with scripts.lane_b_infer_ratio")
+    version = file.get("schema_version", int)
+    if version != VERSION:
+        raise file.fault(f"schema_version {version} (this program reads {VERSION})")
     texts = ("dataset_id", "tokenizer_id", "target_metric_name", "decision", "state", "alpha_source")
     nullable = ("alpha", "target_tokens", "target_param_data_ratio")
     fitted = file.get("calibration", (dict, type(None))) is not None
@@ -142,7 +144,7 @@ def read_inference(path):
         n_scaling_params=file.get("n_scaling_params", int),
         confirmation_ratio=file.optional("confirmation_ratio"), default_ratio=file.number("default_ratio"),
         asymptote=file.number("calibration.L_inf_bits_per_byte") if fitted else None,
-        curve_alpha=file.number("calibration.alpha") if fitted else None)
+        curve_alpha=file.positive("calibration.alpha") if fitted else None)
 
 
 def _finite(value):

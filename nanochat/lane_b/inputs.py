@@ -1,7 +1,6 @@
 """What lane B's inference reads: stats.json, and runs as calibration points or as the baseline."""
 
 import json
-import math
 import statistics
 from pathlib import Path
 
@@ -39,47 +38,71 @@ class Fields:
         value = self.values
         for part in name.split("."):
             if not isinstance(value, dict) or part not in value:
-                raise UserError(f"{self.path}: no field {name}; make the file again with {self.maker}")
+                raise self.fault(f"no field {name}")
             value = value[part]
-        finite = not isinstance(value, float) or math.isfinite(value)
+        finite = not isinstance(value, (int, float)) or abs(value) < 1e300
         if isinstance(value, bool) or not isinstance(value, kinds) or not finite:
-            raise UserError(f"{self.path}: {name} is {value!r}; make the file again with {self.maker}")
+            raise self.fault(f"{name} is {value!r}")
         return value
 
     def number(self, name):
         return float(self.get(name, (int, float)))
+
+    def positive(self, name):
+        value = self.number(name)
+        if value <= 0:
+            raise self.fault(f"{name} is {value:g}, not above 0")
+        return value
 
     def optional(self, name):
         value = self.get(name, (int, float, type(None)))
         return None if value is None else float(value)
 
     def estimate(self, name):
-        return Estimate(*(self.optional(f"{name}.{part}") for part in ("value", "se", "lo", "hi")))
+        """An Estimate: a value with its interval, an interval alone, or nothing."""
+        value, se, lo, hi = (self.optional(f"{name}.{part}") for part in ("value", "se", "lo", "hi"))
+        if value is None:
+            whole = (lo is None) == (hi is None) and (lo is None or lo <= hi)
+        else:
+            whole = None not in (se, lo, hi) and lo <= value <= hi and value > 0 and se >= 0
+        if not whole:
+            raise self.fault(f"{name} is no estimate with its interval")
+        return Estimate(value, se, lo, hi)
+
+    def fault(self, what):
+        return UserError(f"{self.path}: {what}; make the file again with {self.maker}")
 
 
 def read_statistics(path):
     """CorpusStatistics from the stats.json of scripts.lane_b_stats. Errors: UserError naming file and field."""
     file = Fields(path, "scripts.lane_b_stats")
-    if file.get("schema_version", int) != STATISTICS_VERSION:
-        raise UserError(f"{path}: schema_version {file.values['schema_version']} (this program reads "
-                        f"{STATISTICS_VERSION}); make the file again with scripts.lane_b_stats")
-    n_break = file.optional("n_break")
-    fit = "fits.op.single" if n_break is None else "fits.op.broken"
-    law = CorrelationLaw(
-        log_intercept=file.number(f"{fit}.log_intercept"),
-        slope=file.number(f"{fit}.slope" if n_break is None else f"{fit}.slope_before"),
-        n_break=n_break,
-        slope_after=None if n_break is None else file.number(f"{fit}.slope_after"),
-        null_coefficient=file.number("null_coefficient"),
-        longest_lag=max((lag["lag"] for lag in file.get("lags", list)), default=0))
-    context_tokens = file.optional("context_tokens")
+    version = file.get("schema_version", int)
+    if version != STATISTICS_VERSION:
+        raise file.fault(f"schema_version {version} (this program reads {STATISTICS_VERSION})")
+    beta = file.estimate("beta")
+    if beta.value is None:
+        raise file.fault("beta has no value")
+    context_tokens, warnings = file.optional("context_tokens"), file.get("warnings", list)
     return CorpusStatistics(
         dataset_id=file.get("dataset_id", str), tokenizer_id=file.get("tokenizer_id", str),
-        vocab_size=file.get("vocab_size", int), beta=file.estimate("beta"),
-        beta_max_data_tokens=file.number("beta.max_data_tokens"), gamma=file.estimate("gamma"),
-        gamma_refusal=file.get("gamma.refusal", (str, type(None))), law=law,
+        vocab_size=file.get("vocab_size", int), beta=beta,
+        beta_max_data_tokens=file.positive("beta.max_data_tokens"), gamma=file.estimate("gamma"),
+        gamma_refusal=file.get("gamma.refusal", (str, type(None))), law=_correlation_law(file),
         context_tokens=None if context_tokens is None else int(context_tokens),
-        warnings=tuple(file.get("warnings", list)))
+        warnings=tuple(str(warning) for warning in warnings))
+
+
+def _correlation_law(file):
+    lags = [lag.get("lag") if isinstance(lag, dict) else None for lag in file.get("lags", list)]
+    if not lags or not all(type(lag) is int for lag in lags):
+        raise file.fault("lags is not a list of lags")
+    law = {"null_coefficient": file.positive("null_coefficient"), "longest_lag": max(lags)}
+    if file.optional("n_break") is None:
+        fit = "fits.op.single"
+        return CorrelationLaw(file.number(f"{fit}.log_intercept"), file.number(f"{fit}.slope"), None, None, **law)
+    fit = "fits.op.broken"
+    return CorrelationLaw(file.number(f"{fit}.log_intercept"), file.number(f"{fit}.slope_before"),
+                          file.positive("n_break"), file.number(f"{fit}.slope_after"), **law)
 
 
 def parse_point(text):
