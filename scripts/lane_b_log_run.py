@@ -59,6 +59,7 @@ def by_hand(args):
 
 
 def log(args, inference):
+    """Append one row a run: what run and inference say, and what was given by hand."""
     given = by_hand(args)
     notes = "" if "alpha_source=" in given.get("notes", "") else given.pop("notes", "")
     logged = {record.run_id for record in read_records(args.csv)} if args.skip_logged and args.csv.exists() else ()
@@ -77,6 +78,7 @@ def log(args, inference):
 
 
 def show_standing(args, inference):
+    """Print how the ledger's runs for this inference's target stand against the baseline's."""
     if not args.baseline_run:
         raise UserError("--standing compares with the baseline: give --baseline-run")
     baseline = [seconds_to_target(find_run(name, runs_dir()), inference) for name in args.baseline_run]
