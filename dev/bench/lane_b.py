@@ -1,0 +1,95 @@
+"""How fast lane B's statistics are on one core: counting a lag, all of a lag's estimate, an n-gram model.
+
+    OMP_NUM_THREADS=1 python -m dev.bench.lane_b                                        # made text
+    OMP_NUM_THREADS=1 python -m dev.bench.lane_b --dataset books --tokenizer-dir DIR    # a real dataset
+
+Every round measures each part once; medians, 20th and 80th percentiles are over rounds. Sorting the documents by
+token, once for all lags, is a part of its own.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import scipy
+import torch
+
+from dev.bench.measure import percentiles, time_interleaved
+from nanochat.common import base_dir, device_name
+from nanochat.dataset import open_dataset
+from nanochat.errors import command
+from nanochat.lane_b.correlation import counters_of, estimate_lag
+from nanochat.lane_b.documents import from_arrays, from_shards
+from nanochat.lane_b.kneser_ney import KneserNey
+from nanochat.tokenizer import load_tokenizer
+from nanochat.tokens import token_shards
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", help="a dataset's name or folder (default: text made up here)")
+    parser.add_argument("--tokenizer-dir", help="default: the one in the cache folder")
+    parser.add_argument("--million-tokens", type=float, default=8)
+    parser.add_argument("--vocab-size", type=int, default=8192, help="of made text")
+    parser.add_argument("--lag", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", help="append the figures to this CSV file")
+    return parser.parse_args(argv)
+
+
+def made_documents(n_tokens, vocab_size, document_tokens=1000):
+    """Zipf tokens, six in ten of them copied from up to 512 tokens back: pairs repeat about as they do in text."""
+    rng = np.random.default_rng(0)
+    frequencies = 1 / np.arange(1, vocab_size + 1)
+    tokens = rng.choice(vocab_size, size=n_tokens, p=frequencies / frequencies.sum()).astype(np.uint16)
+    source = np.arange(n_tokens) - np.where(rng.random(n_tokens) < 0.6, rng.integers(1, 513, n_tokens), 0)
+    tokens = tokens[np.maximum(source, 0)]
+    return from_arrays(list(tokens[:n_tokens // document_tokens * document_tokens].reshape(-1, document_tokens)),
+                       vocab_size)
+
+
+def read_documents(args, n_tokens):
+    tokenizer = load_tokenizer(args.tokenizer_dir or base_dir() / "tokenizer")
+    shards = [(shard.tokens, shard.offsets) for shard in token_shards(open_dataset(args.dataset), tokenizer)]
+    return from_shards(shards, tokenizer.bos_id, tokenizer.vocab_size, n_tokens)
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    n_tokens = int(1e6 * args.million_tokens)
+    documents = read_documents(args, n_tokens) if args.dataset else made_documents(n_tokens, args.vocab_size)
+    counters = counters_of(documents)
+    device = torch.device("cpu")
+    times = time_interleaved({
+        "sorting by token": lambda: counters_of(documents),
+        "counting a lag": lambda: [counter.counts(args.lag) for counter in counters],
+        "estimate of a lag": lambda: estimate_lag(counters, args.lag),
+        "n-gram model, context 1": lambda: KneserNey(documents, 1),
+        "n-gram model, context 2": lambda: KneserNey(documents, 2),
+    }, args.rounds, device, warmup=1)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    rows = []
+    for part, milliseconds in times.items():
+        median, fast, slow = (documents.n_tokens / ms / 1e3 for ms in percentiles(milliseconds))
+        print(f"{part:<24} {median:6.1f} million tokens/s ({slow:.1f} to {fast:.1f})")
+        rows.append({"part": part, "mtok_per_sec_median": median, "mtok_per_sec_p20": slow, "mtok_per_sec_p80": fast,
+                     "tokens": documents.n_tokens, "vocab_size": documents.vocab_size, "lag": args.lag,
+                     "dataset": args.dataset or "made", "device": device_name(device),
+                     "threads": os.environ.get("OMP_NUM_THREADS", ""), "commit": commit.stdout.strip(),
+                     "python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__})
+    if args.out:
+        is_new = not Path(args.out).exists()
+        with open(args.out, "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            if is_new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
