@@ -169,6 +169,8 @@ def _parse_meta(folder, step):
     digest = meta.pop("meta_sha256", None)
     if digest != (_meta_digest(meta) if digest or "files_sha256" in meta else None):  # upstream's have none
         raise ValueError("its content differs from that written")
+    if meta.get("step", step) != step:
+        raise ValueError(f"it is of step {meta['step']}")
     return meta
 
 
