@@ -26,6 +26,7 @@ from nanochat.tokens import TokenShard, token_shards
 
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS, N_SAMPLES = 16, 96, 2
 POSITIVE_FLAGS = ("depth", "max_seq_len", "device_batch_size", "eval_tokens")
+OPTIMIZER_FLAGS = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ def check_flags(args):
     for flag in POSITIVE_FLAGS:
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 1")
+    for flag in ("seed", "final_lr_frac", *OPTIMIZER_FLAGS):
+        if not 0 <= getattr(args, flag) < math.inf:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be a number of at least 0")
     if not 0 <= args.warmdown_ratio <= 1 or args.warmup_steps < 0:
         raise UserError("--warmdown-ratio must be between 0 and 1 and --warmup-steps at least 0")
     if target_of(args)[1] is not None:
@@ -128,13 +132,15 @@ def resume_meta(args, folder, step, config, data, horizon):
     if step is None:
         return None
     meta = checkpoint.read_meta(folder, step)
-    if "loader" not in meta.get("loop_state", {}):
+    if "loader" not in (meta.get("loop_state") or {}):
         raise UserError(f"the checkpoint of step {step} in {folder} is not one of this program: evaluate it with "
                         "scripts.base_eval, but it cannot be resumed")
-    expected = {"model_config": config.to_dict(), **identity(args, data, horizon)}
+    expected = {**identity(args, data, horizon), "model_config": config.to_dict(),
+                **{flag: getattr(args, flag) for flag in OPTIMIZER_FLAGS}}  # the saved optimizer brings its own
+    found = {**(meta.get("user_config") or {}), **meta}
     for name, value in expected.items():
-        if meta.get(name) != value:
-            raise UserError(f"cannot resume step {step} in {folder}: its {name} is {meta.get(name)}, this run's is "
+        if found.get(name) != value:
+            raise UserError(f"cannot resume step {step} in {folder}: its {name} is {found.get(name)}, this run's is "
                             f"{value}; give the flags of the run that made it")
     return meta
 

@@ -55,16 +55,18 @@ def main(argv=None):
         if model.config.vocab_size != tokenizer.vocab_size:
             raise UserError(f"the model's vocabulary is {model.config.vocab_size}, the tokenizer's "
                             f"{tokenizer.vocab_size}; give the one it was trained with (--tokenizer-dir)")
+        if meta.get("tokenizer_id", tokenizer.tokenizer_id) != tokenizer.tokenizer_id:
+            raise UserError(f"the model was trained with tokenizer {meta['tokenizer_id']}, this one is "
+                            f"{tokenizer.tokenizer_id}; give the one it was trained with (--tokenizer-dir)")
         model.eval()
         common.print0(f"{folder.name}, step {step}, on {common.device_name(device)} in {dtype}: {reason}")
         dataset = open_dataset(args.dataset)
         results = evaluate(args, kinds, model, dataset, tokenizer, device, ranks)
         if args.output_json and ranks.is_main:
             tokens = step * meta.get("total_batch_size_tokens", meta.get("total_batch_size", 0))
-            write_json(args.output_json, {
+            write_results(args.output_json, {
                 "model_tag": folder.name, "step": step, "tokens": tokens, "dataset_id": dataset.dataset_id,
                 "tokenizer_id": tokenizer.tokenizer_id, **results})
-            print(f"results: {args.output_json}")
     finally:
         common.stop_ranks()
     return 0
@@ -99,6 +101,16 @@ def evaluate(args, kinds, model, dataset, tokenizer, device, ranks):
         results |= {"core_metric": core.core_metric, "core_tasks": core.centered}
         common.print0(f"CORE {core.core_metric:.4f}")
     return results
+
+
+def write_results(path, results):
+    try:
+        write_json(path, results)
+    except ValueError:  # JSON has no NaN
+        raise UserError(f"{path} is not written: the model's losses are not finite; evaluate an earlier step") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); give another --output-json") from None
+    print(f"results: {path}")
 
 
 def evaluate_splits(args, model, dataset, tokenizer, device, ranks):
