@@ -69,9 +69,9 @@ def _tanh(x, APPROXIMATE: tl.constexpr):
 
 
 @jit
-def _rows_kernel(logits, targets, losses, scale, stride, n_rows, vocab_size, n_columns, CAP: tl.constexpr,
-                 INVERSE_CAP: tl.constexpr, CAP_LOG2_E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                 GRADIENT: tl.constexpr, APPROXIMATE: tl.constexpr, INTERPRETED: tl.constexpr):
+def _rows_kernel(logits, targets, losses, scale, stride, n_rows, VOCAB_SIZE: tl.constexpr, N_COLUMNS: tl.constexpr,
+                 CAP: tl.constexpr, INVERSE_CAP: tl.constexpr, CAP_LOG2_E: tl.constexpr, ROWS: tl.constexpr,
+                 BLOCK: tl.constexpr, GRADIENT: tl.constexpr, APPROXIMATE: tl.constexpr, INTERPRETED: tl.constexpr):
     """ROWS rows a program: their losses, and with GRADIENT their logits replaced by scale * d loss / d logits."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     is_row = row < n_rows
@@ -79,29 +79,30 @@ def _rows_kernel(logits, targets, losses, scale, stride, n_rows, vocab_size, n_c
     logits += row * stride
     target = tl.load(targets + row, mask=is_row, other=-1)
     ignored = target == -1
-    in_range = (target >= 0) & (target < vocab_size)
+    in_range = (target >= 0) & (target < VOCAB_SIZE)
     # Read before the reduction below: its barrier keeps other warps from overwriting the column first.
     at_target = tl.load(logits + target, mask=in_range, other=0.0).to(tl.float32)
     partial = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, n_columns, BLOCK):
-        counts = start + column < vocab_size
-        a = tl.load(logits + start + column, mask=is_row & counts, other=0.0).to(tl.float32)
-        partial += tl.where(counts, tl.exp2(_tanh(a * INVERSE_CAP, APPROXIMATE) * CAP_LOG2_E), 0.0)
+    for start in range(0, N_COLUMNS, BLOCK):
+        here = start + column
+        a = tl.load(logits + here, mask=is_row & (here < N_COLUMNS), other=0.0).to(tl.float32)
+        partial += tl.where(here < VOCAB_SIZE, tl.exp2(_tanh(a * INVERSE_CAP, APPROXIMATE) * CAP_LOG2_E), 0.0)
     total = tl.where(in_range | ignored, tl.sum(partial, axis=1, keep_dims=True), float("nan"))
     loss = tl.log(total) - CAP * _tanh(at_target * INVERSE_CAP, APPROXIMATE)
     tl.store(losses + row, tl.where(ignored, 0.0, loss), mask=is_row)
     if GRADIENT:
-        factor = tl.load(scale)
-        inverse_total = 1.0 / total
-        for start in range(0, n_columns, BLOCK):
+        one_hot = tl.load(scale)
+        softmax = one_hot / total
+        own_column = tl.where(in_range, target, -1).to(tl.int32)  # 64-bit comparisons cost two instructions
+        for start in range(0, N_COLUMNS, BLOCK):
             here = start + column
-            counts = here < vocab_size
-            a = tl.load(logits + here, mask=is_row & counts, other=0.0).to(tl.float32)
+            inside = is_row & (here < N_COLUMNS)  # not VOCAB_SIZE: the columns' multiple of 64 keeps the loads wide
+            a = tl.load(logits + here, mask=inside, other=0.0).to(tl.float32)
             t = _tanh(a * INVERSE_CAP, APPROXIMATE)
-            p = tl.exp2(t * CAP_LOG2_E) * inverse_total
-            gradient = factor * (tl.where(here == target, p - 1.0, p) * (1.0 - t * t))
-            gradient = tl.where(counts & (target != -1), gradient, 0.0)
-            store_rounded(logits + here, gradient, is_row & (here < n_columns), INTERPRETED)
+            p = tl.exp2(t * CAP_LOG2_E) * softmax
+            gradient = tl.where(here == own_column, p - one_hot, p) * (1.0 - t * t)
+            gradient = tl.where((here < VOCAB_SIZE) & (target != -1), gradient, 0.0)
+            store_rounded(logits + here, gradient, inside, INTERPRETED)
 
 
 def _rows_by_triton(logits, targets, losses, scale, vocab_size, softcap):
@@ -112,9 +113,9 @@ def _rows_by_triton(logits, targets, losses, scale, vocab_size, softcap):
     gradient = scale is not None
     approximate = gradient and logits.dtype == torch.bfloat16 and logits.is_cuda and torch.version.hip is None
     _rows_kernel[(triton.cdiv(n_rows, rows),)](
-        logits, targets, losses, scale if gradient else losses, logits.stride(0), n_rows, vocab_size, n_columns,
-        CAP=softcap, INVERSE_CAP=1 / softcap, CAP_LOG2_E=softcap * _LOG2_E, ROWS=rows, BLOCK=block, GRADIENT=gradient,
-        APPROXIMATE=approximate, INTERPRETED=INTERPRETED, num_warps=8)
+        logits, targets, losses, scale if gradient else losses, logits.stride(0), n_rows,
+        VOCAB_SIZE=vocab_size, N_COLUMNS=n_columns, CAP=softcap, INVERSE_CAP=1 / softcap, CAP_LOG2_E=softcap * _LOG2_E,
+        ROWS=rows, BLOCK=block, GRADIENT=gradient, APPROXIMATE=approximate, INTERPRETED=INTERPRETED, num_warps=8)
 
 
 def _rows_by_torch(logits, targets, losses, scale, vocab_size, softcap):
@@ -212,7 +213,7 @@ def _loss_and_gradients(
     dweight = torch.zeros(weight.shape if need_dweight else 0, dtype=torch.float32, device=x.device)
     losses = _each_chunk(x, weight, targets, scale, vocab_size, softcap, implementation, chunk_bytes,
                          dx if need_dx else None, dweight if need_dweight else None)
-    return losses.sum() * scale, dx, dweight.to(weight.dtype)
+    return _reduced(losses, targets, mean), dx, dweight.to(weight.dtype)
 
 
 @_loss_and_gradients.register_fake
@@ -253,9 +254,14 @@ def _(x, weight, targets, vocab_size, softcap, implementation, chunk_bytes):
 
 def _row_scale(targets, mean):
     """What each row's loss counts for, a device scalar: nobody waits for the number of valid targets."""
-    if not mean:
-        return torch.ones((), device=targets.device)
-    return (targets != IGNORED).sum().float().reciprocal()
+    if mean:
+        return (targets != IGNORED).sum().clamp(min=1).float().reciprocal()
+    return torch.ones((), device=targets.device)
+
+
+def _reduced(losses, targets, mean):
+    """Mean (NaN when every target is ignored, as F.cross_entropy has it) or sum."""
+    return losses.sum() / (targets != IGNORED).sum() if mean else losses.sum()
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -280,7 +286,7 @@ def linear_cross_entropy(x, weight, targets, vocab_size, softcap=15.0, reduction
                      chunk_bytes)
     if reduction == "none":
         return losses.view(targets.shape)
-    return losses.sum() * _row_scale(flat_targets, reduction == "mean")
+    return _reduced(losses, flat_targets, reduction == "mean")
 
 
 def default_chunk_bytes(device):
