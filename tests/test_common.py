@@ -219,7 +219,7 @@ def test_cpu_is_named_with_its_core_count():
 def test_versions_are_those_of_the_installed_packages():
     found = versions()
     assert list(found) == ["python", "torch", "triton", "numpy", "nanochat"]
-    assert found["torch"] == torch.__version__
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]  # the wheel may leave the build out
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
