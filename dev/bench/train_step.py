@@ -1,0 +1,134 @@
+"""A training step of each lane C candidate, interleaved: python -m dev.bench.train_step --out results.csv
+
+Forward, backward and optimizer on one device, compiled, on random tokens. The default is the d12 baseline protocol's
+micro-batch; `--depth 4 --head-dim 64 --seq-len 256 --rows 8 --vocab-size 8192` is the quickstart's on a CPU.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from dev.bench.measure import percentiles, time_interleaved
+from nanochat import common
+from nanochat.errors import UserError, command
+from nanochat.gpt import GPT, SOFTCAP, GPTConfig, flops_per_token
+from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
+from nanochat.kernels.rms_norm import check_rms_norm
+from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.schedule import model_shape
+
+CANDIDATES = {
+    "baseline": {},
+    "fused-rmsnorm": {"fused_rmsnorm": True},
+    "chunked-ce": {"chunked_ce": True},
+    "both": {"fused_rmsnorm": True, "chunked_ce": True},
+}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="train_step", description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for name, default, text in (("--depth", 12, "layers"), ("--head-dim", 128, "channels per head"),
+                                ("--seq-len", 512, "tokens per row"), ("--rows", 16, "rows per step"),
+                                ("--vocab-size", 32768, "vocabulary"), ("--repeats", 20, "timed steps of each"),
+                                ("--window-pattern", "L", "attention windows"), ("--device-type", "", "cuda or cpu"),
+                                ("--out", "", "CSV to write the rows to")):
+        parser.add_argument(name, type=type(default), default=default, help=text)
+    parser.add_argument("--no-compile", action="store_true", help="uncompiled model and updates")
+    parser.add_argument("--profile", action="store_true", help="print where the baseline's time goes, by operation")
+    return parser.parse_args(argv)
+
+
+def make_step(config, flags, dtype, device, args):
+    """A function that makes one whole training step of a candidate on fixed random tokens."""
+    model = GPT(config, dtype, **flags)
+    model.init_weights(0)
+    model.to(device)
+    compiled = model if args.no_compile else torch.compile(model, dynamic=False)
+    optimizer = MuonAdamW(parameter_groups(model), matmul_dtype=dtype, compiled=not args.no_compile)
+    tokens = torch.randint(config.vocab_size, (args.rows, args.seq_len + 1), device=device,
+                           generator=torch.Generator(device).manual_seed(0))
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def step():
+        compiled(inputs, targets).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def refusal(flags, config, dtype, device):
+    """Why a candidate cannot run here, or None."""
+    try:
+        if flags.get("fused_rmsnorm"):
+            check_rms_norm(device, dtype, config.n_embd, config.head_dim)
+        if flags.get("chunked_ce"):
+            check_linear_cross_entropy(device, dtype, config.padded_vocab_size, SOFTCAP,
+                                       implementation="triton" if device.type == "cuda" else "torch")
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    device = common.choose_device(args.device_type)
+    dtype, reason = common.choose_compute_dtype(device)
+    shape = model_shape(args.depth, 64, args.head_dim)
+    config = GPTConfig(args.seq_len, args.vocab_size, shape.n_layer, shape.n_head, shape.n_head, shape.n_embd,
+                       args.window_pattern)
+    name = common.device_name(device)
+    print(f"{name}, {dtype} ({reason}), d{args.depth} width {config.n_embd}, {args.rows} x {args.seq_len} tokens")
+    steps = {}
+    for candidate, flags in CANDIDATES.items():
+        if why := refusal(flags, config, dtype, device):
+            print(f"{candidate}: skipped: {why}")
+            continue
+        steps[candidate] = make_step(config, flags, dtype, device, args)
+        start = time.perf_counter()
+        steps[candidate]()
+        print(f"{candidate}: first step {time.perf_counter() - start:.1f} s")
+    times = time_interleaved(steps, args.repeats, device)
+    rows = [row(candidate, times, args, config, dtype, name) for candidate in steps]
+    for line in rows:
+        print(f"{line['candidate']:14} {line['median_ms']:9.2f} ms ({line['p20_ms']:.2f} to {line['p80_ms']:.2f}), "
+              f"{line['tok_per_sec']:,.0f} tok/s, {line['ratio_to_baseline']:.3f} of the baseline's time, "
+              f"{line['tflop_per_sec']:.3f} TFLOP/s in the model")
+    if args.profile:
+        print_profile(steps["baseline"])
+    if args.out:
+        import pandas as pd
+
+        pd.DataFrame(rows).to_csv(args.out, index=False)
+        print(f"rows: {args.out}")
+    return 0
+
+
+def row(candidate, times, args, config, dtype, device_name):
+    """One CSV row: medians with percentiles, the ratio to the baseline of the same run, provenance."""
+    median, low, high = percentiles(times[candidate])
+    tokens = args.rows * args.seq_len
+    commit, dirty = common.git_commit()
+    return {"candidate": candidate, "depth": args.depth, "n_embd": config.n_embd, "seq_len": args.seq_len,
+            "rows": args.rows, "vocab_size": args.vocab_size, "dtype": str(dtype).removeprefix("torch."),
+            "compiled": not args.no_compile, "median_ms": median, "p20_ms": low, "p80_ms": high,
+            "ratio_to_baseline": median / statistics.median(times["baseline"]), "tok_per_sec": 1e3 * tokens / median,
+            "tflop_per_sec": flops_per_token(config) * tokens / median / 1e9, "device": device_name, "commit": commit,
+            "dirty": dirty, **common.versions()}
+
+
+def print_profile(step, n_steps=3):
+    """Time by operation over a few steps, largest first."""
+    with torch.profiler.profile() as profile:
+        for _ in range(n_steps):
+            step()
+    on = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(profile.key_averages().table(sort_by=on, row_limit=15, max_name_column_width=60))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
