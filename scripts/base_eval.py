@@ -104,6 +104,7 @@ def evaluate(args, kinds, model, dataset, tokenizer, device, ranks):
 
 
 def write_results(path, results):
+    """Write the results as JSON. UserError when they hold a NaN or the file cannot be written."""
     try:
         write_json(path, results)
     except ValueError:  # JSON has no NaN
