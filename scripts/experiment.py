@@ -10,7 +10,7 @@ import signal
 import sys
 from functools import partial
 
-from nanochat.common import runs_dir
+from nanochat.common import print0, runs_dir
 from nanochat.errors import UserError, command
 from nanochat.experiments.gates import Rules
 from nanochat.experiments.probe import probe_candidates
@@ -73,8 +73,8 @@ def main(argv=None):
     experiment = experiment_of(args)
     training = partial(training_command, nproc_per_node=args.nproc_per_node)
     runs, finished = plan(experiment), finished_runs(experiment, args.ledger)
-    print(f"{experiment.name}: {experiment.profile.description}; {len(runs)} runs, {len(finished)} of them done")
-    print("The rules, before the runs:\n  " + "\n  ".join(Rules().describe()))
+    print0(f"{experiment.name}: {experiment.profile.description}; {len(runs)} runs, {len(finished)} of them done")
+    print0("The rules, before the runs:\n  " + "\n  ".join(Rules().describe()))
     if args.dry_run:
         for run in runs:
             print(("# done: " if run.run_id in finished else "") + shlex.join(training(run.flags)))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nanochat.common import print0
 from nanochat.errors import UserError
 from nanochat.runlog import CONFIG, METRICS, SUMMARY, check_run_id, read_run
 
@@ -18,7 +19,7 @@ CONSOLE = "console.txt"
 
 
 @contextlib.contextmanager
-def experiment_lock(runs_dir, name, report=print):
+def experiment_lock(runs_dir, name, report=print0):
     """Hold the experiment's lock for the block, waiting for whoever has it; yields the open file.
 
     A training process inherits the file, so the lock outlives a runner that is killed beside it.

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nanochat.common import print0
 from nanochat.experiments.launch import CONSOLE, experiment_lock, run_training
 from nanochat.experiments.profiles import BASELINE
 from nanochat.experiments.runner import plan, training_command
@@ -28,7 +29,7 @@ class Probe:
     steps_compared: int
 
 
-def probe_candidates(experiment, runs_dir, command=training_command, report=print):
+def probe_candidates(experiment, runs_dir, command=training_command, report=print0):
     """Probe each candidate but the baseline, at the first depth and seed, where no result is there yet."""
     with experiment_lock(runs_dir, experiment.name, report) as lock:
         for run in plan(experiment):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
+from nanochat.common import print0
 from nanochat.errors import UserError
 from nanochat.experiments.launch import experiment_lock, run_training
 from nanochat.experiments.ledger import ExperimentRow, append_experiment, read_experiments
@@ -89,7 +90,7 @@ def finished_runs(experiment, ledger):
     return {row.run_id for row in rows}
 
 
-def run_experiment(experiment, ledger, runs_dir, command=training_command, report=print):
+def run_experiment(experiment, ledger, runs_dir, command=training_command, report=print0):
     """Make every run that the ledger has not, one row each. Returns the number of runs made.
 
     command(flags) gives the training process's argv. Errors: UserError when a run does not start (its last
