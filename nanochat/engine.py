@@ -49,13 +49,13 @@ def generate(model, prompt_ids, max_new_tokens, *, n_samples=1, temperature=1.0,
     cache = KVCache(model.config, n_samples, capacity, device, model.compute_dtype)
     ids = torch.tensor([prompt_ids] * n_samples, device=device)
     outputs, done = [[] for _ in range(n_samples)], [False] * n_samples
-    for step in range(max_new_tokens):
+    for _ in range(max_new_tokens):
         ids = sample_token(model(ids, kv_cache=cache)[:, -1], generator, temperature, top_k)
         for row, token in enumerate(ids[:, 0].tolist()):
             done[row] = done[row] or token in stop_ids
             if not done[row]:
                 outputs[row].append(token)
-        if all(done) or step == max_new_tokens - 1:
+        if all(done):
             break
     return outputs
 
