@@ -1,14 +1,17 @@
 """The parts of a pretraining run, each built from the program's flags; scripts/base_train.py joins them."""
 
 import math
+import os
 import time
 from dataclasses import dataclass
+from datetime import datetime, timezone
 
 import torch
 import torch.distributed as dist
 
 from nanochat import checkpoint, schedule
-from nanochat.common import base_dir, choose_compute_dtype, print0
+from nanochat.common import base_dir, choose_compute_dtype, device_name, git_commit, print0, runs_dir, versions
+from nanochat.console import ConsoleSink, WandbSink
 from nanochat.core_bundle import bundle_folder
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import RowPlanner, TokenLoader
@@ -21,6 +24,7 @@ from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
 from nanochat.kernels.rms_norm import check_rms_norm
 from nanochat.loss_eval import evaluate_loss
 from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.runlog import RunLog, check_new_run
 from nanochat.tokenizer import Tokenizer, load_tokenizer
 from nanochat.tokens import TokenShard, token_shards
 
@@ -119,6 +123,43 @@ def build_optimizer(args, model, horizon, ranks, dtype):
         scalar_lr=args.scalar_lr, weight_decay=args.weight_decay, batch_lr_scale=horizon.batch_lr_scale,
         decay_scale=horizon.decay_scale)
     return MuonAdamW(groups, ranks, matmul_dtype=dtype, compiled=not args.no_compile)
+
+
+def compile_model(args, model):
+    """The model compiled for its fixed shapes (the code is kept in the cache folder), or itself with --no-compile."""
+    if args.no_compile:
+        return model
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base_dir() / "compiled"))
+    return torch.compile(model, dynamic=False)
+
+
+def run_config(args, data, config, horizon, ranks, device, dtype, dtype_reason):
+    """config.json of the run's record, without its id."""
+    commit, dirty = git_commit()
+    return {
+        "created_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"), "flags": flags_of(args),
+        "git_commit": commit, "git_dirty": dirty, "versions": versions(),
+        "device": {"type": device.type, "name": device_name(device), "compute_dtype": str(dtype).removeprefix("torch."),
+                   "dtype_reason": dtype_reason, "world_size": ranks.world_size},
+        **identity(args, data, horizon), "model_config": config.to_dict(),
+        "n_params": parameter_counts(config)["total"], "n_scaling_params": scaling_params(config),
+        "flops_per_token": flops_per_token(config), "target_tokens": horizon.target_tokens,
+        "target_param_data_ratio": horizon.target_tokens / scaling_params(config),
+    }
+
+
+def open_record(wandb_name, run_id, config, folder, resume_step):
+    """The run's log and its sinks, begun or continued; a new run moves another's checkpoints in `folder` aside."""
+    runs = runs_dir()
+    if resume_step is None:
+        check_new_run(runs, run_id)  # before wandb hears of it
+    sinks = [ConsoleSink(config["num_iterations"], resume_step or 0)]
+    if wandb_name != "dummy":
+        sinks.append(WandbSink(wandb_name, run_id, config))
+    if resume_step is not None:
+        return RunLog.resume(runs, run_id, resume_step, sinks)
+    checkpoint.set_aside(folder)
+    return RunLog.create(runs, run_id, config, sinks)
 
 
 def identity(args, data, horizon):

@@ -5,15 +5,10 @@ The same program at every size. Sizes, horizon, batch and learning rates follow 
 
 import argparse
 import time
-from datetime import datetime, timezone
-
-import torch
 
 from nanochat import checkpoint, common, pretrain, schedule
-from nanochat.console import ConsoleSink, WandbSink
 from nanochat.errors import UserError, command
-from nanochat.gpt import flops_per_token, parameter_counts, scaling_params
-from nanochat.runlog import RunLog, check_new_run
+from nanochat.gpt import flops_per_token
 from nanochat.train import Cadence, Hooks, Schedule, Trainer, close_failed_record, close_record
 
 
@@ -92,8 +87,7 @@ def main(argv=None):
 def train(args, device, dtype, dtype_reason, ranks, started):
     """Join the parts, run the loop, close the record; returns the exit code."""
     name = common.device_name(device)
-    dtype_name = str(dtype).removeprefix("torch.")
-    common.print0(f"device: {name}, {ranks.world_size} rank(s), compute dtype {dtype_name}: {dtype_reason}")
+    common.print0(f"device: {name}, {ranks.world_size} rank(s), compute dtype {dtype}: {dtype_reason}")
     data = pretrain.open_data(args)
     config = pretrain.model_config(args, data.tokenizer.vocab_size)
     horizon = pretrain.plan(args, config)
@@ -112,22 +106,10 @@ def train(args, device, dtype, dtype_reason, ranks, started):
     if resumed:
         pretrain.restore(model, optimizer, folder, resume_step, resumed, device, ranks)
     run_id = args.run_id or (resumed or {}).get("run_id") or pretrain.new_run_id(tag, args.seed, ranks)
-    counts = parameter_counts(config)
-    record = {
-        "created_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"), "flags": pretrain.flags_of(args),
-        **dict(zip(("git_commit", "git_dirty"), common.git_commit(), strict=True)), "versions": common.versions(),
-        "device": {"type": device.type, "name": name, "compute_dtype": dtype_name,
-                   "dtype_reason": dtype_reason, "world_size": ranks.world_size},
-        "dataset_id": data.dataset.dataset_id, "tokenizer_id": data.tokenizer.tokenizer_id,
-        "model_config": config.to_dict(), "n_scaling_params": scaling_params(config), "n_params": counts["total"],
-        "flops_per_token": flops_per_token(config), "seed": args.seed,
-        "total_batch_size_tokens": horizon.total_batch_size_tokens, "num_iterations": horizon.num_iterations,
-        "target_tokens": horizon.target_tokens,
-        "target_param_data_ratio": horizon.target_tokens / scaling_params(config),
-    }
+    record = pretrain.run_config(args, data, config, horizon, ranks, device, dtype, dtype_reason)
     common.print0(pretrain.describe(config, horizon, accumulation, data))
 
-    compiled = model if args.no_compile else torch.compile(model, dynamic=False)
+    compiled = pretrain.compile_model(args, model)
     loader = data.train_loader(args, ranks, device, resumed)
     meta = {"model_config": config.to_dict(), "user_config": record["flags"], "run_id": run_id,
             **pretrain.identity(args, data, horizon)}
@@ -142,7 +124,7 @@ def train(args, device, dtype, dtype_reason, ranks, started):
                   sample=pretrain.sampler(model, data) if ranks.is_main else None)
     with loader:
         # last of all that can fail: until here nothing has been written or moved
-        log = common.on_main(ranks, lambda: open_record(args.run, run_id, record, folder, resume_step))
+        log = common.on_main(ranks, lambda: pretrain.open_record(args.run, run_id, record, folder, resume_step))
         trainer = Trainer(
             compiled, optimizer, loader, accumulation=accumulation, step_tokens=horizon.total_batch_size_tokens,
             schedule=Schedule(horizon.num_iterations, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac),
@@ -163,20 +145,6 @@ def train(args, device, dtype, dtype_reason, ranks, started):
             raise UserError(f"the loss is not finite at step {trainer.step}; the run stopped there without saving. "
                             "Lower the learning rates or resume an earlier checkpoint")
     return {"ok": 0, "nan": UserError.exit_code, "interrupted": 128 + trainer.stop_signal}[status]
-
-
-def open_record(wandb_name, run_id, record, folder, resume_step):
-    """The run's log and its sinks, begun or continued; a new run moves another's checkpoints in `folder` aside."""
-    runs = common.runs_dir()
-    if resume_step is None:
-        check_new_run(runs, run_id)  # before wandb hears of it
-    sinks = [ConsoleSink(record["num_iterations"], resume_step or 0)]
-    if wandb_name != "dummy":
-        sinks.append(WandbSink(wandb_name, run_id, record))
-    if resume_step is not None:
-        return RunLog.resume(runs, run_id, resume_step, sinks)
-    checkpoint.set_aside(folder)
-    return RunLog.create(runs, run_id, record, sinks)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "core_eval": LEAVES | {"common", "core_bundle"},
     "train": {"errors", "common", "runlog", "schedule", "experiments.target"},
     "pretrain": {"errors", "common", "schedule", "gpt", "kernels", "optim", "dataloader", "engine", "loss_eval",
-                 "checkpoint", "core_bundle", "core_eval", "experiments.target"} | TEXT,
+                 "checkpoint", "core_bundle", "core_eval", "experiments.target", "console", "runlog"} | TEXT,
     "lane_b": LEAVES | {"runlog", "csv_ledger"},
     "experiments": LEAVES | {"common", "runlog", "csv_ledger"},
 }
