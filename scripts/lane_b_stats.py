@@ -19,7 +19,7 @@ from nanochat.common import Ranks, base_dir, print0, runs_dir, versions
 from nanochat.dataset import open_dataset
 from nanochat.errors import UserError, command
 from nanochat.files import write_json
-from nanochat.lane_b.documents import from_shards
+from nanochat.lane_b.documents import check_vocabulary, from_shards
 from nanochat.lane_b.position_losses import check_same_text, read_position_losses
 from nanochat.lane_b.statistics import DEFAULT_LAGS, measure
 from nanochat.lane_b.statistics_figure import draw_statistics, figure_class
@@ -90,6 +90,7 @@ def main(argv=None):
     tokenizer = load_tokenizer(args.tokenizer or base_dir() / "tokenizer")
     losses = [read_position_losses(name, runs_dir()) for name in args.position_losses]
     check_same_text(losses, dataset.dataset_id, tokenizer.tokenizer_id)
+    check_vocabulary(tokenizer.vocab_size)
     shards = read_shards(dataset, tokenizer, args.split, args.max_tokens)
     documents = from_shards(shards, tokenizer.bos_id, tokenizer.vocab_size, args.max_tokens)
     processes = args.processes or max(1, os.cpu_count() // ranks.world_size)

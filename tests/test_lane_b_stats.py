@@ -168,11 +168,21 @@ def test_text_without_correlations_is_refused():
 
 @pytest.mark.parametrize("document_tokens, lags, words", [
     (300, (1, 2, 3, 4, 5, 64), r"lag 64 is above a tenth of the median document's length \(30\)"),
-    (40, None, "the median document has 40 tokens, so lags reach 4"),
+    (40, None, r"only 4 lags \(need 5\), and they end at a tenth of the median document's 40 tokens"),
+    (300, (1, 2, 4), r"only 3 lags \(need 5\)"),
 ])
 def test_lags_longer_than_documents_are_refused(document_tokens, lags, words):
     with pytest.raises(Refusal, match=words):
         measured(copying_text(100_000, document_tokens), lags)
+
+
+def test_a_fold_without_long_documents_is_refused():
+    rng = np.random.default_rng(0)
+    lengths = [400] * 90 + [20] * 30
+    documents = from_arrays([rng.integers(0, 300, length).astype(np.uint16) for length in lengths], 300)
+    documents = documents.select((documents.folds != 1) | (documents.lengths == 20))
+    with pytest.raises(Refusal, match="a third of the documents has none longer than lag 23"):
+        measured(documents, (1, 2, 3, 4, 23))
 
 
 def test_default_lags_end_at_a_tenth_of_the_documents_and_say_so():

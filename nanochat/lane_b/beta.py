@@ -116,8 +116,6 @@ def _replicates(estimates):
 
 def _tokens_needed(estimates, null_coefficient):
     """What to do about too few usable lags: errors and null both fall with the root of the text's size."""
-    if len(estimates) < MIN_LAGS:
-        return f"give at least {MIN_LAGS} of --lags"
     factors = sorted(
         max(MIN_STANDARD_ERRORS * e.op_se, MIN_NULLS * null_coefficient / np.sqrt(e.n_pairs)) ** 2 / e.op ** 2
         if e.op > e.op_se else inf for e in estimates)

@@ -84,9 +84,7 @@ def from_shards(shards, bos_id, vocab_size, max_tokens):
     shards: (tokens, offsets) pairs, every document beginning with bos_id. Documents below 2 tokens are left out.
     Errors: Refusal for a vocabulary above 65,536 and for fewer than 30 different documents.
     """
-    if vocab_size > MAX_VOCAB_SIZE:
-        raise Refusal(f"a vocabulary of {vocab_size:,} tokens is above {MAX_VOCAB_SIZE:,}; train a smaller one: "
-                      "python -m scripts.tok_train --vocab-size 8192")
+    check_vocabulary(vocab_size)
     pieces, n_tokens = [], 0
     for tokens, offsets in shards:
         assert (tokens[offsets[:-1]] == bos_id).all(), "every document begins with BOS"
@@ -109,6 +107,13 @@ def from_arrays(arrays, vocab_size):
     tokens = np.concatenate([arrays[i] for i in order]) if arrays else np.empty(0, np.uint16)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return Documents(np.asarray(tokens, np.uint16), offsets, hashes[order], vocab_size)
+
+
+def check_vocabulary(vocab_size):
+    """Errors: Refusal above 65,536 tokens."""
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise Refusal(f"a vocabulary of {vocab_size:,} tokens is above {MAX_VOCAB_SIZE:,}; train a smaller one: "
+                      "python -m scripts.tok_train --vocab-size 8192")
 
 
 def check_variety(documents):

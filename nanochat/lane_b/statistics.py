@@ -12,7 +12,7 @@ import numpy as np
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.beta import MIN_LAGS, Beta, measure_beta
 from nanochat.lane_b.correlation import LagEstimate, counters_of, estimate_lag, null_coefficient
-from nanochat.lane_b.documents import Documents, check_variety, outliers
+from nanochat.lane_b.documents import N_FOLDS, Documents, check_variety, outliers
 from nanochat.lane_b.entropy import (
     CONTEXTS,
     NgramBracket,
@@ -31,14 +31,14 @@ DEFAULT_LAGS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 23, 32, 45, 64)
 class Gamma:
     """γ with its 95 % interval where the losses by position converged; a bracket without a value from n-grams."""
 
-    value: float | None
-    se: float | None
-    lo: float | None
-    hi: float | None
-    source: str | None
-    window: tuple[float, float] | None
-    data_tokens: int | None
-    refusal: str | None
+    value: float | None = None
+    se: float | None = None
+    lo: float | None = None
+    hi: float | None = None
+    source: str | None = None
+    window: tuple[float, float] | None = None
+    data_tokens: int | None = None
+    refusal: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Statistics:
         if gamma.source is None:
             return None, None, None
         value = None if gamma.value is None else gamma.value / (2 * beta.value)
-        return value, max(gamma.lo, 0) / (2 * beta.interval[1]), gamma.hi / (2 * beta.interval[0])
+        return value, gamma.lo / (2 * beta.interval[1]), gamma.hi / (2 * beta.interval[0])
 
 
 def measure(documents, lags, position_losses, processes, ranks, shared_path):
@@ -102,32 +102,33 @@ def _prepare(documents, lags):
         check_variety(documents)
         warnings.append(f"{n_outliers} outlier document{'s' * (n_outliers > 1)} left out: "
                         "one token makes up over 20 % of a long document")
-    longest = int(np.median(documents.lengths)) // 10
+    median = int(np.median(documents.lengths))
     if lags is None:
-        lags = [lag for lag in DEFAULT_LAGS if lag <= longest]
-        if len(lags) < MIN_LAGS:
-            raise Refusal(f"the median document has {int(np.median(documents.lengths))} tokens, so lags reach "
-                          f"{longest} (need {MIN_LAGS}); give longer documents")
-        if len(lags) < len(DEFAULT_LAGS):
+        lags = [lag for lag in DEFAULT_LAGS if lag <= median // 10]
+        if 0 < len(lags) < len(DEFAULT_LAGS):
             warnings.append(f"lags end at {lags[-1]}, a tenth of the median document's length")
-    elif max(lags) > longest:
-        raise Refusal(f"lag {max(lags)} is above a tenth of the median document's length ({longest}); "
+    elif max(lags) > median // 10:
+        raise Refusal(f"lag {max(lags)} is above a tenth of the median document's length ({median // 10}); "
                       "leave out the longer --lags or give longer documents")
+    if len(lags) < MIN_LAGS:
+        raise Refusal(f"only {len(lags)} lags (need {MIN_LAGS}), and they end at a tenth of the median document's "
+                      f"{median} tokens; give more --lags or longer documents")
+    if any(documents.lengths[documents.folds == fold].max(initial=0) <= lags[-1] for fold in range(N_FOLDS)):
+        raise Refusal(f"a third of the documents has none longer than lag {lags[-1]}; give more documents")
     return documents, n_outliers, lags, warnings
 
 
 def _gamma(positions, ngrams):
     if positions and positions.slope:
-        slope = positions.slope
-        return Gamma(slope.value, slope.se, *slope.interval, "position_losses",
-                     (positions.window[0].n, positions.window[-1].n), positions.tokens, None)
+        slope, window = positions.slope, (positions.window[0].n, positions.window[-1].n)
+        return Gamma(slope.value, slope.se, *slope.interval, "position_losses", window, positions.tokens)
     reason = positions.refusal if positions else ngrams.reason if ngrams else "no losses by position"
     way_out = "train longer or give more runs to --position-losses" if positions else "give --position-losses"
     if ngrams is None or not ngrams.is_bounded:
-        return Gamma(None, None, None, None, None, None, None,
-                     f"gamma not reported: {reason}; too little text for a bracket from n-grams; {way_out}")
+        return Gamma(refusal=f"gamma not reported: {reason}; too little text for a bracket from n-grams; {way_out}")
     refusal = f"gamma not reported: {reason}; bracket from n=1,2: {ngrams.lo:.3f}-{ngrams.hi:.3f}; {way_out}"
-    return Gamma(None, None, ngrams.lo, ngrams.hi, "ngram_bracket", (1, 2), ngrams.data_tokens[-1], refusal)
+    return Gamma(lo=ngrams.lo, hi=ngrams.hi, source="ngram_bracket", window=(1, 2),
+                 data_tokens=ngrams.data_tokens[-1], refusal=refusal)
 
 
 _counters = lru_cache(maxsize=1)(counters_of)

@@ -56,6 +56,8 @@ def _draw_correlation(axes, statistics):
             law = decay.broken if decay.n_break is not None else decay.single
             x = np.geomspace(lags[usable].min(), lags[usable].max(), 200)
             axes.plot(x, law(x), color=color, linewidth=1.6, alpha=0.85)
+    if not usable.all():
+        axes.plot([], [], "o", color=MUTED, markerfacecolor="white", label="hollow: not clear of noise")
     axes.plot(lags, [e.plug_in for e in estimates], "_", color=MUTED, markersize=9, label="plug-in operator norm")
     axes.plot(lags, nulls, color=MUTED, linewidth=1.1, linestyle=(0, (4, 3)), label="shuffled text")
     _annotate_slopes(axes, beta, lags.max())
