@@ -4,7 +4,6 @@ import os
 import pickle
 import re
 import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from golden_figures import CONFIG, arrays, batch, golden_model
+from checkpoints import DAMAGES, META, UPSTREAM_META, write_upstream
+from golden_figures import CONFIG, batch, golden_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import run_on_ranks
@@ -35,13 +35,6 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, parameter_groups
 
 ROOT = Path(__file__).parent.parent
-META = {"model_config": CONFIG.to_dict(), "user_config": {"depth": 4, "target": None}, "run_id": "a",
-        "loop_state": {"step": 1, "train_time_sec": 0.1 + 0.2, "loader": {"epoch": 0, "buffer": [[0, 1], [2, 3]]}}}
-UPSTREAM_META = {  # the keys of a checkpoint that upstream writes
-    "step": 100, "val_bpb": 1.25, "model_config": CONFIG.to_dict(), "user_config": {"depth": 4, "run": "dummy"},
-    "device_batch_size": 32, "max_seq_len": 512, "total_batch_size": 524288,
-    "dataloader_state_dict": {"pq_idx": 0, "rg_idx": 3, "epoch": 1},
-    "loop_state": {"min_val_bpb": 1.25, "smooth_train_loss": 2.5, "total_training_time": 12.5}}
 
 
 def weights(step):
@@ -298,17 +291,6 @@ def test_ranks_save_together_or_not_at_all(tmp_path):
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 FILES = ("model_000002.pt", "optim_000002_rank0.pt", "meta_000002.json")
-DAMAGES = {
-    "missing": lambda path: path.unlink(),
-    "empty": lambda path: path.write_bytes(b""),
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3]),
-    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "longer": lambda path: path.write_bytes(path.read_bytes() + b"0"),
-    "other bytes": lambda path: path.write_bytes(bytes(256)),
-    "of another step": lambda path: shutil.copy(path.with_name(path.name.replace("2", "1", 1)), path),
-}
-
-
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_one_line_that_names_the_file_and_the_newest_usable_step(tmp_path, name, damage):
@@ -438,17 +420,6 @@ def test_another_runs_checkpoints_are_moved_aside_whole_also_twice_in_a_second(t
 
 
 # --- upstream's ------------------------------------------------------------------------------------------------------
-
-def write_upstream(folder, prefix="", **config):
-    """A checkpoint as upstream leaves it: no digests, its own meta."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save({prefix + name: value for name, value in arrays("weights").items()}, folder / "model_000100.pt")
-    torch.save({"state": {}}, folder / "optim_000100_rank0.pt")
-    model_config = {**UPSTREAM_META["model_config"], **config}
-    model_config = {name: value for name, value in model_config.items() if value is not None}
-    (folder / "meta_000100.json").write_text(json.dumps({**UPSTREAM_META, "model_config": model_config}, indent=2))
-    return folder
-
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."], ids=["plain", "compiled"])
 def test_upstreams_checkpoint_gives_the_golden_logits(tmp_path, prefix):
