@@ -61,6 +61,10 @@ class Schedule:
         return multiplier
 
 
+class _Stopped(BaseException):
+    """Ends an evaluation when a signal asks to stop; no Exception, so that nothing on its way takes it for an error."""
+
+
 class Trainer:
     """Runs the loop. `model(inputs, targets)` is the (compiled) mean loss; `log` gets every event.
 
@@ -82,6 +86,7 @@ class Trainer:
         self.saved_step = self.step if loop_state else None
         self._stop_signal = 0
         self._asked_at = 0.0
+        self._in_hook = False
 
     def run(self):
         """Train to the horizon. Returns how it ended: ok, interrupted or nan."""
@@ -94,11 +99,11 @@ class Trainer:
                 loss, stop_signal = self._train_step()
                 if not math.isfinite(loss):
                     return "nan"
-                if stop_signal and self.step < self.schedule.num_iterations:
+                if stop_signal:
                     self._stop_signal = stop_signal  # perhaps another rank's
-                    if self.cadence.save_every != 0 and self.saved_step != self.step:
-                        self._save()
-                    return "interrupted"
+                    return self._interrupted()
+        except _Stopped:
+            return self._interrupted()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -118,10 +123,27 @@ class Trainer:
         if not self._stop_signal:
             self._stop_signal, self._asked_at = number, now
             if self.ranks.is_main:  # not print: it may be what the signal interrupted
-                os.write(2, b"\nstopping after this step; ask again to stop at once\n")
+                os.write(2, b"\nstopping cleanly; ask again to stop at once\n")
+            if self._in_hook:
+                raise _Stopped
         elif now - self._asked_at > REPEAT_SEC:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+    def _interrupted(self):
+        if self.step > 0 and self.cadence.save_every != 0 and self.saved_step != self.step:
+            self._save()
+        return "interrupted"
+
+    def _evaluation(self, hook, *arguments):
+        """The hook's result. It may take long: alone, a signal ends it; several ranks end together after a step."""
+        self._in_hook = self.ranks.world_size == 1
+        try:
+            if self._in_hook and self._stop_signal:
+                raise _Stopped
+            return hook(*arguments)
+        finally:
+            self._in_hook = False
 
     def _at_boundary(self):
         step, cadence, hooks = self.step, self.cadence, self.hooks
@@ -134,15 +156,15 @@ class Trainer:
         if step > 0 and step != self.saved_step and (due(cadence.save_every) or (last and cadence.save_every != 0)):
             self._save()
         if due(cadence.eval_every):
-            fields = hooks.evaluate(last)
+            fields = self._evaluation(hooks.evaluate, last)
             positions = fields.pop("position_losses", None)
             self._event("val", **fields, train_time_sec=self.train_time_sec)
             if positions:
                 self._event("position_losses", **positions)
         if step > 0 and hooks.core and due(cadence.core_every):
-            self._event("core", **hooks.core(), train_time_sec=self.train_time_sec)
+            self._event("core", **self._evaluation(hooks.core), train_time_sec=self.train_time_sec)
         if step > 0 and hooks.sample and due(cadence.sample_every):
-            for sample in hooks.sample():
+            for sample in self._evaluation(hooks.sample):
                 self.log.event("sample", step=step, **sample)
 
     def _train_step(self):

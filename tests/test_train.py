@@ -269,17 +269,41 @@ def test_a_signal_without_checkpoints_saves_none(start):
     assert world.happened[-1] == ("train", 3)
 
 
-def test_a_signal_in_the_last_step_lets_the_run_finish(start):
+def test_a_signal_in_the_last_step_leaves_the_last_evaluation_to_a_resumed_run(start):
     world = start()
     world.during[4] = lambda: signal.raise_signal(signal.SIGTERM)
-    assert world.trainer(5, Cadence(eval_every=5, save_every=-1)).run() == "ok"
-    assert world.happened[-3:] == [("checkpoint", 5), ("val", 5), ("position_losses", 5)]
+    assert world.trainer(5, Cadence(eval_every=5, save_every=-1)).run() == "interrupted"
+    assert world.happened[-2:] == [("train", 5), ("checkpoint", 5)]
+    rest = start()
+    assert rest.trainer(5, Cadence(eval_every=5, save_every=-1), world.saved).run() == "ok"
+    assert rest.happened == [("val", 5), ("position_losses", 5)]
 
 
-def test_a_signal_during_an_evaluation_ends_the_run_after_the_next_step(start):
+@pytest.mark.parametrize("at", ["first", "later", "last"])
+def test_a_signal_ends_an_evaluation_at_once(start, at):
+    """It may take an hour on a CPU: whoever asks to stop would lose patience, and the steps since the last save."""
+    world, before = start(), signal.getsignal(signal.SIGINT)
+    trainer = world.trainer(9, Cadence(eval_every=3, save_every=-1))
+    step = {"first": 0, "later": 6, "last": 9}[at]
+
+    def evaluate():
+        if trainer.step == step:
+            signal.raise_signal(signal.SIGINT)
+            raise AssertionError("the evaluation went on")
+
+    world.during["evaluate"] = evaluate
+    assert trainer.run() == "interrupted"
+    assert trainer.stop_signal == signal.SIGINT
+    assert world.happened[-2:] == {
+        "first": [], "later": [("train", 6), ("checkpoint", 6)], "last": [("train", 9), ("checkpoint", 9)]}[at]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_several_ranks_finish_an_evaluation_because_they_must_end_together(start, monkeypatch):
+    monkeypatch.setattr(train.dist, "all_reduce", lambda *_, **__: None)
     world = start()
     world.during["evaluate"] = lambda: signal.raise_signal(signal.SIGTERM)
-    assert world.trainer(9, Cadence(eval_every=3, save_every=-1)).run() == "interrupted"
+    assert world.trainer(9, Cadence(eval_every=3, save_every=-1), ranks=Ranks(0, 0, 2)).run() == "interrupted"
     assert world.happened == [("val", 0), ("train", 1), ("checkpoint", 1)]
 
 
