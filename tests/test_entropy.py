@@ -137,10 +137,18 @@ def test_bracket_covers_an_order_two_source_at_16m_tokens():
 
 
 def test_bracket_says_what_still_falls():
-    found = bracket_of([2 ** k for k in range(7)], {1: np.linspace(5.6, 5.0, 7), 2: np.linspace(5.9, 4.7, 7)})
+    falls = 0.1 * (2.0 ** np.arange(6, -1, -1) - 1)  # the last is 0.1, each half the one before
+    found = bracket_of([2 ** k for k in range(7)], {1: 5.0 + falls, 2: 4.7 + 1.2 * falls})
     assert found.reason == "H_n at n=1 still falls 0.100 nats per data doubling (limit 0.02)"
     assert 0 <= found.lo < np.log2(5.0 / 4.7) < found.hi
-    assert found.curves[1].cross_entropies[0] == 5.6  # the longer context cannot be worse: it can ignore its far end
+    assert found.curves[0].extrapolated == pytest.approx(4.9, abs=0.01)
+    assert found.curves[1].cross_entropies[0] == 5.0 + falls[0]  # the longer context cannot be worse: it can ignore its far end
+
+
+def test_cross_entropies_far_from_their_limit_give_no_bracket():
+    sizes = [2 ** k for k in range(7)]
+    found = bracket_of(sizes, {1: np.linspace(8.0, 5.0, 7), 2: np.linspace(8.0, 4.5, 7)})
+    assert not found.is_bounded and found.lo is None and found.hi is None
 
 
 def test_too_little_text_gives_no_sizes():

@@ -89,8 +89,8 @@ class NgramBracket:
 
     @property
     def is_bounded(self):
-        """False where the cross-entropies still fall so fast that their extrapolation finds no limit above 0."""
-        return all(curve.extrapolated > 0 for curve in self.curves)
+        """False where an extrapolation takes away over half of a cross-entropy: that limits nothing."""
+        return all(curve.extrapolated > curve.cross_entropies[-1] / 2 for curve in self.curves)
 
     @property
     def lo(self):
