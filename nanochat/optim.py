@@ -148,7 +148,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return finalize
 
     def _kernel(self, function, numel):
-        """`function` compiled, unless the tensor is too small to gain by it (and inductor 2.13 fails on 1-row stacks)."""
+        """`function` compiled, unless the tensor is too small to gain by it (inductor 2.13 fails on 1-row stacks)."""
         return self._fused.get(function, function) if numel >= SMALL_NUMEL else function
 
     def _padded_stack(self, tensors):

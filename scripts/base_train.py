@@ -77,6 +77,7 @@ def main(argv=None):
     pretrain.check_flags(args)
     device = common.choose_device(args.device_type)
     dtype, dtype_reason = pretrain.training_dtype(device)
+    common.keep_freed_memory(device)
     ranks = common.start_ranks(device)
     try:
         return train(args, device, dtype, dtype_reason, ranks, started)

@@ -77,6 +77,7 @@ def refusal(flags, config, dtype, device):
 def main(argv=None):
     args = parse_args(argv)
     device = common.choose_device(args.device_type)
+    common.keep_freed_memory(device)
     dtype, reason = common.choose_compute_dtype(device)
     shape = model_shape(args.depth, 64, args.head_dim)
     config = GPTConfig(args.seq_len, args.vocab_size, shape.n_layer, shape.n_head, shape.n_head, shape.n_embd,
