@@ -1,7 +1,6 @@
 """The parts of a pretraining run, each built from the program's flags; scripts/base_train.py joins them."""
 
 import math
-import os
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -126,11 +125,8 @@ def build_optimizer(args, model, horizon, ranks, dtype):
 
 
 def compile_model(args, model):
-    """The model compiled for its fixed shapes (the code is kept in the cache folder), or itself with --no-compile."""
-    if args.no_compile:
-        return model
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base_dir() / "compiled"))
-    return torch.compile(model, dynamic=False)
+    """The model compiled for its fixed shapes, or itself with --no-compile."""
+    return model if args.no_compile else torch.compile(model, dynamic=False)
 
 
 def run_config(args, data, config, horizon, ranks, device, dtype, dtype_reason):
