@@ -43,9 +43,10 @@ PROFILES = {
         "--total-batch-size 2048 --num-iterations 300 --eval-every 50 --eval-tokens 65536 "
         "--core-metric-every -1 --sample-every -1 --save-every 0"),
     "cpu-short": Profile(
-        "the CPU protocol, a fifth as long: lane C's kernels run in the Triton interpreter there", 4, "stdlib",
-        "--aspect-ratio 64 --head-dim 64 --window-pattern L --max-seq-len 256 --device-batch-size 8 "
-        "--total-batch-size 2048 --num-iterations 60 --eval-every 10 --eval-tokens 32768 "
+        "the same shape in miniature, d2, 60 steps of 512 tokens: lane C's kernels run in the Triton interpreter there",
+        2, "stdlib",
+        "--aspect-ratio 64 --head-dim 64 --window-pattern L --max-seq-len 128 --device-batch-size 4 "
+        "--total-batch-size 512 --num-iterations 60 --eval-every 10 --eval-tokens 8192 "
         "--core-metric-every -1 --sample-every -1 --save-every 0"),
     "miniseries": Profile(
         "whole schedules at each depth: horizon and batch follow from the depth", 12, "climbmix",
