@@ -1,14 +1,16 @@
-"""How the benchmarks measure: interleaved timings with percentiles, peak memory, provenance of a row."""
+"""How the benchmarks measure: interleaved timings with percentiles, peak memory, the machine's own rates."""
 
 import ctypes
+import functools
 import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 
-def time_interleaved(functions, repeats, device, warmup=2):
+def time_interleaved(functions, repeats, device, warmup=1):
     """{name: [milliseconds of each repeat]}: every repeat runs all functions in turn, so drift hits all alike."""
     times = {name: [] for name in functions}
     for repeat in range(warmup + repeats):
@@ -23,6 +25,24 @@ def percentiles(times):
     """(median, 20th, 80th percentile)."""
     ordered = sorted(times)
     return statistics.median(ordered), ordered[int(0.2 * (len(ordered) - 1))], ordered[round(0.8 * (len(ordered) - 1))]
+
+
+class Rates(NamedTuple):
+    """What this machine reaches in the plainest of programs."""
+
+    flop_per_sec: float  # of a large square matmul
+    bytes_per_sec: float  # read plus written by a large copy
+
+
+@functools.cache
+def rates(device, dtype):
+    """Rates of `device` in `dtype`: the best of a few runs, since a floor is what nothing gets below."""
+    size, length = (8192, 2**30) if device.type == "cuda" else (2048, 2**27)
+    a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+    source, target = (torch.empty(length, dtype=torch.uint8, device=device).fill_(1) for _ in range(2))
+    programs = {"matmul": lambda: torch.mm(a, b, out=out), "copy": lambda: target.copy_(source)}
+    times = time_interleaved(programs, 10, device)
+    return Rates(1e3 * 2 * size**3 / min(times["matmul"]), 1e3 * 2 * length / min(times["copy"]))
 
 
 def peak_bytes(function, device):

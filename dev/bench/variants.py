@@ -1,0 +1,106 @@
+"""The implementations that `python -m dev.bench.kernels` compares: ours, eager and compiled torch, three peers.
+
+Every function of a table has one signature, so that they can be checked and timed alike:
+losses (x, weight, targets, vocab_size) -> loss, norms (x) -> y, QK-norms (q, k, cos, sin) -> (q, k).
+A peer that does not import, or cannot run here, is reported with its reason.
+"""
+
+import importlib
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from nanochat.kernels.linear_cross_entropy import linear_cross_entropy, plain_linear_cross_entropy
+from nanochat.kernels.rms_norm import plain_rms_norm, plain_rope_qk_norm, rms_norm, rope_qk_norm
+
+SOFTCAP = 15.0
+
+
+class Unavailable(Exception):
+    """Why a variant cannot run here."""
+
+
+def sliced_loss(x, weight, targets, vocab_size):
+    """The usual way: fp32 logits of the real columns, softcap, cross-entropy."""
+    logits = F.linear(x, weight.to(x.dtype))[:, :vocab_size].float()
+    return F.cross_entropy(SOFTCAP * torch.tanh(logits / SOFTCAP), targets, ignore_index=-1)
+
+
+def losses(device):
+    """{variant: loss function, or Unavailable}."""
+    triton, chunked = (partial(linear_cross_entropy, implementation=name) for name in ("triton", "torch"))
+    table = {
+        "torch eager, sliced": sliced_loss,
+        "torch eager, masked": plain_linear_cross_entropy,
+        "torch compiled, sliced": _compiled(sliced_loss),
+        "torch compiled, masked": _compiled(plain_linear_cross_entropy),
+        "ours (torch)": chunked,
+        "ours (torch), compiled around": _compiled(chunked),
+    }
+    if device.type != "cuda":
+        return table
+    return table | {
+        "ours (triton)": triton,
+        "ours (triton), compiled around": _compiled(triton),
+        "liger": _peer("liger_kernel.ops.fused_linear_cross_entropy", _liger_loss),
+        "cut-cross-entropy, exact": _peer("cut_cross_entropy", partial(_cut_loss, filter_eps=None)),
+        "cut-cross-entropy, filtered": _peer("cut_cross_entropy", partial(_cut_loss, filter_eps="high")),
+        "quack (has no softcap)": _peer("quack.linear_cross_entropy", _quack_loss),
+    }
+
+
+def norms(device):
+    """{variant: norm over the last dimension, or Unavailable}."""
+    table = {"torch eager": plain_rms_norm, "torch compiled": _compiled(plain_rms_norm), "ours": rms_norm}
+    if device.type != "cuda":
+        return table
+    return table | {
+        "liger": _peer("liger_kernel.ops.rms_norm", _liger_norm),
+        "quack": _peer("quack.rmsnorm", _quack_norm),
+    }
+
+
+def qk_norms():
+    """{variant: rotary embedding, norm and scale of q and k}."""
+    return {"torch eager": plain_rope_qk_norm, "torch compiled": _compiled(plain_rope_qk_norm),
+            "ours": rope_qk_norm}
+
+
+def interpreted_losses():
+    """What the dry run without a GPU checks in the interpreter."""
+    return {"ours (triton)": partial(linear_cross_entropy, implementation="triton")}
+
+
+def _compiled(function):
+    """As one graph; a graph for each shape, or the second shape would be given slower code for any shape."""
+    return torch.compile(lambda *inputs: function(*inputs), fullgraph=True, dynamic=False)
+
+
+def _peer(module, function):
+    try:
+        return partial(function, importlib.import_module(module))
+    except Exception as reason:  # peers fail to import in many ways
+        return Unavailable(f"{type(reason).__name__}: {reason}")
+
+
+def _liger_loss(module, x, weight, targets, vocab_size):
+    return module.LigerFusedLinearCrossEntropyFunction.apply(
+        x, weight[:vocab_size].to(x.dtype), targets, None, None, -1, 0.0, 0.0, "mean", SOFTCAP)[0]
+
+
+def _cut_loss(module, x, weight, targets, vocab_size, filter_eps):
+    return module.linear_cross_entropy(x, weight[:vocab_size].to(x.dtype), targets, ignore_index=-1,
+                                       softcap=SOFTCAP, filter_eps=filter_eps)
+
+
+def _quack_loss(module, x, weight, targets, vocab_size):
+    return module.chunked_linear_cross_entropy(x, weight[:vocab_size].to(x.dtype), targets, ignore_index=-1)
+
+
+def _liger_norm(module, x):
+    return module.LigerRMSNormFunction.apply(x, None, torch.finfo(torch.float32).eps, 0.0, "llama", False, None)
+
+
+def _quack_norm(module, x):
+    return module.rmsnorm(x, eps=torch.finfo(torch.float32).eps)
