@@ -98,6 +98,16 @@ def test_axis_labels_keep_their_digits(ledger):
     assert "0.004" in texts and "baseline" in texts and any(re.fullmatch(r"9\d\.\d ms", text) for text in texts)
 
 
+def test_commands_name_no_folder_of_this_machine():
+    folder = make_run("one", **SMALL).folder
+    config = json.loads((folder / "config.json").read_text())
+    config["flags"]["tokenizer_dir"] = f"{runs_dir().parent}/tokenizer x"
+    write_json(folder / "config.json", config)
+    commands = "\n".join(runs_report(["one"], runs_dir()).commands)
+    assert "--tokenizer-dir=$NANOCHAT_BASE_DIR'/tokenizer x'" in commands and str(runs_dir().parent) not in commands
+    assert "--fused-rmsnorm" not in commands and "--depth=4" in commands
+
+
 class Links(HTMLParser):
     """Collects whatever a browser would load or follow."""
 

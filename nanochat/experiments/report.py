@@ -113,7 +113,7 @@ def _overview(groups):
         drawn.append(("Training time to target", "bar: mean; line: 95 % interval of the mean; dots: seeds, hollow "
                       "where extrapolated, with their own interval", Markup(figures.time_bars(groups, 0.95))))
     if any(len(t.step_times_ms) for trials in groups.values() for t in trials):
-        drawn.append(("Step times", "median, quartiles, 5th to 95th percentile of all seeds; first ten steps left out",
+        drawn.append(("Step times", "median, quartiles, 5th to 95th percentile of all seeds; the steps that compile left out",
                       Markup(figures.step_times(groups))))
     return drawn
 
@@ -178,22 +178,26 @@ def _versions(trials):
 
 def _commands(trials):
     """Shell lines that make the runs again: the flags all have in common, then each run's own."""
-    argvs = [_flags(t.record.config["flags"]) for t in trials if t.record and t.record.config.get("flags")]
+    argvs = [_flags(trial.record) for trial in trials if trial.record and trial.record.config.get("flags")]
     if not argvs:
         return []
     shared = [item for item in argvs[0] if all(item in items for items in argvs)]
     own = [" ".join(item for item in items if item not in shared) for items in argvs]
-    return [f"COMMON={shlex.quote(' '.join(shared))}",
-            *(f"python -m scripts.base_train $COMMON {flags}" for flags in own)]
+    return [f'COMMON="{" ".join(shared)}"', *(f"python -m scripts.base_train $COMMON {flags}" for flags in own)]
 
 
-def _flags(flags):
+def _flags(record):
+    """A run's flags as shell words; the cache folder it used becomes $NANOCHAT_BASE_DIR."""
+    cache = str(record.folder.resolve().parent.parent)
     items = []
-    for name, value in flags.items():
+    for name, value in record.config["flags"].items():
+        flag = f"--{name.replace('_', '-')}"
         if value is True:
-            items.append(f"--{name.replace('_', '-')}")
+            items.append(flag)
         elif value not in (None, False, ""):
-            items.append(f"--{name.replace('_', '-')}={shlex.quote(str(value))}")
+            inside = str(value).startswith(cache)
+            items.append(f"{flag}=" + ("$NANOCHAT_BASE_DIR" if inside else "")
+                         + shlex.quote(str(value).removeprefix(cache)))
     return items
 
 

@@ -70,9 +70,9 @@ class Trial:
 
     @cached_property
     def step_times_ms(self):
-        """Milliseconds of the training steps past the first ten, which compile; float64 [n]."""
+        """Milliseconds of the steps on the training clock (the first eleven compile); float64 [n]."""
         events = self.record.of("train") if self.record else []
-        return np.array([e["dt_ms"] for e in events if e["step"] > 10 and e["dt_ms"] is not None], dtype=np.float64)
+        return np.array([e["dt_ms"] for e in events if e["step"] > 11 and e["dt_ms"] is not None], dtype=np.float64)
 
     def _curve(self, kind, value):
         events = self.record.of(kind) if self.record else []
