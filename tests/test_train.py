@@ -336,6 +336,7 @@ def test_all_ranks_stop_when_one_of_them_is_asked_to(start, monkeypatch):
         if op == train.dist.ReduceOp.SUM:
             tensor += 4.0 / 2
         else:
+            assert op == train.dist.ReduceOp.MAX
             tensor.clamp_(min=float(signal.SIGTERM) if world.n_updates == 3 else 0.0)
 
     monkeypatch.setattr(train.dist, "all_reduce", all_reduce)
