@@ -6,13 +6,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from nanochat.lane_b.fit import PowerLaw, Slope, fit_offset_power_law, fit_power_law, measure_slope
+from nanochat.lane_b.fit import NORMAL_95, PowerLaw, Slope, fit_offset_power_law, fit_power_law, measure_slope
 from nanochat.lane_b.kneser_ney import KneserNey
 
 CONVERGED_NATS = 0.02       # the most a converged loss may fall when the data double
 MIN_POINTS = 3
 CONTEXTS = (1, 2)
 DOUBLINGS = 6
+_MIN_SIZES = 4
 MIN_NGRAM_TOKENS = 1 << 18  # so that the smallest sample has 4,096
 _HELD_OUT_TOKENS = 1_000_000
 _HALF = (0.45, 0.55)        # which sizes count as half the data
@@ -67,13 +68,24 @@ class PositionEntropies:
 @dataclass(frozen=True)
 class NgramCurve:
     """Held-out cross-entropies (nats a token) of one context length as the data double, and their extrapolation
-    CE = H + A · (P / largest P)^-exponent."""
+    CE = H + A · (P / largest P)^-exponent. se: of the last one, from the choice of the held-out documents."""
 
     context: int
     cross_entropies: tuple[float, ...]
+    se: float
     extrapolated: float
     amplitude: float
     exponent: float
+
+    @property
+    def lo(self):
+        """The least H_n can be."""
+        return self.extrapolated - NORMAL_95 * self.se
+
+    @property
+    def hi(self):
+        """The most H_n can be."""
+        return self.cross_entropies[-1] + NORMAL_95 * self.se
 
     @property
     def last_fall(self):
@@ -97,14 +109,14 @@ class NgramBracket:
         """From the lowest H_1 and the highest H_2; None where not bounded."""
         if not self.is_bounded:
             return None
-        return float(max(0.0, np.log2(self.curves[0].extrapolated / self.curves[1].cross_entropies[-1])))
+        return float(max(0.0, np.log2(self.curves[0].lo / self.curves[1].hi)))
 
     @property
     def hi(self):
         """From the highest H_1 and the lowest H_2; None where not bounded."""
         if not self.is_bounded:
             return None
-        return float(np.log2(self.curves[0].cross_entropies[-1] / self.curves[1].extrapolated))
+        return float(np.log2(self.curves[0].hi / self.curves[1].lo))
 
     @property
     def reason(self):
@@ -151,8 +163,11 @@ def context_grid(longest):
 
 
 def score_ngrams(documents, sample):
-    """Held-out cross-entropy (nats) of Kneser-Ney for sample = (context, n): trained on the first n tokens of the
-    documents that are not held out. They come in the order of their hashes, so samples are random and nested."""
+    """Held-out (cross-entropy, standard error) in nats of Kneser-Ney for sample = (context, n).
+
+    It learns from the first n tokens of the documents that are not held out; these come in the order of their
+    hashes, so samples are random and nested.
+    """
     context, n_tokens = sample
     training = documents.select(~documents.held_out).first(n_tokens)
     held_out = documents.select(documents.held_out).first(_HELD_OUT_TOKENS)
@@ -167,13 +182,18 @@ def ngram_sizes(documents):
 
 
 def bracket_of(data_tokens, cross_entropies):
-    """NgramBracket of {context: [nats of each size]}. A longer context never has the higher entropy."""
+    """NgramBracket of {context: [(nats, error) of each size]}. A longer context never has the higher entropy.
+
+    The extrapolation is the lowest of those from the last 4, 5, ... sizes: the fall flattens as the data grow, and
+    one power law through all of it stops too early.
+    """
     curves, shorter = [], np.inf
     for context in CONTEXTS:
-        values = np.minimum(shorter, cross_entropies[context])
-        offset, amplitude, exponent = fit_offset_power_law(data_tokens, values)
-        values_seen = tuple(float(value) for value in values)
-        curves.append(NgramCurve(context, values_seen, min(offset, values_seen[-1]), amplitude, exponent))
+        values, errors = np.transpose(cross_entropies[context])
+        values = np.minimum(shorter, values)
+        extrapolation = min(fit_offset_power_law(data_tokens[start:], values[start:])
+                            for start in range(len(values) - _MIN_SIZES + 1))
+        curves.append(NgramCurve(context, tuple(map(float, values)), float(errors[-1]), *extrapolation))
         shorter = values
     return NgramBracket(tuple(data_tokens), tuple(curves))
 

@@ -35,7 +35,7 @@ class KneserNey:
     def __init__(self, documents, context):
         assert 1 <= context <= MAX_CONTEXT
         self.context, self.vocab_size = context, documents.vocab_size
-        keys = ngram_keys(documents, context + 1)
+        keys, _ = ngram_keys(documents, context + 1)
         keys.sort()
         keys, counts = _run_lengths(keys)
         self.orders = []  # from the longest n-grams to single tokens
@@ -54,25 +54,30 @@ class KneserNey:
         return result
 
     def cross_entropy(self, documents):
-        """Mean nats a token over the documents' tokens that have a whole context before them."""
-        keys = ngram_keys(documents, self.context + 1)
-        keys.sort()
-        keys, counts = _run_lengths(keys)
-        return float(-(counts @ np.log(self.probability(keys))) / counts.sum())
+        """(mean nats a token over the tokens that have a whole context before them, its standard error over
+        documents)."""
+        keys, document = ngram_keys(documents, self.context + 1)
+        order = np.argsort(keys)
+        different, counts = _run_lengths(keys[order])
+        nats = np.repeat(-np.log(self.probability(different)), counts)
+        sums, sizes = (np.bincount(document[order], weights) for weights in (nats, None))
+        mean = sums.sum() / sizes.sum()
+        return float(mean), float(np.linalg.norm(sums - sizes * mean) / sizes.sum())
 
 
 def ngram_keys(documents, length):
-    """(n,) uint64: every run of `length` tokens within a document, 16 bits a token, the last one lowest."""
-    n_keys = documents.n_tokens - length + 1
-    keys = np.zeros(max(n_keys, 0), np.uint64)
-    for i in range(length if n_keys > 0 else 0):
+    """(keys (n,) uint64, document (n,) int64) of every run of `length` tokens within a document.
+
+    A key has 16 bits a token, the last one lowest; document is the index of the one it is in.
+    """
+    n_keys = max(documents.n_tokens - length + 1, 0)
+    keys = np.zeros(n_keys, np.uint64)
+    for i in range(length if n_keys else 0):
         keys <<= np.uint64(16)
         keys |= documents.tokens[i:i + n_keys]
-    inside = np.ones(len(keys), bool)
-    for i in range(1, length):  # a run beginning i tokens before a document's end crosses it
-        ends = documents.offsets[1:-1] - i
-        inside[ends[(ends >= 0) & (ends < len(inside))]] = False
-    return keys[inside]
+    document = np.repeat(np.arange(documents.n_documents), documents.lengths)
+    inside = document[:n_keys] == document[length - 1:]
+    return keys[inside], document[:n_keys][inside]
 
 
 def _order(keys, counts):

@@ -61,7 +61,7 @@ def _positions_json(positions):
 
 def _ngrams_json(bracket):
     return {"data_tokens": list(bracket.data_tokens), "lo": bracket.lo, "hi": bracket.hi,
-            "contexts": [{"n": curve.context, "cross_entropies": list(curve.cross_entropies),
+            "contexts": [{"n": curve.context, "cross_entropies": list(curve.cross_entropies), "se": curve.se,
                           "extrapolated": curve.extrapolated, "amplitude": curve.amplitude,
                           "exponent": curve.exponent} for curve in bracket.curves]}
 
