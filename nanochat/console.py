@@ -17,7 +17,8 @@ class ConsoleSink:
         self.num_iterations = num_iterations
         self.bar = tqdm(total=num_iterations, initial=start_step, unit="step", dynamic_ncols=True,
                         disable=not sys.stderr.isatty())
-        self.start, self.start_step, self.last_line = time.monotonic(), start_step, 0.0
+        self.first = None  # (time, step) of the first training step: it compiles, so rates count from its end
+        self.last_line = 0.0
 
     def __call__(self, kind, event):
         writer = getattr(self, f"_{kind}", None)
@@ -35,11 +36,14 @@ class ConsoleSink:
             self.bar.update(step - self.bar.n)
             return
         now = time.monotonic()
+        self.first = self.first or (now, step)
         if now - self.last_line >= LINE_EVERY_SEC or step == self.num_iterations:
             self.last_line = now
-            per_step = (now - self.start) / max(1, step - self.start_step)
-            left = tqdm.format_interval(per_step * (self.num_iterations - step))
-            self._line(f"step {step}/{self.num_iterations}: {numbers}, ETA {left}")
+            first_time, first_step = self.first
+            if step > first_step:
+                per_step = (now - first_time) / (step - first_step)
+                numbers += f", ETA {tqdm.format_interval(per_step * (self.num_iterations - step))}"
+            self._line(f"step {step}/{self.num_iterations}: {numbers}")
 
     def _val(self, event):
         seconds = event["train_time_sec"]

@@ -109,6 +109,8 @@ def train(args, device, dtype, dtype_reason, ranks, started):
     run_id = args.run_id or (resumed or {}).get("run_id") or pretrain.new_run_id(tag, args.seed, ranks)
     record = pretrain.run_config(args, data, config, horizon, ranks, device, dtype, dtype_reason)
     common.print0(pretrain.describe(config, horizon, accumulation, data))
+    if not args.no_compile:
+        common.print0("compiling: up to a minute before the first step, less where the code is cached ...")
 
     compiled = pretrain.compile_model(args, model)
     loader = data.train_loader(args, ranks, device, resumed)

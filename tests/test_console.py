@@ -48,15 +48,15 @@ def test_line_says_loss_speed_and_time_left(capsys, clock):
     train(sink, clock, range(1, 41), sec_per_step=2.0)
     sink.close()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step 1/100: loss 2.5000, 12,346 tok/s, ETA 03:18"
+    assert lines[0] == "step 1/100: loss 2.5000, 12,346 tok/s"  # it compiled: no rate to go by yet
     assert lines[-1] == "step 36/100: loss 2.5000, 12,346 tok/s, ETA 02:08"
 
 
 def test_time_left_of_a_resumed_run_is_by_its_own_steps(capsys, clock):
     sink = ConsoleSink(1000, start_step=900)
-    train(sink, clock, [901, 902], sec_per_step=10.0)
+    train(sink, clock, [901, 902, 903], sec_per_step=10.0)
     sink.close()
-    assert [line.rsplit("ETA ")[1] for line in capsys.readouterr().out.splitlines()] == ["16:30", "16:20"]
+    assert capsys.readouterr().out.splitlines()[-1].endswith("ETA 16:10")
 
 
 def test_every_evaluation_checkpoint_and_sample_gets_its_line(capsys, clock):
