@@ -113,7 +113,7 @@ def _overview(groups):
         drawn.append(("Training time to target", "bar: mean; line: 95 % interval of the mean; dots: seeds, hollow "
                       "where extrapolated, with their own interval", Markup(figures.time_bars(groups, 0.95))))
     if any(len(t.step_times_ms) for trials in groups.values() for t in trials):
-        drawn.append(("Step times", "median, quartiles, 5th to 95th percentile of all seeds; the steps that compile left out",
+        drawn.append(("Step times", "median, quartiles, 5th to 95th percentile of all seeds, compiling steps left out",
                       Markup(figures.step_times(groups))))
     return drawn
 
