@@ -3,7 +3,7 @@
 #   bash runs/baseline.sh [cpu | cpu-short | d12] ["seeds"]      e.g. bash runs/baseline.sh d12 "0 1 2"
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ ! -f .venv/bin/activate ] || source .venv/bin/activate
+source runs/setup.sh
 
 PROFILE="${1:-cpu}"
 SEEDS="${2:-0 1}"

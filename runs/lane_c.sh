@@ -3,7 +3,7 @@
 #   bash runs/lane_c.sh [cpu-short | cpu | d12] ["seeds"]      stop it at any time; the same command goes on
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ ! -f .venv/bin/activate ] || source .venv/bin/activate
+source runs/setup.sh
 
 PROFILE="${1:-cpu-short}"
 SEEDS="${2:-0 1}"

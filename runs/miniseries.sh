@@ -3,7 +3,7 @@
 #   bash runs/miniseries.sh [cpu | cpu-short | d12] ["candidates"] ["depths"]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ ! -f .venv/bin/activate ] || source .venv/bin/activate
+source runs/setup.sh
 
 PROFILE="${1:-cpu}"
 CANDIDATES="${2:-fused-rmsnorm chunked-ce both}"

@@ -3,7 +3,7 @@
 #   bash runs/scaling_laws.sh ["budgets in FLOPs"] ["depths"] [processes per node]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ ! -f .venv/bin/activate ] || source .venv/bin/activate
+source runs/setup.sh
 
 BUDGETS="${1:-1e18 3e18 1e19}"
 DEPTHS="${2:-8 10 12 14 16 18}"
