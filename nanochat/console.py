@@ -52,6 +52,9 @@ class ConsoleSink:
     def _core(self, event):
         self._line(f"step {event['step']}: CORE {event['core_metric']:.4f}")
 
+    def _target(self, event):
+        self._line(event["description"])
+
     def _checkpoint(self, event):
         self._line(f"step {event['step']}: checkpoint saved in {event['path']}")
 

@@ -227,6 +227,9 @@ def close_record(log, status, device, target, started):
     """
     try:
         summary = summarize(log.folder, status, device, *target)
+        if target[1] is not None:
+            reached = time_to_target(evaluations_of(read_run(log.folder).events, target[0]), *target)
+            log.event("target", step=summary["steps"], **reached.summary_fields(), description=reached.describe())
         log.finish(**summary, wall_time_sec=time.monotonic() - started)
     finally:
         log.close()

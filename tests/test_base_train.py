@@ -92,7 +92,10 @@ def test_a_run_learns_and_leaves_its_record(corpus, capsys):
     assert len(record.of("sample")) == 2
     assert record.config["n_scaling_params"] > 0 and record.config["dataset_id"]
     assert [e["step"] for e in record.of("checkpoint")] == [30]
+    [target] = record.of("target")
+    assert target["time_to_target_sec_measured"] == summary["time_to_target_sec_measured"]
     printed = capsys.readouterr().out
+    assert "time to val_bpb <= 9.9" in printed
     assert "val_bpb" in printed and str(runs_dir() / "run") in printed
 
 
