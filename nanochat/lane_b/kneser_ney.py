@@ -66,7 +66,7 @@ class KneserNey:
 
 
 def ngram_keys(documents, length):
-    """(keys (n,) uint64, document (n,) int64) of every run of `length` tokens within a document.
+    """(keys (n,) uint64, document (n,) int32) of every run of `length` tokens within a document.
 
     A key has 16 bits a token, the last one lowest; document is the index of the one it is in.
     """
@@ -75,7 +75,7 @@ def ngram_keys(documents, length):
     for i in range(length if n_keys else 0):
         keys <<= np.uint64(16)
         keys |= documents.tokens[i:i + n_keys]
-    document = np.repeat(np.arange(documents.n_documents), documents.lengths)
+    document = np.repeat(np.arange(documents.n_documents, dtype=np.int32), documents.lengths)
     inside = document[:n_keys] == document[length - 1:]
     return keys[inside], document[:n_keys][inside]
 
