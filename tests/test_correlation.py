@@ -124,7 +124,7 @@ def test_exponent_of_a_copying_source_is_recovered(exponent, exact):
     source = Copying(exponent)
     norms = source.operator_norm(COPYING_LAGS)
     assert fit_power_law(COPYING_LAGS, norms).slope == pytest.approx(exact, abs=5e-4)
-    documents = cut(source.sample(5_000_000, seed=0), 2000, source.vocab_size)
+    documents = cut(source.sample(4_000_000, seed=0), 2000, source.vocab_size)
     null = null_coefficient(documents) / np.sqrt(documents.n_tokens)
     counters = counters_of(documents)
     estimates = [estimate_lag(counters, int(lag)) for lag in COPYING_LAGS]

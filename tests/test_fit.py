@@ -65,9 +65,9 @@ def test_books_have_two_regimes_with_a_break_near_six():
 
 def test_a_single_law_is_seldom_taken_for_two():
     rng = np.random.default_rng(0)
-    noise = 0.08 * rng.standard_normal((200, len(LAGS)))
+    noise = 0.08 * rng.standard_normal((100, len(LAGS)))
     deltas = [delta_bic(LAGS ** -0.8 * np.exp(n), 0.08 * LAGS ** -0.8) for n in noise]
-    assert np.mean(np.array(deltas) > 10) < 0.01
+    assert (np.array(deltas) > 10).sum() <= 1
 
 
 def test_deviations_below_the_accuracy_of_any_law_are_no_break():
