@@ -20,6 +20,10 @@ POLAR_EXPRESS = (
 SMALL_NUMEL = 1024  # smaller tensors are updated by every rank, uncompiled
 TINY = 1e-10
 
+# torch 2.13 warns about the names that 2.11 knows alone
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def parameter_groups(model, *, embedding_lr=0.3, unembedding_lr=0.008, matrix_lr=0.02, scalar_lr=0.5,
                      weight_decay=0.28, batch_lr_scale=1.0, decay_scale=1.0):
@@ -111,7 +115,7 @@ class MuonAdamW(torch.optim.Optimizer):
             update(share.view(-1), grad.wait().view(-1), state["exp_avg"].view(-1),
                    state["exp_avg_sq"].view(-1), *numbers)
             if self._is_sharded(p):
-                gathers.append(dist.all_gather_into_tensor(p.data, share, async_op=True))
+                gathers.append(_all_gather(p.data, share, async_op=True))
         return lambda: [gather.wait() for gather in gathers]
 
     def _is_sharded(self, p):
@@ -139,7 +143,7 @@ class MuonAdamW(torch.optim.Optimizer):
             torch._foreach_copy_([p.data for p in params], list(new))
             return lambda: None
         everyone = new.new_empty(len(new) * self.ranks.world_size, rows, cols)
-        gather = dist.all_gather_into_tensor(everyone, new.contiguous(), async_op=True)
+        gather = _all_gather(everyone, new.contiguous(), async_op=True)
 
         def finalize():
             gather.wait()
@@ -173,7 +177,7 @@ class _Reduced:
         if ranks.world_size == 1:
             return cls(grad, 1)
         share = torch.empty_like(_own_rows(grad, ranks))
-        return cls(share, ranks.world_size, dist.reduce_scatter_tensor(share, grad, async_op=True))
+        return cls(share, ranks.world_size, _reduce_scatter(share, grad, async_op=True))
 
     def wait(self):
         if self.work is None:

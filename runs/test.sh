@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 source runs/setup.sh
 
 ruff check .
-python -m pytest "$@"
+python -m pytest -n 2 "$@"

@@ -8,6 +8,7 @@ try:
     import torch
 
     HAS_CUDA = torch.cuda.is_available()
+    torch.set_num_threads(1)  # tests share the cores with each other; small tensors gain nothing by more
 except ImportError:  # the data tools are tested without torch too
     HAS_CUDA = False
 

@@ -55,7 +55,7 @@ def test_counts_flops_and_windows_match_golden():
 
 
 def test_counts_are_those_of_the_model_built():
-    config = GPTConfig(sequence_len=64, vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL")
+    config = GPTConfig(64, vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL")
     model, counts = GPT(config), parameter_counts(config)
     assert sum(p.numel() for p in model.parameters()) == counts["total"]
     blocks = sum(p.numel() for p in model.transformer.h.parameters())
