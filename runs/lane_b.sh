@@ -3,7 +3,7 @@
 # one neighbour, rows, who won.   bash runs/lane_b.sh [cpu | d12] ["seeds"]     stop it at any time; it goes on
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ ! -f .venv/bin/activate ] || source .venv/bin/activate
+source runs/setup.sh
 
 PROFILE="${1:-cpu}" SEEDS="${2:-0 1}" NAME="lane_b_${1:-cpu}"
 case "$PROFILE" in
