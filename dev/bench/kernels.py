@@ -168,6 +168,7 @@ def bench_qk_norm(n_tokens, width, dtype, device, repeats, note=""):
 
 def _bench(blank, table, make_inputs, reference, floors, device, repeats, checked):
     """Rows of one shape: errors at `checked` tokens first, then times and peaks of the variants that ran there."""
+    torch._dynamo.reset()  # what was compiled for the last shape
     errors, small = {}, make_inputs(checked)
     for variant, function in table.items():
         reason = function

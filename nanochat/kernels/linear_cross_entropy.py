@@ -29,7 +29,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 IGNORED = -1
 MAX_SOFTCAP = 64.0  # exp(64) * V stays far inside fp32
 _LOG2_E = math.log2(math.e)
-_SCRATCH_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 26}  # of each of the torch form's two fp32 scratch arrays
+_SCRATCH_ELEMENTS = {"cpu": 1 << 20, "gpu": 1 << 26}  # of each of the torch form's two fp32 scratch arrays
 _PRODUCT_ROWS = 8192  # rows of dW summed at a time on a CPU
 _REDUCTIONS = ("mean", "sum", "none")
 _IMPLEMENTATIONS = ("triton", "torch")
@@ -133,31 +133,36 @@ def _rows_by_torch(logits, targets, losses, scale, vocab_size, softcap):
     scratch = torch.empty(2, min(step, len(logits)), n_columns, dtype=torch.float32, device=logits.device)
     for start in range(0, len(logits), step):
         rows = slice(start, start + step)
-        t, e = scratch[:, :len(logits[rows])]
-        _few_rows_by_torch(logits[rows], targets[rows], losses[rows], scale, vocab_size, softcap, t, e)
+        t, p = scratch[:, :len(logits[rows])]
+        _few_rows_by_torch(logits[rows], targets[rows], losses[rows], scale, vocab_size, softcap, t, p)
 
 
-def _few_rows_by_torch(logits, targets, losses, scale, vocab_size, softcap, t, e):
+def _few_rows_by_torch(logits, targets, losses, scale, vocab_size, softcap, t, p):
+    """Few passes, each one vectorised op; every op is a parallel region, and those are not free either."""
+    exact = logits.dtype == torch.float32
     t.copy_(logits)
-    if logits.dtype == torch.float32:
+    if exact:
         t.div_(softcap).tanh_()
-        torch.mul(t, softcap, out=e).exp_()
-    else:  # a few 1e-7 less exact, far below the rounding of such logits, and several times faster on a CPU
-        t.mul_(2 / softcap).sigmoid_().mul_(2).sub_(1)
-        torch.mul(t, softcap * _LOG2_E, out=e).exp2_()
-    e[:, vocab_size:] = 0
+    else:  # tanh(a) = 2 sigmoid(2a) - 1, not as exact near 0 as such logits are rounded, and far faster on a CPU
+        t.mul_(2 / softcap).sigmoid_()
+    torch.mul(t, softcap if exact else 2 * softcap, out=p)
+    p[:, vocab_size:] = -torch.inf
+    torch.softmax(p, dim=1, out=p)
     ignored = targets == IGNORED
     in_range = (targets >= 0) & (targets < vocab_size)
-    total = torch.where(ignored | in_range, e.sum(1), torch.nan)
     index = targets.clamp(0, vocab_size - 1)[:, None]
-    loss = total.log() - softcap * t.gather(1, index)[:, 0]
-    losses.copy_(loss.masked_fill_(ignored, 0))
+    p_target = torch.where(ignored | in_range, p.gather(1, index)[:, 0], torch.nan)
+    losses.copy_(p_target.log().neg_().masked_fill_(ignored, 0))
     if scale is None:
         return
-    e.mul_((scale / total)[:, None])
-    e.scatter_(1, index, e.gather(1, index) - scale)
-    torch.ops.aten.tanh_backward.grad_input(e, t, grad_input=e)  # e * (1 - t^2) in one pass
-    logits.copy_(e.masked_fill_(ignored[:, None], 0))
+    p.scatter_(1, index, (p_target - 1)[:, None])
+    if exact:
+        torch.ops.aten.tanh_backward.grad_input(p.mul_(scale), t, grad_input=p)  # p * (1 - t^2)
+    else:
+        torch.ops.aten.sigmoid_backward.grad_input(p.mul_(4 * scale), t, grad_input=p)  # p * t * (1 - t)
+    logits.copy_(p)
+    if logits.device.type != "cpu" or ignored.any():  # a GPU would have to be waited for
+        logits.masked_fill_(ignored[:, None], 0)
 
 
 # --- the chunk loop --------------------------------------------------------------------------------------------------
