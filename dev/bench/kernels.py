@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from dev.bench.measure import peak_bytes, percentiles, rates, time_interleaved
 from dev.bench.variants import Unavailable, interpreted_losses, losses, norms, qk_norms, sliced_loss
-from nanochat.common import choose_compute_dtype, choose_device, device_name
+from nanochat.common import choose_compute_dtype, choose_device, device_name, keep_freed_memory
 from nanochat.errors import command
 from nanochat.files import atomic_path
 
@@ -76,6 +76,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     device = choose_device()
+    keep_freed_memory(device)  # as training does
     dtype, reason = choose_compute_dtype(device)
     print(f"{device_name(device)}; {reason}")
     jobs = gpu_jobs(args, device, dtype) if device.type == "cuda" else cpu_jobs(args, device, dtype)
