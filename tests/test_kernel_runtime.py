@@ -58,7 +58,8 @@ def compile_for_hopper(kernel, **constants):
     source = ASTSource(kernel, signature=signature, constexprs=places, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
 
-rows = dict(VOCAB_SIZE=32700, N_COLUMNS=32768, CAP=15.0, INVERSE_CAP=1 / 15, CAP_LOG2_E=21.64, ROWS=1, BLOCK=4096, INTERPRETED=False)
+rows = dict(VOCAB_SIZE=32700, N_COLUMNS=32768, CAP=15.0, INVERSE_CAP=1 / 15, CAP_LOG2_E=21.64, ROWS=1,
+            BLOCK=4096, INTERPRETED=False)
 norm = dict(EPS=1e-7, INTERPRETED=False)
 for gradient in (True, False):
     for ptx in (
