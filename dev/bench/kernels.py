@@ -111,8 +111,9 @@ def cpu_jobs(args, device, dtype):
     print("no CUDA device: GPU figures are not measured; Triton kernels get a dry run in the interpreter")
     jobs = []
     if "loss" in args.kernels:
-        shapes = [(n, 256, args.vocab_size, dtype) for n in args.tokens or (4096,)]
-        shapes += [(2048, 256, 8192, kind) for kind in dict.fromkeys((dtype, torch.float32))]
+        dtypes = dict.fromkeys((dtype, torch.float32))
+        shapes = [(n, 256, args.vocab_size, kind) for n in args.tokens or (4096,) for kind in dtypes]
+        shapes += [(2048, 256, 8192, kind) for kind in dtypes]
         jobs += [lambda s=shape: bench_loss(losses(device), *s, device, args.repeats) for shape in shapes]
         jobs.append(lambda: bench_loss(interpreted_losses(), 64, 64, 256, dtype, device, 0, DRY_RUN))
     if "norm" in args.kernels:
