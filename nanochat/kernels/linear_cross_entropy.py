@@ -291,7 +291,7 @@ def linear_cross_entropy(x, weight, targets, vocab_size, softcap=15.0, reduction
     """
     assert reduction in _REDUCTIONS and implementation in _IMPLEMENTATIONS
     if chunk_bytes is None:
-        chunk_bytes = default_chunk_bytes(x.device)
+        chunk_bytes = default_chunk_bytes(x.device, x.dtype)
     rows, flat_targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
     need_dx, need_dweight = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight))
     if reduction != "none" and (need_dx or need_dweight):
@@ -304,9 +304,9 @@ def linear_cross_entropy(x, weight, targets, vocab_size, softcap=15.0, reduction
     return _reduced(losses, flat_targets, reduction == "mean")
 
 
-def default_chunk_bytes(device):
-    """Bytes of logits alive at a time: on a GPU 1 GiB keeps dW's rewriting below 2 %; on a CPU the cache decides."""
-    return 1 << 30 if device.type == "cuda" else 32 << 20
+def default_chunk_bytes(device, dtype):
+    """Bytes of logits alive at a time: 1 GiB on a GPU keeps dW's rewriting below 2 %; a CPU weighs it against cache."""
+    return 1 << 30 if device.type == "cuda" else dtype.itemsize << 24
 
 
 def check_linear_cross_entropy(device, dtype, padded_vocab_size, softcap=15.0, implementation="triton",
@@ -318,4 +318,4 @@ def check_linear_cross_entropy(device, dtype, padded_vocab_size, softcap=15.0, i
     require_dtype(dtype, DTYPES, flag)
     if not 0 < softcap <= MAX_SOFTCAP:
         raise UserError(f"{flag} takes a softcap above 0, up to {MAX_SOFTCAP:g}, not {softcap:g}; leave the flag out")
-    chunk_rows(1, padded_vocab_size * dtype.itemsize, chunk_bytes or default_chunk_bytes(device))
+    chunk_rows(1, padded_vocab_size * dtype.itemsize, chunk_bytes or default_chunk_bytes(device, dtype))
