@@ -38,13 +38,17 @@ def runs_dir():
 
 
 def git_commit():
-    """(commit, dirty) of the checkout this package runs from; (None, None) outside one."""
+    """(commit, dirty) of the checkout this package runs from; (None, None) outside one.
+
+    Dirty: a tracked file differs, other than the ledgers and logs that experiments themselves write to.
+    """
     def git(*words):
         done = subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        code = (":(top)", ":(top,exclude)*.csv", ":(top,exclude)*.md")
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", *code))
     except (OSError, subprocess.CalledProcessError):
         return None, None
 

@@ -73,7 +73,10 @@ def main(argv=None):
     experiment = experiment_of(args)
     training = partial(training_command, nproc_per_node=args.nproc_per_node)
     runs, finished = plan(experiment), finished_runs(experiment, args.ledger)
-    print0(f"{experiment.name}: {experiment.profile.description}; {len(runs)} runs, {len(finished)} of them done")
+    changed = [f"depth {depth}" for depth in experiment.depths if depth != experiment.profile.depth]
+    changed = ", ".join([*changed, *([shlex.join(args.extra_flags)] if args.extra_flags else [])])
+    print0(f"{experiment.name}: profile {args.profile}, {experiment.profile.description}"
+           + (f", but with {changed}" if changed else "") + f"; {len(runs)} runs, {len(finished)} of them done")
     print0("The rules, before the runs:\n  " + "\n  ".join(Rules().describe()))
     if args.dry_run:
         for run in runs:

@@ -240,6 +240,7 @@ def checkout(folder):
     folder.mkdir()
     git("init", "--quiet")
     (folder / "common.py").write_text("")
+    (folder / "ledger.csv").write_text("header\n")
     git("add", ".")
     git("commit", "--quiet", "-m", "one")
     return git
@@ -252,6 +253,8 @@ def test_commit_is_the_checkouts_and_says_whether_tracked_files_changed(tmp_path
     commit = git("rev-parse", "HEAD").stdout.strip()
     assert git_commit() == (commit, False)
     (tmp_path / "package" / "notes.txt").write_text("untracked")
+    assert git_commit() == (commit, False)
+    (tmp_path / "package" / "ledger.csv").write_text("header\na run's row\n")
     assert git_commit() == (commit, False)
     (tmp_path / "package" / "common.py").write_text("changed")
     assert git_commit() == (commit, True)
