@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: atomic writes, locks, content hashes (stdlib only)."""
+"""Files that are either whole or not there: atomic writes, locks, content hashes, JSON with its errors' places."""
 
 import contextlib
 import fcntl
@@ -7,6 +7,8 @@ import json
 import os
 import secrets
 from pathlib import Path
+
+from nanochat.errors import UserError
 
 
 @contextlib.contextmanager
@@ -45,6 +47,23 @@ def write_json(path, value):
 def json_bytes(value, indent=None):
     """UTF-8 JSON; NaN and infinity refused. A lone surrogate (a file name that is not UTF-8) becomes its escape."""
     return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace")
+
+
+def read_json(path, remedy):
+    """The JSON object in a file. Errors: UserError that names file and line and ends with `remedy`, what to do."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); {remedy}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); {remedy}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON that can be read ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, line 1: not a JSON object; {remedy}")
+    return value
 
 
 @contextlib.contextmanager

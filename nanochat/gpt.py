@@ -112,8 +112,14 @@ def flops_per_token(config):
 
 
 def norm(x):
-    """RMSNorm over the last dimension, without weight; eps is the machine epsilon of x's dtype."""
+    """RMSNorm over the last dimension, without weight; eps is fp32's machine epsilon."""
     return F.rms_norm(x, (x.size(-1),))
+
+
+def fused_norm(x):
+    """`norm` in one kernel, where nothing compiles the model: a compiler fuses the plain norm with what surrounds
+    it, and a kernel of our own would stand in its way."""
+    return norm(x) if torch.compiler.is_compiling() else rms_norm(x)
 
 
 def rotate(x, cos, sin):
@@ -182,7 +188,7 @@ class Block(nn.Module):
 
     def __init__(self, config, layer, fused):
         super().__init__()
-        self.norm = rms_norm if fused else norm
+        self.norm = fused_norm if fused else norm
         self.attn = Attention(config, layer, fused)
         self.mlp = MLP(config)
 
@@ -201,7 +207,7 @@ class GPT(nn.Module):
     def __init__(self, config, compute_dtype=torch.float32, *, fused_rmsnorm=False, chunked_ce=False):
         super().__init__()
         self.config, self.compute_dtype, self.chunked_ce = config, compute_dtype, chunked_ce
-        self.norm = rms_norm if fused_rmsnorm else norm
+        self.norm = fused_norm if fused_rmsnorm else norm
         vocab, d = config.padded_vocab_size, config.n_embd
         # fp16's range is too small for an embedding's optimizer state: those stay fp32
         embedding_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype

@@ -30,6 +30,7 @@ from nanochat.tokens import TokenShard, token_shards
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS, N_SAMPLES = 16, 96, 2
 POSITIVE_FLAGS = ("depth", "max_seq_len", "device_batch_size", "eval_tokens")
 OPTIMIZER_FLAGS = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay")
+SCHEDULE_FLAGS = ("warmup_steps", "warmdown_ratio", "final_lr_frac")
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ def model_config(args, vocab_size, depth=None):
                      args.window_pattern)
 
 
-def check_kernels(args, config, device, dtype):
-    """Refuse lane C's flags where their kernels cannot run."""
+def check_kernels(args, device, dtype):
+    """Refuse lane C's flags where their kernels cannot run; before any text is tokenised."""
+    config = model_config(args, vocab_size=1)  # the tokenizer is not known yet, and only the widths matter
     if args.fused_rmsnorm:
         check_rms_norm(device, dtype, config.n_embd, config.head_dim)
     if args.chunked_ce:
@@ -173,7 +175,7 @@ def resume_meta(args, folder, step, config, data, horizon):
         raise UserError(f"the checkpoint of step {step} in {folder} is not one of this program: evaluate it with "
                         "scripts.base_eval, but it cannot be resumed")
     expected = {**identity(args, data, horizon), "model_config": config.to_dict(),
-                **{flag: getattr(args, flag) for flag in OPTIMIZER_FLAGS}}  # the saved optimizer brings its own
+                **{flag: getattr(args, flag) for flag in (*OPTIMIZER_FLAGS, *SCHEDULE_FLAGS)}}
     found = {**(meta.get("user_config") or {}), **meta}
     for name, value in expected.items():
         if found.get(name) != value:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.errors import UserError
-from nanochat.files import json_bytes, write_json
+from nanochat.files import json_bytes, read_json, write_json
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")
@@ -97,10 +97,10 @@ class RunRecord:
 def read_run(folder):
     """Read a run's folder. Errors: UserError naming the file and line of whatever is missing or damaged."""
     folder = Path(folder)
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG, "this is no run's record, or a broken one")
     if not isinstance(config.get("run_id"), str):
         raise UserError(f"{folder / CONFIG}: no run_id; this is not a run's record")
-    summary = _read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else None
+    summary = read_json(folder / SUMMARY, "mend or delete it") if (folder / SUMMARY).exists() else None
     if summary is not None and not isinstance(summary.get("status"), str):
         raise UserError(f"{folder / SUMMARY}: no status; delete the file or the run")
     return RunRecord(folder, config, _effective(_read_events(folder / METRICS)), summary)
@@ -175,18 +175,6 @@ def _is_event(value):
         return False
     step = value.get("step", None if value["kind"] == "resume" else 0)  # only a resume must have one
     return isinstance(step, int)
-
-
-def _read_json(path):
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; this is not a run's record") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); mend or delete it") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object; mend or delete it")
-    return value
 
 
 def _cut_torn_tail(path):

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
 
-PROFILE="${1:-cpu}" SEEDS="${2:-0 1}" NAME="lane_b_${1:-cpu}"
+PROFILE="${1:-cpu}" SEEDS="${2:-0 1}" NAME="lane_b_${1:-cpu}${TAG:-}"
 case "$PROFILE" in
     cpu) DATASET=stdlib FILES="" VOCABULARY=8192 DEPTH=2 STEPS=960 CONTEXT=256 FLAGS="--warmup-steps 10 --eval-every 60" ;;
     *) DATASET=climbmix FILES="-n 8" VOCABULARY=32768 DEPTH=12 STEPS=1500 CONTEXT=512 FLAGS="" ;;

@@ -19,11 +19,11 @@ bash runs/baseline.sh "$PROFILE" "$SEEDS"
 [[ "$PROFILE" != cpu* ]] || export TRITON_INTERPRET=1
 
 # shellcheck disable=SC2086  (the seeds are words)
-python -m scripts.experiment --name "lane_c_$PROFILE" --profile "$PROFILE" --seeds $SEEDS \
-    --candidates baseline fused-rmsnorm chunked-ce both --target-from "baseline_$PROFILE" --probe \
+python -m scripts.experiment --name "lane_c_$PROFILE${TAG:-}" --profile "$PROFILE" --seeds $SEEDS \
+    --candidates baseline fused-rmsnorm chunked-ce both --target-from "baseline_$PROFILE${TAG:-}" --probe \
     -- --tokenizer-dir "$TOKENIZER"
 bash runs/miniseries.sh "$PROFILE"
 
-python -m scripts.verdict --experiment "lane_c_$PROFILE" --miniseries "miniseries_$PROFILE" --log
-python -m scripts.report --experiment "lane_c_$PROFILE" --miniseries "miniseries_$PROFILE" \
-    --out "dev/reports/lane_c_$PROFILE.html"
+python -m scripts.verdict --experiment "lane_c_$PROFILE${TAG:-}" --miniseries "miniseries_$PROFILE${TAG:-}" --log
+python -m scripts.report --experiment "lane_c_$PROFILE${TAG:-}" --miniseries "miniseries_$PROFILE${TAG:-}" \
+    --out "dev/reports/lane_c_$PROFILE${TAG:-}.html"

@@ -17,5 +17,5 @@ TOKENIZER="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/tokenizer_$DATASET"
 [[ "$PROFILE" != cpu* ]] || export TRITON_INTERPRET=1
 
 # shellcheck disable=SC2086  (candidates and depths are words)
-python -m scripts.experiment --name "miniseries_$PROFILE" --profile "$SERIES" --seeds 0 \
+python -m scripts.experiment --name "miniseries_$PROFILE${TAG:-}" --profile "$SERIES" --seeds 0 \
     --candidates baseline $CANDIDATES --depths $DEPTHS -- --tokenizer-dir "$TOKENIZER"

@@ -39,7 +39,7 @@ def parse_args(argv=None):
           ("--head-dim", 128, "channels per attention head"),
           ("--max-seq-len", 2048, "context length in tokens"),
           ("--window-pattern", "SSSL", "attention per layer, tiled: L full, S a quarter; the last is full"),
-          ("--fused-rmsnorm", False, "fused Triton norm kernels (lane C)"),
+          ("--fused-rmsnorm", False, "rotary + QK-norm in one Triton kernel; uncompiled, the other norms too (lane C)"),
           ("--chunked-ce", False, "chunked linear cross-entropy (lane C)"))
     topic("horizon (the first that is given)",
           ("--num-iterations", -1, "optimizer steps"),
@@ -89,12 +89,12 @@ def train(args, device, dtype, dtype_reason, ranks, started):
     """Join the parts, run the loop, close the record; returns the exit code."""
     name = common.device_name(device)
     common.print0(f"device: {name}, {ranks.world_size} rank(s), compute dtype {dtype}: {dtype_reason}")
+    pretrain.check_kernels(args, device, dtype)
     data = pretrain.open_data(args)
     config = pretrain.model_config(args, data.tokenizer.vocab_size)
     horizon = pretrain.plan(args, config)
     accumulation = schedule.accumulation_steps(horizon.total_batch_size_tokens, args.device_batch_size,
                                                args.max_seq_len, ranks.world_size)
-    pretrain.check_kernels(args, config, device, dtype)
     tag = args.model_tag or f"d{args.depth}"
     folder = checkpoint.checkpoint_folder(tag)
     resume_step = None

@@ -19,17 +19,17 @@ def arrays(name):
         return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
-def batch():
+def batch(device="cpu"):
     """(idx, targets), both (3, 256) int64."""
     outputs = arrays("outputs")
-    return outputs["idx"].long(), outputs["targets"].long()
+    return outputs["idx"].long().to(device), outputs["targets"].long().to(device)
 
 
-def golden_model(**flags):
+def golden_model(device="cpu", **flags):
     """The model the figures were computed on."""
     model = GPT(CONFIG, **flags)
     model.load_state_dict(arrays("weights"))
-    return model
+    return model.to(device)
 
 
 def relative_error(found, expected):

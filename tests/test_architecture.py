@@ -16,7 +16,7 @@ TEXT = {"stdlib_corpus", "text_folder", "shards", "shard_writer", "download", "d
 
 # module or package -> the modules and packages of nanochat it may import (a package may always import itself)
 MAY_IMPORT = {
-    "errors": set(), "files": set(),
+    "errors": set(), "files": {"errors"},
     "common": {"errors"}, "runlog": LEAVES, "csv_ledger": LEAVES,
     "schedule": {"errors"}, "console": {"errors"}, "attention": {"errors"}, "kernels": {"errors"},
     **dict.fromkeys(TEXT, LEAVES | {"common"} | TEXT),

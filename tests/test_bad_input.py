@@ -148,6 +148,14 @@ def test_a_dtype_that_cannot_train(corpus, capsys, monkeypatch, dtype, words):
     assert_nothing_begun()
 
 
+def test_kernels_that_the_device_cannot_run_are_refused_before_any_text_is_opened(capsys, monkeypatch):
+    monkeypatch.setattr("nanochat.pretrain.open_data", lambda args: pytest.fail("text was opened before the refusal"))
+    monkeypatch.setattr("nanochat.kernels.runtime.INTERPRETED", False)
+    line = refused(["--depth", "2", "--device-type", "cpu", "--fused-rmsnorm"], capsys)
+    assert "--fused-rmsnorm needs a CUDA device" in line
+    assert_nothing_begun()
+
+
 def test_wandb_that_does_not_start_begins_no_record_and_moves_no_checkpoint(corpus, capsys, monkeypatch):
     main(flags(corpus, 2, "--run-id", "earlier"))
 

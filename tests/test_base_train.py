@@ -211,7 +211,8 @@ def test_a_taken_run_id_is_refused_and_the_old_record_stays(corpus, capsys):
 
 
 @pytest.mark.parametrize("change", [["--seed", "7"], ["--depth", "3"], ["--num-iterations", "13"],
-                                    ["--total-batch-size", "512"]], ids=str)
+                                    ["--total-batch-size", "512"], ["--warmup-steps", "3"],
+                                    ["--final-lr-frac", "0.5"]], ids=str)
 def test_a_run_is_not_resumed_with_other_flags(corpus, capsys, change):
     main(flags(corpus, 4))
     with pytest.raises(SystemExit) as stopped:

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from golden_figures import CONFIG, FACTS, arrays, batch, golden_model, relative_error
+from kernel_cases import kernel_device
 
 from nanochat.engine import KVCache
 from nanochat.errors import UserError
@@ -29,11 +30,11 @@ def test_losses_of_every_reduction_match_golden():
 
 @pytest.mark.parametrize("flags", [{}, {"chunked_ce": True}, {"fused_rmsnorm": True}], ids=str)
 def test_gradients_match_golden(flags):
-    idx, targets = batch()
-    model = golden_model(**flags)
-    model(idx, targets).backward()
+    device = kernel_device() if flags else "cpu"
+    model = golden_model(device, **flags)
+    model(*batch(device)).backward()
     golden = arrays("grads")
-    errors = {name: relative_error(p.grad, golden[name]) for name, p in model.named_parameters()}
+    errors = {name: relative_error(p.grad.cpu(), golden[name]) for name, p in model.named_parameters()}
     assert set(errors) == set(golden)
     assert max(errors.values()) < 1e-3, errors
 
@@ -117,11 +118,15 @@ def test_short_windows_hide_distant_tokens():
 
 @pytest.mark.parametrize("flags", [{"fused_rmsnorm": True, "chunked_ce": True}, {}], ids=str)
 def test_the_model_compiles_into_one_graph(flags):
-    idx, targets = batch()
-    model = golden_model(**flags)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    loss = compiled(idx, targets)
-    torch.testing.assert_close(loss, model(idx, targets), rtol=1e-6, atol=0)
+    device = kernel_device() if flags else "cpu"
+    model = golden_model(device, **flags)
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        loss = run(*batch(device))
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=0)
+    for gradient, expected in zip(results[1][1:], results[0][1:], strict=True):
+        assert relative_error(gradient, expected) < 1e-5
 
 
 def test_state_dict_names_are_upstreams():

@@ -20,6 +20,9 @@ def test_a_machine_with_neither_cuda_nor_the_interpreter_is_refused(monkeypatch)
     monkeypatch.setattr(runtime, "INTERPRETED", False)
     with pytest.raises(UserError, match="--fused-rmsnorm needs a CUDA device, and this run is on cpu"):
         runtime.require_kernels("cpu", "--fused-rmsnorm")
+    monkeypatch.setattr(runtime, "INTERPRETED", True)
+    with pytest.raises(UserError, match="unset TRITON_INTERPRET"):
+        runtime.require_kernels("cuda", "--fused-rmsnorm")
     monkeypatch.setattr(runtime, "triton", None)
     with pytest.raises(UserError, match="--fused-rmsnorm needs Triton"):
         runtime.require_kernels("cuda", "--fused-rmsnorm")

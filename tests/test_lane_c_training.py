@@ -2,12 +2,16 @@
 
 import inspect
 import json
+import os
+import subprocess
+import sys
 import textwrap
 
 import pytest
 import torch
 from corpus import TINY_FLAGS
 from golden_figures import batch, golden_model
+from kernel_cases import kernel_device
 
 from nanochat.checkpoint import checkpoint_folder
 from nanochat.common import runs_dir
@@ -66,20 +70,32 @@ def test_checkpoints_do_not_know_of_the_flags(text, first, then):
     assert list(resumed.values()) == pytest.approx(list(straight.values()), rel=1e-4)
 
 
+def test_two_ranks_train_as_one_without_the_flags(text):
+    plain = train(text, "one", "--total-batch-size", "256", steps=4)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    flags = [*TINY_FLAGS, "--dataset", text, "--num-iterations", "4", "--eval-every", "-1", "--run-id", "two",
+             "--device-type", "cpu", *FLAGS["both"]]
+    done = subprocess.run([*launch, "scripts.base_train", *flags], capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr
+    assert list(losses("two").values()) == pytest.approx(list(plain.values()), rel=1e-4)
+
+
 def test_evaluation_without_gradients_is_that_of_the_plain_model():
-    idx, targets = batch()
+    device = kernel_device()
     with torch.no_grad():
-        plain = golden_model()(idx, targets, "none")
-        fused = golden_model(fused_rmsnorm=True, chunked_ce=True)(idx, targets, "none")
+        plain = golden_model(device)(*batch(device), "none")
+        fused = golden_model(device, fused_rmsnorm=True, chunked_ce=True)(*batch(device), "none")
     torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_gradients_accumulate_over_micro_batches(name):
-    idx, targets = batch()
+    device = kernel_device()
+    idx, targets = batch(device)
     flags = {flag.strip("-").replace("-", "_"): True for flag in FLAGS[name]}
     gradients = []
-    for model in (golden_model(), golden_model(**flags)):
+    for model in (golden_model(device), golden_model(device, **flags)):
         for row in range(2):
             (model(idx[row : row + 1], targets[row : row + 1]) / 2).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})

@@ -1,5 +1,6 @@
 """Chunked linear cross-entropy, Triton and torch, against fp64 and against the unfused loss."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from kernel_cases import assert_as_exact, error, kernel_device
 from nanochat.errors import UserError
 from nanochat.kernels import linear_cross_entropy as module
 from nanochat.kernels.linear_cross_entropy import (
+    MAX_SOFTCAP,
     check_linear_cross_entropy,
     chunk_rows,
     linear_cross_entropy,
@@ -91,12 +93,37 @@ def test_matches_fp64_at_training_widths(shape):
     test_matches_fp64_as_well_as_the_unfused_loss(torch.device("cuda"), "triton", torch.bfloat16, *shape, 1024)
 
 
+@pytest.mark.gpu
+def test_a_chunk_of_more_than_2_to_the_31_elements():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x, weight, targets = problem(70_000, 64, 32700, 32768, torch.bfloat16, torch.device("cuda"))
+    last = slice(-64, None)
+    losses = linear_cross_entropy(x, weight, targets, 32700, reduction="none", chunk_bytes=6 << 30)
+    expected = plain_linear_cross_entropy(x[last], weight, targets[last], 32700, reduction="none").detach()
+    torch.testing.assert_close(losses[last], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_transient_memory_stays_within_a_gigabyte_and_the_gradients():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x, weight, targets = problem(65_536, 768, 32700, 32768, torch.bfloat16, torch.device("cuda"))
+    gradients = x.numel() * x.element_size() + weight.numel() * weight.element_size()
+    linear_cross_entropy(x, weight, targets, 32700)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_cross_entropy(x, weight, targets, 32700)
+    assert torch.cuda.max_memory_allocated() - before <= (1 << 30) + gradients
+
+
 @both
 @dtypes
-def test_chunk_size_does_not_change_the_result_and_reruns_are_bit_equal(device, implementation, dtype):
-    x, weight, targets = problem(33, 64, 193, 256, dtype, device)
+@pytest.mark.parametrize(("n_rows", "chunks"), [(33, (1, 7, 32, 33, 1000)), (300, (128, 300))])
+def test_chunk_size_does_not_change_the_result_and_reruns_are_bit_equal(device, implementation, dtype, n_rows, chunks):
+    x, weight, targets = problem(n_rows, 64, 193, 256, dtype, device)
     results = []
-    for rows in (1, 7, 32, 33, 1000):
+    for rows in chunks:
         runs = [with_gradients(linear_cross_entropy, x, weight, targets, 193, implementation=implementation,
                                chunk_bytes=rows * 256 * x.element_size()) for _ in range(2)]
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -324,6 +351,15 @@ def test_unsuitable_models_are_refused_in_one_line(device, changes, words):
     with pytest.raises(UserError, match=words) as caught:
         check_linear_cross_entropy(**arguments)
     assert "\n" not in str(caught.value)
+
+
+@both
+def test_the_largest_softcap_with_every_logit_at_its_bottom(device, implementation):
+    x, weight = torch.full((3, 64), -100.0, device=device), torch.ones(128, 64, device=device)
+    targets = torch.tensor([0, 5, 99], device=device)
+    losses = linear_cross_entropy(x, weight, targets, 100, MAX_SOFTCAP, "none", implementation)
+    torch.testing.assert_close(losses.cpu(), torch.full((3,), math.log(100)))
+    torch.testing.assert_close(plain_linear_cross_entropy(x, weight, targets, 100, MAX_SOFTCAP, "none"), losses)
 
 
 _ROOT = Path(__file__).parents[1]

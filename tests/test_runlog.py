@@ -221,13 +221,13 @@ def test_run_is_found_by_id_and_by_path(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    (CONFIG, None, "config.json is missing"),
-    (CONFIG, "{", "config.json: not JSON"),
-    (CONFIG, "[]", "config.json: not a JSON object"),
+    (CONFIG, None, "config.json \\(No such file or directory\\); this is no run"),
+    (CONFIG, "{", "config.json, line 1: not JSON"),
+    (CONFIG, "[]", "config.json, line 1: not a JSON object"),
     (CONFIG, "{}", "config.json: no run_id"),
     (CONFIG, '{"run_id": 3}', "config.json: no run_id"),
-    (SUMMARY, "", "summary.json: not JSON"),
-    (SUMMARY, "null", "summary.json: not a JSON object"),
+    (SUMMARY, "", "summary.json, line 1: not JSON"),
+    (SUMMARY, "null", "summary.json, line 1: not a JSON object"),
     (SUMMARY, "{}", "summary.json: no status"),
     (SUMMARY, '{"status": null}', "summary.json: no status"),
 ])

@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 
 import argparse
 import csv
+import math
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -29,11 +30,13 @@ from tqdm import tqdm
 from dev.bench.measure import peak_bytes, percentiles, rates, time_interleaved
 from dev.bench.variants import Unavailable, interpreted_losses, losses, norms, qk_norms, sliced_loss
 from nanochat.common import choose_compute_dtype, choose_device, device_name, keep_freed_memory
-from nanochat.errors import command
+from nanochat.errors import UserError, command
 from nanochat.files import atomic_path
 
 HEAD_DIM = 128
+POSITIONS = 2048
 KERNELS = ("loss", "norm", "qk-norm")
+WRONG = 2e-2  # relative error against fp64 that no bf16 result has
 DRY_RUN = "dry run in the interpreter"
 
 
@@ -102,6 +105,8 @@ def gpu_jobs(args, device, dtype):
         if "norm" in args.kernels:
             jobs.append(lambda n=n: bench_norm(norms(device), n, 768, dtype, device, args.repeats))
         if "qk-norm" in args.kernels:
+            if n % POSITIONS:
+                raise UserError(f"--tokens {n} is no multiple of {POSITIONS}, the context of the qk-norm benchmark")
             jobs.append(lambda n=n: bench_qk_norm(n, 768, dtype, device, args.repeats))
     return jobs
 
@@ -113,7 +118,7 @@ def cpu_jobs(args, device, dtype):
     if "loss" in args.kernels:
         dtypes = dict.fromkeys((dtype, torch.float32))
         shapes = [(n, 256, args.vocab_size, kind) for n in args.tokens or (4096,) for kind in dtypes]
-        shapes += [(2048, 256, 8192, kind) for kind in dtypes]
+        shapes += [(2048, 256, 8192, kind) for kind in dtypes] + [(2048, 256, 8150, dtype)]  # padded to 8192
         jobs += [lambda s=shape: bench_loss(losses(device), *s, device, args.repeats) for shape in shapes]
         jobs.append(lambda: bench_loss(interpreted_losses(), 64, 64, 256, dtype, device, 0, DRY_RUN))
     if "norm" in args.kernels:
@@ -150,7 +155,7 @@ def bench_norm(table, n_tokens, width, dtype, device, repeats, note=""):
 
 
 def bench_qk_norm(n_tokens, width, dtype, device, repeats, note=""):
-    heads, positions = width // HEAD_DIM, min(n_tokens, 64 if note else 2048)
+    heads, positions = width // HEAD_DIM, min(n_tokens, 64 if note else POSITIONS)
     theta = torch.outer(torch.arange(positions), 100000 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)).to(device)
     angles = [f(theta)[None, :, None].to(dtype) for f in (torch.cos, torch.sin)]
 
@@ -177,6 +182,8 @@ def _bench(blank, table, make_inputs, reference, floors, device, repeats, checke
         if not isinstance(function, Unavailable):
             try:
                 errors[variant] = _error(function, reference, *small)
+                if not errors[variant] < (WRONG if variant.startswith("ours") else math.inf):
+                    raise AssertionError(f"{variant} is wrong: relative error {errors[variant]:.1e}, nothing was timed")
                 continue
             except Exception as failure:  # a peer's: reported, and the others are still measured
                 if variant.startswith("ours"):
@@ -222,7 +229,7 @@ def _error(function, reference, differentiable, constants, upstream):
              upstream and [gradient.double() for gradient in upstream])
     pairs = zip(_with_gradients(function, differentiable, constants, upstream), _with_gradients(reference, *exact),
                 strict=True)
-    return max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
+    return torch.stack([(a.double() - b).norm() / b.norm() for a, b in pairs]).max().item()  # max keeps a NaN
 
 
 def _normal(*shape, dtype=torch.float32, device, scale=1.0):

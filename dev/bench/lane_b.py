@@ -12,7 +12,6 @@ import csv
 import os
 import platform
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import scipy
@@ -83,10 +82,9 @@ def main(argv=None):
                      "threads": os.environ.get("OMP_NUM_THREADS", ""), "commit": commit.stdout.strip(),
                      "python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__})
     if args.out:
-        is_new = not Path(args.out).exists()
         with open(args.out, "a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
-            if is_new:
+            if file.tell() == 0:
                 writer.writeheader()
             writer.writerows(rows)
 

@@ -10,20 +10,22 @@ import time
 
 import torch
 
-from dev.bench.measure import percentiles, time_interleaved
+from dev.bench.measure import peak_bytes, percentiles, time_interleaved
 from nanochat import common
 from nanochat.errors import UserError, command
 from nanochat.gpt import GPT, SOFTCAP, GPTConfig, flops_per_token
 from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
-from nanochat.kernels.rms_norm import check_rms_norm
+from nanochat.kernels.rms_norm import check_rms_norm, rms_norm
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.schedule import model_shape
 
+RESIDUAL_TOO = "fused, residual norms too"  # a choice that --fused-rmsnorm does not make in a compiled model
 CANDIDATES = {
     "baseline": {},
     "fused-rmsnorm": {"fused_rmsnorm": True},
     "chunked-ce": {"chunked_ce": True},
     "both": {"fused_rmsnorm": True, "chunked_ce": True},
+    RESIDUAL_TOO: {"fused_rmsnorm": True},
 }
 
 
@@ -41,9 +43,12 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def make_step(config, flags, dtype, device, args):
+def make_step(candidate, config, dtype, device, args):
     """A function that makes one whole training step of a candidate on fixed random tokens."""
-    model = GPT(config, dtype, **flags)
+    model = GPT(config, dtype, **CANDIDATES[candidate])
+    if candidate == RESIDUAL_TOO:
+        for module in (model, *model.transformer.h):
+            module.norm = rms_norm
     model.init_weights(0)
     model.to(device)
     compiled = model if args.no_compile else torch.compile(model, dynamic=False)
@@ -89,15 +94,17 @@ def main(argv=None):
         if why := refusal(flags, config, dtype, device):
             print(f"{candidate}: skipped: {why}")
             continue
-        steps[candidate] = make_step(config, flags, dtype, device, args)
+        steps[candidate] = make_step(candidate, config, dtype, device, args)
         start = time.perf_counter()
         steps[candidate]()
         print(f"{candidate}: first step {time.perf_counter() - start:.1f} s")
     times = time_interleaved(steps, args.repeats, device)
-    rows = [row(candidate, times, args, config, dtype, name) for candidate in steps]
+    peaks = {candidate: peak_bytes(step, device) for candidate, step in steps.items()}
+    rows = [row(candidate, times, peaks, args, config, dtype, name) for candidate in steps]
     for line in rows:
         print(f"{line['candidate']:14} {line['median_ms']:9.2f} ms ({line['p20_ms']:.2f} to {line['p80_ms']:.2f}), "
               f"{line['tok_per_sec']:,.0f} tok/s, {line['ratio_to_baseline']:.3f} of the baseline's time, "
+              f"peak {line['peak_mib']:,.0f} MiB above weights and state, "
               f"{line['tflop_per_sec']:.3f} TFLOP/s in the model")
     if args.profile:
         print_profile(steps["baseline"])
@@ -109,7 +116,7 @@ def main(argv=None):
     return 0
 
 
-def row(candidate, times, args, config, dtype, device_name):
+def row(candidate, times, peaks, args, config, dtype, device_name):
     """One CSV row: medians with percentiles, the ratio to the baseline of the same run, provenance."""
     median, low, high = percentiles(times[candidate])
     tokens = args.rows * args.seq_len
@@ -118,6 +125,7 @@ def row(candidate, times, args, config, dtype, device_name):
             "rows": args.rows, "vocab_size": args.vocab_size, "dtype": str(dtype).removeprefix("torch."),
             "compiled": not args.no_compile, "median_ms": median, "p20_ms": low, "p80_ms": high,
             "ratio_to_baseline": median / statistics.median(times["baseline"]), "tok_per_sec": 1e3 * tokens / median,
+            "peak_mib": peaks[candidate] / 2**20,
             "tflop_per_sec": flops_per_token(config) * tokens / median / 1e9, "device": device_name, "commit": commit,
             "dirty": dirty, **common.versions()}
 

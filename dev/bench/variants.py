@@ -21,6 +21,9 @@ class Unavailable(Exception):
     """Why a variant cannot run here."""
 
 
+NEEDS_CUDA = Unavailable("needs CUDA")
+
+
 def sliced_loss(x, weight, targets, vocab_size):
     """The usual way: fp32 logits of the real columns, softcap, cross-entropy."""
     logits = F.linear(x, weight.to(x.dtype))[:, :vocab_size].float()
@@ -54,7 +57,7 @@ def losses(device):
         "ours (torch), compiled around": _compiled(torch_chunks),
     }
     if device.type != "cuda":
-        return table
+        return table | dict.fromkeys(("liger", "cut-cross-entropy, exact", "quack (has no softcap)"), NEEDS_CUDA)
     return table | {
         "ours (triton)": triton_chunks,
         "ours (triton), compiled around": _compiled(triton_chunks),
@@ -69,7 +72,7 @@ def norms(device):
     """{variant: norm over the last dimension, or Unavailable}."""
     table = {"torch eager": plain_rms_norm, "torch compiled": _compiled(plain_rms_norm), "ours": rms_norm}
     if device.type != "cuda":
-        return table
+        return table | dict.fromkeys(("liger", "quack"), NEEDS_CUDA)
     return table | {
         "liger": _peer("liger_kernel.ops.rms_norm", _liger_norm),
         "quack": _peer("quack.rmsnorm", _quack_norm),

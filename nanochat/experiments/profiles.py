@@ -39,13 +39,13 @@ PROFILES = {
         "--core-metric-every -1 --sample-every -1 --save-every 0"),
     "cpu": Profile(
         "the same shape of protocol on a CPU: d4, 300 steps of 2048 tokens", 4, "stdlib",
-        "--aspect-ratio 64 --head-dim 64 --window-pattern L --max-seq-len 256 --device-batch-size 8 "
+        "--device-type cpu --aspect-ratio 64 --head-dim 64 --window-pattern L --max-seq-len 256 --device-batch-size 8 "
         "--total-batch-size 2048 --num-iterations 300 --eval-every 50 --eval-tokens 65536 "
         "--core-metric-every -1 --sample-every -1 --save-every 0"),
     "cpu-short": Profile(
         "the same shape in miniature, d2, 60 steps of 512 tokens: lane C's kernels run in the Triton interpreter there",
         2, "stdlib",
-        "--aspect-ratio 64 --head-dim 64 --window-pattern L --max-seq-len 128 --device-batch-size 4 "
+        "--device-type cpu --aspect-ratio 64 --head-dim 64 --window-pattern L --max-seq-len 128 --device-batch-size 4 "
         "--total-batch-size 512 --num-iterations 60 --eval-every 10 --eval-tokens 8192 "
         "--core-metric-every -1 --sample-every -1 --save-every 0"),
     "miniseries": Profile(

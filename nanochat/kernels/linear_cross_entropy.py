@@ -27,7 +27,7 @@ from nanochat.kernels.runtime import (
 
 DTYPES = (torch.bfloat16, torch.float32)
 IGNORED = -1
-MAX_SOFTCAP = 64.0  # exp(64) * V stays far inside fp32
+MAX_SOFTCAP = 40.0  # exp(-80), the least that the torch forms sum, is a normal fp32
 _LOG2_E = math.log2(math.e)
 _SCRATCH_ELEMENTS = {"cpu": 1 << 20, "gpu": 1 << 26}  # of each of the torch form's two fp32 scratch arrays
 _PRODUCT_ROWS = 8192  # rows of dW summed at a time on a CPU
@@ -174,7 +174,7 @@ def chunk_rows(n_rows, row_bytes, chunk_bytes):
     most = chunk_bytes // row_bytes
     if most < 1:
         raise UserError(f"a chunk budget of {chunk_bytes} bytes is smaller than one row of logits ({row_bytes} bytes); "
-                        "raise it to that at least")
+                        "raise chunk_bytes to that at least")
     if most >= n_rows:
         return max(n_rows, 1)
     tile = 128 if most >= 128 else 1
@@ -305,8 +305,11 @@ def linear_cross_entropy(x, weight, targets, vocab_size, softcap=15.0, reduction
 
 
 def default_chunk_bytes(device, dtype):
-    """Bytes of logits alive at a time: 1 GiB on a GPU keeps dW's rewriting below 2 %; a CPU weighs it against cache."""
-    return 1 << 30 if device.type == "cuda" else dtype.itemsize << 24
+    """Bytes of logits alive at a time. On a CPU 16M logits, measured.
+
+    On a GPU 896 MiB: dW's rewriting stays below 2 % of the matmuls, and with the cast weight it stays within 1 GiB.
+    """
+    return 896 << 20 if device.type == "cuda" else dtype.itemsize << 24
 
 
 def check_linear_cross_entropy(device, dtype, padded_vocab_size, softcap=15.0, implementation="triton",
@@ -318,4 +321,6 @@ def check_linear_cross_entropy(device, dtype, padded_vocab_size, softcap=15.0, i
     require_dtype(dtype, DTYPES, flag)
     if not 0 < softcap <= MAX_SOFTCAP:
         raise UserError(f"{flag} takes a softcap above 0, up to {MAX_SOFTCAP:g}, not {softcap:g}; leave the flag out")
-    chunk_rows(1, padded_vocab_size * dtype.itemsize, chunk_bytes or default_chunk_bytes(device, dtype))
+    if chunk_bytes is None:
+        chunk_bytes = default_chunk_bytes(device, dtype)
+    chunk_rows(1, padded_vocab_size * dtype.itemsize, chunk_bytes)

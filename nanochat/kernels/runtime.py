@@ -25,11 +25,15 @@ TILE_ELEMENTS = 1 << 18 if INTERPRETED else 4096
 
 
 def require_kernels(device, flag):
-    """UserError unless `device` can run Triton kernels: CUDA, or any device under the interpreter."""
+    """UserError unless `device` can run Triton kernels: CUDA, or a CPU under the interpreter."""
     if triton is None:
         raise UserError(f"{flag} needs Triton, which is not installed here; leave the flag out")
-    if torch.device(device).type != "cuda" and not INTERPRETED:
-        raise UserError(f"{flag} needs a CUDA device, and this run is on {torch.device(device).type}; leave the flag "
+    kind = torch.device(device).type
+    if INTERPRETED and kind != "cpu":
+        raise UserError(f"{flag} on {kind} cannot run in Triton's interpreter; unset TRITON_INTERPRET, "
+                        "or add --device-type cpu")
+    if kind != "cuda" and not INTERPRETED:
+        raise UserError(f"{flag} needs a CUDA device, and this run is on {kind}; leave the flag "
                         "out (for tests on a CPU, set TRITON_INTERPRET=1 before python starts)")
 
 
