@@ -21,6 +21,7 @@ from nanochat.experiments.target import check_target
 from nanochat.gpt import GPT, SOFTCAP, GPTConfig, flops_per_token, parameter_counts, scaling_params
 from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
 from nanochat.kernels.rms_norm import check_rms_norm
+from nanochat.kernels.runtime import INTERPRETED
 from nanochat.loss_eval import evaluate_loss
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.runlog import RunLog, check_new_run
@@ -134,10 +135,11 @@ def compile_model(args, model):
 def run_config(args, data, config, horizon, ranks, device, dtype, dtype_reason):
     """config.json of the run's record, without its id."""
     commit, dirty = git_commit()
+    name = device_name(device) + (", Triton interpreted" if INTERPRETED else "")  # its times say nothing of a GPU's
     return {
         "created_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"), "flags": flags_of(args),
         "git_commit": commit, "git_dirty": dirty, "versions": versions(),
-        "device": {"type": device.type, "name": device_name(device), "compute_dtype": str(dtype).removeprefix("torch."),
+        "device": {"type": device.type, "name": name, "compute_dtype": str(dtype).removeprefix("torch."),
                    "dtype_reason": dtype_reason, "world_size": ranks.world_size},
         **identity(args, data, horizon), "model_config": config.to_dict(),
         "n_params": parameter_counts(config)["total"], "n_scaling_params": scaling_params(config),

@@ -5,6 +5,7 @@ python -m scripts.lane_b_infer_ratio --stats-json stats.json --calibration-run c
 """
 
 import argparse
+import math
 import time
 
 from nanochat.common import runs_dir
@@ -15,8 +16,18 @@ from nanochat.lane_b.calibration import BitsPerByte
 from nanochat.lane_b.horizon import ALPHA_SOURCES, DEFAULT_RATIO, infer_horizon
 from nanochat.lane_b.horizon_figure import draw_inference
 from nanochat.lane_b.inference_file import VERSION, describe, inference_document
-from nanochat.lane_b.inputs import common_model, parse_point, point_of_run, read_statistics, threshold_of_baseline
+from nanochat.lane_b.inputs import (
+    check_baseline,
+    common_model,
+    parse_point,
+    point_of_run,
+    read_statistics,
+    threshold_of_baseline,
+)
+from nanochat.lane_b.outputs import check_outputs
 from nanochat.runlog import find_run
+
+MIN_RESAMPLES = 100  # a 95 % interval of fewer is its extremes
 
 
 def parse_args(argv):
@@ -43,7 +54,14 @@ def parse_args(argv):
     parser.add_argument("--seed", type=int, default=0, help="of the resampling")
     parser.add_argument("--output-json", required=True)
     parser.add_argument("--plot", metavar="FILE.png")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, least in (("n_scaling_params", 1), ("depth", 1), ("aspect_ratio", 1), ("head_dim", 1),
+                        ("context_tokens", 1), ("resamples", MIN_RESAMPLES), ("seed", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if not 0 < args.default_ratio < math.inf:
+        parser.error(f"--default-ratio {args.default_ratio} must be positive and finite")
+    return args
 
 
 def params_of_depth(args, vocab_size):
@@ -60,7 +78,7 @@ def gather(args, corpus):
     """(points, threshold, where the threshold is from, scaling parameters, context length) as the flags say."""
     runs = [find_run(name, runs_dir()) for name in args.calibration_run or ()]
     points = [point_of_run(run, corpus) for run in runs] or [parse_point(text) for text in args.calibration]
-    params, context_tokens = common_model(runs) if runs else (None, None)
+    params, step_tokens, context_tokens = common_model(runs) if runs else (None, None, None)
     given = params_of_depth(args, corpus.vocab_size) if args.depth else args.n_scaling_params
     if given is not None and params not in (None, given):
         raise Refusal(f"{given} scaling parameters asked for, the calibration runs have {params}; "
@@ -70,6 +88,7 @@ def gather(args, corpus):
     if args.baseline_run:
         baseline = [find_run(name, runs_dir()) for name in args.baseline_run]
         threshold = threshold_of_baseline(baseline, corpus)
+        check_baseline(baseline, given or params, step_tokens)
         source = f"median min val_bpb of {', '.join(run.run_id for run in baseline)}"
     else:
         threshold, source = BitsPerByte(args.target_metric_threshold), "given"
@@ -79,6 +98,7 @@ def gather(args, corpus):
 @command
 def main(argv=None):
     args = parse_args(argv)
+    check_outputs(args.output_json, args.plot)
     corpus = read_statistics(args.stats_json)
     points, threshold, threshold_source, params, context_tokens = gather(args, corpus)
     inference, reason = None, None

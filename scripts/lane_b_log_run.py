@@ -12,7 +12,9 @@ from nanochat.common import runs_dir
 from nanochat.csv_ledger import parse_cell
 from nanochat.errors import UserError, command
 from nanochat.experiments.target import evaluations_of, time_to_target
+from nanochat.lane_b import Refusal
 from nanochat.lane_b.inference_file import read_inference
+from nanochat.lane_b.inputs import NUMBER_OR_NONE, check_different, recorded
 from nanochat.lane_b.record import DECISIONS, LaneBRecord, append_record, read_records, record_of_run, standing
 from nanochat.runlog import find_run
 
@@ -48,8 +50,12 @@ def seconds_to_target(run, inference):
     found = time_to_target(evaluations, inference.target_metric_name, inference.target_metric_threshold)
     if found.measured_sec is not None or run.status != "ok":
         return found.measured_sec, None
-    factor = inference.horizon_factor(run.summary["final_val_bpb"])
-    return None, None if factor is None else run.summary["train_time_sec"] * factor
+    metric = recorded(run, "summary", "final_val_bpb", *NUMBER_OR_NONE)
+    if metric is None:
+        raise Refusal(f"run {run.run_id} was not evaluated at its end (final_val_bpb): it reached nothing that can be "
+                      "logged; repeat it with --eval-every")
+    factor = inference.horizon_factor(metric)
+    return None, None if factor is None else recorded(run, "summary", "train_time_sec", int, float) * factor
 
 
 def by_hand(args):
@@ -81,7 +87,9 @@ def show_standing(args, inference):
     """Print how the ledger's runs for this inference's target stand against the baseline's."""
     if not args.baseline_run:
         raise UserError("--standing compares with the baseline: give --baseline-run")
-    baseline = [seconds_to_target(find_run(name, runs_dir()), inference) for name in args.baseline_run]
+    runs = [find_run(name, runs_dir()) for name in args.baseline_run]
+    check_different([run.run_id for run in runs])
+    baseline = [seconds_to_target(run, inference) for run in runs]
     target = (inference.dataset_id, inference.target_metric_name, inference.target_metric_threshold,
               inference.n_scaling_params)
     records = [record for record in read_records(args.csv)

@@ -10,19 +10,19 @@ import argparse
 import os
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import scipy
 
 from nanochat.common import Ranks, base_dir, print0, runs_dir, versions
 from nanochat.dataset import open_dataset
-from nanochat.errors import UserError, command
+from nanochat.errors import command
 from nanochat.files import write_json
 from nanochat.lane_b.documents import check_vocabulary, from_shards
-from nanochat.lane_b.position_losses import check_same_text, read_position_losses
+from nanochat.lane_b.outputs import check_outputs
+from nanochat.lane_b.position_losses import check_same_model, check_same_text, read_position_losses
 from nanochat.lane_b.statistics import DEFAULT_LAGS, measure
-from nanochat.lane_b.statistics_figure import draw_statistics, figure_class
+from nanochat.lane_b.statistics_figure import draw_statistics
 from nanochat.lane_b.statistics_file import VERSION, describe, statistics_document
 from nanochat.tokenizer import load_tokenizer
 from nanochat.tokens import token_shards
@@ -70,26 +70,17 @@ def read_shards(dataset, tokenizer, split, max_tokens):
         n_shards *= 2
 
 
-def check_outputs(args):
-    """Fail now, not after the work, where it cannot be written or drawn."""
-    for flag, path in (("--output-json", args.output_json), ("--plot", args.plot)):
-        folder = Path(path or ".").resolve().parent
-        if path and (Path(path).is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK))):
-            raise UserError(f"{flag} {path} cannot be written; give a file in a folder that is there")
-    if args.plot:
-        figure_class()
-
-
 @command
 def main(argv=None):
     args = parse_args(argv)
     start = time.time()
     ranks = Ranks.from_environment()
-    check_outputs(args)
+    check_outputs(args.output_json, args.plot)
     dataset = open_dataset(args.dataset)
     tokenizer = load_tokenizer(args.tokenizer or base_dir() / "tokenizer")
     losses = [read_position_losses(name, runs_dir()) for name in args.position_losses]
     check_same_text(losses, dataset.dataset_id, tokenizer.tokenizer_id)
+    check_same_model(losses)
     check_vocabulary(tokenizer.vocab_size)
     shards = read_shards(dataset, tokenizer, args.split, args.max_tokens)
     documents = from_shards(shards, tokenizer.bos_id, tokenizer.vocab_size, args.max_tokens)

@@ -1,5 +1,6 @@
 import json
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from nanochat.lane_b.entropy import (
 )
 from nanochat.lane_b.fit import fit_power_law
 from nanochat.lane_b.kneser_ney import KneserNey, ngram_keys
-from nanochat.lane_b.position_losses import check_same_text, read_position_losses
+from nanochat.lane_b.position_losses import check_same_model, check_same_text, read_position_losses
 from nanochat.runlog import RunLog
 
 # --- Kneser-Ney against the definitions of Chen & Goodman, in dictionaries
@@ -202,6 +203,13 @@ def test_gamma_is_refused_where_fewer_than_three_contexts_converged():
     assert found.refusal == "H_n at n=2 still falls 0.041 nats per data doubling (limit 0.02)"
 
 
+def test_a_larger_run_that_is_worse_does_not_fall():
+    whole, half = losses(10 ** 8), losses(10 ** 8 // 2)
+    whole.nats[1:] += 0.03
+    assert entropies_by_position([whole, half]).refusal.startswith(
+        "H_n at n=1 is 0.030 nats higher from twice the data (limit 0.02)")
+
+
 def test_gamma_is_refused_without_a_model_of_half_the_data():
     found = entropies_by_position([losses(10 ** 8), losses(10 ** 7)])
     assert "10,000,000, 100,000,000; add a run on about 50,000,000 tokens" in found.refusal and found.slope is None
@@ -295,3 +303,22 @@ def test_losses_of_another_text_are_refused(ids, words):
     with pytest.raises(Refusal, match=f"entropy measured on another distribution .* {words}"):
         check_same_text([losses(100, **{"dataset_id": "d", "tokenizer_id": "t", **ids})], "d", "t")
     check_same_text([losses(100, dataset_id="d"), losses(100)], "d", "t")
+
+
+def test_a_run_given_twice_is_refused(tmp_path):
+    log = RunLog.create(tmp_path, "a-run", {})
+    log.event("position_losses", **{key: value for key, value in EVENT.items() if key != "kind"})
+    log.close()
+    twice = [read_position_losses(name, tmp_path) for name in ("a-run", str(tmp_path / "a-run"))]
+    with pytest.raises(Refusal, match="a-run is given 2 times"):
+        check_same_model(twice)
+    check_same_model(twice[:1])
+
+
+def test_losses_of_different_models_are_refused():
+    small, large = {"n_layer": 2}, {"n_layer": 4}
+    runs = [replace(losses(100), name=name, model_config=config)
+            for name, config in (("a", small), ("b", None), ("c", small), ("d", large))]
+    check_same_model(runs[:3])
+    with pytest.raises(Refusal, match="of a and d are of different models"):
+        check_same_model(runs)

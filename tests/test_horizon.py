@@ -235,7 +235,9 @@ def test_auto_takes_the_theory_where_its_premises_hold():
 @pytest.mark.parametrize("change, reason", [
     ({"gamma": BRACKET.gamma, "gamma_refusal": "H_2 still falls"}, "no alpha (H_2 still falls"),
     ({"beta_max_data_tokens": 2e5}, "beta describes data sizes up to about 2.0e+05 tokens"),
+    ({"beta_max_data_tokens": 1e7}, "beta describes data sizes up to about 1.0e+07 tokens, its target is 1."),
     ({"context_tokens": 16}, "context-limited"),
+    ({"context_tokens": 75}, "context-limited: 1."),  # holds at the 8M tokens of the longest calibration
     ({"gamma": Estimate(0.05, 0.001, 0.048, 0.052)}, "the calibration prefers alpha 0.3"),
 ])
 def test_auto_takes_the_calibration_where_the_theory_does_not_hold(change, reason):
@@ -251,6 +253,18 @@ def test_disagreement_is_reported_whatever_the_source():
         found = infer(statistics=off, alpha_source=source)
         assert "the calibration prefers alpha" in found.warnings[-1]
     assert infer(statistics=off, alpha_source="theory").state == "low_quality"
+
+
+@pytest.mark.parametrize("change", [{"beta_max_data_tokens": 1e7}, {"context_tokens": 75}])
+def test_a_theory_asked_for_beyond_its_premises_at_the_target_is_of_low_quality(change):
+    found = infer(statistics=replace(STATISTICS, **change), alpha_source="theory")
+    assert (found.state, found.alpha_source, len(found.faults)) == ("low_quality", "theory", 1)
+
+
+@pytest.mark.parametrize("ratio", [math.nan, math.inf, 0.0])
+def test_a_default_ratio_that_cannot_be_is_an_error(ratio):
+    with pytest.raises(UserError, match="positive and finite"):
+        infer(default_ratio=ratio)
 
 
 @pytest.mark.parametrize("source, cloud, statistics, fault", [

@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,11 +158,14 @@ def test_fallback_to_the_default_ratio_is_asked_for_and_recorded(tmp_path, stats
     by_hand = ("--n-scaling-params", str(PARAMS), "--fallback", "--default-ratio", "10")
     no_alpha = infer(tmp_path, stats_json, "--calibration", *POINTS[:3], "--target-metric-threshold", "1.0", *by_hand)
     too_low = infer(tmp_path, stats_json, "--calibration", *POINTS, "--target-metric-threshold", "0.5", *by_hand)
-    for found, state in ((no_alpha, "low_quality"), (too_low, "threshold_not_above_asymptote")):
-        assert (found["decision"], found["alpha_source"], found["chosen_ratio"]) == ("fallback", "default", 10)
+    for found, state, source in ((no_alpha, "low_quality", "default"),
+                                 (too_low, "threshold_not_above_asymptote", "calibration")):
+        assert (found["decision"], found["alpha_source"], found["chosen_ratio"]) == ("fallback", source, 10)
         assert (found["state"], found["target_tokens"]) == (state, None)
     assert "no alpha to use" in no_alpha["fallback_reason"]
-    assert "falling back to the default ratio: threshold_not_above_asymptote" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "falling back to the default ratio: threshold_not_above_asymptote" in printed
+    assert "from the calibration" in printed and "from the default" not in printed
 
 
 @pytest.mark.parametrize("change, code, fault", [
@@ -172,6 +176,9 @@ def test_fallback_to_the_default_ratio_is_asked_for_and_recorded(tmp_path, stats
     ({"stopped_at": 100}, 3, "ended after 2000000 of 16000000 tokens"),
     ({"summary": {"final_val_bpb": None}}, 3, "not evaluated at the end"),
     ({"summary": {"steps": 801}}, 3, "not evaluated at the end"),
+    ({"config": {"total_batch_size_tokens": 7}}, 3, "different batch sizes"),
+    ({"summary": {"final_val_bpb": "low"}}, 2, "final_val_bpb is 'low'"),
+    ({"config": {"model_config": "d4"}}, 2, "model_config is 'd4'"),
 ])
 def test_runs_that_are_no_calibration_points_are_refused(tmp_path, stats_json, make_run, calibration, capsys, change,
                                                          code, fault):
@@ -189,6 +196,51 @@ def test_a_baseline_of_other_data_and_a_wrong_size_are_refused(tmp_path, stats_j
     assert code == 3 and "the calibration runs have 1000000" in line
     code, line = refused(tmp_path, stats_json, capsys, "--calibration", *POINTS, "--target-metric-threshold", "1.0")
     assert code == 2 and "--n-scaling-params or --depth" in line
+
+
+def test_one_run_given_twice_is_refused(tmp_path, stats_json, calibration, baseline, base_dir, capsys):
+    again = str(base_dir / "runs" / "base-s1")
+    for calibrated, ends, name in (([*calibration, "cal-2-s1"], baseline, "cal-2-s1"),
+                                   (calibration, [*baseline, again], "base-s1")):
+        code, line = refused(tmp_path, stats_json, capsys, "--calibration-run", *calibrated, "--baseline-run", *ends)
+        assert (code, f"{name} is given 2 times" in line) == (3, True), line
+
+
+@pytest.mark.parametrize("change, code, fault", [
+    ({"config": {"n_scaling_params": 7}}, 3, "has 7 scaling parameters, the calibration 1000000"),
+    ({"config": {"total_batch_size_tokens": 7}}, 3, "has 7 tokens a step, the calibration 20000"),
+    ({"summary": {"min_val_bpb": None}}, 3, "has no validation"),
+    ({"summary": {"min_val_bpb": "low"}}, 2, "min_val_bpb is 'low'"),
+])
+def test_a_baseline_of_another_recipe_is_refused(tmp_path, stats_json, make_run, calibration, capsys, change, code,
+                                                 fault):
+    odd = make_run("odd", 16_000_000, **change)
+    found, line = refused(tmp_path, stats_json, capsys, "--calibration-run", *calibration, "--baseline-run", odd)
+    assert (found, fault in line) == (code, True), line
+
+
+@pytest.mark.parametrize("flags, fault", [
+    (["--resamples", "0"], "--resamples must be at least 100"),
+    (["--default-ratio", "nan"], "must be positive and finite"),
+    (["--default-ratio", "inf"], "must be positive and finite"),
+    (["--seed", "-1"], "--seed must be at least 0"),
+    (["--plot", "figure.odd"], "no kind of figure"),
+])
+def test_flags_without_sense_exit_with_2(tmp_path, stats_json, capsys, flags, fault):
+    if "--plot" in flags:
+        pytest.importorskip("matplotlib")
+    code, line = refused(tmp_path, stats_json, capsys, "--calibration", *POINTS, "--target-metric-threshold", "1.0",
+                         "--n-scaling-params", str(PARAMS), *flags)
+    assert (code, fault in line) == (2, True), line
+
+
+def test_an_output_that_cannot_be_written_or_drawn_is_named_before_the_work(tmp_path, stats_json, monkeypatch, capsys):
+    flags = ("--calibration", *POINTS, "--target-metric-threshold", "1.0", "--n-scaling-params", str(PARAMS))
+    code, line = refused(tmp_path, stats_json, capsys, *flags, "--output-json", str(tmp_path))
+    assert (code, "--output-json" in line) == (2, True), line
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, line = refused(tmp_path, stats_json, capsys, *flags, "--plot", str(tmp_path / "infer.png"))
+    assert (code, "pip install 'nanochat[report]'" in line) == (2, True), line
 
 
 @pytest.mark.parametrize("text, fault", [
@@ -284,6 +336,28 @@ def test_a_row_that_would_not_be_true_is_refused(tmp_path, inferred, make_run, c
     assert not (tmp_path / "lane_b.csv").exists()
 
 
+@pytest.mark.parametrize("name, value", [("decision", "guessed"), ("target_metric_name", "loss")])
+def test_an_inference_that_names_what_nobody_knows_is_an_error(tmp_path, inferred, make_run, capsys, name, value):
+    run = make_run("inferred-s0", steps_of(inferred["chosen_ratio"]))
+    (tmp_path / "infer.json").write_text(json.dumps(inferred | {name: value}))
+    with pytest.raises(SystemExit) as stopped:
+        log(tmp_path, "--run", run)
+    assert stopped.value.code == 2 and f"infer.json: {name} is '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("summary, code, fault", [
+    ({"final_val_bpb": None, "min_val_bpb": None}, 3, "was not evaluated at its end"),
+    ({"final_val_bpb": "low"}, 2, "final_val_bpb is 'low'"),
+    ({"dt_median_ms": "quick"}, 2, "dt_median_ms is 'quick'"),
+])
+def test_a_record_without_a_metric_is_one_line(tmp_path, inferred, make_run, capsys, summary, code, fault):
+    run = make_run("odd", steps_of(inferred["chosen_ratio"]), val_bpb=2.0, summary=summary)
+    with pytest.raises(SystemExit) as stopped:
+        log(tmp_path, "--run", run)
+    assert (stopped.value.code, fault in capsys.readouterr().err) == (code, True)
+    assert not (tmp_path / "lane_b.csv").exists()
+
+
 def test_a_schedule_that_ended_short_is_extrapolated_as_a_schedule(tmp_path, inferred, make_run):
     """By the curve, the end of a schedule a tenth shorter than the target needs one that is a ninth longer."""
     curve = inferred["calibration"]
@@ -313,6 +387,9 @@ def test_the_standing_says_which_decision_came_first(tmp_path, inferred, make_ru
     marks = [(line.split()[0], line.count("~")) for line in lines[1:4]]
     assert marks == [("baseline", 1), ("inferred", 0), ("confirmation", 1)]  # the worse half misses its own median
     assert lines[4].startswith("first: inferred")
+    with pytest.raises(SystemExit) as stopped:
+        log(tmp_path, "--standing", "--baseline-run", *baseline, baseline[0])
+    assert stopped.value.code == 3 and f"{baseline[0]} is given 2 times" in capsys.readouterr().err
 
 
 def test_the_worksheet_s_example_is_what_the_tool_prints(tmp_path, monkeypatch, capsys):
@@ -337,7 +414,12 @@ def test_the_worksheet_s_arithmetic_is_right():
     asymptote = mean_y - scale * mean_x
     target = (scale / (1.14 - asymptote)) ** (1 / alpha)
     usable = (math.exp(-5.55) * math.sqrt(target) / 0.26) ** (1 / 0.88)
-    for figure in (f"**{alpha:.4f}**", f"**{0.309 / 2:.4f}**", f"**{0.341 / 1.52:.4f}**", f"A = **{scale:.3f}**",
+    products = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, means, strict=True))
+    squares = sum((a - mean_x) ** 2 for a in x)
+    for figure in (f"mean x {mean_x:.6f}", f"mean y {mean_y:.6f}", f"{products * 1e4:.4f}e-4",
+                   f"{squares * 1e4:.5f}e-4", f"= {scale / (1.14 - asymptote):.2f}^{1 / alpha:.4f}",
+                   *(f"{mean:.5f}" for mean in means),
+                   f"**{alpha:.4f}**", f"**{0.309 / 2:.4f}**", f"**{0.341 / 1.52:.4f}**", f"A = **{scale:.3f}**",
                    f"**{asymptote:.4f}** bits", f"**{target / 1e6:.2f}·10^6** tokens", f"**{target / 8e5:.2f}**",
                    f"**{1.05 * target / 8e5:.2f}**", f"**{usable:.0f}** tokens", *(f"{v:.6f}" for v in x)):
         assert figure in page, figure

@@ -3,6 +3,7 @@ import os
 import pydoc_data.topics
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,6 +133,26 @@ def test_books_like_correlations_report_both_regimes():
     assert beta.max_data_tokens == pytest.approx((0.26 / (9.5e-3 * 6 ** -1.6)) ** 2, rel=0.01)
 
 
+@pytest.mark.parametrize("n_break, lags, words", [
+    (6.4, (1, 2, 4, 6, 8, 16, 32, 64), r"4 lags before the break at n=6\.\d \(need 5\); give more --lags within it"),
+    (3.6, DEFAULT_LAGS, r"3 lags before the break at n=3\.\d \(need 5\); no 5 lags fit there"),
+])
+def test_beta_never_reaches_across_the_break(n_break, lags, words):
+    law = BrokenPowerLaw(1.6, 0.17, n_break, np.log(9.5e-3), 0, 1, 0)
+    with pytest.raises(Refusal, match=words):
+        measure_beta([e for e in estimates(law) if e.lag in lags], 0.26)
+
+
+def test_the_frobenius_slope_is_of_the_lags_that_give_beta():
+    law = BrokenPowerLaw(1.6, 0.17, 6.4, np.log(9.5e-3), 0, 1, 0)
+    seen = estimates(law)
+    hidden = replace(seen[-1], frobenius_squared=-1e-12)
+    assert hidden.frobenius is None
+    beta = measure_beta([*seen[:-1], hidden], 0.26)
+    assert beta.frobenius is None and beta.frobenius_slope == measure_beta(seen, 0.26).frobenius_slope
+    assert measure_beta([replace(seen[0], frobenius_squared=-1e-12), *seen[1:]], 0.26).frobenius_slope is None
+
+
 def test_one_law_uses_all_lags():
     beta = measure_beta(estimates(lambda n: 9e-3 * n ** -0.8), 0.26)
     assert beta.window == (1, 64) and beta.op.n_break is None and beta.regime.startswith("one power law over lags 1")
@@ -220,6 +241,17 @@ def test_flags_without_sense_exit_with_2(corpus, tmp_path, more, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments(corpus, tmp_path, *more))
     assert stop.value.code == 2 and capsys.readouterr().err
+
+
+def test_losses_of_different_models_exit_with_3(corpus, tmp_path, capsys):
+    dataset_id = open_dataset(str(corpus / "text")).dataset_id
+    for name in ("a.json", "b.json"):
+        event = {"tokens": 10, "nats_by_position": [1.0, 1.0], "counts_by_position": [1, 1], "dataset_id": dataset_id,
+                 "model_config": {"n_layer": len(list(tmp_path.iterdir()))}}
+        (tmp_path / name).write_text(json.dumps(event))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(corpus, tmp_path, "--position-losses", str(tmp_path / "a.json"), str(tmp_path / "b.json")))
+    assert stop.value.code == 3 and "are of different models" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["missing/stats.json", "."])

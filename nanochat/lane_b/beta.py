@@ -42,7 +42,10 @@ class Decay:
 
 @dataclass(frozen=True)
 class Beta:
-    """β of the lags of `window`, from the operator norms; data sizes in tokens that those lags speak of."""
+    """β of the lags of `window`, from the operator norms; data sizes in tokens that those lags speak of.
+
+    frobenius_slope: None where noise hides the Frobenius norm at one of those lags.
+    """
 
     slope: Slope
     law: PowerLaw
@@ -74,16 +77,21 @@ def measure_beta(estimates, null_coefficient):
     op_decay = _decay(usable, "op", "op_se")
     frobenius_decay = _decay(usable, "frobenius", "frobenius_se")
     inside = [e for e in usable if op_decay.n_break is None or e.lag <= op_decay.n_break]
-    inside = inside if len(inside) >= MIN_LAGS else usable[:MIN_LAGS]
+    if len(inside) < MIN_LAGS:
+        way_out = ("give more --lags within it, or more text" if op_decay.n_break >= MIN_LAGS else
+                   f"no {MIN_LAGS} lags fit there, give --lags beyond it")
+        raise Refusal(f"beta not reported: only {len(inside)} lags before the break at n={op_decay.n_break:.1f} "
+                      f"(need {MIN_LAGS}); {way_out}")
     lags, op, op_se = (np.array([getattr(e, name) for e in inside], float) for name in ("lag", "op", "op_se"))
-    frobenius = np.array([e.frobenius for e in inside], float) if frobenius_decay else None
+    known = all(e.frobenius is not None for e in inside)
+    frobenius = np.array([e.frobenius for e in inside], float) if known else None
     slope, law = measure_slope(lags, op, op_se, _replicates(inside), frobenius)
     if slope.interval[0] <= 0:
         raise Refusal(f"beta not reported: {slope.value:.2f} ± {slope.se:.2f} over lags {inside[0].lag} to "
                       f"{inside[-1].lag} is not clear of 0, correlations do not decay; give more text or other --lags")
     return Beta(
         slope=slope, law=law, window=(inside[0].lag, inside[-1].lag), n_lags=len(inside),
-        frobenius_slope=fit_power_law(lags, frobenius, weights_of(op, op_se)).slope if frobenius_decay else None,
+        frobenius_slope=fit_power_law(lags, frobenius, weights_of(op, op_se)).slope if known else None,
         op=op_decay, frobenius=frobenius_decay,
         min_data_tokens=data_tokens(inside[0].op, null_coefficient),
         max_data_tokens=data_tokens(inside[-1].op, null_coefficient))

@@ -33,6 +33,7 @@ class PositionLosses:
     counts: np.ndarray
     dataset_id: str | None = None
     tokenizer_id: str | None = None
+    model_config: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,7 @@ def entropies_by_position(losses):
     window = points[:unconverged]
     if len(window) < MIN_POINTS:
         point = points[unconverged] if unconverged < len(points) else None
-        reason = (f"H_n at n={point.n:.0f} still falls {point.nats_half - point.nats:.3f} nats per data doubling "
-                  f"(limit {CONVERGED_NATS})") if point else f"only {len(points)} context lengths (need {MIN_POINTS})"
+        reason = _unconverged(point) if point else f"only {len(points)} context lengths (need {MIN_POINTS})"
         return _refused(largest, whole, half, points, reason)
     slope, law = _gamma(window)
     if slope.interval[0] <= 0:
@@ -215,6 +215,14 @@ def _points(whole, half):
         points.append(EntropyPoint(float(np.average(inside, weights=counts)), float(nats), float(nats_half),
                                    int(counts.sum() / len(whole))))
     return tuple(points)
+
+
+def _unconverged(point):
+    fall = point.nats_half - point.nats
+    if fall > 0:
+        return f"H_n at n={point.n:.0f} still falls {fall:.3f} nats per data doubling (limit {CONVERGED_NATS})"
+    return (f"H_n at n={point.n:.0f} is {-fall:.3f} nats higher from twice the data (limit {CONVERGED_NATS}): "
+            "those runs have not learned the text")
 
 
 def _gamma(points):

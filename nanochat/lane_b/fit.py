@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as t_distribution
 
 BREAK_RANGE = (2.5, 40.0)
 TWO_REGIMES_DELTA_BIC = 10.0
@@ -51,6 +52,7 @@ class Slope:
     se_jackknife: float
     se_bootstrap: float
     gap: float
+    n_points: int
 
     @property
     def se(self):
@@ -58,8 +60,10 @@ class Slope:
 
     @property
     def interval(self):
-        """95 %."""
-        return self.value - NORMAL_95 * self.se, self.value + NORMAL_95 * self.se
+        """95 %; a jackknife of few points knows its own size badly, which Student's t with n - 2 makes up for."""
+        student = t_distribution.ppf(0.975, self.n_points - 2) if self.n_points > 2 else NORMAL_95
+        half = float(np.hypot(student * self.se_jackknife, NORMAL_95 * np.hypot(self.se_bootstrap, self.gap)))
+        return self.value - half, self.value + half
 
 
 def r_squared(observed, fitted, weights=None):
@@ -117,7 +121,7 @@ def measure_slope(x, y, y_se=None, replicates=None, other=None):
     law = fit_power_law(x, y, weights)
     bootstrap = 0.0 if replicates is None else float(np.std(slopes(x, replicates, weights), ddof=1))
     gap = 0.0 if other is None else abs(fit_power_law(x, other, weights).slope - law.slope)
-    return Slope(law.slope, _jackknife(x, y, weights), bootstrap, float(gap)), law
+    return Slope(law.slope, _jackknife(x, y, weights), bootstrap, float(gap), len(x)), law
 
 
 def fit_offset_power_law(x, y):

@@ -187,21 +187,22 @@ def infer_horizon(points, threshold, n_scaling_params, statistics, *, alpha_sour
     `alpha_source` finds no exponent to use, and for points that no falling curve fits.
     """
     bits_per_byte(threshold)
-    if n_scaling_params < 1 or default_ratio <= 0:
-        raise UserError(f"{n_scaling_params} scaling parameters and a ratio of {default_ratio:g} must both be positive")
+    if n_scaling_params < 1 or not 0 < default_ratio < math.inf:
+        raise UserError(f"{n_scaling_params} scaling parameters and a ratio of {default_ratio:g} must both be positive "
+                        "and finite")
     context_tokens = context_tokens or statistics.context_tokens
     options = {"resamples": resamples, "seed": seed}
     check_points(points)
-    own, own_refusal = _own_fit(points, options)
+    own, own_refusal = _fit(points, options)
     theory = data_exponent(statistics.gamma, statistics.beta)
-    doubts = _theory_doubts(theory, own, points, statistics, context_tokens)
-    source, policy = _choose_source(alpha_source, theory, doubts, own, own_refusal, points, statistics)
-    if source == "theory":
-        calibration = fit_calibration(points, theory.value, theory.se / theory.value, **options)
-        alpha = theory
-    else:
-        calibration = own
-        alpha = Estimate(own.curve.alpha, _se(own), own.alpha_lo, own.alpha_hi)
+    by_theory, no_theory = None, f"the statistics give no alpha ({statistics.gamma_refusal or 'gamma is a bracket'})"
+    if theory.value is not None:
+        by_theory, no_theory = _fit(points, options, theory.value, theory.se / theory.value)
+    doubts = _theory_doubts(theory, by_theory, own, points, threshold, statistics, context_tokens)
+    source, policy = _choose_source(alpha_source, no_theory, doubts, own_refusal, points)
+    calibration, alpha = by_theory, theory
+    if source == "calibration":
+        calibration, alpha = own, Estimate(own.curve.alpha, _se(own), own.alpha_lo, own.alpha_hi)
 
     target = _target(calibration, threshold)
     faults = (*_faults(target, points), *(doubts if source == "theory" else ()))
@@ -216,10 +217,10 @@ def infer_horizon(points, threshold, n_scaling_params, statistics, *, alpha_sour
                      target, regime, faults, warnings, tuple(points))
 
 
-def _own_fit(points, options):
-    """(the calibration with alpha free, None), or (None, why there is none)."""
+def _fit(points, options, *alpha):
+    """(the calibration with `alpha` and its log error given, or free; None), or (None, why there is none)."""
     try:
-        return fit_calibration(points, **options), None
+        return fit_calibration(points, *alpha, **options), None
     except Refusal as refusal:
         return None, str(refusal)
 
@@ -231,12 +232,10 @@ def _target(calibration, threshold):
     return Interval(float(calibration.curve.tokens_at(threshold)), lo, hi)
 
 
-def _choose_source(asked, theory, doubts, own, own_refusal, points, statistics):
+def _choose_source(asked, no_theory, doubts, own_refusal, points):
     """(theory or calibration, why) by the stated policy. Errors: Refusal with the ways out."""
     if asked not in ALPHA_SOURCES:
         raise UserError(f"--alpha-source {asked!r} is unknown; use one of {', '.join(ALPHA_SOURCES)}")
-    no_theory = (None if theory.value is not None else
-                 f"the statistics give no alpha ({statistics.gamma_refusal or 'gamma is a bracket'})")
     found = len(horizons(points))
     no_calibration = own_refusal
     if found < MIN_HORIZONS_FREE:
@@ -258,17 +257,23 @@ def _choose_source(asked, theory, doubts, own, own_refusal, points, statistics):
     return "calibration", reasons
 
 
-def _theory_doubts(theory, own, points, statistics, context_tokens):
-    """Why alpha = gamma / (2 beta) does not describe these runs, as a tuple of sentences; empty where it may."""
-    if theory.value is None:
+def _theory_doubts(theory, by_theory, own, points, threshold, statistics, context_tokens):
+    """Why alpha = gamma / (2 beta) does not describe these runs, nor the one that its own target asks for.
+
+    A tuple of sentences, empty where it may.
+    """
+    if by_theory is None:
         return ()
     doubts = []
-    longest = max(point.tokens for point in points)
-    if longest > statistics.beta_max_data_tokens:
+    largest, reach = max(point.tokens for point in points), "the calibration reaches"
+    target = float(by_theory.curve.tokens_at(threshold))
+    if largest < target < math.inf:  # where the curve never gets there, that state says so
+        largest, reach = target, "its target is"
+    if largest > statistics.beta_max_data_tokens:
         doubts.append(f"beta describes data sizes up to about {statistics.beta_max_data_tokens:.1e} tokens, "
-                      f"the calibration reaches {longest:.1e}")
-    if regime_at(statistics.law, longest, context_tokens).name == "context-limited":
-        doubts.append(f"context-limited: {longest:.1e} tokens resolve lags beyond the {context_tokens} of the context")
+                      f"{reach} {largest:.1e}")
+    if regime_at(statistics.law, largest, context_tokens).name == "context-limited":
+        doubts.append(f"context-limited: {largest:.1e} tokens resolve lags beyond the {context_tokens} of the context")
     if own is None or own.alpha_lo is None:
         doubts.append("the calibration has too few points to check the theory's alpha against its own")
     return (*doubts, *_disagreement(theory, own))

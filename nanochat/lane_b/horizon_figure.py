@@ -4,6 +4,7 @@ import numpy as np
 
 from nanochat.errors import UserError
 from nanochat.lane_b.calibration import CONFIDENCE
+from nanochat.lane_b.outputs import figure_class
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e6e9ed"
 CURVE, TARGET = "#2563a8", "#c2410c"
@@ -11,12 +12,9 @@ CURVE, TARGET = "#2563a8", "#c2410c"
 
 def draw_inference(inference, path):
     """Write the figure to `path` (its ending chooses the format). Errors: UserError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no global state, no display
-        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'nanochat[report]'") from None
-    figure = Figure(figsize=(8.0, 5.0), dpi=160, layout="constrained")
+    figure = figure_class()(figsize=(8.0, 5.0), dpi=160, layout="constrained")
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
+
     axes = figure.add_subplot()
     tokens = _range(inference)
     _draw_curve(axes, inference, tokens)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 from nanochat.errors import UserError
 from nanochat.lane_b.inputs import Fields
+from nanochat.lane_b.record import DECISIONS
 
 VERSION = 1
 
@@ -12,7 +13,8 @@ VERSION = 1
 def inference_document(inference, default_ratio, fallback_reason=None):
     """The part of infer.json that the inference decides; `inference` None and a reason: it was refused.
 
-    decision is `inferred`, or `fallback` to the default ratio where a reason for that is given.
+    decision is `inferred`, or `fallback` to the default ratio where a reason for that is given; alpha_source
+    is that of the alpha beside it, `default` only without one.
     """
     decision = "inferred" if fallback_reason is None else "fallback"
     document = {"state": "low_quality", "decision": decision, "fallback_reason": fallback_reason,
@@ -24,14 +26,14 @@ def inference_document(inference, default_ratio, fallback_reason=None):
     if inference is not None:
         document |= _of(inference)
         if decision == "inferred":
-            document |= {"alpha_source": inference.alpha_source, "chosen_ratio": inference.ratio.value}
+            document["chosen_ratio"] = inference.ratio.value
     return _finite(document)
 
 
 def _of(inference):
     own, fit = inference.own, inference.calibration
     return {
-        "state": inference.state, "policy": inference.policy,
+        "state": inference.state, "alpha_source": inference.alpha_source, "policy": inference.policy,
         "alpha": asdict(inference.alpha), "alpha_theory": asdict(inference.alpha_theory),
         "alpha_calibration": own and {"value": own.curve.alpha, "lo": own.alpha_lo, "hi": own.alpha_hi},
         "calibration": {
@@ -135,6 +137,9 @@ def read_inference(path):
         raise file.fault(f"schema_version {version} (this program reads {VERSION})")
     texts = ("dataset_id", "tokenizer_id", "target_metric_name", "decision", "state", "alpha_source")
     nullable = ("alpha", "target_tokens", "target_param_data_ratio")
+    for name, known in (("decision", DECISIONS), ("target_metric_name", ("val_bpb",))):
+        if file.get(name, str) not in known:
+            raise file.fault(f"{name} is {file.get(name, str)!r}, not {' or '.join(known)}")
     fitted = file.get("calibration", (dict, type(None))) is not None
     return RecordedInference(
         **{name: file.get(name, str) for name in texts},

@@ -1,37 +1,22 @@
 """What lane B's inference reads: stats.json, and runs as calibration points or as the baseline."""
 
-import json
 import statistics
-from pathlib import Path
 
 from nanochat.errors import UserError
+from nanochat.files import read_json
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.calibration import BitsPerByte, CalibrationPoint
 from nanochat.lane_b.horizon import CorpusStatistics, CorrelationLaw, Estimate
 
 STATISTICS_VERSION = 1
-
-
-def read_json(path):
-    """A JSON object from a file. Errors: UserError with file and line."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); make the file again") from None
-    except ValueError:
-        raise UserError(f"{path}: not UTF-8; make the file again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}, line 1: not a JSON object; make the file again")
-    return value
+NUMBER_OR_NONE = (int, float, type(None))
 
 
 class Fields:
     """Typed access to a JSON object by dotted names; every error is a UserError that names the file and the field."""
 
     def __init__(self, path, maker):
-        self.path, self.maker, self.values = path, maker, read_json(path)
+        self.path, self.maker, self.values = path, maker, read_json(path, f"make the file again with {maker}")
 
     def get(self, name, kinds):
         """The value at `name` (a.b.c), which must be there and of one of `kinds`; numbers must be finite."""
@@ -124,12 +109,12 @@ def point_of_run(run, corpus):
     end, or was trained on another dataset or tokenizer than the statistics of `corpus`.
     """
     _check_run(run, corpus)
-    tokens, target = _field(run.summary, "tokens", run), _field(run.config, "target_tokens", run)
+    tokens, target = recorded(run, "summary", "tokens", int), recorded(run, "config", "target_tokens", int)
     if tokens != target:
         raise Refusal(f"run {run.run_id} ended after {tokens} of {target} tokens: not the end of its schedule; "
                       "finish it or leave it out")
     evaluations = run.of("val")
-    steps, metric = _field(run.summary, "steps", run), _field(run.summary, "final_val_bpb", run)
+    steps, metric = recorded(run, "summary", "steps", int), recorded(run, "summary", "final_val_bpb", *NUMBER_OR_NONE)
     if metric is None or not evaluations or evaluations[-1].get("step") != steps:
         raise Refusal(f"run {run.run_id} was not evaluated at the end of its schedule (step {steps}); "
                       "repeat it with --eval-every")
@@ -137,35 +122,77 @@ def point_of_run(run, corpus):
 
 
 def threshold_of_baseline(runs, corpus):
-    """The default threshold: the median over seeds of the baseline runs' lowest val_bpb, as BitsPerByte."""
+    """The default threshold: the median over seeds of the baseline runs' lowest val_bpb, as BitsPerByte.
+
+    Errors: Refusal for one run given twice, a run without validation, or one that point_of_run would refuse.
+    """
+    check_different([run.run_id for run in runs])
+    lowest = []
     for run in runs:
         _check_run(run, corpus)
-    return BitsPerByte(statistics.median(_field(run.summary, "min_val_bpb", run) for run in runs))
+        lowest.append(recorded(run, "summary", "min_val_bpb", *NUMBER_OR_NONE))
+        if lowest[-1] is None:
+            raise Refusal(f"run {run.run_id} has no validation (min_val_bpb); repeat it with --eval-every")
+    return BitsPerByte(statistics.median(lowest))
 
 
 def common_model(runs):
-    """(n_scaling_params, context length in tokens) of runs of one model. Errors: Refusal when they differ."""
-    models = {run.run_id: (_field(run.config, "n_scaling_params", run), _field(run.config, "model_config", run))
-              for run in runs}
-    names = list(models)
-    for name in names[1:]:
-        if models[name] != models[names[0]]:
-            raise Refusal(f"runs {names[0]} and {name} are of different models; calibrate with one model")
-    params, config = models[names[0]]
-    return params, config.get("sequence_len")
+    """(scaling parameters, tokens a step, context length in tokens) of runs of one model. Errors: Refusal when they
+    differ in that, or one run is given twice."""
+    check_different([run.run_id for run in runs])
+    first, *others = runs
+    for run in others:
+        for part, what in ((_model, "models"), (_step_tokens, "batch sizes")):
+            if part(run) != part(first):
+                raise Refusal(f"runs {first.run_id} and {run.run_id} are of different {what}; calibrate with one")
+    params, config = _model(first)
+    return params, _step_tokens(first), config.get("sequence_len")
+
+
+def check_baseline(runs, n_scaling_params, step_tokens):
+    """Errors: Refusal for a baseline of another size of model or batch (None: not known) than the calibration's."""
+    for run in runs:
+        for what, found, wanted in (("scaling parameters", _params(run), n_scaling_params),
+                                    ("tokens a step", _step_tokens(run), step_tokens)):
+            if wanted is not None and found != wanted:
+                raise Refusal(f"baseline run {run.run_id} has {found} {what}, the calibration {wanted}; "
+                              "give a baseline of the model that was calibrated")
+
+
+def check_different(names):
+    """Errors: Refusal where one name is there twice: the same run again carries no evidence."""
+    for name in names:
+        if names.count(name) > 1:
+            raise Refusal(f"{name} is given {names.count(name)} times; give each run once")
+
+
+def recorded(run, part, name, *kinds):
+    """The value of `name` in a run's `part` (config or summary). Errors: UserError where it is none of `kinds`."""
+    values = getattr(run, part) or {}
+    if name not in values:
+        raise UserError(f"{run.folder}: its record has no {name}; it was not written by scripts.base_train")
+    if isinstance(values[name], bool) or not isinstance(values[name], kinds):
+        raise UserError(f"{run.folder}/{part}.json: {name} is {values[name]!r}; mend the record or repeat the run")
+    return values[name]
+
+
+def _model(run):
+    return _params(run), recorded(run, "config", "model_config", dict)
+
+
+def _params(run):
+    return recorded(run, "config", "n_scaling_params", int)
+
+
+def _step_tokens(run):
+    return recorded(run, "config", "total_batch_size_tokens", int)
 
 
 def _check_run(run, corpus):
     if run.status != "ok":
         raise Refusal(f"run {run.run_id} did not end well (status {run.status}); repeat it or leave it out")
     for name, found in (("dataset", corpus.dataset_id), ("tokenizer", corpus.tokenizer_id)):
-        trained_on = _field(run.config, f"{name}_id", run)
+        trained_on = recorded(run, "config", f"{name}_id", str)
         if trained_on != found:
             raise Refusal(f"run {run.run_id} was trained on {name} {trained_on}, the statistics are of {found}; "
                           f"make the statistics again with that {name}")
-
-
-def _field(values, name, run):
-    if name not in values:
-        raise UserError(f"{run.folder}: its record has no {name}; it was not written by scripts.base_train")
-    return values[name]

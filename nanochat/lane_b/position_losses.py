@@ -1,14 +1,15 @@
 """Losses by position as runs record them -> arrays, with every way they can be wrong said in one line."""
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 
 from nanochat.errors import UserError
+from nanochat.files import read_json
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.entropy import PositionLosses
+from nanochat.lane_b.inputs import check_different
 from nanochat.runlog import find_run
 
 
@@ -19,12 +20,12 @@ def read_position_losses(name, runs_dir):
     """
     path = Path(name)
     if path.is_file():
-        return _of_event(_read_json(path), str(path))
+        return _of_event(read_json(path, "give a run's position_losses event"), str(path))
     run = find_run(name, runs_dir)
     events = run.of("position_losses")
     if not events:
         raise UserError(f"run {run.run_id} recorded no position_losses; train it with --position-losses")
-    identity = {key: run.config.get(key) for key in ("dataset_id", "tokenizer_id")}
+    identity = {key: run.config.get(key) for key in ("dataset_id", "tokenizer_id", "model_config")}
     return _of_event({**identity, **events[-1]}, run.run_id)
 
 
@@ -36,6 +37,16 @@ def check_same_text(losses, dataset_id, tokenizer_id):
             if there is not None and there != here:
                 raise Refusal(f"entropy measured on another distribution than the training text: {loss.name} has "
                               f"{what} {there}, the statistics {here}; give the --{what} of the runs")
+
+
+def check_same_model(losses):
+    """Errors: Refusal where one run is given twice, or the models that the losses name differ."""
+    check_different([loss.name for loss in losses])
+    known = [loss for loss in losses if loss.model_config is not None]
+    for loss in known[1:]:
+        if loss.model_config != known[0].model_config:
+            raise Refusal(f"losses by position of {known[0].name} and {loss.name} are of different models; "
+                          "give runs of one model, they differ in data alone")
 
 
 def _of_event(event, name):
@@ -54,16 +65,4 @@ def _of_event(event, name):
             raise Refusal(f"{name}: the loss with {n} tokens of context is {loss}; leave this run out, it diverged")
     values = np.array([0.0 if loss is None or not count else loss for loss, count in zip(nats, counts, strict=True)])
     return PositionLosses(name, tokens, values, np.array(counts, np.int64),
-                          event.get("dataset_id"), event.get("tokenizer_id"))
-
-
-def _read_json(path):
-    try:
-        event = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); mend or leave out the file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text; give a JSON file or a run's folder") from None
-    if not isinstance(event, dict):
-        raise UserError(f"{path}, line 1: not a JSON object; give a run's position_losses event")
-    return event
+                          event.get("dataset_id"), event.get("tokenizer_id"), event.get("model_config"))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from nanochat import csv_ledger
 from nanochat.errors import UserError
+from nanochat.lane_b.inputs import NUMBER_OR_NONE, recorded
 
 DECISIONS = ("inferred", "confirmation", "fallback")
 
@@ -63,9 +64,11 @@ def record_of_run(run, inference, decision, reached, ratio=None, notes=""):
     A `ratio` given replaces the decision's. Errors: UserError when the run did not train at the ratio, or on
     another dataset, tokenizer or model.
     """
-    config, summary = run.config, run.summary or {}
+    config = run.config
     ratio = ratio or inference.ratio_of(decision)
-    _check_trained_as_decided(config, run.run_id, inference, decision, ratio)
+    _check_trained_as_decided(run, inference, decision, ratio)
+    measured = {name: recorded(run, "summary", name, *NUMBER_OR_NONE) for name in
+                ("min_val_bpb", "tok_per_sec_median", "dt_median_ms") if name in (run.summary or {})}
     source = "default" if decision == "fallback" else inference.alpha_source
     given = f"alpha_source={source}; state={inference.state}"
     return LaneBRecord(
@@ -77,18 +80,17 @@ def record_of_run(run, inference, decision, reached, ratio=None, notes=""):
         inferred_target_param_data_ratio=inference.target_param_data_ratio,
         confirmation_ratio=inference.confirmation_ratio, chosen_ratio=ratio, lane_b_decision=decision,
         time_to_target_sec_measured=reached[0], time_to_target_sec_extrapolated=reached[1],
-        min_val_bpb=summary.get("min_val_bpb"), tok_per_sec_median=summary.get("tok_per_sec_median"),
-        dt_median_ms=summary.get("dt_median_ms"), status=run.status, notes=f"{given}; {notes}" if notes else given)
+        min_val_bpb=measured.get("min_val_bpb"), tok_per_sec_median=measured.get("tok_per_sec_median"),
+        dt_median_ms=measured.get("dt_median_ms"), status=run.status, notes=f"{given}; {notes}" if notes else given)
 
 
-def _check_trained_as_decided(config, run_id, inference, decision, ratio):
+def _check_trained_as_decided(run, inference, decision, ratio):
+    config, run_id = run.config, run.run_id
     for name in ("dataset_id", "tokenizer_id", "n_scaling_params"):
         if config.get(name) != getattr(inference, name):
             raise UserError(f"run {run_id} has {name} {config.get(name)}, the inference {getattr(inference, name)}; "
                             "log it with the inference it was trained for")
-    tokens, step_tokens = config.get("target_tokens"), config.get("total_batch_size_tokens")
-    if tokens is None or step_tokens is None:
-        raise UserError(f"run {run_id} does not record its target_tokens; it was not written by scripts.base_train")
+    tokens, step_tokens = (recorded(run, "config", name, int) for name in ("target_tokens", "total_batch_size_tokens"))
     wanted = ratio * inference.n_scaling_params
     if abs(tokens - wanted) > max(step_tokens, 0.01 * wanted):
         trained = tokens / inference.n_scaling_params

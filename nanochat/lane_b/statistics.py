@@ -81,6 +81,9 @@ def measure(documents, lags, position_losses, processes, ranks, shared_path):
     beta = measure_beta(estimates, null)
     if beta.op.n_break is not None:
         warnings.append(beta.regime)
+    if beta.frobenius_slope is None:
+        warnings.append("noise hides the Frobenius norm at lags that give beta: its interval lacks the distance "
+                        "between the two norms' slopes")
     ngrams = None
     if sizes:
         nats = dict(zip(samples, scores, strict=True))

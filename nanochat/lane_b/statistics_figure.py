@@ -4,18 +4,10 @@ import numpy as np
 
 from nanochat.errors import UserError
 from nanochat.lane_b.fit import NORMAL_95
+from nanochat.lane_b.outputs import figure_class
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e6e9ed"
 OPERATOR, FROBENIUS, WHOLE, HALF = "#2563a8", "#c2410c", "#2563a8", "#8fb4d9"
-
-
-def figure_class():
-    """matplotlib's Figure, without pyplot: no global state, no display. Errors: UserError where it is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'nanochat[report]'") from None
-    return Figure
 
 
 def draw_statistics(statistics, path):
