@@ -21,6 +21,7 @@ from nanochat.experiments.runner import (
     plan,
     run_experiment,
     threshold_from,
+    threshold_in_use,
     training_command,
 )
 
@@ -38,7 +39,8 @@ def parse_args(argv=None):
     parser.add_argument("--target-metric-name", default="val_bpb", help="val_bpb or core")
     parser.add_argument("--target-metric-threshold", type=float, help="no time to target when left out")
     parser.add_argument("--target-from", metavar="EXPERIMENT",
-                        help="take as threshold a val_bpb that every baseline seed of that experiment reached")
+                        help="take as threshold a val_bpb that every baseline seed of that experiment reached; rows "
+                             "that are there keep theirs")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="more than 1: torchrun")
     parser.add_argument("--probe", action="store_true", help="also make gate 3's save/resume and graph-break probe")
     parser.add_argument("--ledger", default="dev/experiments.csv")
@@ -57,7 +59,10 @@ def experiment_of(args):
     if args.target_from:
         if threshold is not None or args.target_metric_name != "val_bpb":
             raise UserError("--target-from gives a val_bpb threshold; leave out --target-metric-name and -threshold")
-        threshold = threshold_from(args.ledger, args.target_from, runs_dir())
+        # rows that are there keep their threshold, whatever seeds that baseline has been given since
+        threshold = threshold_in_use(args.ledger, args.name)
+        if threshold is None:
+            threshold = threshold_from(args.ledger, args.target_from, runs_dir())
     candidates = [candidate_flags(name) for name in args.candidates]
     if len(dict(candidates)) < len(candidates):
         raise UserError("a candidate is named twice; name each once")

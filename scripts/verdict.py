@@ -11,6 +11,7 @@ from nanochat.common import runs_dir
 from nanochat.errors import command
 from nanochat.experiments.change_log import add_entry, verdict_entry
 from nanochat.experiments.gates import Rules
+from nanochat.experiments.trials import facts_of, load_trials
 from nanochat.experiments.verdicts import judge_experiment
 
 
@@ -35,8 +36,9 @@ def main(argv=None):
         print("\n".join(verdict.describe()), end="\n\n")
     if args.log:
         today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-        add_entry(args.log, verdict_entry(today, args.experiment, args.miniseries, verdicts))
-        print(f"added to {args.log}")
+        facts = facts_of(load_trials(args.ledger, args.experiment, runs_dir()))
+        added = add_entry(args.log, verdict_entry(today, args.experiment, args.miniseries, facts, verdicts))
+        print(f"added to {args.log}" if added else f"{args.log}: its newest entry says the same, nothing added")
     return 0
 
 

@@ -1,6 +1,7 @@
 """scripts.experiment and scripts.verdict as a person calls them."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -90,12 +91,31 @@ def test_verdict_prints_rules_gates_and_decision(matrix, capsys):
 def test_verdict_goes_into_the_log_above_older_entries(matrix, tmp_path, capsys):
     log = tmp_path / "LOG.md"
     log.write_text("# Log\n\n## 2026-01-01 · older\n\nText.\n")
-    for name in ("lane_c", "lane_c"):
-        verdict.main(["--experiment", name, "--miniseries", "depths", "--ledger", str(matrix), "--log", str(log)])
+    for extra in ([], ["--miniseries", "depths"]):
+        verdict.main(["--experiment", "lane_c", *extra, "--ledger", str(matrix), "--log", str(log)])
     text = log.read_text()
     heads = [line for line in text.splitlines() if line.startswith("## ")]
     assert text.startswith("# Log\n\n## 20") and len(heads) == 3 and heads[-1] == "## 2026-01-01 · older"
     assert "**chunked-ce** (`--chunked-ce`): **insufficient**" in text and text.endswith("older\n\nText.\n")
+
+
+def test_the_same_verdict_is_logged_once(matrix, tmp_path, capsys):
+    log = tmp_path / "LOG.md"
+    log.write_text("# Log\n")
+    for _ in range(2):
+        verdict.main(["--experiment", "lane_c", "--ledger", str(matrix), "--log", str(log)])
+        log.write_text(re.sub(r"## \d{4}", "## 2020", log.read_text()))  # the second time it is another day
+    assert log.read_text().count("## ") == 1 and "nothing added" in capsys.readouterr().out
+
+
+def test_a_longer_baseline_leaves_the_threshold_of_rows_that_are_there(matrix):
+    """A new seed ends worse than the others: --target-from would give another threshold than the rows have."""
+    make_trial(matrix, "base", seed=0), make_trial(matrix, "base", seed=1)
+    make_trial(matrix, "base", seed=2, bpb_shift=0.1)
+    for name, kept in (("lane_c", True), ("new", False)):
+        asked = experiment.experiment_of(experiment.parse_args(
+            ["--name", name, "--profile", "cpu", "--ledger", str(matrix), "--target-from", "base"]))
+        assert (asked.target_metric_threshold == 1.5) == kept
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "create it"), ("no title\n", "line 1")])

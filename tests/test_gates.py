@@ -78,7 +78,7 @@ def test_equal_times_are_not_a_gain(bench):
     bench.miniseries()
     verdict = bench.verdict()
     assert outcomes(verdict) == ["fail", "pass", "pass", "pass"] and verdict.decision == "reject"
-    assert verdict.gain.mean == 0 and verdict.gain.p == 1.0
+    assert verdict.gain.mean == 0 and verdict.gain.p is None
 
 
 def test_target_never_reached_where_the_baseline_reached_it_fails_gate_1(bench):
@@ -144,6 +144,66 @@ def test_a_failed_probe_fails_gate_3_alone(bench, probe, words):
     bench.probe = probe
     verdict = bench.verdict()
     assert outcomes(verdict) == ["pass", "pass", "fail", "pass"] and words in verdict.gates[2].detail
+
+
+def test_an_uncompiled_probe_says_nothing_of_graph_breaks(bench):
+    for seed in range(3):
+        bench.pair(seed)
+    bench.miniseries()
+    bench.probe = Probe(None, 0.0, 10)
+    verdict = bench.verdict()
+    assert outcomes(verdict) == ["pass", "pass", "insufficient", "pass"] and "uncompiled" in verdict.gates[2].detail
+
+
+@pytest.mark.parametrize(("steps", "outcome"), [(50, "insufficient"), (60, "pass")])
+def test_runs_too_short_to_look_for_a_spike_are_not_called_stable(bench, steps, outcome):
+    short = {"steps": steps, "eval_every": 5}
+    for seed in range(2):
+        bench.pair(seed, baseline=short, **short)
+    gate = bench.verdict(miniseries=False).gates[2]
+    assert gate.outcome == outcome and ("too short to look for a spike" in gate.detail) == (steps == 50)
+
+
+def test_identical_differences_are_no_interval_and_never_promoted(bench):
+    for seed in range(3):
+        bench.pair(seed, step_ms=95.0)
+    bench.miniseries(step_ms=95.0)
+    verdict = bench.verdict()
+    assert outcomes(verdict) == ["pass"] * 4 and (verdict.gain.lo, verdict.gain.p) == (None, None)
+    assert (verdict.decision, verdict.decided_by) == ("optional", "gate 1 time: the gain has no interval")
+
+
+@pytest.mark.parametrize("step", [20, 160])
+def test_noise_of_early_evaluations_excuses_no_late_excess(bench, monkeypatch, step):
+    """Baselines that differ by 0.2 at step 20 alone: an excess of 0.05 is within the noise there, and only there."""
+    import synthetic_runs
+    plain = synthetic_runs._bpb
+    for seed in range(3):
+        noise = 0.2 * seed
+        monkeypatch.setattr(synthetic_runs, "_bpb", lambda s, *a, n=noise: plain(s, *a) + (n if s == 20 else 0))
+        bench.baseline(seed)
+        monkeypatch.setattr(synthetic_runs, "_bpb", lambda s, *a, n=noise: (
+            plain(s, *a) + (n if s == 20 else 0) + (0.05 if s == step else 0)))
+        make_trial(bench.ledger, "lane_c", candidate=CANDIDATE, seed=seed, step_ms=95 + 0.1 * seed)
+    gate = bench.verdict(miniseries=False).gates[1]
+    assert gate.outcome == ("pass" if step == 20 else "fail")
+
+
+@pytest.mark.parametrize(("world", "word"), [({"device": "H200"}, "device"), ({"dataset_id": "books-2"}, "dataset")])
+def test_a_miniseries_of_another_world_is_refused(bench, world, word):
+    for seed in range(2):
+        bench.pair(seed)
+    bench.miniseries(baseline=world, **world)
+    with pytest.raises(UserError, match=f"another {word}.*miniseries"):
+        bench.verdict()
+
+
+def test_runs_of_another_tokenizer_are_not_compared(bench):
+    bench.pair(0), bench.pair(1)
+    config = runs_dir() / f"lane_c.{CANDIDATE}.d4.s1" / "config.json"
+    config.write_text(config.read_text().replace("abc123", "def456"))
+    with pytest.raises(UserError, match=r"another tokenizer.*def456"):
+        bench.verdict(miniseries=False)
 
 
 def test_a_nan_run_is_rejected_by_gate_3(bench):

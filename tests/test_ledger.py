@@ -33,3 +33,23 @@ def test_a_row_survives_the_ledger_and_its_run_id_is_unique(tmp_path):
     with pytest.raises(UserError, match="line 2: run_id 'lane_c-both-s0' is already there"):
         append_experiment(path, replace(ROW, seed=1))
     assert read_experiments(path) == [ROW]
+
+
+@pytest.mark.parametrize(("cells", "message"), [
+    ({"seed": None}, "seed is empty"), ({"depth": None}, "depth is empty"), ({"depth": 0}, "depth is 0, not above 0"),
+    ({"dataset_id": ""}, "dataset_id is empty"), ({"device": " "}, "device is empty"),
+    ({"status": "fine"}, "status is 'fine', not one of ok"), ({"target_metric_name": "loss"}, "not one of val_bpb"),
+    ({"min_val_bpb": 0.0}, "min_val_bpb is 0.0, not above 0"), ({"target_metric_threshold": -1.0}, "above 0"),
+    ({"time_to_target_sec_measured": -1.0}, "time_to_target_sec_measured is -1.0, below 0"),
+])
+def test_a_row_that_no_run_can_have_is_refused(cells, message):
+    with pytest.raises(UserError, match=message):
+        replace(ROW, **cells)
+
+
+def test_a_hand_made_mistake_is_named_by_line(tmp_path):
+    path = tmp_path / "experiments.csv"
+    append_experiment(path, ROW)
+    path.write_text(path.read_text().replace(",ok,", ",fine,"))
+    with pytest.raises(UserError, match=r"experiments\.csv, line 2: status is 'fine'"):
+        read_experiments(path)

@@ -1,8 +1,10 @@
 """The report: content, safety of its text, and a real headless Chromium where there is one."""
 
+import argparse
 import html
 import json
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -13,11 +15,13 @@ from pathlib import Path
 import pytest
 from synthetic_runs import make_run, make_trial
 
+from nanochat import pretrain
 from nanochat.common import runs_dir
 from nanochat.errors import UserError
 from nanochat.experiments.report import experiment_report, runs_report
 from nanochat.experiments.verdicts import judge_experiment
 from nanochat.files import write_json
+from scripts import base_train
 from scripts import report as script
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib (extra `report`)")
@@ -106,6 +110,46 @@ def test_commands_name_no_folder_of_this_machine():
     commands = "\n".join(runs_report(["one"], runs_dir()).commands)
     assert "--tokenizer-dir=$NANOCHAT_BASE_DIR'/tokenizer x'" in commands and str(runs_dir().parent) not in commands
     assert "--fused-rmsnorm" not in commands and "--depth=4" in commands
+
+
+def test_commands_give_the_flags_back(tmp_path):
+    """In a real shell, with a stand-in `python` that writes down its arguments."""
+    given = vars(base_train.parse_args(shlex.split(
+        "--depth 4 --seed 0 --save-every 0 --weight-decay 0 --chunked-ce --eval-every -1")))
+    for name, seed in (("one", 0), ("other", 7)):
+        folder = make_run(name, **SMALL).folder
+        config = json.loads((folder / "config.json").read_text())
+        config["flags"] = pretrain.flags_of(argparse.Namespace(**given | {
+            "seed": seed, "run_id": name, "tokenizer_dir": f"{runs_dir().parent}/tokenizer x"}))
+        write_json(folder / "config.json", config)
+    commands = runs_report(["one", "other"], runs_dir()).commands
+    shell = "\n".join(["python() { printf '%s\\0' \"$@\"; echo; }", *commands])
+    printed = subprocess.run(["bash", "-c", shell], check=True, capture_output=True, text=True,
+                             env={"NANOCHAT_BASE_DIR": str(runs_dir().parent)}).stdout
+    for line, name in zip(printed.splitlines(), ("one", "other"), strict=True):
+        flags = pretrain.flags_of(base_train.parse_args(line.rstrip("\0").split("\0")[2:]))
+        assert flags == json.loads((runs_dir() / name / "config.json").read_text())["flags"]
+
+
+def test_candidates_without_a_baseline_are_a_page_without_verdict(ledger):
+    make_trial(ledger, "x", candidate="both", **SMALL)
+    report = experiment_report(ledger, "x", runs_dir())
+    assert not report.verdicts and report.labels == ["both"]
+
+
+def test_a_miniseries_of_another_device_is_refused(ledger):
+    make_trial(ledger, "x", **SMALL), make_trial(ledger, "depths", device="H200", **SMALL)
+    with pytest.raises(UserError, match="another device"):
+        experiment_report(ledger, "x", runs_dir(), "depths")
+
+
+def test_runs_on_one_and_on_eight_ranks_are_refused():
+    folder = make_run("one", **SMALL).folder
+    make_run("other", **SMALL)
+    write_json(folder / "config.json", json.loads((folder / "config.json").read_text().replace(
+        '"world_size": 1', '"world_size": 8')))
+    with pytest.raises(UserError, match=r"another device.*\(8 ranks\)"):
+        runs_report(["one", "other"], runs_dir())
 
 
 class Links(HTMLParser):

@@ -23,8 +23,11 @@ from nanochat.experiments.runner import (
     plan,
     run_experiment,
     threshold_from,
+    threshold_in_use,
     training_command,
 )
+from nanochat.experiments.trials import load_trials
+from nanochat.experiments.verdicts import judge_experiment
 
 # A stand-in for scripts.base_train: parses the flags it needs and writes a record as the real one does.
 FAKE_TRAIN = textwrap.dedent("""
@@ -42,18 +45,23 @@ FAKE_TRAIN = textwrap.dedent("""
     parser.add_argument("--save-every", type=int, default=0)
     parser.add_argument("--resume-from-step", type=int, default=0)
     parser.add_argument("--resume-error", type=float, default=0.0)
+    parser.add_argument("--target-metric-threshold", type=float)
+    for name in ("no-compile", "fused-rmsnorm", "chunked-ce"):
+        parser.add_argument("--" + name, action="store_true")
     args, _ = parser.parse_known_args()
     if args.fate == "refused":
         print("some output\\nerror: --depth 4 cannot be; use 8", file=sys.stderr)
         sys.exit(2)
     last, first = args.num_iterations, args.resume_from_step
+    if first and args.fate == "cannot load":
+        sys.exit("error: the checkpoint cannot be loaded")
     if "graph_breaks" in os.environ.get("TORCH_LOGS", ""):
         print("V [0/0] Graph break in user code at model.py:1" if args.fate == "breaks" else "compiled")
     if first:
         log = RunLog.resume(runs_dir(), args.run_id, first)
     else:
         log = RunLog.create(runs_dir(), args.run_id, {
-            "dataset_id": args.dataset + "-1", "git_commit": "c" * 40, "num_iterations": last,
+            "flags": vars(args), "dataset_id": args.dataset + "-1", "git_commit": "c" * 40, "num_iterations": last,
             "device": {"type": "cpu", "name": "CPU x2", "world_size": 1}})
     for step in range(first + 1, last + 1):
         time.sleep(args.pause_sec / 4)
@@ -86,6 +94,10 @@ def ledger(tmp_path):
 
 def experiment(name="matrix", candidates=("baseline", "both"), seeds=(0, 1), depths=(4,), **fields):
     return Experiment(name, PROFILE, {c: CANDIDATES[c] for c in candidates}, seeds, depths, "val_bpb", 1.2, **fields)
+
+
+def of_candidates(**flags):
+    return Experiment("matrix", PROFILE, flags, (0,), (4,))
 
 
 def run(asked, ledger, fake, lines=None):
@@ -227,6 +239,58 @@ def test_a_name_in_use_for_another_experiment_is_refused(ledger, fake):
         finished_runs(other, ledger)
 
 
+@pytest.mark.parametrize("logged", [True, False])
+@pytest.mark.parametrize(("before", "after", "words"), [
+    ({}, {"dataset": "books"}, "--dataset stdlib, now it is books"),
+    ({}, {"extra_flags": ("--num-iterations", "8")}, "--num-iterations 4, now it is 8"),
+    ({"extra_flags": ("--no-compile",)}, {}, "--no-compile True, now it is not given"),
+    ({"extra_flags": ("--matrix-lr", "0.1")}, {}, "--matrix-lr 0.1, now it is not given"),
+])
+def test_a_record_made_under_other_flags_is_refused_by_the_first(ledger, fake, logged, before, after, words):
+    run(experiment(seeds=(0,), **before), ledger, fake)
+    if not logged:
+        ledger.unlink()
+    there = ledger.read_bytes() if logged else None
+    with pytest.raises(UserError, match=f"matrix.baseline.d4.s0: this run was made with {words}; choose another"):
+        run(experiment(seeds=(0,), **after), ledger, fake)
+    assert (ledger.read_bytes() if ledger.exists() else None) == there
+
+
+def test_a_time_is_never_logged_with_another_runs_threshold(ledger, fake):
+    run(experiment(seeds=(0,)), ledger, fake)
+    ledger.unlink()
+    for threshold in (1.1, None):
+        with pytest.raises(UserError, match=r"--target-metric-threshold 1\.2, now it is"):
+            run(dataclasses.replace(experiment(seeds=(0,)), target_metric_threshold=threshold), ledger, fake)
+
+
+def test_equal_flags_written_otherwise_are_the_same_run(ledger, fake):
+    run(experiment(seeds=(0,), extra_flags=("--resume-error=0.50",)), ledger, fake)
+    assert run(experiment(seeds=(0,), extra_flags=("--resume-error", "0.5")), ledger, fake) == 0
+
+
+def test_a_record_that_ended_badly_without_a_row_is_made_again(ledger, fake):
+    run(experiment(candidates=("baseline",), seeds=(0,), extra_flags=("--fate", "nan")), ledger, fake)
+    ledger.unlink()
+    assert run(experiment(candidates=("baseline",), seeds=(0,)), ledger, fake) == 1
+    assert [row.status for row in read_experiments(ledger)] == ["ok"]
+
+
+def test_rows_made_elsewhere_are_refused_before_anything_runs(ledger, fake, monkeypatch, tmp_path):
+    run(experiment(), ledger, fake)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "fresh"))
+    with pytest.raises(UserError, match=r"4 of 4 rows of 'matrix' in .* made elsewhere; .*TAG=\.\.\.\), or another"):
+        run(experiment(seeds=(5,)), ledger, fake)
+    assert finished_runs(experiment(), ledger) == {row.run_id for row in read_experiments(ledger)}  # for --dry-run
+    assert not list(runs_dir().glob("matrix*"))
+
+
+def test_rows_keep_the_threshold_they_have(ledger, fake):
+    assert threshold_in_use(ledger, "matrix") is None
+    run(experiment(seeds=(0,)), ledger, fake)
+    assert threshold_in_use(ledger, "matrix") == 1.2
+
+
 def test_threshold_is_one_that_every_baseline_seed_reached(ledger, fake):
     run(experiment(name="base", candidates=("baseline",), seeds=(0, 1, 2)), ledger, fake)
     assert threshold_from(ledger, "base", runs_dir()) == pytest.approx(1.002 + 0.001)
@@ -238,6 +302,7 @@ def test_threshold_is_one_that_every_baseline_seed_reached(ledger, fake):
 @pytest.mark.parametrize(("extra", "expected"), [
     ((), Probe(0, 0.0, 10)), (("--resume-error", "0.25"), Probe(0, 0.25, 10)),
     (("--fate", "breaks"), Probe(1, 0.0, 10)), (("--fate", "crash after a resume"), Probe(0, None, 10)),
+    (("--fate", "cannot load"), Probe(0, None, 10)), (("--no-compile",), Probe(None, 0.0, 10)),
 ])
 def test_probe_resumes_from_the_middle_and_counts_graph_breaks(base_dir, ledger, fake, extra, expected):
     asked, lines = experiment(extra_flags=extra), []
@@ -249,6 +314,38 @@ def test_probe_resumes_from_the_middle_and_counts_graph_breaks(base_dir, ledger,
     before = console.stat().st_mtime_ns
     probe_candidates(asked, runs_dir(), fake, lines.append)
     assert console.stat().st_mtime_ns == before
+
+
+def test_a_probe_made_under_other_flags_is_refused(fake):
+    probe_candidates(experiment(), runs_dir(), fake, lambda line: None)
+    with pytest.raises(UserError, match=r"matrix\.both\.probe: this run was made with --seed 0, now it is 7; choose"):
+        probe_candidates(experiment(seeds=(7,)), runs_dir(), fake, lambda line: None)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"graph_breaks": "0", "resume_difference_nats": 0, '
+                                  '"steps_compared": 10}'])
+def test_a_damaged_probe_is_named(base_dir, text):
+    folder = runs_dir() / "matrix.both.probe"
+    folder.mkdir(parents=True)
+    (folder / "probe.json").write_text(text)
+    with pytest.raises(UserError, match=r"probe\.json.*delete it and probe again"):
+        read_probe(runs_dir(), "matrix", "both")
+
+
+def test_a_candidate_of_ones_own_has_its_probe_and_its_name(ledger, fake):
+    asked = Experiment("own", PROFILE, {"baseline": "", "hot": "--matrix-lr 0.1"}, (0, 1), (4,), "val_bpb", 1.2)
+    run(asked, ledger, fake)
+    probe_candidates(asked, runs_dir(), fake, lambda line: None)
+    [verdict] = judge_experiment(ledger, "own", runs_dir(), candidates=["hot"])
+    assert (verdict.candidate, verdict.flags) == ("hot", "--matrix-lr 0.1")
+    assert "no save/resume probe" not in verdict.gates[2].detail
+
+
+def test_one_name_for_two_sets_of_flags_is_refused_in_the_ledger(ledger, fake):
+    for seed, flags in ((0, "--matrix-lr 0.1"), (1, "--matrix-lr 0.2")):
+        run(Experiment("own", PROFILE, {"hot": flags}, (seed,), (4,), "val_bpb", 1.2), ledger, fake)
+    with pytest.raises(UserError, match=r"d4\.s0 has candidate 'hot' with flags '--matrix-lr 0\.1', own\.hot\.d4\.s1"):
+        load_trials(ledger, "own", runs_dir())
 
 
 def test_torch_words_a_graph_break_as_the_probe_counts_it():
@@ -297,6 +394,10 @@ def test_every_evaluation_interval_leaves_enough_points_to_extrapolate():
     (lambda: experiment(seeds=(0, 0)), "each seed once"),
     (lambda: experiment(seeds=()), "at least one"),
     (lambda: plan(experiment(name="a b")), "cannot name a folder"),
+    (lambda: candidate_flags("hot='--matrix-lr"), "'hot': its flags .* do not parse"),
+    (lambda: of_candidates(a="--x 1", b="--x 1"), "'a' and 'b' have the same flags"),
+    (lambda: of_candidates(mine="--chunked-ce"), "'mine' has the flags of 'chunked-ce'"),
+    (lambda: of_candidates(both="--x 1"), "'both' always has the flags"),
 ])
 def test_unknown_and_impossible_requests_are_refused(ask, message):
     with pytest.raises(UserError, match=message):

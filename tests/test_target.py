@@ -194,6 +194,15 @@ def test_evaluations_are_read_from_a_runs_events():
     assert evaluations_of(events, "core") == [Evaluation(2, 16, 0.1, 2.0)]
 
 
+@pytest.mark.parametrize("damage", [{"tokens": None}, {"train_time_sec": "2"}, {"val_bpb": "low"}])
+def test_an_evaluation_without_its_numbers_is_named(damage):
+    event = {"kind": "val", "step": 2, "tokens": 16, "val_bpb": 1.2, "train_time_sec": 2.0}
+    with pytest.raises(UserError, match=f"val event of step 2: {next(iter(damage))} is"):
+        evaluations_of([event | damage], "val_bpb")
+    with pytest.raises(UserError, match="val event of step missing"):
+        evaluations_of([{"kind": "val"}], "val_bpb")
+
+
 def test_summary_fields_carry_the_ledgers_names():
     fields = TimeToTarget("val_bpb", 0.9, measured_sec=12.5, measured_step=100).summary_fields()
     assert fields["target_metric_name"] == "val_bpb" and fields["target_metric_threshold"] == 0.9

@@ -1,17 +1,19 @@
 """The change log, dev/LOG.md: entries newest first under its title line."""
 
+import re
 from pathlib import Path
 
 from nanochat.errors import UserError
 from nanochat.files import locked, write_text
 
 
-def verdict_entry(date, experiment_name, miniseries, verdicts):
-    """A Markdown entry: date, exact change, measured result against the baseline, decision."""
+def verdict_entry(date, experiment_name, miniseries, facts, verdicts):
+    """A Markdown entry: date, exact change, (name, value) facts, result against the baseline, decision."""
     against = f", miniseries `{miniseries}`" if miniseries else ""
     names = ", ".join(f"{v.candidate}: {v.decision}" for v in verdicts) or "no candidate"
     lines = [f"## {date} · {experiment_name}: {names}", "", f"Experiment `{experiment_name}`{against}, "
-             "judged by `python -m scripts.verdict` against the baseline at the same seeds.", ""]
+             "judged by `python -m scripts.verdict` against the baseline at the same seeds.",
+             "; ".join(f"{name} {value}" for name, value in facts) + ".", ""]
     for verdict in verdicts:
         lines += [f"**{verdict.candidate}** (`{verdict.flags}`): **{verdict.decision}**, decided by "
                   f"{verdict.decided_by}.", ""]
@@ -22,6 +24,7 @@ def verdict_entry(date, experiment_name, miniseries, verdicts):
 def add_entry(path, entry):
     """Put `entry` under the log's title, above the older ones; the rest stays as it is.
 
+    Returns False, the file untouched, when the newest entry says the same, whatever its date.
     Errors: UserError when the file is missing or does not begin with a `# ` title.
     """
     path = Path(path)
@@ -33,4 +36,12 @@ def add_entry(path, entry):
         title, newline, rest = text.partition("\n")
         if not title.startswith("# "):
             raise UserError(f"{path}, line 1: not a `# ` title; the newest entry goes under one")
+        newest = re.split(r"\n(?=## )", rest.strip(), maxsplit=1)[0]
+        if _undated(newest) == _undated(entry):
+            return False
         write_text(path, f"{title}\n\n{entry.strip()}\n\n{rest.lstrip(newline)}")
+    return True
+
+
+def _undated(entry):
+    return re.sub(r"^## \d{4}-\d\d-\d\d", "##", entry.strip())

@@ -7,9 +7,10 @@ from scipy import stats
 
 from nanochat.errors import UserError
 from nanochat.experiments.paired import Paired, paired
-from nanochat.experiments.trials import check_comparable, split
+from nanochat.experiments.trials import check_comparable, check_same_world, split
 
 PASS, FAIL, INSUFFICIENT = "pass", "fail", "insufficient"
+SPIKE_WINDOW = 50  # losses
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Rules:
     min_seeds: int = 2
     quality_sds: float = 2.0  # standard deviations of the baseline's repeats
     quality_floor_bpb: float = 0.0005
-    spike_nats: float = 1.0  # above the median of the 50 losses before
+    spike_nats: float = 1.0  # above the median of the SPIKE_WINDOW losses before
     resume_tolerance_nats: float = 0.002
     min_depths: int = 3
     depth_time_tolerance: float = 0.01  # relative
@@ -31,10 +32,11 @@ class Rules:
             f"1 time: lower time to target in every seed, at least {self.min_seeds} seeds; the gain is shown when its "
             f"paired {self.confidence:.0%} interval lies above zero and every time was measured",
             f"2 quality: mean excess of min val_bpb at most {self.quality_sds:g} sd of the baseline's seeds or "
-            f"{self.quality_floor_bpb:g}, whichever is more; largest mean excess over the run at most twice that",
-            f"3 stability: every run ends well, no train loss {self.spike_nats:g} nats above the median of the 50 "
-            "before it where the baseline has none, no graph break, losses after a resume within "
-            f"{self.resume_tolerance_nats:g} nats",
+            f"{self.quality_floor_bpb:g}, whichever is more (the margin); at every evaluation, mean excess at most "
+            f"twice the larger of the margin and {self.quality_sds:g} sd of the baseline's seeds at that step",
+            f"3 stability: every run ends well, no train loss {self.spike_nats:g} nats above the median of the "
+            f"{SPIKE_WINDOW} before it where the baseline has none (shorter runs are not checked: insufficient), no "
+            f"graph break, losses after a resume within {self.resume_tolerance_nats:g} nats",
             f"4 generalisation: over at least {self.min_depths} depths no systematic regression, which is a mean "
             f"relative change of val_bpb above gate 2's margin, or of time above {self.depth_time_tolerance:.0%}, that "
             "is worse at every depth or has its interval above zero",
@@ -84,6 +86,9 @@ def judge(candidate, trials, miniseries=(), probe=None, rules=Rules()):
         raise UserError("no baseline runs in this experiment; a candidate is judged against them")
     tried = others[candidate]
     check_comparable([*baseline.values(), *tried.values()])
+    series_baseline, series = split(miniseries)
+    check_same_world([*baseline.values(), *tried.values(), *series_baseline.values(),
+                      *series.get(candidate, {}).values()])
     depths = sorted({depth for depth, _ in (*baseline, *tried)})
     if len(depths) > 1:
         raise UserError(f"this experiment has depths {_list(depths)}; a candidate is judged at one depth, "
@@ -105,7 +110,9 @@ def decide(gates, gain, extrapolated):
         deciding = [gate.name for gate in gates if gate.outcome == outcome]
         if deciding:
             return decision, "gate " + ", gate ".join(deciding)
-    if gain.lo is None or gain.lo <= 0:
+    if gain.lo is None:
+        return "optional", "gate 1 time: the gain has no interval"
+    if gain.lo <= 0:
         return "optional", "gate 1 time: the gain's interval reaches zero"
     if extrapolated:
         return "optional", "gate 1 time: a time to target was extrapolated, not measured"
@@ -155,11 +162,10 @@ def quality_gate(pairs, baseline, missing, rules):
         return Gate(name, INSUFFICIENT, missing or "no seed has both val_bpb")
     excess = paired([c.row.min_val_bpb - b.row.min_val_bpb for b, c in ended], rules.confidence)
     detail = f"min val_bpb {excess.describe('bpb', 5)}, margin {margin:.5f}"
-    worst = _largest_excess(pairs)
+    worst = _worst_excess(pairs, baseline, margin, rules)
     if worst is not None:
-        allowed = 2 * max(rules.quality_sds * _sd_over_run(baseline), rules.quality_floor_bpb)
-        detail += f"; largest excess {worst[0]:+.5f} at step {worst[1]:.0f}, allowed {allowed:.5f}"
-    if excess.mean > margin or (worst is not None and worst[0] > allowed):
+        detail += f"; worst of the run {worst[0]:+.5f} at step {worst[2]:.0f}, allowed {worst[1]:.5f}"
+    if excess.mean > margin or (worst is not None and worst[0] > worst[1]):
         return Gate(name, FAIL, detail)
     if missing or len(ended) < max(rules.min_seeds, len(pairs)):
         return Gate(name, INSUFFICIENT, f"{missing or f'{len(ended)} of {rules.min_seeds} seeds'}; {detail}")
@@ -177,12 +183,15 @@ def stability_gate(tried, baseline, probe, rules):
         steps = spikes(trial, rules) - (spikes(baseline[key], rules) if key in baseline else set())
         if steps:
             faults.append(f"seed {trial.row.seed} has a loss spike at step {min(steps)}")
-        if trial.ok and not len(trial.loss_curve):
-            gaps.append(f"seed {trial.row.seed}'s losses are not here")
+        if trial.ok and len(trial.loss_curve) <= SPIKE_WINDOW:
+            gaps.append(f"seed {trial.row.seed} has {len(trial.loss_curve)} losses: too short to look for a spike"
+                        if len(trial.loss_curve) else f"seed {trial.row.seed}'s losses are not here")
     if probe is None:
         return Gate(name, FAIL if faults else INSUFFICIENT, "; ".join([*faults, *gaps, "no save/resume probe"]))
     difference = probe.resume_difference_nats
-    if probe.graph_breaks:
+    if probe.graph_breaks is None:
+        gaps.append("graph breaks were not looked for: the probe ran uncompiled")
+    elif probe.graph_breaks:
         faults.append(f"compiles with {probe.graph_breaks} graph breaks")
     if difference is None:
         faults.append("a run did not end well after a resume")
@@ -195,12 +204,12 @@ def stability_gate(tried, baseline, probe, rules):
 
 
 def spikes(trial, rules):
-    """The steps whose train loss is spike_nats above the median of the 50 losses before; a set of int."""
+    """The steps whose train loss is spike_nats above the median of the SPIKE_WINDOW before; a set of int."""
     loss = trial.loss_curve[:, 3]
-    if len(loss) <= 50:
+    if len(loss) <= SPIKE_WINDOW:
         return set()
-    before = np.median(np.lib.stride_tricks.sliding_window_view(loss[:-1], 50), axis=1)
-    return set(trial.loss_curve[50:, 0][loss[50:] > before + rules.spike_nats].astype(int).tolist())
+    before = np.median(np.lib.stride_tricks.sliding_window_view(loss[:-1], SPIKE_WINDOW), axis=1)
+    return set(trial.loss_curve[SPIKE_WINDOW:, 0][loss[SPIKE_WINDOW:] > before + rules.spike_nats].astype(int).tolist())
 
 
 def generalisation_gate(candidate, miniseries, margin_bpb, rules):
@@ -247,31 +256,33 @@ def _depth_change(what, pairs, depths, value_of, tolerance, rules):
     moved = sum(change != 0 for change in changes)
     sign_p = stats.binomtest(worse, moved, alternative="greater").pvalue if moved else 1.0
     mean = paired(changes, rules.confidence)
-    bad = mean.mean > tolerance and (worse == len(changes) or mean.lo > 0)
-    text = (f"{what} {100 * mean.mean:+.2f} % (interval {100 * mean.lo:+.2f} to {100 * mean.hi:+.2f}, tolerance "
-            f"{100 * tolerance:.2f}), worse at {worse} of {len(changes)} depths (sign test p={sign_p:.2g})")
+    bad = mean.mean > tolerance and (worse == len(changes) or (mean.lo is not None and mean.lo > 0))
+    interval = "no interval" if mean.lo is None else f"interval {100 * mean.lo:+.2f} to {100 * mean.hi:+.2f}"
+    text = (f"{what} {100 * mean.mean:+.2f} % ({interval}, tolerance {100 * tolerance:.2f}), "
+            f"worse at {worse} of {len(changes)} depths (sign test p={sign_p:.2g})")
     return bad, text
 
 
-def _largest_excess(pairs):
-    """(largest mean excess of val_bpb over the seeds at one evaluation, its step), or None without curves."""
+def _worst_excess(pairs, baseline, margin, rules):
+    """(mean excess of val_bpb over the seeds, what is allowed, step) of the evaluation that most exceeds it.
+
+    None without curves.
+    """
     if not pairs or any(c.own_horizon or not len(c.val_curve) or not len(b.val_curve) for b, c in pairs):
         return None
-    excess = {}
+    excess, repeats = {}, {}
+    for trial in baseline.values():
+        for step, _, _, bpb in trial.val_curve if trial.ok else ():
+            repeats.setdefault(step, []).append(bpb)
     for b, c in pairs:
         reference = {step: bpb for step, _, _, bpb in b.val_curve}
         for step, _, _, bpb in c.val_curve:
             if step > 0 and step in reference:
                 excess.setdefault(step, []).append(bpb - reference[step])
-    return max(((float(np.mean(values)), step) for step, values in excess.items()), default=None)
-
-
-def _sd_over_run(baseline):
-    """Root mean square over the evaluations of the standard deviation over the baseline's seeds; bpb."""
-    curves = [{step: bpb for step, _, _, bpb in t.val_curve if step > 0} for t in baseline.values() if t.ok]
-    steps = set.intersection(*map(set, curves)) if len(curves) > 1 else set()
-    variances = [np.var([curve[step] for curve in curves], ddof=1) for step in steps]
-    return float(np.sqrt(np.mean(variances))) if variances else 0.0
+    sds = {step: float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for step, values in repeats.items()}
+    found = [(float(np.mean(values)), 2 * max(margin, rules.quality_sds * sds[step]), step)
+             for step, values in excess.items()]
+    return max(found, key=lambda worst: worst[0] - worst[1], default=None)
 
 
 def _missing(baseline, tried):

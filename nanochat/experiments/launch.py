@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 from nanochat.common import print0
 from nanochat.errors import UserError
+from nanochat.files import write_json
 from nanochat.runlog import CONFIG, METRICS, SUMMARY, check_run_id, read_run
 
 CONSOLE = "console.txt"
+PLANNED = "planned.json"  # the flags a run was asked for with
 
 
 @contextlib.contextmanager
@@ -34,16 +36,20 @@ def experiment_lock(runs_dir, name, report=print0):
         yield lock
 
 
-def run_training(folder, argv, lock, title, fresh=True, environment=None):
+def run_training(folder, argv, lock, title, fresh=True, environment=None, flags=()):
     """Run one training process to its end; its output goes to console.txt in the run's folder.
 
-    fresh: whatever an earlier attempt left in the folder is removed first. environment: added to this
-    process's. Errors: UserError when the run did not start (its last line says why) or was stopped by a
-    signal. A process that crashed is no error: it leaves a record without summary.
+    fresh: whatever an earlier attempt left in the folder is removed first, else only its summary. environment:
+    added to this process's. flags: kept as planned.json. Errors: UserError when the run did not start (its last
+    line says why) or was stopped by a signal. A process that crashed leaves a record without summary.
     """
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        write_json(folder / PLANNED, {"flags": list(flags)})
+    else:  # a process that never gets to its record must not end with the earlier one's status
+        (folder / SUMMARY).unlink(missing_ok=True)
     console = folder / CONSOLE
     with open(console, "wb" if fresh else "ab") as output, tqdm(desc=title, unit="step", disable=None,
                                                                leave=False) as bar:

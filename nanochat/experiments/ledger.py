@@ -3,6 +3,13 @@
 from dataclasses import dataclass
 
 from nanochat import csv_ledger
+from nanochat.errors import UserError
+from nanochat.experiments.target import METRICS, check_target
+
+STATUSES = ("ok", "nan", "interrupted", "error", "failed")
+_POSITIVE = ("depth", "tok_per_sec_median", "dt_median_ms", "wall_time_sec", "min_val_bpb", "peak_memory_mib")
+# a target may be reached before the first step, and a run may end in it
+_NOT_NEGATIVE = ("seed", "time_to_target_sec_measured", "time_to_target_sec_extrapolated", "total_tokens")
 
 
 @dataclass(frozen=True)
@@ -10,6 +17,7 @@ class ExperimentRow:
     """One run of an experiment. Empty cells (None) are quantities that were not measured.
 
     `candidate_flags` are the flags that set the candidate apart from the baseline (empty: the baseline).
+    Errors: UserError for what no run can have: no seed, a negative time, an unknown status ...
     """
 
     timestamp: str
@@ -32,6 +40,25 @@ class ExperimentRow:
     device: str
     peak_memory_mib: float | None
     run_id: str
+
+    def __post_init__(self):
+        for name in ("seed", "depth"):
+            if getattr(self, name) is None:
+                raise UserError(f"{name} is empty")
+        for name in ("dataset_id", "device"):
+            if not getattr(self, name).strip():
+                raise UserError(f"{name} is empty")
+        for name, known in (("status", STATUSES), ("target_metric_name", METRICS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(known)}")
+        for name in _POSITIVE:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}, not above 0")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}, below 0")
+        if self.target_metric_threshold is not None:
+            check_target(self.target_metric_name, self.target_metric_threshold)
 
 
 def read_experiments(path):

@@ -11,7 +11,8 @@ from scipy import stats
 class Paired:
     """n differences: their mean, standard deviation (ddof 1), t interval, and one-sided p of a mean above zero.
 
-    With one difference sd, lo, hi and p are None: one pair says nothing of the noise.
+    With one difference sd, lo, hi and p are None: one pair says nothing of the noise. Differences that are all
+    alike leave lo, hi and p None: their noise is below what was recorded, not zero.
     """
 
     n: int
@@ -22,8 +23,11 @@ class Paired:
     p: float | None = None
 
     def describe(self, unit, digits=2):
+        """The figures in words, with as much as there is of interval and p."""
         if self.n < 2:
             return f"n=1, {self.mean:+.{digits}f} {unit}"
+        if self.lo is None:
+            return f"n={self.n}, mean {self.mean:+.{digits}f} {unit}, all alike: no interval"
         return (f"n={self.n}, mean {self.mean:+.{digits}f} {unit} (interval {self.lo:+.{digits}f} to "
                 f"{self.hi:+.{digits}f}), sd {self.sd:.{digits}f}, p={self.p:.2g}")
 
@@ -35,8 +39,8 @@ def paired(differences, confidence):
     if n == 1:
         return Paired(1, mean)
     sd = float(d.std(ddof=1))
-    if sd == 0:  # every pair alike: the t statistic is infinite, or 0/0 when there is no difference at all
-        return Paired(n, mean, 0.0, mean, mean, 0.0 if mean > 0 else 1.0)
+    if sd <= 1e-12 * float(np.abs(d).max()):  # every pair alike but for rounding: t is infinite, or 0/0
+        return Paired(n, mean, 0.0)
     error = sd / math.sqrt(n)
     reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
     return Paired(n, mean, sd, mean - reach, mean + reach, float(stats.t.sf(mean / error, n - 1)))

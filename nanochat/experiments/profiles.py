@@ -62,10 +62,13 @@ def find_profile(name):
 
 
 def candidate_flags(name):
-    """The flags of a known candidate, or of NAME=FLAGS. Errors: UserError naming those there are."""
+    """A known candidate's flags, or those of NAME=FLAGS. Errors: UserError for an unknown name or an open quote."""
     known, equals, flags = name.partition("=")
     if equals:
-        return known, shlex.join(shlex.split(flags))
+        try:
+            return known, shlex.join(shlex.split(flags))
+        except ValueError as error:
+            raise UserError(f"candidate {known!r}: its flags {flags!r} do not parse ({error})") from None
     if known not in CANDIDATES:
         raise UserError(f"no candidate {name!r}; use one of {', '.join(CANDIDATES)}, or give NAME='--its-flags ...'")
     return known, CANDIDATES[known]

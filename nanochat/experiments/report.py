@@ -13,7 +13,7 @@ from nanochat.experiments import figures
 from nanochat.experiments.gates import Rules, quality_margin
 from nanochat.experiments.ledger import ExperimentRow
 from nanochat.experiments.profiles import BASELINE
-from nanochat.experiments.trials import Trial, check_same_world, load_trials, split
+from nanochat.experiments.trials import Trial, check_same_world, device_of, facts_of, load_trials, split
 from nanochat.experiments.verdicts import judge_experiment
 from nanochat.runlog import find_run
 
@@ -61,19 +61,19 @@ def experiment_report(ledger, experiment_name, runs_dir, miniseries=None, images
     """The Report of an experiment: verdicts, curves, times, miniseries. Errors: UserError as judge_experiment."""
     trials = load_trials(ledger, experiment_name, runs_dir)
     series = load_trials(ledger, miniseries, runs_dir) if miniseries else []
-    check_same_world(trials)
-    check_same_world(series)
+    check_same_world([*trials, *series])
     groups, (baseline, others) = _groups(trials), split(trials)
     one_depth = len({trial.row.depth for trial in trials}) == 1
-    verdicts = judge_experiment(ledger, experiment_name, runs_dir, miniseries) if others and one_depth else []
+    judged = others and baseline and one_depth
+    verdicts = judge_experiment(ledger, experiment_name, runs_dir, miniseries) if judged else []
     overview = _overview(groups)
-    if verdicts and baseline:
+    if verdicts:
         drawn = figures.excess(groups, BASELINE, quality_margin(baseline, Rules()))
         overview.append(("Quality", "val_bpb minus the baseline's, same seed and step; band: gate 2's margin",
                          Markup(drawn)))
     sections = [Section("Overview", overview), *_curve_sections(groups),
                 *_miniseries_sections(series if one_depth else trials, list(groups)), *_image_sections(images)]
-    return Report(experiment_name, _facts(trials), list(groups), trials, verdicts, sections)
+    return Report(experiment_name, facts_of(trials), list(groups), trials, verdicts, sections)
 
 
 def runs_report(names, runs_dir, images=()):
@@ -91,20 +91,7 @@ def runs_report(names, runs_dir, images=()):
     check_same_world(trials)
     groups = {trial.row.run_id: [trial] for trial in trials}
     sections = [Section("Overview", _overview(groups)), *_curve_sections(groups), *_image_sections(images)]
-    return Report(", ".join(groups), _facts(trials), list(groups), trials, [], sections)
-
-
-def _facts(trials):
-    known = [trial.row for trial in trials if trial.row.device]
-    targets = {"none" if t.row.target_metric_threshold is None else
-               f"{t.row.target_metric_name} {t.row.target_metric_threshold:.5g}" for t in trials}
-    failed = sum(not trial.ok for trial in trials)
-    return [("runs", f"{len(trials)}" + (f", {failed} failed" if failed else "")),
-            ("target", ", ".join(sorted(targets))),
-            ("dataset", known[0].dataset_id if known else "not known"),
-            ("device", known[0].device if known else "not known"),
-            ("seeds", ", ".join(sorted({str(t.row.seed) for t in trials}))),
-            ("depths", ", ".join(str(d) for d in sorted({t.row.depth for t in trials}, key=str)))]
+    return Report(", ".join(groups), facts_of(trials), list(groups), trials, [], sections)
 
 
 def _overview(groups):
@@ -160,8 +147,8 @@ def _trial_of(record):
     return Trial(ExperimentRow(
         timestamp=config.get("created_utc", ""), git_commit=config.get("git_commit") or "", experiment_name="",
         seed=config.get("seed"), depth=config.get("flags", {}).get("depth"), status=summary.get("status", "failed"),
-        target_metric_name=summary.get("target_metric_name") or "", candidate_flags=record.run_id,
-        dataset_id=config["dataset_id"], total_tokens=summary.get("tokens"), device=config["device"]["name"],
+        target_metric_name=summary.get("target_metric_name") or "val_bpb", candidate_flags=record.run_id,
+        dataset_id=config["dataset_id"], total_tokens=summary.get("tokens"), device=device_of(config),
         run_id=record.run_id, **cells), record)
 
 
@@ -183,7 +170,8 @@ def _commands(trials):
         return []
     shared = [item for item in argvs[0] if all(item in items for items in argvs)]
     own = [" ".join(item for item in items if item not in shared) for items in argvs]
-    return [f'COMMON="{" ".join(shared)}"', *(f"python -m scripts.base_train $COMMON {flags}" for flags in own)]
+    return [f"COMMON=({' '.join(shared)})",
+            *(f'python -m scripts.base_train "${{COMMON[@]}}" {flags}'.rstrip() for flags in own)]
 
 
 def _flags(record):
@@ -194,8 +182,8 @@ def _flags(record):
         flag = f"--{name.replace('_', '-')}"
         if value is True:
             items.append(flag)
-        elif value not in (None, False, ""):
-            inside = str(value).startswith(cache)
+        elif value is not None and value is not False and value != "":  # a 0 is a value
+            inside = str(value).startswith(f"{cache}/")
             items.append(f"{flag}=" + ("$NANOCHAT_BASE_DIR" if inside else "")
                          + shlex.quote(str(value).removeprefix(cache)))
     return items

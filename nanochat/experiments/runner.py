@@ -5,6 +5,7 @@ every row is there. One lock an experiment, inherited by the training process, k
 even when the first was killed and its training goes on.
 """
 
+import math
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -13,12 +14,13 @@ from pathlib import Path
 
 from nanochat.common import print0
 from nanochat.errors import UserError
-from nanochat.experiments.launch import experiment_lock, run_training
+from nanochat.experiments.launch import PLANNED, experiment_lock, run_training
 from nanochat.experiments.ledger import ExperimentRow, append_experiment, read_experiments
-from nanochat.experiments.profiles import Profile
+from nanochat.experiments.profiles import CANDIDATES, Profile, candidate_name
 from nanochat.experiments.target import check_target
-from nanochat.experiments.trials import load_trials, split
-from nanochat.runlog import SUMMARY, check_run_id, read_run
+from nanochat.experiments.trials import device_of, load_trials, split
+from nanochat.files import read_json
+from nanochat.runlog import CONFIG, check_run_id, read_run
 
 TRAIN = "scripts.base_train"
 
@@ -43,6 +45,15 @@ class Experiment:
         for what, values in (("seed", self.seeds), ("depth", self.depths)):
             if not values or len(set(values)) < len(values):
                 raise UserError(f"give each {what} once, and at least one: {list(values)}")
+        first = {}
+        for name, flags in self.candidates.items():
+            if first.setdefault(flags, name) != name:
+                raise UserError(f"candidates {first[flags]!r} and {name!r} have the same flags {flags!r}; give one")
+            known = candidate_name(flags)
+            if known not in (name, flags):
+                raise UserError(f"candidate {name!r} has the flags of {known!r}; call it so")
+            if CANDIDATES.get(name, flags) != flags:
+                raise UserError(f"candidate {name!r} always has the flags {CANDIDATES[name]!r}; choose another name")
 
 
 @dataclass(frozen=True)
@@ -79,10 +90,11 @@ def training_command(flags, nproc_per_node=1):
 def finished_runs(experiment, ledger):
     """The run ids of the experiment that the ledger holds. Errors: UserError when one stands for another run."""
     planned = {run.run_id: run for run in plan(experiment)}
-    rows = [row for row in read_experiments(ledger) if row.run_id in planned] if Path(ledger).exists() else []
+    rows = [row for row in _rows(ledger) if row.run_id in planned]
     target = (experiment.target_metric_name, experiment.target_metric_threshold)
     for row in rows:
-        if (row.candidate_flags != planned[row.run_id].candidate_flags
+        run = planned[row.run_id]
+        if ((row.candidate_flags, row.depth, row.seed) != (run.candidate_flags, run.depth, run.seed)
                 or (row.target_metric_name, row.target_metric_threshold) != target):
             raise UserError(f"{ledger}: {row.run_id} is there with candidate flags {row.candidate_flags!r} and target "
                             f"{row.target_metric_name} {row.target_metric_threshold}, which is not what was asked; "
@@ -93,20 +105,21 @@ def finished_runs(experiment, ledger):
 def run_experiment(experiment, ledger, runs_dir, command=training_command, report=print0):
     """Make every run that the ledger has not, one row each. Returns the number of runs made.
 
-    command(flags) gives the training process's argv. Errors: UserError when a run does not start (its last
-    line says why; no row) and when it was stopped by a signal (no row; the same call goes on from there).
-    A run that started and left no summary gets a row with status `failed`.
+    command(flags) gives the training process's argv. Errors: UserError before anything runs when rows were made
+    elsewhere or records under other flags; when a run does not start (its last line says why; no row) and when
+    it was stopped by a signal (no row; the same call goes on). A run without summary gets a row with status `failed`.
     """
     made = 0
     with experiment_lock(runs_dir, experiment.name, report) as lock:
         runs = plan(experiment)
         finished = finished_runs(experiment, ledger)
+        _check_records(experiment, runs, finished, ledger, Path(runs_dir))
         for number, run in enumerate(runs, start=1):
             if run.run_id in finished:
                 continue
             folder = Path(runs_dir) / run.run_id
-            if not (folder / SUMMARY).exists() or read_run(folder).status == "interrupted":
-                run_training(folder, command(run.flags), lock, f"[{number}/{len(runs)}] {run.run_id}")
+            if not _ended_well(folder):
+                run_training(folder, command(run.flags), lock, f"[{number}/{len(runs)}] {run.run_id}", flags=run.flags)
                 made += 1
             row = ledger_row(experiment, run, read_run(folder))
             append_experiment(ledger, row)
@@ -120,16 +133,43 @@ def ledger_row(experiment, run, record):
     cells = {name: summary.get(name) for name in (
         "time_to_target_sec_measured", "time_to_target_sec_extrapolated", "tok_per_sec_median", "dt_median_ms",
         "wall_time_sec", "min_val_bpb", "peak_memory_mib")}
-    device = record.config["device"]
-    ranks = device.get("world_size", 1)
     return ExperimentRow(
         timestamp=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         git_commit=record.config.get("git_commit") or "", experiment_name=experiment.name, seed=run.seed,
         depth=run.depth, target_metric_name=experiment.target_metric_name,
         target_metric_threshold=experiment.target_metric_threshold, status=summary.get("status", "failed"),
         candidate_flags=run.candidate_flags, dataset_id=record.config["dataset_id"],
-        total_tokens=summary.get("tokens"), device=device["name"] + (f" ({ranks} ranks)" if ranks > 1 else ""),
-        run_id=run.run_id, **cells)
+        total_tokens=summary.get("tokens"), device=device_of(record.config), run_id=run.run_id, **cells)
+
+
+def check_asked(folder, flags):
+    """Raise UserError, naming the first flag that differs, unless the record in `folder` was made with `flags`.
+
+    The record holds every flag with its value; planned.json, where the runner left one, those that were given.
+    """
+    held = read_json(folder / CONFIG, "delete that folder to train it again").get("flags") or {}
+    given = (read_json(folder / PLANNED, "delete that file").get("flags", []) if (folder / PLANNED).exists() else [])
+    # without a target the record's threshold is null, so a threshold never goes with another's time
+    asked, before = {"target_metric_threshold": "nan"} | _parsed(flags), _parsed(given)
+    differing = [name for name, word in asked.items() if name in held and not _is_value(held[name], word)]
+    differing += [name for name, value in held.items() if value is True and name not in asked]
+    differing += [name for name, word in before.items()
+                  if name not in asked or (name not in held and asked[name] != word)]
+    if differing:
+        name = differing[0]
+        was, now = held.get(name, before.get(name)), asked.get(name, "not given")
+        raise UserError(f"{folder}: this run was made with --{name.replace('_', '-')} {was}, now it is {now}; "
+                        "choose another --name (with the scripts in runs/: TAG=...)")
+
+
+def threshold_in_use(ledger, experiment_name):
+    """The val_bpb threshold of the experiment's rows, or None when they have none. Errors: UserError when several."""
+    found = {row.target_metric_threshold for row in _rows(ledger) if row.experiment_name == experiment_name
+             and row.target_metric_name == "val_bpb"} - {None}
+    if len(found) > 1:
+        raise UserError(f"{ledger}: the rows of {experiment_name!r} have the thresholds "
+                        f"{', '.join(map(str, sorted(found)))}; choose another --name")
+    return next(iter(found), None)
 
 
 def threshold_from(ledger, experiment_name, runs_dir, slack_bpb=0.001):
@@ -152,6 +192,50 @@ def _train_flags(experiment, run_id, candidate_flags, depth, seed):
     return ["--depth", str(depth), *experiment.profile.command_flags(), *experiment.extra_flags,
             *shlex.split(candidate_flags), "--dataset", experiment.dataset or experiment.profile.dataset,
             "--seed", str(seed), *target, "--run-id", run_id, "--model-tag", run_id, "--run", "dummy"]
+
+
+def _rows(ledger):
+    return read_experiments(ledger) if Path(ledger).exists() else []
+
+
+def _check_records(experiment, runs, finished, ledger, runs_dir):
+    """Refuse rows whose records are not here, and records (with a row or to be logged) made under other flags."""
+    there = [row.run_id for row in _rows(ledger) if row.experiment_name == experiment.name or row.run_id in finished]
+    absent = [run_id for run_id in there if not (runs_dir / run_id / CONFIG).exists()]
+    if absent:
+        raise UserError(f"{len(absent)} of {len(there)} rows of {experiment.name!r} in {ledger} have no record in "
+                        f"{runs_dir}, so they were made elsewhere; choose another --name (with the scripts in runs/: "
+                        "TAG=...), or another --ledger")
+    for run in runs:
+        if run.run_id in finished or _ended_well(runs_dir / run.run_id):
+            check_asked(runs_dir / run.run_id, run.flags)
+
+
+def _ended_well(folder):
+    return (folder / CONFIG).exists() and read_run(folder).status == "ok"
+
+
+def _parsed(flags):
+    """{name as in records: its last value in words, or True} of a command line's flags."""
+    parsed, name = {}, None
+    for word in flags:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            parsed[name] = value if equals else True
+        elif name is not None:
+            parsed[name] = word
+    return parsed
+
+
+def _is_value(held, word):
+    """Whether a record's value is what a command line says: null is nan, numbers compare as numbers."""
+    if isinstance(held, (bool, str)):
+        return held == word
+    try:
+        return math.isnan(float(word)) if held is None else float(word) == held
+    except ValueError:
+        return False
 
 
 def _describe(row):

@@ -99,10 +99,22 @@ def check_target(metric_name, threshold):
 
 
 def evaluations_of(events: Iterable[dict], metric_name: str) -> list[Evaluation]:
-    """The evaluations of one metric among a run's events, in their order."""
+    """The evaluations of one metric among a run's events, in their order. A metric of None was not finite.
+
+    Errors: UserError naming the step of an event that lacks a number.
+    """
     kind, field = _KINDS[metric_name]
-    return [Evaluation(event["step"], event["tokens"], event[field], event["train_time_sec"])
-            for event in events if event["kind"] == kind]
+    found = []
+    for event in events:
+        if event["kind"] != kind:
+            continue
+        values = {name: event.get(name, "missing") for name in ("step", "tokens", field, "train_time_sec")}
+        for name, value in values.items():
+            if not isinstance(value, int | float) and not (name == field and value is None):
+                raise UserError(f"a run's {kind} event of step {values['step']}: {name} is {value}, not a number; "
+                                "mend or remove that line of its metrics.jsonl")
+        found.append(Evaluation(*values.values()))
+    return found
 
 
 def time_to_target(evaluations: Sequence[Evaluation], metric_name: str, threshold: float,

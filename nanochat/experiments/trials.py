@@ -23,7 +23,13 @@ class Trial:
 
     @property
     def candidate(self):
-        return candidate_name(self.row.candidate_flags)
+        """The name its flags are known by, else the one in the runner's run id, else the flags."""
+        row, known = self.row, candidate_name(self.row.candidate_flags)
+        if known != row.candidate_flags:
+            return known
+        head, tail = f"{row.experiment_name}.", f".d{row.depth}.s{row.seed}"
+        named = row.run_id.startswith(head) and row.run_id.endswith(tail)
+        return row.run_id[len(head):-len(tail)] if named else known
 
     @property
     def ok(self):
@@ -83,8 +89,8 @@ class Trial:
 def load_trials(ledger, experiment_name, runs_dir):
     """The trials of an experiment, in the ledger's order.
 
-    Errors: UserError for a ledger that does not read (with the line), an unknown experiment, and two runs of one
-    candidate, depth and seed.
+    Errors: UserError for a ledger that does not read (with the line), an unknown experiment, two runs of one
+    candidate, depth and seed, one name for two sets of flags, and two names for one.
     """
     rows = read_experiments(ledger)
     names = list(dict.fromkeys(row.experiment_name for row in rows))
@@ -98,6 +104,12 @@ def load_trials(ledger, experiment_name, runs_dir):
         if first is not trial:
             raise UserError(f"{ledger}: {first.row.run_id} and {trial.row.run_id} are both {trial.label}; "
                             "remove one of the two lines")
+        for value in ((trial.candidate,), (None, trial.row.candidate_flags)):
+            other = seen.setdefault(value, trial)
+            if (other.candidate, other.row.candidate_flags) != (trial.candidate, trial.row.candidate_flags):
+                raise UserError(f"{ledger}: {other.row.run_id} has candidate {other.candidate!r} with flags "
+                                f"{other.row.candidate_flags!r}, {trial.row.run_id} has {trial.candidate!r} with "
+                                f"{trial.row.candidate_flags!r}; keep the lines of one")
     return trials
 
 
@@ -114,9 +126,16 @@ def check_comparable(trials):
 
 
 def check_same_world(trials):
-    """Raise UserError unless the trials share data and device."""
-    for what, value_of in (("dataset", lambda t: t.row.dataset_id), ("device", lambda t: t.row.device)):
+    """Raise UserError unless the trials share data, device and, where their records are here, tokenizer."""
+    for what, value_of in (("dataset", lambda t: t.row.dataset_id), ("device", lambda t: t.row.device),
+                           ("tokenizer", lambda t: t.record and t.record.config.get("tokenizer_id"))):
         _same(what, [t for t in trials if value_of(t)], value_of)
+
+
+def device_of(config):
+    """The device as ledgers and comparisons name it, from a record's config: its name, and the ranks if several."""
+    ranks = config["device"].get("world_size", 1)
+    return config["device"]["name"] + (f" ({ranks} ranks)" if ranks > 1 else "")
 
 
 def split(trials):
@@ -142,3 +161,17 @@ def _record(runs_dir, row):
     if record.run_id != row.run_id:
         raise UserError(f"{folder}: its config.json says run_id {record.run_id!r}; one of two runs has the other's id")
     return record
+
+
+def facts_of(trials):
+    """(name, value) pairs of what the trials have in common: how many, target, dataset, device, seeds, depths."""
+    known = [trial.row for trial in trials if trial.row.device]
+    targets = {"none" if t.row.target_metric_threshold is None else
+               f"{t.row.target_metric_name} {t.row.target_metric_threshold:.5g}" for t in trials}
+    failed = sum(not trial.ok for trial in trials)
+    return [("runs", f"{len(trials)}" + (f", {failed} failed" if failed else "")),
+            ("target", ", ".join(sorted(targets))),
+            ("dataset", known[0].dataset_id if known else "not known"),
+            ("device", known[0].device if known else "not known"),
+            ("seeds", ", ".join(sorted({str(t.row.seed) for t in trials}))),
+            ("depths", ", ".join(str(d) for d in sorted({t.row.depth for t in trials}, key=str)))]
