@@ -1,5 +1,6 @@
 """scripts.experiment and scripts.verdict as a person calls them."""
 
+import argparse
 import os
 import re
 import shutil
@@ -12,7 +13,18 @@ from synthetic_runs import make_trial
 from nanochat import dataset
 from nanochat.experiments.ledger import read_experiments
 from nanochat.experiments.runner import plan
-from scripts import base_train, experiment, report, tok_train, verdict
+from scripts import (
+    base_eval,
+    base_train,
+    experiment,
+    lane_b_infer_ratio,
+    lane_b_log_run,
+    lane_b_stats,
+    report,
+    tok_eval,
+    tok_train,
+    verdict,
+)
 
 
 @pytest.fixture
@@ -145,6 +157,7 @@ def test_verdict_names_the_line_of_a_hand_made_mistake(matrix, capsys):
 @pytest.mark.parametrize(("script", "argv"), [
     ("baseline.sh", []), ("baseline.sh", ["d12", "0 1 2"]), ("miniseries.sh", ["d12", "chunked-ce", "8 12"]),
     ("lane_c.sh", []), ("lane_c.sh", ["d12", "0 1 2"]), ("scaling_laws.sh", ["1e17", "4 6", "8"]),
+    ("lane_b.sh", []), ("lane_b.sh", ["d12", "0 1 2"]), ("speedrun.sh", ["8", "dummy", "1"]), ("speedrun.sh", []),
 ])
 def test_shell_scripts_give_only_commands_that_exist(tmp_path, script, argv):
     """The scripts run beside a stand-in `python` that writes down its arguments; each command is then parsed."""
@@ -154,17 +167,24 @@ def test_shell_scripts_give_only_commands_that_exist(tmp_path, script, argv):
     (tmp_path / "runs" / "setup.sh").write_text("")  # the environment is the tests' own
     stand_in, calls = tmp_path / "bin" / "python", tmp_path / "calls"
     stand_in.parent.mkdir()
-    stand_in.write_text(f'#!/bin/sh\nfor arg in "$@"; do printf "%s\\0" "$arg"; done >> {calls}\necho >> {calls}\n')
-    stand_in.chmod(0o755)
+    stand_in.write_text('#!/bin/sh\n[ "$1" = -c ] && { echo "1.$$"; exit; }\n'  # a figure read from infer.json
+                        f'for arg in "$@"; do printf "%s\\0" "$arg"; done >> {calls}\necho >> {calls}\n')
+    torchrun = stand_in.with_name("torchrun")
+    torchrun.write_text('#!/bin/sh\nshift 2\nexec python "$@"\n')  # --standalone --nproc-per-node=8
+    for program in (stand_in, torchrun):
+        program.chmod(0o755)
     subprocess.run(["bash", tmp_path / "runs" / script, *argv], check=True, timeout=30, capture_output=True,
                    env={**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}"})
     commands = [line.rstrip("\0").split("\0") for line in calls.read_text().splitlines()]
     parsers = {"scripts.experiment": experiment, "scripts.verdict": verdict, "scripts.report": report,
-               "scripts.tok_train": tok_train, "nanochat.dataset": dataset}
+               "scripts.tok_train": tok_train, "nanochat.dataset": dataset, "scripts.lane_b_stats": lane_b_stats,
+               "scripts.lane_b_infer_ratio": lane_b_infer_ratio, "scripts.lane_b_log_run": lane_b_log_run,
+               "scripts.base_train": base_train, "scripts.base_eval": base_eval, "scripts.tok_eval": tok_eval,
+               "nanochat.core_eval": argparse.ArgumentParser()}  # it takes no flags
     for module, *flags in (command[1:] for command in commands):
         args = parsers[module].parse_args(flags)
         if module == "scripts.experiment":
             args.target_from = None
             asked = experiment.experiment_of(args)
             assert all(base_train.parse_args(run.flags).tokenizer_dir for run in plan(asked))
-    assert any(command[1] == "scripts.experiment" for command in commands)
+    assert {command[1] for command in commands} & {"scripts.experiment", "scripts.base_train"}
