@@ -185,12 +185,26 @@ def driver(tmp_path, ledger):
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+def training_since(time_unix_sec):
+    """Whether a training that began after that moment is under way."""
+    return any(config.stat().st_mtime > time_unix_sec and not (config.parent / "summary.json").exists()
+               for config in runs_dir().glob("*/config.json"))
+
+
+def wait_until(condition, timeout_sec=30):
+    deadline = time.monotonic() + timeout_sec
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+
+
 def test_a_matrix_killed_five_times_ends_with_the_rows_of_an_uninterrupted_one(tmp_path, ledger, fake, monkeypatch):
-    """SIGKILL to the runner alone (its training lives on) or to both, at random moments."""
+    """SIGKILL to the runner alone (its training lives on) or to both, at random moments of a training."""
     rng = random.Random(7)
     for kill in rng.sample([os.kill, os.killpg] * 3, 5):
-        process = driver(tmp_path, ledger)
-        time.sleep(rng.uniform(0.4, 1.2))
+        started, process = time.time(), driver(tmp_path, ledger)
+        wait_until(lambda since=started: training_since(since))
+        time.sleep(rng.uniform(0, 0.4))
         assert process.poll() is None, "the matrix was over before the kill: the test would show nothing"
         kill(process.pid, signal.SIGKILL)
         process.communicate()
@@ -224,9 +238,7 @@ def test_a_terminated_runner_ends_its_training_too(tmp_path, ledger, fake):
     """)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     config = runs_dir() / "matrix.baseline.d4.s0" / "config.json"
-    deadline = time.monotonic() + 30
-    while not config.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(config.exists)
     process.terminate()
     process.communicate(timeout=20)  # returns when the training has closed the pipe as well
     assert process.returncode == 143 and not ledger.exists()
