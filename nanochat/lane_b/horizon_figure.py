@@ -12,7 +12,7 @@ CURVE, TARGET = "#2563a8", "#c2410c"
 
 def draw_inference(inference, path):
     """Write the figure to `path` (its ending chooses the format). Errors: UserError without matplotlib."""
-    figure = figure_class()(figsize=(8.0, 5.0), dpi=160, layout="constrained")
+    figure = figure_class()(figsize=(8.0, 5.0), dpi=120, layout="constrained")
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
     axes = figure.add_subplot()

@@ -12,7 +12,7 @@ OPERATOR, FROBENIUS, WHOLE, HALF = "#2563a8", "#c2410c", "#2563a8", "#8fb4d9"
 
 def draw_statistics(statistics, path):
     """Write the figure to `path` (its ending chooses the format). Errors: UserError without matplotlib."""
-    figure = figure_class()(figsize=(12.0, 5.2), dpi=160, layout="constrained")
+    figure = figure_class()(figsize=(12.0, 5.2), dpi=120, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, wspace=0.04)
     correlation, entropy = figure.subplots(1, 2)
     _draw_correlation(correlation, statistics)
