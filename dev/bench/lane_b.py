@@ -78,7 +78,7 @@ def main(argv=None):
         print(f"{part:<24} {median:6.1f} million tokens/s ({slow:.1f} to {fast:.1f})")
         rows.append({"part": part, "mtok_per_sec_median": median, "mtok_per_sec_p20": slow, "mtok_per_sec_p80": fast,
                      "tokens": documents.n_tokens, "vocab_size": documents.vocab_size, "lag": args.lag,
-                     "dataset": args.dataset or "made", "device": device_name(device),
+                     "dataset": Path(args.dataset).name if args.dataset else "made", "device": device_name(device),
                      "threads": os.environ.get("OMP_NUM_THREADS", ""), "commit": commit.stdout.strip(),
                      "python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__})
     if args.out:
