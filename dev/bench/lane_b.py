@@ -12,6 +12,7 @@ import csv
 import os
 import platform
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import scipy
