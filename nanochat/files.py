@@ -1,11 +1,13 @@
 """Files that are either whole or not there: atomic writes, locks, content hashes, JSON with its errors' places."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 from nanochat.errors import UserError
@@ -30,6 +32,18 @@ def atomic_path(path):
         _fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(flag, path):
+    """UserError now, not after the work, where no file can be written at `path`; folders may still have to be made."""
+    path = Path(path).absolute()
+    folder = next(parent for parent in path.parents if parent.exists())
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written ({error.strerror}); give another path") from None
 
 
 def write_text(path, text):

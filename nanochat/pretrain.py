@@ -60,8 +60,8 @@ def check_flags(args):
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be a number of at least 0")
     if not 0 <= args.warmdown_ratio <= 1 or args.warmup_steps < 0:
         raise UserError("--warmdown-ratio must be between 0 and 1 and --warmup-steps at least 0")
-    if target_of(args)[1] is not None:
-        check_target(*target_of(args))
+    name, threshold = target_of(args)
+    check_target(name, 1.0 if threshold is None else threshold)  # a name that is unknown is wrong without one, too
 
 
 def target_of(args):

@@ -18,6 +18,7 @@ from nanochat.tokenizer import load_tokenizer
 from nanochat.tokens import token_shards
 
 KINDS = ("bpb", "position", "sample", "core")
+SPLIT_TOKENS, SPLIT_TOKENS_CPU = 40 * 524288, 2**17
 
 
 def parse_args(argv=None):
@@ -26,9 +27,12 @@ def parse_args(argv=None):
     parser.add_argument("--eval", default="bpb,sample", help=f"what to evaluate: {','.join(KINDS)}")
     parser.add_argument("--model-tag", required=True, help="checkpoint folder: a name under <cache>, or a path")
     parser.add_argument("--step", default="latest", help="the checkpoint's step, or latest")
-    parser.add_argument("--dataset", default="climbmix", help="stdlib, climbmix, fineweb-edu, or a folder of text")
-    parser.add_argument("--tokenizer-dir", default="", help="folder of the tokenizer; empty: <cache>/tokenizer")
-    parser.add_argument("--split-tokens", type=int, default=40 * 524288, help="tokens evaluated of each split")
+    parser.add_argument("--dataset", default="", help="stdlib, climbmix, fineweb-edu, or a folder of text; empty: what "
+                                                      "the checkpoint says it was trained on, else climbmix")
+    parser.add_argument("--tokenizer-dir", default="", help="folder of the tokenizer; empty: what the checkpoint says, "
+                                                            "else <cache>/tokenizer")
+    parser.add_argument("--split-tokens", type=int, default=-1, help=f"tokens evaluated of each split; -1: "
+                                                                     f"{SPLIT_TOKENS:,}, on a CPU {SPLIT_TOKENS_CPU:,}")
     parser.add_argument("--device-batch-size", type=int, default=32, help="rows per device and batch")
     parser.add_argument("--max-per-task", type=int, default=-1, help="examples per CORE task; -1 all")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
@@ -42,15 +46,18 @@ def main(argv=None):
     kinds = args.eval.split(",")
     if unknown := set(kinds) - set(KINDS):
         raise UserError(f"--eval {','.join(sorted(unknown))} is unknown; use some of {','.join(KINDS)}")
-    if args.device_batch_size < 1 or args.split_tokens < 1:
+    if args.device_batch_size < 1 or (args.split_tokens < 1 and args.split_tokens != -1):
         raise UserError("--device-batch-size and --split-tokens must be at least 1")
     device = common.choose_device(args.device_type)
     dtype, reason = common.choose_compute_dtype(device)
+    common.keep_freed_memory(device)
     ranks = common.start_ranks(device)
     try:
         folder = checkpoint.checkpoint_folder(args.model_tag)
         step = checkpoint.find_checkpoint(folder, args.step)
-        tokenizer = load_tokenizer(args.tokenizer_dir or common.base_dir() / "tokenizer")
+        trained_with = checkpoint.read_meta(folder, step).get("user_config") or {}
+        tokenizer = load_tokenizer(args.tokenizer_dir or trained_with.get("tokenizer_dir")
+                                   or common.base_dir() / "tokenizer")
         model, meta = checkpoint.load_model(folder, step, device, dtype)
         if model.config.vocab_size != tokenizer.vocab_size:
             raise UserError(f"the model's vocabulary is {model.config.vocab_size}, the tokenizer's "
@@ -60,7 +67,7 @@ def main(argv=None):
                             f"{tokenizer.tokenizer_id}; give the one it was trained with (--tokenizer-dir)")
         model.eval()
         common.print0(f"{folder.name}, step {step}, on {common.device_name(device)} in {dtype}: {reason}")
-        dataset = open_dataset(args.dataset)
+        dataset = open_dataset(args.dataset or trained_with.get("dataset") or "climbmix")
         results = evaluate(args, kinds, model, dataset, tokenizer, device, ranks)
         if args.output_json and ranks.is_main:
             tokens = step * meta.get("total_batch_size_tokens", meta.get("total_batch_size", 0))
@@ -115,13 +122,16 @@ def write_results(path, results):
 
 
 def evaluate_splits(args, model, dataset, tokenizer, device, ranks):
-    """{train, val: LossEvaluation} on --split-tokens of each, at most one pass."""
+    """{val, train: LossEvaluation} on --split-tokens of each, at most one pass."""
     length = model.config.sequence_len
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
+    split_tokens = args.split_tokens
+    if split_tokens == -1:
+        split_tokens = SPLIT_TOKENS_CPU if device.type == "cpu" else SPLIT_TOKENS
     losses = {}
-    for split in ("train", "val"):
+    for split in ("val", "train"):
         shards = token_shards(dataset, tokenizer, split)
-        n_batches = pretrain.eval_batches(shards, args.split_tokens, args.device_batch_size * ranks.world_size, length)
+        n_batches = pretrain.eval_batches(shards, split_tokens, args.device_batch_size * ranks.world_size, length)
         with TokenLoader(shards, args.device_batch_size, length, rank=ranks.rank, world_size=ranks.world_size,
                          device=device, shuffle=False) as batches:
             bar = tqdm(islice(batches, n_batches), f"evaluating {split}", n_batches, disable=not ranks.is_main)

@@ -9,7 +9,7 @@ from pathlib import Path
 from nanochat.common import runs_dir
 from nanochat.errors import UserError, command
 from nanochat.experiments.report import experiment_report, runs_report
-from nanochat.files import write_text
+from nanochat.files import check_output, write_text
 
 
 def parse_args(argv=None):
@@ -32,9 +32,10 @@ def main(argv=None):
         raise UserError("name either --experiment or runs")
     if args.miniseries and not args.experiment:
         raise UserError("--miniseries goes with --experiment")
+    out = args.out or Path("report.md" if args.markdown else "report.html")
+    check_output("--out", out)
     report = (experiment_report(args.ledger, args.experiment, runs_dir(), args.miniseries, args.lane_b_figures)
               if args.experiment else runs_report(args.runs, runs_dir(), args.lane_b_figures))
-    out = args.out or Path("report.md" if args.markdown else "report.html")
     write_text(out, report.markdown() if args.markdown else report.html())
     print(f"written: {out} ({out.stat().st_size / 1024:.0f} KiB)")
     return 0

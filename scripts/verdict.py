@@ -8,11 +8,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from nanochat.common import runs_dir
-from nanochat.errors import command
+from nanochat.errors import UserError, command
 from nanochat.experiments.change_log import add_entry, verdict_entry
 from nanochat.experiments.gates import Rules
 from nanochat.experiments.trials import facts_of, load_trials
 from nanochat.experiments.verdicts import judge_experiment
+from nanochat.files import check_output
 
 
 def parse_args(argv=None):
@@ -30,14 +31,23 @@ def parse_args(argv=None):
 @command
 def main(argv=None):
     args = parse_args(argv)
+    if args.log:
+        check_output("--log", args.log)
+    trials = load_trials(args.ledger, args.experiment, runs_dir())
+    absent = sum(trial.record is None for trial in trials)
+    if absent:
+        missing = f"{absent} of {len(trials)} runs have no record in {runs_dir()}, so gates 2 and 3 cannot see them"
+        if args.log:
+            raise UserError(f"{missing}; judge them with --log where they were made (NANOCHAT_BASE_DIR)")
+        print(f"note: {missing}\n")
     verdicts = judge_experiment(args.ledger, args.experiment, runs_dir(), args.miniseries, args.candidates)
     print("\n".join(Rules().describe()), end="\n\n")
     for verdict in verdicts:
         print("\n".join(verdict.describe()), end="\n\n")
     if args.log:
         today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-        facts = facts_of(load_trials(args.ledger, args.experiment, runs_dir()))
-        added = add_entry(args.log, verdict_entry(today, args.experiment, args.miniseries, facts, verdicts))
+        entry = verdict_entry(today, args.experiment, args.miniseries, facts_of(trials), verdicts)
+        added = add_entry(args.log, entry)
         print(f"added to {args.log}" if added else f"{args.log}: its newest entry says the same, nothing added")
     return 0
 

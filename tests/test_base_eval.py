@@ -72,6 +72,13 @@ def refused(arguments, capsys):
     return line
 
 
+def test_text_and_tokenizer_are_the_checkpoints_own_where_none_are_given(corpus, tmp_path):
+    write_model(user_config={"dataset": str(corpus), "tokenizer_dir": str(GOLDEN_TOKENIZER)})
+    small = ["--split-tokens", "512", "--device-batch-size", "2"]
+    own = results(["--model-tag", "tiny", "--eval", "bpb", *small], tmp_path)
+    assert own == results(flags(corpus, "--eval", "bpb"), tmp_path)
+
+
 def brute_force(model, tokenizer, corpus, split, n_batches, rows=2, length=LENGTH):
     """Bits per byte token by token in fp64, from logits; {tokens since BOS: [nats]}."""
     nats = n_bytes = 0.0

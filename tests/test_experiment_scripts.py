@@ -111,6 +111,16 @@ def test_verdict_goes_into_the_log_above_older_entries(matrix, tmp_path, capsys)
     assert "**chunked-ce** (`--chunked-ce`): **insufficient**" in text and text.endswith("older\n\nText.\n")
 
 
+def test_a_verdict_without_the_records_says_so_and_is_not_logged(matrix, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "elsewhere"))
+    verdict.main(["--experiment", "lane_c", "--ledger", str(matrix)])
+    assert "note: 4 of 4 runs have no record in" in capsys.readouterr().out
+    log = tmp_path / "LOG.md"
+    log.write_text("# Log\n")
+    argv = ("--experiment", "lane_c", "--ledger", matrix, "--log", log)
+    assert "where they were made" in refused(capsys, verdict.main, *argv) and log.read_text() == "# Log\n"
+
+
 def test_the_same_verdict_is_logged_once(matrix, tmp_path, capsys):
     log = tmp_path / "LOG.md"
     log.write_text("# Log\n")

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanochat import files
-from nanochat.files import atomic_path, json_bytes, locked, sha256_of, write_json, write_text
+from nanochat.errors import UserError
+from nanochat.files import atomic_path, check_output, json_bytes, locked, sha256_of, write_json, write_text
 
 FINITE_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -244,3 +245,12 @@ def test_hash_is_that_of_the_whole_file(tmp_path, size):
     data = random.Random(size).randbytes(size)
     (tmp_path / "file").write_bytes(data)
     assert sha256_of(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_output("--out", tmp_path / "new" / "folders" / "report.html")
+    assert not (tmp_path / "new").exists()
+    for path in (tmp_path, tmp_path / "file" / "report.html", "/proc/report.html"):
+        with pytest.raises(UserError, match=r"--out .* cannot be written \(.*\); give another path"):
+            check_output("--out", path)

@@ -97,8 +97,9 @@ def finished_runs(experiment, ledger):
         if ((row.candidate_flags, row.depth, row.seed) != (run.candidate_flags, run.depth, run.seed)
                 or (row.target_metric_name, row.target_metric_threshold) != target):
             raise UserError(f"{ledger}: {row.run_id} is there with candidate flags {row.candidate_flags!r} and target "
-                            f"{row.target_metric_name} {row.target_metric_threshold}, which is not what was asked; "
-                            "choose another --name")
+                            f"{row.target_metric_name} {row.target_metric_threshold}, asked are "
+                            f"{run.candidate_flags!r} and {' '.join(map(str, target))}; give the same (--target-...), "
+                            "or choose another --name")
     return {row.run_id for row in rows}
 
 
