@@ -35,15 +35,14 @@ def atomic_path(path):
 
 
 def check_output(flag, path):
-    """UserError now, not after the work, where no file can be written at `path`; folders may still have to be made."""
-    path = Path(path).absolute()
-    folder = next(parent for parent in path.parents if parent.exists())
+    """UserError now, not after the work, where no file can be written at `path`."""
     try:
-        if path.is_dir():
+        if Path(path).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=Path(path).absolute().parent).close()
     except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written ({error.strerror}); give another path") from None
+        raise UserError(f"{flag} {path} cannot be written ({error.strerror}); give a file in a folder that is "
+                        "there") from None
 
 
 def write_text(path, text):

@@ -249,8 +249,10 @@ def test_hash_is_that_of_the_whole_file(tmp_path, size):
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
-    check_output("--out", tmp_path / "new" / "folders" / "report.html")
-    assert not (tmp_path / "new").exists()
-    for path in (tmp_path, tmp_path / "file" / "report.html", "/proc/report.html"):
-        with pytest.raises(UserError, match=r"--out .* cannot be written \(.*\); give another path"):
+    check_output("--out", tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+    said = r"--out .* cannot be written \(.*\); give a file in a folder that is there"
+    for path in (tmp_path, tmp_path / "new" / "report.html", tmp_path / "file" / "report.html", "/proc/report.html"):
+        with pytest.raises(UserError, match=said):
             check_output("--out", path)
+    assert not (tmp_path / "new").exists()
