@@ -13,6 +13,7 @@ from torch._inductor.utils import run_and_get_code
 
 from dev.bench.variants import masked_loss, sliced_loss
 from nanochat.errors import command
+from nanochat.gpt import GPTConfig
 from nanochat.kernels.linear_cross_entropy import plain_linear_cross_entropy
 
 FORMS = {"sliced before the softcap": sliced_loss, "masked after it": masked_loss,
@@ -40,7 +41,7 @@ def main(argv=None):
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocab-size", type=int, default=8010, help="padded to a multiple of 64")
     args = parser.parse_args(argv)
-    padded = -(-args.vocab_size // 64) * 64
+    padded = GPTConfig(vocab_size=args.vocab_size).padded_vocab_size
     print(f"torch {torch.__version__}, {args.tokens} tokens, vocabulary {args.vocab_size} padded to {padded}")
     for dtype in (torch.bfloat16, torch.float32):
         for form, loss in FORMS.items():

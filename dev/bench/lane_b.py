@@ -8,18 +8,16 @@ token, once for all lags, is a part of its own.
 """
 
 import argparse
-import csv
 import os
 import platform
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import scipy
 import torch
 
-from dev.bench.measure import percentiles, time_interleaved
-from nanochat.common import base_dir, device_name
+from dev.bench.measure import append_rows, percentiles, time_interleaved
+from nanochat.common import base_dir, device_name, git_commit
 from nanochat.dataset import open_dataset
 from nanochat.errors import command
 from nanochat.lane_b.correlation import counters_of, estimate_lag
@@ -72,7 +70,6 @@ def main(argv=None):
         "n-gram model, context 1": lambda: KneserNey(documents, 1),
         "n-gram model, context 2": lambda: KneserNey(documents, 2),
     }, args.rounds, device, warmup=1)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     rows = []
     for part, milliseconds in times.items():
         median, fast, slow = (documents.n_tokens / ms / 1e3 for ms in percentiles(milliseconds))
@@ -80,14 +77,10 @@ def main(argv=None):
         rows.append({"part": part, "mtok_per_sec_median": median, "mtok_per_sec_p20": slow, "mtok_per_sec_p80": fast,
                      "tokens": documents.n_tokens, "vocab_size": documents.vocab_size, "lag": args.lag,
                      "dataset": Path(args.dataset).name if args.dataset else "made", "device": device_name(device),
-                     "threads": os.environ.get("OMP_NUM_THREADS", ""), "commit": commit.stdout.strip(),
+                     "threads": os.environ.get("OMP_NUM_THREADS", ""), "commit": git_commit()[0],
                      "python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__})
     if args.out:
-        with open(args.out, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerows(rows)
+        append_rows(args.out, rows)
 
 
 if __name__ == "__main__":

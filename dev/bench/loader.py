@@ -7,10 +7,8 @@ Every round measures each shape once; medians and 10th to 90th percentiles are o
 """
 
 import argparse
-import csv
 import os
 import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -19,7 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanochat.common import choose_device, device_name
+from dev.bench.measure import append_rows
+from nanochat.common import choose_device, device_name, git_commit
 from nanochat.dataloader import RowPlanner, TokenLoader, fill_rows
 from nanochat.dataset import open_dataset
 from nanochat.errors import command
@@ -98,21 +97,11 @@ def printed(line):
     return ("{documents}, {batch_rows} rows of {sequence_len}, million tokens/s: " + ", ".join(parts)).format(**line)
 
 
-def write_rows(path, rows):
-    is_new = not Path(path).exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 @command
 def main(argv=None):
     args = parse_args(argv)
     device = choose_device(args.device_type)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    facts = {"device": device_name(device), "cores": os.cpu_count(), "commit": commit.stdout.strip(),
+    facts = {"device": device_name(device), "cores": os.cpu_count(), "commit": git_commit()[0],
              "python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
         if args.dataset:
@@ -130,7 +119,7 @@ def main(argv=None):
     for line in lines:
         print(printed(line))
     if args.out:
-        write_rows(args.out, lines)
+        append_rows(args.out, lines)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How the benchmarks measure: interleaved timings with percentiles, peak memory, the machine's own rates."""
 
+import csv
 import ctypes
 import functools
 import statistics
@@ -66,6 +67,15 @@ def cpu_peak_bytes(function):
     before = _status_bytes("VmRSS")
     function()
     return _status_bytes("VmHWM") - before
+
+
+def append_rows(path, rows):
+    """Add dicts of one set of keys to a CSV file, with a header where it is new or empty."""
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def _status_bytes(field):
