@@ -17,7 +17,7 @@ from nanochat.dataloader import RowPlanner, TokenLoader
 from nanochat.dataset import Dataset, open_dataset
 from nanochat.engine import generate
 from nanochat.errors import UserError
-from nanochat.experiments.target import check_target
+from nanochat.experiments.target import check_metric_name, check_target
 from nanochat.gpt import GPT, SOFTCAP, GPTConfig, flops_per_token, parameter_counts, scaling_params
 from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
 from nanochat.kernels.rms_norm import check_rms_norm
@@ -60,8 +60,9 @@ def check_flags(args):
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be a number of at least 0")
     if not 0 <= args.warmdown_ratio <= 1 or args.warmup_steps < 0:
         raise UserError("--warmdown-ratio must be between 0 and 1 and --warmup-steps at least 0")
-    name, threshold = target_of(args)
-    check_target(name, 1.0 if threshold is None else threshold)  # a name that is unknown is wrong without one, too
+    check_metric_name(args.target_metric_name)
+    if target_of(args)[1] is not None:
+        check_target(*target_of(args))
 
 
 def target_of(args):
@@ -129,18 +130,20 @@ def build_optimizer(args, model, horizon, ranks, dtype):
 
 def compile_model(args, model):
     """The model compiled for its fixed shapes, or itself with --no-compile."""
-    return model if args.no_compile else torch.compile(model, dynamic=False)
+    if args.no_compile:
+        return model
+    print0("compiling: up to a minute before the first step, less where the code is cached ...")
+    return torch.compile(model, dynamic=False)
 
 
 def run_config(args, data, config, horizon, ranks, device, dtype, dtype_reason):
     """config.json of the run's record, without its id."""
     commit, dirty = git_commit()
-    name = device_name(device) + (", Triton interpreted" if INTERPRETED else "")  # its times say nothing of a GPU's
     return {
         "created_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"), "flags": flags_of(args),
         "git_commit": commit, "git_dirty": dirty, "versions": versions(),
-        "device": {"type": device.type, "name": name, "compute_dtype": str(dtype).removeprefix("torch."),
-                   "dtype_reason": dtype_reason, "world_size": ranks.world_size},
+        "device": {"type": device.type, "name": device_name(device), "compute_dtype": str(dtype).removeprefix("torch."),
+                   "dtype_reason": dtype_reason, "world_size": ranks.world_size, "triton_interpreted": INTERPRETED},
         **identity(args, data, horizon), "model_config": config.to_dict(),
         "n_params": parameter_counts(config)["total"], "n_scaling_params": scaling_params(config),
         "flops_per_token": flops_per_token(config), "target_tokens": horizon.target_tokens,
@@ -166,6 +169,11 @@ def identity(args, data, horizon):
     """What must be equal for a run to go on from a checkpoint: it decides the data and the updates."""
     return {"dataset_id": data.dataset.dataset_id, "tokenizer_id": data.tokenizer.tokenizer_id, "seed": args.seed,
             "total_batch_size_tokens": horizon.total_batch_size_tokens, "num_iterations": horizon.num_iterations}
+
+
+def resume_step(args, folder):
+    """The step of the checkpoint in `folder` that --resume-from-step asks for, or None when it asks for none."""
+    return None if args.resume_from_step == "-1" else checkpoint.find_checkpoint(folder, args.resume_from_step)
 
 
 def resume_meta(args, folder, step, config, data, horizon):

@@ -97,9 +97,7 @@ def train(args, device, dtype, dtype_reason, ranks, started):
                                                args.max_seq_len, ranks.world_size)
     tag = args.model_tag or f"d{args.depth}"
     folder = checkpoint.checkpoint_folder(tag)
-    resume_step = None
-    if args.resume_from_step != "-1":
-        resume_step = checkpoint.find_checkpoint(folder, args.resume_from_step)
+    resume_step = pretrain.resume_step(args, folder)
     resumed = pretrain.resume_meta(args, folder, resume_step, config, data, horizon)
 
     model = pretrain.build_model(args, config, device, dtype)
@@ -109,8 +107,6 @@ def train(args, device, dtype, dtype_reason, ranks, started):
     run_id = args.run_id or (resumed or {}).get("run_id") or pretrain.new_run_id(tag, args.seed, ranks)
     record = pretrain.run_config(args, data, config, horizon, ranks, device, dtype, dtype_reason)
     common.print0(pretrain.describe(config, horizon, accumulation, data))
-    if not args.no_compile:
-        common.print0("compiling: up to a minute before the first step, less where the code is cached ...")
 
     compiled = pretrain.compile_model(args, model)
     loader = data.train_loader(args, ranks, device, resumed)

@@ -170,7 +170,7 @@ def _commands(trials):
         return []
     shared = [item for item in argvs[0] if all(item in items for items in argvs)]
     own = [" ".join(item for item in items if item not in shared) for items in argvs]
-    interpreted = any("Triton interpreted" in trial.row.device for trial in trials)
+    interpreted = any(trial.record.config["device"].get("triton_interpreted") for trial in trials if trial.record)
     return [*(["export TRITON_INTERPRET=1"] if interpreted else []), f"COMMON=({' '.join(shared)})",
             *(f'python -m scripts.base_train "${{COMMON[@]}}" {flags}'.rstrip() for flags in own)]
 

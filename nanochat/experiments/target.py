@@ -86,10 +86,15 @@ class TimeToTarget:
                 f"{self.extrapolated_lo_sec:.1f} s to {high}){line}")
 
 
-def check_target(metric_name, threshold):
-    """Raise UserError when no training run can be asked for this target."""
+def check_metric_name(metric_name):
+    """Raise UserError when no target can be in this metric."""
     if metric_name not in METRICS:
         raise UserError(f"--target-metric-name {metric_name!r} is unknown; use one of {', '.join(METRICS)}")
+
+
+def check_target(metric_name, threshold):
+    """Raise UserError when no training run can be asked for this target."""
+    check_metric_name(metric_name)
     if threshold is None or not math.isfinite(threshold):
         raise UserError(f"--target-metric-threshold {threshold} is not a number")
     if metric_name == "val_bpb" and threshold <= 0:

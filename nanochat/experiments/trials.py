@@ -133,9 +133,12 @@ def check_same_world(trials):
 
 
 def device_of(config):
-    """The device as ledgers and comparisons name it, from a record's config: its name, and the ranks if several."""
-    ranks = config["device"].get("world_size", 1)
-    return config["device"]["name"] + (f" ({ranks} ranks)" if ranks > 1 else "")
+    """The device as ledgers and comparisons name it, from a record's config: its name, the ranks if several, and
+    whether Triton was interpreted, since such times say nothing of a GPU's."""
+    device = config["device"]
+    ranks = device.get("world_size", 1)
+    return (device["name"] + (f" ({ranks} ranks)" if ranks > 1 else "")
+            + (", Triton interpreted" if device.get("triton_interpreted") else ""))
 
 
 def split(trials):
