@@ -7,6 +7,7 @@ source runs/setup.sh
 
 PROFILE="${1:-cpu-short}"
 SEEDS="${2:-0 1}"
+NAME="$PROFILE${TAG:-}"
 case "$PROFILE" in
     cpu*) DATASET=stdlib ;;
     *) DATASET=climbmix ;;
@@ -19,11 +20,11 @@ bash runs/baseline.sh "$PROFILE" "$SEEDS"
 [[ "$PROFILE" != cpu* ]] || export TRITON_INTERPRET=1
 
 # shellcheck disable=SC2086  (the seeds are words)
-python -m scripts.experiment --name "lane_c_$PROFILE${TAG:-}" --profile "$PROFILE" --seeds $SEEDS \
-    --candidates baseline fused-rmsnorm chunked-ce both --target-from "baseline_$PROFILE${TAG:-}" --probe \
+python -m scripts.experiment --name "lane_c_$NAME" --profile "$PROFILE" --seeds $SEEDS \
+    --candidates baseline fused-rmsnorm chunked-ce both --target-from "baseline_$NAME" --probe \
     -- --tokenizer-dir "$TOKENIZER"
 bash runs/miniseries.sh "$PROFILE"
 
-python -m scripts.verdict --experiment "lane_c_$PROFILE${TAG:-}" --miniseries "miniseries_$PROFILE${TAG:-}" --log
-python -m scripts.report --experiment "lane_c_$PROFILE${TAG:-}" --miniseries "miniseries_$PROFILE${TAG:-}" \
-    --out "dev/reports/lane_c_$PROFILE${TAG:-}.html"
+python -m scripts.verdict --experiment "lane_c_$NAME" --miniseries "miniseries_$NAME" --log
+python -m scripts.report --experiment "lane_c_$NAME" --miniseries "miniseries_$NAME" \
+    --out "dev/reports/lane_c_$NAME.html"

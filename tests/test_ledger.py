@@ -24,7 +24,9 @@ def test_columns_are_frozen():
 
 
 def test_the_committed_ledger_has_this_header():
-    read_experiments(Path(__file__).parents[1] / "dev" / "experiments.csv")
+    path = Path(__file__).parents[1] / "dev" / "experiments.csv"
+    assert path.read_text().splitlines()[0].split(",") == columns(ExperimentRow)
+    read_experiments(path)  # and every row a person edited parses
 
 
 def test_a_row_survives_the_ledger_and_its_run_id_is_unique(tmp_path):
