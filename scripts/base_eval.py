@@ -6,16 +6,19 @@ from itertools import islice
 import torch
 from tqdm import tqdm
 
-from nanochat import checkpoint, common, pretrain
-from nanochat.core_bundle import bundle_folder
-from nanochat.core_eval import evaluate_core
-from nanochat.dataloader import TokenLoader
-from nanochat.dataset import open_dataset
+from nanochat.data.dataloader import TokenLoader
+from nanochat.data.sources import open_dataset
+from nanochat.data.tokenizer import load_tokenizer
+from nanochat.data.tokens import token_shards
 from nanochat.errors import UserError, command
+from nanochat.evaluation.core import evaluate_core
+from nanochat.evaluation.core_bundle import bundle_folder
+from nanochat.evaluation.loss import evaluate_loss
 from nanochat.files import write_json
-from nanochat.loss_eval import evaluate_loss
-from nanochat.tokenizer import load_tokenizer
-from nanochat.tokens import token_shards
+from nanochat.machine import choose_compute_dtype, choose_device, device_name, keep_freed_memory
+from nanochat.paths import base_dir
+from nanochat.ranks import print0, start_ranks, stop_ranks
+from nanochat.training import build, checkpoint
 
 KINDS = ("bpb", "position", "sample", "core")
 SPLIT_TOKENS, SPLIT_TOKENS_CPU = 40 * 524288, 2**17
@@ -48,16 +51,16 @@ def main(argv=None):
         raise UserError(f"--eval {','.join(sorted(unknown))} is unknown; use some of {','.join(KINDS)}")
     if args.device_batch_size < 1 or (args.split_tokens < 1 and args.split_tokens != -1):
         raise UserError("--device-batch-size and --split-tokens must be at least 1")
-    device = common.choose_device(args.device_type)
-    dtype, reason = common.choose_compute_dtype(device)
-    common.keep_freed_memory(device)
-    ranks = common.start_ranks(device)
+    device = choose_device(args.device_type)
+    dtype, reason = choose_compute_dtype(device)
+    keep_freed_memory(device)
+    ranks = start_ranks(device)
     try:
         folder = checkpoint.checkpoint_folder(args.model_tag)
         step = checkpoint.find_checkpoint(folder, args.step)
         trained_with = checkpoint.read_meta(folder, step).get("user_config") or {}
         tokenizer = load_tokenizer(args.tokenizer_dir or trained_with.get("tokenizer_dir")
-                                   or common.base_dir() / "tokenizer")
+                                   or base_dir() / "tokenizer")
         model, meta = checkpoint.load_model(folder, step, device, dtype)
         if model.config.vocab_size != tokenizer.vocab_size:
             raise UserError(f"the model's vocabulary is {model.config.vocab_size}, the tokenizer's "
@@ -66,7 +69,7 @@ def main(argv=None):
             raise UserError(f"the model was trained with tokenizer {meta['tokenizer_id']}, this one is "
                             f"{tokenizer.tokenizer_id}; give the one it was trained with (--tokenizer-dir)")
         model.eval()
-        common.print0(f"{folder.name}, step {step}, on {common.device_name(device)} in {dtype}: {reason}")
+        print0(f"{folder.name}, step {step}, on {device_name(device)} in {dtype}: {reason}")
         dataset = open_dataset(args.dataset or trained_with.get("dataset") or "climbmix")
         results = evaluate(args, kinds, model, dataset, tokenizer, device, ranks)
         if args.output_json and ranks.is_main:
@@ -75,7 +78,7 @@ def main(argv=None):
                 "model_tag": folder.name, "step": step, "tokens": tokens, "dataset_id": dataset.dataset_id,
                 "tokenizer_id": tokenizer.tokenizer_id, **results})
     finally:
-        common.stop_ranks()
+        stop_ranks()
     return 0
 
 
@@ -84,29 +87,29 @@ def evaluate(args, kinds, model, dataset, tokenizer, device, ranks):
     results = {}
     if "sample" in kinds and ranks.is_main:
         shard = token_shards(dataset, tokenizer, "val")[0]
-        results["samples"] = [pretrain.sample_document(model, tokenizer, shard, i) for i in range(pretrain.N_SAMPLES)]
+        results["samples"] = [build.sample_document(model, tokenizer, shard, i) for i in range(build.N_SAMPLES)]
         for sample in results["samples"]:
             print(f"sample: {sample['prompt']}[...]{sample['text']}\n")
     if {"bpb", "position"} & set(kinds):
         splits = evaluate_splits(args, model, dataset, tokenizer, device, ranks)
         for split, loss in splits.items():
-            common.print0(f"{split}: {loss.bits_per_byte:.4f} bits per byte, {loss.nats_per_token:.4f} nats per token "
+            print0(f"{split}: {loss.bits_per_byte:.4f} bits per byte, {loss.nats_per_token:.4f} nats per token "
                           f"on {loss.n_tokens:,} tokens")
         if "bpb" in kinds:
             results |= {f"{split}_bpb": loss.bits_per_byte for split, loss in splits.items()}
         if "position" in kinds:
             results["nats_by_position"] = splits["val"].nats_by_position
             results["counts_by_position"] = splits["val"].counts_by_position
-            common.print0("tokens of context since BOS: nats per token")
+            print0("tokens of context since BOS: nats per token")
             by_position = list(zip(results["nats_by_position"], results["counts_by_position"], strict=True))
             for n in (0, *(2**k for k in range(len(by_position).bit_length() - 1))):
                 nats, count = by_position[n]
-                common.print0(f"{n:6d}: {nats:.4f} ({count:,} tokens)" if count else f"{n:6d}: none")
+                print0(f"{n:6d}: {nats:.4f} ({count:,} tokens)" if count else f"{n:6d}: none")
     if "core" in kinds:
         core = evaluate_core(model, tokenizer, bundle_folder(), device, max_per_task=args.max_per_task,
                              max_tokens=model.cos.size(1), rank=ranks.rank, world_size=ranks.world_size)
         results |= {"core_metric": core.core_metric, "core_tasks": core.centered}
-        common.print0(f"CORE {core.core_metric:.4f}")
+        print0(f"CORE {core.core_metric:.4f}")
     return results
 
 
@@ -131,7 +134,7 @@ def evaluate_splits(args, model, dataset, tokenizer, device, ranks):
     losses = {}
     for split in ("val", "train"):
         shards = token_shards(dataset, tokenizer, split)
-        n_batches = pretrain.eval_batches(shards, split_tokens, args.device_batch_size * ranks.world_size, length)
+        n_batches = build.eval_batches(shards, split_tokens, args.device_batch_size * ranks.world_size, length)
         with TokenLoader(shards, args.device_batch_size, length, rank=ranks.rank, world_size=ranks.world_size,
                          device=device, shuffle=False) as batches:
             bar = tqdm(islice(batches, n_batches), f"evaluating {split}", n_batches, disable=not ranks.is_main)

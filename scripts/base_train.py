@@ -6,10 +6,12 @@ The same program at every size. Sizes, horizon, batch and learning rates follow 
 import argparse
 import time
 
-from nanochat import checkpoint, common, pretrain, schedule
 from nanochat.errors import UserError, command
-from nanochat.gpt import flops_per_token
-from nanochat.train import Cadence, Hooks, Schedule, Trainer, close_failed_record, close_record
+from nanochat.machine import choose_device, device_name, keep_freed_memory
+from nanochat.model.gpt import flops_per_token
+from nanochat.ranks import on_main, print0, start_ranks, stop_ranks
+from nanochat.training import build, checkpoint, schedule
+from nanochat.training.loop import Cadence, Hooks, Schedule, Trainer, close_failed_record, close_record
 
 
 def parse_args(argv=None):
@@ -74,72 +76,72 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     started = time.monotonic()
-    pretrain.check_flags(args)
-    device = common.choose_device(args.device_type)
-    dtype, dtype_reason = pretrain.training_dtype(device)
-    common.keep_freed_memory(device)
-    ranks = common.start_ranks(device)
+    build.check_flags(args)
+    device = choose_device(args.device_type)
+    dtype, dtype_reason = build.training_dtype(device)
+    keep_freed_memory(device)
+    ranks = start_ranks(device)
     try:
         return train(args, device, dtype, dtype_reason, ranks, started)
     finally:
-        common.stop_ranks()
+        stop_ranks()
 
 
 def train(args, device, dtype, dtype_reason, ranks, started):
     """Join the parts, run the loop, close the record; returns the exit code."""
-    name = common.device_name(device)
-    common.print0(f"device: {name}, {ranks.world_size} rank(s), compute dtype {dtype}: {dtype_reason}")
-    pretrain.check_kernels(args, device, dtype)
-    data = pretrain.open_data(args)
-    config = pretrain.model_config(args, data.tokenizer.vocab_size)
-    horizon = pretrain.plan(args, config)
+    name = device_name(device)
+    print0(f"device: {name}, {ranks.world_size} rank(s), compute dtype {dtype}: {dtype_reason}")
+    build.check_kernels(args, device, dtype)
+    data = build.open_data(args)
+    config = build.model_config(args, data.tokenizer.vocab_size)
+    horizon = build.plan(args, config)
     accumulation = schedule.accumulation_steps(horizon.total_batch_size_tokens, args.device_batch_size,
                                                args.max_seq_len, ranks.world_size)
     tag = args.model_tag or f"d{args.depth}"
     folder = checkpoint.checkpoint_folder(tag)
-    resume_step = pretrain.resume_step(args, folder)
-    resumed = pretrain.resume_meta(args, folder, resume_step, config, data, horizon)
+    resume_step = build.resume_step(args, folder)
+    resumed = build.resume_meta(args, folder, resume_step, config, data, horizon)
 
-    model = pretrain.build_model(args, config, device, dtype)
-    optimizer = pretrain.build_optimizer(args, model, horizon, ranks, dtype)
+    model = build.build_model(args, config, device, dtype)
+    optimizer = build.build_optimizer(args, model, horizon, ranks, dtype)
     if resumed:
-        pretrain.restore(model, optimizer, folder, resume_step, resumed, device, ranks)
-    run_id = args.run_id or (resumed or {}).get("run_id") or pretrain.new_run_id(tag, args.seed, ranks)
-    record = pretrain.run_config(args, data, config, horizon, ranks, device, dtype, dtype_reason)
-    common.print0(pretrain.describe(config, horizon, accumulation, data))
+        build.restore(model, optimizer, folder, resume_step, resumed, device, ranks)
+    run_id = args.run_id or (resumed or {}).get("run_id") or build.new_run_id(tag, args.seed, ranks)
+    record = build.run_config(args, data, config, horizon, ranks, device, dtype, dtype_reason)
+    print0(build.describe(config, horizon, accumulation, data))
 
-    compiled = pretrain.compile_model(args, model)
+    compiled = build.compile_model(args, model)
     loader = data.train_loader(args, ranks, device, resumed)
     meta = {"model_config": config.to_dict(), "user_config": record["flags"], "run_id": run_id,
-            **pretrain.identity(args, data, horizon)}
+            **build.identity(args, data, horizon)}
 
     def save(loop_state):
         checkpoint.save_checkpoint(folder, loop_state["step"], model.state_dict(), optimizer.state_dict(),
                                    {**meta, "loop_state": loop_state}, ranks)
         return {"path": str(folder)}
 
-    hooks = Hooks(pretrain.evaluator(args, compiled, data, ranks, device), save,
-                  core=pretrain.core_evaluator(args, model, data, ranks, device),
-                  sample=pretrain.sampler(model, data) if ranks.is_main else None)
+    hooks = Hooks(build.evaluator(args, compiled, data, ranks, device), save,
+                  core=build.core_evaluator(args, model, data, ranks, device),
+                  sample=build.sampler(model, data) if ranks.is_main else None)
     with loader:
         # last of all that can fail: until here nothing has been written or moved
-        log = common.on_main(ranks, lambda: pretrain.open_record(args.run, run_id, record, folder, resume_step))
+        log = on_main(ranks, lambda: build.open_record(args.run, run_id, record, folder, resume_step))
         trainer = Trainer(
             compiled, optimizer, loader, accumulation=accumulation, step_tokens=horizon.total_batch_size_tokens,
             schedule=Schedule(horizon.num_iterations, args.warmup_steps, args.warmdown_ratio, args.final_lr_frac),
             cadence=Cadence(args.eval_every, args.core_metric_every, args.sample_every, args.save_every), hooks=hooks,
-            log=log or pretrain.NoLog(), ranks=ranks, device=device, device_name=name,
+            log=log or build.NoLog(), ranks=ranks, device=device, device_name=name,
             flops_per_token=flops_per_token(config), loop_state=resumed and resumed["loop_state"])
         try:
             status = trainer.run()
         except BaseException:
             if ranks.is_main:
-                close_failed_record(log, device, pretrain.target_of(args), started)
+                close_failed_record(log, device, build.target_of(args), started)
             raise
     # the others wait: were another rank gone, torchrun would end rank 0 in the middle of it
-    summary = common.on_main(ranks, lambda: close_record(log, status, device, pretrain.target_of(args), started))
+    summary = on_main(ranks, lambda: close_record(log, status, device, build.target_of(args), started))
     if ranks.is_main:
-        print(pretrain.describe_end(summary, log.folder), flush=True)
+        print(build.describe_end(summary, log.folder), flush=True)
         if status == "nan":
             raise UserError(f"the loss is not finite at step {trainer.step}; the run stopped there without saving. "
                             "Lower the learning rates or resume an earlier checkpoint")

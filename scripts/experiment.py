@@ -10,7 +10,6 @@ import signal
 import sys
 from functools import partial
 
-from nanochat.common import print0, runs_dir
 from nanochat.errors import UserError, command
 from nanochat.experiments.gates import Rules
 from nanochat.experiments.probe import probe_candidates
@@ -24,6 +23,8 @@ from nanochat.experiments.runner import (
     threshold_in_use,
     training_command,
 )
+from nanochat.paths import runs_dir
+from nanochat.ranks import print0
 
 
 def parse_args(argv=None):

@@ -8,15 +8,14 @@ import argparse
 import math
 import time
 
-from nanochat.common import runs_dir
 from nanochat.errors import UserError, command
 from nanochat.files import write_json
 from nanochat.lane_b import Refusal
-from nanochat.lane_b.calibration import BitsPerByte
-from nanochat.lane_b.horizon import ALPHA_SOURCES, DEFAULT_RATIO, infer_horizon
-from nanochat.lane_b.horizon_figure import draw_inference
-from nanochat.lane_b.inference_file import VERSION, describe, inference_document
-from nanochat.lane_b.inputs import (
+from nanochat.lane_b.infer.calibration import BitsPerByte
+from nanochat.lane_b.infer.horizon import ALPHA_SOURCES, DEFAULT_RATIO, infer_horizon
+from nanochat.lane_b.infer.horizon_figure import draw_inference
+from nanochat.lane_b.infer.inference_file import VERSION, describe, inference_document
+from nanochat.lane_b.infer.inputs import (
     check_baseline,
     common_model,
     parse_point,
@@ -25,6 +24,7 @@ from nanochat.lane_b.inputs import (
     threshold_of_baseline,
 )
 from nanochat.lane_b.outputs import check_outputs
+from nanochat.paths import runs_dir
 from nanochat.runlog import find_run
 
 MIN_RESAMPLES = 100  # a 95 % interval of fewer is its extremes
@@ -66,8 +66,8 @@ def parse_args(argv):
 
 def params_of_depth(args, vocab_size):
     """Scaling parameters of the model that scripts.base_train would build."""
-    from nanochat.gpt import GPTConfig, scaling_params
-    from nanochat.schedule import model_shape
+    from nanochat.model.gpt import GPTConfig, scaling_params
+    from nanochat.training.schedule import model_shape
 
     shape = model_shape(args.depth, args.aspect_ratio, args.head_dim)
     return scaling_params(GPTConfig(vocab_size=vocab_size, n_layer=shape.n_layer, n_head=shape.n_head,

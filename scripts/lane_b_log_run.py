@@ -8,15 +8,15 @@ import argparse
 from dataclasses import fields, replace
 from pathlib import Path
 
-from nanochat.common import runs_dir
 from nanochat.csv_ledger import parse_cell
 from nanochat.errors import UserError, command
-from nanochat.experiments.target import evaluations_of, time_to_target
 from nanochat.lane_b import Refusal
-from nanochat.lane_b.inference_file import read_inference
-from nanochat.lane_b.inputs import NUMBER_OR_NONE, check_different, recorded
-from nanochat.lane_b.record import DECISIONS, LaneBRecord, append_record, read_records, record_of_run, standing
+from nanochat.lane_b.infer.inference_file import read_inference
+from nanochat.lane_b.infer.inputs import NUMBER_OR_NONE, check_different, recorded
+from nanochat.lane_b.infer.record import DECISIONS, LaneBRecord, append_record, read_records, record_of_run, standing
+from nanochat.paths import runs_dir
 from nanochat.runlog import find_run
+from nanochat.target import evaluations_of, time_to_target
 
 LEDGER = Path(__file__).resolve().parents[1] / "ideas" / "lane_b_inference_schema.csv"
 

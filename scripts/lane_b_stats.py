@@ -14,18 +14,20 @@ import time
 import numpy as np
 import scipy
 
-from nanochat.common import Ranks, base_dir, print0, runs_dir, versions
-from nanochat.dataset import open_dataset
+from nanochat.data.sources import open_dataset
+from nanochat.data.tokenizer import load_tokenizer
+from nanochat.data.tokens import token_shards
 from nanochat.errors import command
 from nanochat.files import write_json
-from nanochat.lane_b.documents import check_vocabulary, from_shards
+from nanochat.lane_b.measure.documents import check_vocabulary, from_shards
+from nanochat.lane_b.measure.position_losses import check_same_model, check_same_text, read_position_losses
+from nanochat.lane_b.measure.statistics import DEFAULT_LAGS, measure
+from nanochat.lane_b.measure.statistics_figure import draw_statistics
+from nanochat.lane_b.measure.statistics_file import VERSION, describe, statistics_document
 from nanochat.lane_b.outputs import check_outputs
-from nanochat.lane_b.position_losses import check_same_model, check_same_text, read_position_losses
-from nanochat.lane_b.statistics import DEFAULT_LAGS, measure
-from nanochat.lane_b.statistics_figure import draw_statistics
-from nanochat.lane_b.statistics_file import VERSION, describe, statistics_document
-from nanochat.tokenizer import load_tokenizer
-from nanochat.tokens import token_shards
+from nanochat.paths import base_dir, runs_dir
+from nanochat.provenance import versions
+from nanochat.ranks import Ranks, print0
 
 
 def parse_args(argv):

@@ -6,10 +6,10 @@ One HTML file without anything to load, or with --markdown the same figures as t
 import argparse
 from pathlib import Path
 
-from nanochat.common import runs_dir
 from nanochat.errors import UserError, command
 from nanochat.experiments.report import experiment_report, runs_report
 from nanochat.files import check_output, write_text
+from nanochat.paths import runs_dir
 
 
 def parse_args(argv=None):

@@ -6,11 +6,11 @@ python -m scripts.tok_eval --dataset stdlib [--compare OTHER_TOKENIZER_DIR]
 import argparse
 from pathlib import Path
 
-from nanochat.common import base_dir
-from nanochat.dataset import open_dataset
+from nanochat.data.shards import sample_documents
+from nanochat.data.sources import open_dataset
+from nanochat.data.tokenizer import load_tokenizer
 from nanochat.errors import UserError, command
-from nanochat.shards import sample_documents
-from nanochat.tokenizer import load_tokenizer
+from nanochat.paths import base_dir
 
 TEXTS = {
     "prose": """The ferry left an hour late, because the captain would not sail without her dog. Nobody complained.

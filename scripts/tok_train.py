@@ -9,11 +9,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanochat.common import base_dir
-from nanochat.dataset import open_dataset
+from nanochat.data.shards import sample_documents, text_bytes
+from nanochat.data.sources import open_dataset
+from nanochat.data.tokenizer import load_tokenizer, train_tokenizer
 from nanochat.errors import UserError, command
-from nanochat.shards import sample_documents, text_bytes
-from nanochat.tokenizer import load_tokenizer, train_tokenizer
+from nanochat.paths import base_dir
 
 _REPORT_CHARS = 1_000_000  # validation text for the compression figure
 

@@ -7,13 +7,13 @@ import argparse
 from datetime import datetime, timezone
 from pathlib import Path
 
-from nanochat.common import runs_dir
 from nanochat.errors import UserError, command
 from nanochat.experiments.change_log import add_entry, verdict_entry
 from nanochat.experiments.gates import Rules
 from nanochat.experiments.trials import facts_of, load_trials
 from nanochat.experiments.verdicts import judge_experiment
 from nanochat.files import check_output
+from nanochat.paths import runs_dir
 
 
 def parse_args(argv=None):

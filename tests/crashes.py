@@ -13,7 +13,13 @@ from pathlib import Path
 
 import torch
 
-from nanochat.checkpoint import find_checkpoint, load_model_state, load_optimizer_state, read_meta, save_checkpoint
+from nanochat.training.checkpoint import (
+    find_checkpoint,
+    load_model_state,
+    load_optimizer_state,
+    read_meta,
+    save_checkpoint,
+)
 
 CALLS_ON_DISK = ((torch, "save"), (os, "fsync"), (os, "replace"), (Path, "touch"), (Path, "unlink"))
 

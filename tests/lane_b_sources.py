@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from nanochat.lane_b.documents import from_arrays
+from nanochat.lane_b.measure.documents import from_arrays
 
 
 def cut(tokens, document_tokens, vocab_size):

@@ -5,11 +5,11 @@ import math
 
 import numpy as np
 
-from nanochat.common import runs_dir
 from nanochat.experiments.ledger import ExperimentRow, append_experiment
 from nanochat.experiments.profiles import CANDIDATES
-from nanochat.experiments.target import evaluations_of, time_to_target
+from nanochat.paths import runs_dir
 from nanochat.runlog import RunLog, find_run
+from nanochat.target import evaluations_of, time_to_target
 
 BATCH_TOKENS = 2048
 

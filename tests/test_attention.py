@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.attention import causal_attention
+from nanochat.model.attention import causal_attention
 
 
 def brute_force(q, k, v, window):

@@ -12,11 +12,11 @@ import torch
 from checkpoints import DAMAGES
 from corpus import GOLDEN_TOKENIZER, TINY_FLAGS, write_corpus
 
-from nanochat.checkpoint import checkpoint_folder, checkpoint_steps
-from nanochat.common import runs_dir
+from nanochat.data.tokenizer import load_tokenizer, train_tokenizer
 from nanochat.errors import UserError
+from nanochat.paths import runs_dir
 from nanochat.runlog import read_run
-from nanochat.tokenizer import load_tokenizer, train_tokenizer
+from nanochat.training.checkpoint import checkpoint_folder, checkpoint_steps
 from scripts.base_train import main
 
 
@@ -149,7 +149,7 @@ def test_a_dtype_that_cannot_train(corpus, capsys, monkeypatch, dtype, words):
 
 
 def test_kernels_that_the_device_cannot_run_are_refused_before_any_text_is_opened(capsys, monkeypatch):
-    monkeypatch.setattr("nanochat.pretrain.open_data", lambda args: pytest.fail("text was opened before the refusal"))
+    monkeypatch.setattr("nanochat.training.build.open_data", lambda args: pytest.fail("text was opened first"))
     monkeypatch.setattr("nanochat.kernels.runtime.INTERPRETED", False)
     line = refused(["--depth", "2", "--device-type", "cpu", "--fused-rmsnorm"], capsys)
     assert "--fused-rmsnorm needs a CUDA device" in line
@@ -163,7 +163,7 @@ def test_wandb_that_does_not_start_begins_no_record_and_moves_no_checkpoint(corp
         def __init__(self, *_):
             raise UserError("wandb does not start")
 
-    monkeypatch.setattr("nanochat.pretrain.WandbSink", NoWandb)
+    monkeypatch.setattr("nanochat.training.build.WandbSink", NoWandb)
     assert "wandb does not start" in refused(flags(corpus, 2, "--run", "name"), capsys)
     assert [path.name for path in runs_dir().iterdir()] == ["earlier"]
     assert checkpoint_steps(checkpoint_folder("run")) == [2]

@@ -12,14 +12,14 @@ from checkpoints import DAMAGES, META, write_upstream
 from corpus import GOLDEN_TOKENIZER, TINY_FLAGS, golden_tokenizer, write_corpus
 from golden_figures import CONFIG, golden_model
 
-from nanochat.checkpoint import checkpoint_folder, save_checkpoint
-from nanochat.common import runs_dir
-from nanochat.dataloader import RowPlanner, TokenLoader
-from nanochat.dataset import open_dataset
-from nanochat.engine import generate
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.lane_b.position_losses import read_position_losses
-from nanochat.tokens import token_shards
+from nanochat.data.dataloader import RowPlanner, TokenLoader
+from nanochat.data.sources import open_dataset
+from nanochat.data.tokens import token_shards
+from nanochat.lane_b.measure.position_losses import read_position_losses
+from nanochat.model.engine import generate
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.paths import runs_dir
+from nanochat.training.checkpoint import checkpoint_folder, save_checkpoint
 from scripts import base_eval, base_train
 from scripts.base_eval import main
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from corpus import TINY_FLAGS, write_corpus
 
-from nanochat import gpt
-from nanochat.checkpoint import checkpoint_folder, checkpoint_steps
-from nanochat.common import runs_dir
+from nanochat.model import gpt
+from nanochat.paths import runs_dir
 from nanochat.runlog import read_run
+from nanochat.training.checkpoint import checkpoint_folder, checkpoint_steps
 from scripts.base_train import main, parse_args
 
 

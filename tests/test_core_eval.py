@@ -13,10 +13,18 @@ import pytest
 import torch
 import yaml
 
-from nanochat.core_bundle import Task, bundle_folder, download_bundle, read_bundle
-from nanochat.core_eval import Option, crop, evaluate_core, fewshot_indices, options_of, render_prompts, score_options
+from nanochat.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
 from nanochat.errors import UserError
-from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from nanochat.evaluation.core import (
+    Option,
+    crop,
+    evaluate_core,
+    fewshot_indices,
+    options_of,
+    render_prompts,
+    score_options,
+)
+from nanochat.evaluation.core_bundle import Task, bundle_folder, download_bundle, read_bundle
 
 GOLDEN = Path(__file__).parent / "golden"
 MADE_TASKS = json.loads((GOLDEN / "core_prompts.json").read_text(encoding="utf-8"))

@@ -6,10 +6,10 @@ from hypothesis.extra import numpy as hnp
 from lane_b_sources import Copying, Markov, Renewal, cut
 
 from nanochat.lane_b import Refusal
-from nanochat.lane_b.correlation import Covariance, counters_of, estimate_lag, null_coefficient, top_singular
-from nanochat.lane_b.counting import PairCounter, count_pairs
-from nanochat.lane_b.documents import from_arrays, from_shards, outliers
-from nanochat.lane_b.fit import fit_power_law, slopes, weights_of
+from nanochat.lane_b.measure.correlation import Covariance, counters_of, estimate_lag, null_coefficient, top_singular
+from nanochat.lane_b.measure.counting import PairCounter, count_pairs
+from nanochat.lane_b.measure.documents import from_arrays, from_shards, outliers
+from nanochat.lane_b.measure.fit import fit_power_law, slopes, weights_of
 
 COPYING_LAGS = 2 ** np.arange(7)
 
@@ -43,7 +43,7 @@ def test_counts_do_not_depend_on_how_the_text_is_cut_into_blocks(monkeypatch):
     rng = np.random.default_rng(0)
     documents = from_arrays([rng.integers(0, 50, rng.integers(2, 300)) for _ in range(200)], 50)
     whole = count_pairs(documents, 3)
-    monkeypatch.setattr("nanochat.lane_b.counting._COUNT_TOKENS", 1000)
+    monkeypatch.setattr("nanochat.lane_b.measure.counting._COUNT_TOKENS", 1000)
     assert (count_pairs(documents, 3) != whole).nnz == 0
 
 
@@ -210,7 +210,7 @@ def shard(arrays, bos):
 def from_shards_unchecked(shards, bos):
     """from_shards, without its refusal of small corpora."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanochat.lane_b.documents.MIN_DOCUMENTS", 0)
+        patch.setattr("nanochat.lane_b.measure.documents.MIN_DOCUMENTS", 0)
         return from_shards(shards, bos, 10, max_tokens=1000)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nanochat.csv_ledger import append_row, columns, read_rows
 from nanochat.errors import UserError
-from nanochat.lane_b.record import read_records
+from nanochat.lane_b.infer.record import read_records
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def test_a_symlinked_ledger_stays_a_symlink(tmp_path):
 
 APPEND_ONE = """
 import sys
-from nanochat.lane_b.record import LaneBRecord, append_record, read_records
+from nanochat.lane_b.infer.record import LaneBRecord, append_record, read_records
 path, number = sys.argv[1], int(sys.argv[2])
 empty = dict.fromkeys(LaneBRecord.__dataclass_fields__)
 append_record(path, LaneBRecord(**{**empty, "timestamp_utc": "t", "git_commit": "c", "run_id": f"run-{number}",

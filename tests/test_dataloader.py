@@ -13,10 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanochat import dataloader
-from nanochat.dataloader import DocumentOrder, RowPlanner, TokenLoader
+from nanochat.data import dataloader
+from nanochat.data.dataloader import DocumentOrder, RowPlanner, TokenLoader
+from nanochat.data.tokens import HEADER_BYTES, TokenShard, write_token_shard
 from nanochat.errors import UserError
-from nanochat.tokens import HEADER_BYTES, TokenShard, write_token_shard
 
 BOS = 0
 LONGEST = 1000  # the token at position p > 0 of document d is d * LONGEST + p: each says where it comes from
@@ -264,8 +264,8 @@ def test_a_program_that_forgets_to_close_ends_quietly(tmp_path, shards):
     script = tmp_path / "forgets.py"
     script.write_text(textwrap.dedent("""
         import sys
-        from nanochat.dataloader import TokenLoader
-        from nanochat.tokens import TokenShard
+        from nanochat.data.dataloader import TokenLoader
+        from nanochat.data.tokens import TokenShard
 
         loader = TokenLoader([TokenShard(path) for path in sys.argv[1:]], 64, 512)
         print(next(loader)[0].shape)

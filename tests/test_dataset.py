@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import dataset as dataset_module
-from nanochat import shard_writer, stdlib_corpus
-from nanochat.dataset import Download, main, open_dataset, read_documents
+from nanochat.data import shard_writer, stdlib_corpus
+from nanochat.data import sources as dataset_module
+from nanochat.data.shard_writer import prepare_shards
+from nanochat.data.sources import Download, open_dataset, read_documents
+from nanochat.dataset import main
 from nanochat.errors import UserError
-from nanochat.shard_writer import prepare_shards
 
 
 def parquet_folder(folder, n_shards=3):

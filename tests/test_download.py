@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import dataset as dataset_module
-from nanochat import download
-from nanochat.dataset import Download, download_shards, open_dataset, read_documents
-from nanochat.download import fetch_shards
+from nanochat.data import download
+from nanochat.data import sources as dataset_module
+from nanochat.data.download import fetch_shards
+from nanochat.data.sources import Download, download_shards, open_dataset, read_documents
 from nanochat.errors import UserError
 
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from nanochat.engine import KVCache, generate, sample_token
 from nanochat.errors import UserError
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.model.engine import KVCache, generate, sample_token
+from nanochat.model.gpt import GPT, GPTConfig
 
 LENGTH = 20
 

@@ -11,8 +11,8 @@ from lane_b_sources import Markov, OrderTwo, Renewal, cut
 
 from nanochat.errors import UserError
 from nanochat.lane_b import Refusal
-from nanochat.lane_b.documents import from_arrays
-from nanochat.lane_b.entropy import (
+from nanochat.lane_b.measure.documents import from_arrays
+from nanochat.lane_b.measure.entropy import (
     PositionLosses,
     bracket_of,
     context_grid,
@@ -20,9 +20,9 @@ from nanochat.lane_b.entropy import (
     ngram_sizes,
     score_ngrams,
 )
-from nanochat.lane_b.fit import fit_power_law
-from nanochat.lane_b.kneser_ney import KneserNey, ngram_keys
-from nanochat.lane_b.position_losses import check_same_model, check_same_text, read_position_losses
+from nanochat.lane_b.measure.fit import fit_power_law
+from nanochat.lane_b.measure.kneser_ney import KneserNey, ngram_keys
+from nanochat.lane_b.measure.position_losses import check_same_model, check_same_text, read_position_losses
 from nanochat.runlog import RunLog
 
 # --- Kneser-Ney against the definitions of Chen & Goodman, in dictionaries

@@ -1,6 +1,5 @@
 """scripts.experiment and scripts.verdict as a person calls them."""
 
-import argparse
 import os
 import re
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 from synthetic_runs import make_trial
 
-from nanochat import dataset
+from nanochat import core_eval, dataset
 from nanochat.experiments.ledger import read_experiments
 from nanochat.experiments.runner import plan
 from scripts import (
@@ -190,7 +189,7 @@ def test_shell_scripts_give_only_commands_that_exist(tmp_path, script, argv):
                "scripts.tok_train": tok_train, "nanochat.dataset": dataset, "scripts.lane_b_stats": lane_b_stats,
                "scripts.lane_b_infer_ratio": lane_b_infer_ratio, "scripts.lane_b_log_run": lane_b_log_run,
                "scripts.base_train": base_train, "scripts.base_eval": base_eval, "scripts.tok_eval": tok_eval,
-               "nanochat.core_eval": argparse.ArgumentParser()}  # it takes no flags
+               "nanochat.core_eval": core_eval}
     for module, *flags in (command[1:] for command in commands):
         args = parsers[module].parse_args(flags)
         if module == "scripts.experiment":

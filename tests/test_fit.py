@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from nanochat.lane_b.fit import (
+from nanochat.lane_b.measure.fit import (
     BrokenPowerLaw,
     Slope,
     fit_broken_power_law,

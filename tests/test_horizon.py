@@ -7,7 +7,7 @@ from scipy.optimize import curve_fit, nnls
 
 from nanochat.errors import UserError
 from nanochat.lane_b import Refusal
-from nanochat.lane_b.calibration import (
+from nanochat.lane_b.infer.calibration import (
     BitsPerByte,
     BitsPerToken,
     CalibrationPoint,
@@ -15,7 +15,7 @@ from nanochat.lane_b.calibration import (
     central_interval,
     fit_calibration,
 )
-from nanochat.lane_b.horizon import (
+from nanochat.lane_b.infer.horizon import (
     STATES,
     CorpusStatistics,
     CorrelationLaw,
@@ -24,7 +24,7 @@ from nanochat.lane_b.horizon import (
     infer_horizon,
     regime_at,
 )
-from nanochat.lane_b.horizon_figure import draw_inference
+from nanochat.lane_b.infer.horizon_figure import draw_inference
 
 HORIZONS = np.array([1e6, 2e6, 4e6, 8e6])
 TRUE = Curves(alpha=0.3, asymptote=0.8, amplitude=0.3, reference_tokens=3e6)

@@ -5,7 +5,7 @@ import pytest
 
 from nanochat.csv_ledger import columns
 from nanochat.errors import UserError
-from nanochat.lane_b.record import LaneBRecord, append_record, read_records, standing
+from nanochat.lane_b.infer.record import LaneBRecord, append_record, read_records, standing
 
 RECORD = LaneBRecord(
     timestamp_utc="2026-11-23T10:00:00Z", git_commit="abc1234", run_id="d12-inferred-s0", seed=0, dataset_id="d",

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanochat.errors import UserError
-from nanochat.lane_b.calibration import BitsPerByte
-from nanochat.lane_b.horizon import infer_horizon
-from nanochat.lane_b.inference_file import inference_document, read_inference
-from nanochat.lane_b.inputs import parse_point, read_statistics
-from nanochat.lane_b.record import read_records
+from nanochat.lane_b.infer.calibration import BitsPerByte
+from nanochat.lane_b.infer.horizon import infer_horizon
+from nanochat.lane_b.infer.inference_file import inference_document, read_inference
+from nanochat.lane_b.infer.inputs import parse_point, read_statistics
+from nanochat.lane_b.infer.record import read_records
 from nanochat.runlog import RunLog
 from scripts import lane_b_infer_ratio, lane_b_log_run
 
@@ -125,7 +125,7 @@ def test_points_by_hand_give_what_runs_give(tmp_path, stats_json, calibration):
 
 
 def test_depth_gives_the_parameters_of_the_model_that_would_be_trained(tmp_path, stats_json):
-    gpt = pytest.importorskip("nanochat.gpt")
+    gpt = pytest.importorskip("nanochat.model.gpt")
     by_hand = [f"{10**6 * 2**k}:{metric_at(10**6 * 2**k)}" for k in range(4)]
     found = infer(tmp_path, stats_json, "--calibration", *by_hand, "--target-metric-threshold", "1.0",
                   "--depth", "4", "--aspect-ratio", "64", "--head-dim", "64")

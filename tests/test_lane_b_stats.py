@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from lane_b_sources import Copying, cut
 
-from nanochat.common import Ranks
-from nanochat.dataset import open_dataset
+from nanochat.data.sources import open_dataset
+from nanochat.data.tokenizer import train_tokenizer
 from nanochat.errors import UserError
 from nanochat.lane_b import Refusal
-from nanochat.lane_b.beta import measure_beta
-from nanochat.lane_b.correlation import LagEstimate
-from nanochat.lane_b.documents import from_arrays
-from nanochat.lane_b.entropy import PositionLosses
-from nanochat.lane_b.fit import BrokenPowerLaw
-from nanochat.lane_b.statistics import DEFAULT_LAGS, measure
-from nanochat.lane_b.statistics_figure import draw_statistics
-from nanochat.lane_b.statistics_file import statistics_document
-from nanochat.tokenizer import train_tokenizer
+from nanochat.lane_b.measure.beta import measure_beta
+from nanochat.lane_b.measure.correlation import LagEstimate
+from nanochat.lane_b.measure.documents import from_arrays
+from nanochat.lane_b.measure.entropy import PositionLosses
+from nanochat.lane_b.measure.fit import BrokenPowerLaw
+from nanochat.lane_b.measure.statistics import DEFAULT_LAGS, measure
+from nanochat.lane_b.measure.statistics_figure import draw_statistics
+from nanochat.lane_b.measure.statistics_file import statistics_document
+from nanochat.ranks import Ranks
 from scripts.lane_b_stats import main, parse_args
 
 
@@ -84,8 +84,8 @@ def test_ranks_give_what_one_process_gives(tmp_path):
 import json, sys
 sys.path.insert(0, "tests")
 from test_lane_b_stats import copying_text, measured
-from nanochat.common import Ranks
-from nanochat.lane_b.statistics_file import statistics_document
+from nanochat.ranks import Ranks
+from nanochat.lane_b.measure.statistics_file import statistics_document
 if __name__ == "__main__":
     statistics = measured(copying_text(300_000), (1, 2, 3, 4, 5), ranks=Ranks.from_environment(), path=sys.argv[1])
     if statistics:
@@ -274,7 +274,7 @@ def test_lags_are_sorted_and_different():
 
 
 def test_a_killed_worker_is_named(monkeypatch):
-    monkeypatch.setattr("nanochat.lane_b.statistics._lag_task", _die)
+    monkeypatch.setattr("nanochat.lane_b.measure.statistics._lag_task", _die)
     with pytest.raises(UserError, match="fewer --processes"):
         measured(copying_text(100_000), (1, 2, 3, 4, 5))
 

@@ -3,8 +3,8 @@ import torch
 from golden_figures import FACTS, arrays, batch, golden_model, relative_error
 from ranks import run_on_ranks
 
-from nanochat.common import Ranks
-from nanochat.optim import MuonAdamW, adamw_update, muon_direction, parameter_groups, polar_express
+from nanochat.model.optim import MuonAdamW, adamw_update, muon_direction, parameter_groups, polar_express
+from nanochat.ranks import Ranks
 
 
 def take_golden_steps(model, optimizer):

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from synthetic_runs import make_run, make_trial
 
-from nanochat import pretrain
-from nanochat.common import runs_dir
 from nanochat.errors import UserError
 from nanochat.experiments.report import experiment_report, runs_report
 from nanochat.experiments.verdicts import judge_experiment
 from nanochat.files import write_json
+from nanochat.paths import runs_dir
+from nanochat.training import build
 from scripts import base_train
 from scripts import report as script
 
@@ -119,7 +119,7 @@ def test_commands_give_the_flags_back(tmp_path):
     for name, seed in (("one", 0), ("other", 7)):
         folder = make_run(name, **SMALL).folder
         config = json.loads((folder / "config.json").read_text())
-        config["flags"] = pretrain.flags_of(argparse.Namespace(**given | {
+        config["flags"] = build.flags_of(argparse.Namespace(**given | {
             "seed": seed, "run_id": name, "tokenizer_dir": f"{runs_dir().parent}/tokenizer x"}))
         write_json(folder / "config.json", config)
     commands = runs_report(["one", "other"], runs_dir()).commands
@@ -127,7 +127,7 @@ def test_commands_give_the_flags_back(tmp_path):
     printed = subprocess.run(["bash", "-c", shell], check=True, capture_output=True, text=True,
                              env={"NANOCHAT_BASE_DIR": str(runs_dir().parent)}).stdout
     for line, name in zip(printed.splitlines(), ("one", "other"), strict=True):
-        flags = pretrain.flags_of(base_train.parse_args(line.rstrip("\0").split("\0")[2:]))
+        flags = build.flags_of(base_train.parse_args(line.rstrip("\0").split("\0")[2:]))
         assert flags == json.loads((runs_dir() / name / "config.json").read_text())["flags"]
 
 

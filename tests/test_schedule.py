@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nanochat.errors import UserError
-from nanochat.schedule import (
+from nanochat.training.schedule import (
     Horizon,
     ModelShape,
     accumulation_steps,

@@ -4,8 +4,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat.data.shards import (
+    list_shards,
+    open_shard,
+    read_documents,
+    sample_documents,
+    shard_fingerprint,
+    text_bytes,
+)
 from nanochat.errors import UserError
-from nanochat.shards import list_shards, open_shard, read_documents, sample_documents, shard_fingerprint, text_bytes
 
 
 def shard(path, texts, column="text", **options):

@@ -11,7 +11,7 @@ from scipy.optimize import curve_fit, minimize_scalar
 from scipy.stats import f as f_distribution
 
 from nanochat.errors import UserError
-from nanochat.experiments.target import Evaluation, TimeToTarget, check_target, evaluations_of, time_to_target
+from nanochat.target import Evaluation, TimeToTarget, check_target, evaluations_of, time_to_target
 
 SEC_PER_TOKEN = 1e-4
 LAST_TOKENS = 15_000_000

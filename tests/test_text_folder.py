@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat.data.text_folder import cut_text, folder_documents, folder_key, list_text_files
 from nanochat.errors import UserError
-from nanochat.text_folder import cut_text, folder_documents, folder_key, list_text_files
 
 
 def test_files_are_found_in_subfolders_but_hidden_ones_left_out(tmp_path):

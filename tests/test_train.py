@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import train
-from nanochat.common import Ranks
 from nanochat.errors import UserError
+from nanochat.ranks import Ranks
 from nanochat.runlog import RunLog, read_run
-from nanochat.train import Cadence, Hooks, Schedule, Trainer, close_failed_record, close_record, summarize
+from nanochat.training import loop as train
+from nanochat.training.loop import Cadence, Hooks, Schedule, Trainer, close_failed_record, close_record, summarize
 
 EVALUATION_SEC, SAVING_SEC = 1000.0, 500.0  # must never show on the training clock
 STEP_TOKENS = 64

@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 from dev.bench.measure import peak_bytes, percentiles, rates, time_interleaved
 from dev.bench.variants import Unavailable, interpreted_losses, losses, norms, qk_norms, sliced_loss
-from nanochat.common import choose_compute_dtype, choose_device, device_name, git_commit, keep_freed_memory
 from nanochat.errors import UserError, command
 from nanochat.files import atomic_path
-from nanochat.gpt import GPTConfig
+from nanochat.machine import choose_compute_dtype, choose_device, device_name, keep_freed_memory
+from nanochat.model.gpt import GPTConfig
+from nanochat.provenance import git_commit
 
 HEAD_DIM = 128
 POSITIONS = 2048

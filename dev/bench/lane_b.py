@@ -17,14 +17,16 @@ import scipy
 import torch
 
 from dev.bench.measure import append_rows, percentiles, time_interleaved
-from nanochat.common import base_dir, device_name, git_commit
-from nanochat.dataset import open_dataset
+from nanochat.data.sources import open_dataset
+from nanochat.data.tokenizer import load_tokenizer
+from nanochat.data.tokens import token_shards
 from nanochat.errors import command
-from nanochat.lane_b.correlation import counters_of, estimate_lag
-from nanochat.lane_b.documents import from_arrays, from_shards
-from nanochat.lane_b.kneser_ney import KneserNey
-from nanochat.tokenizer import load_tokenizer
-from nanochat.tokens import token_shards
+from nanochat.lane_b.measure.correlation import counters_of, estimate_lag
+from nanochat.lane_b.measure.documents import from_arrays, from_shards
+from nanochat.lane_b.measure.kneser_ney import KneserNey
+from nanochat.machine import device_name
+from nanochat.paths import base_dir
+from nanochat.provenance import git_commit
 
 
 def parse_args(argv):

@@ -11,13 +11,14 @@ import time
 import torch
 
 from dev.bench.measure import peak_bytes, percentiles, time_interleaved
-from nanochat import common
 from nanochat.errors import UserError, command
-from nanochat.gpt import GPT, SOFTCAP, GPTConfig, flops_per_token
 from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
 from nanochat.kernels.rms_norm import check_rms_norm, rms_norm
-from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.schedule import model_shape
+from nanochat.machine import choose_compute_dtype, choose_device, device_name, keep_freed_memory
+from nanochat.model.gpt import GPT, SOFTCAP, GPTConfig, flops_per_token
+from nanochat.model.optim import MuonAdamW, parameter_groups
+from nanochat.provenance import git_commit, versions
+from nanochat.training.schedule import model_shape
 
 RESIDUAL_TOO = "fused, residual norms too"  # a choice that --fused-rmsnorm does not make in a compiled model
 CANDIDATES = {
@@ -81,13 +82,13 @@ def refusal(flags, config, dtype, device):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    device = common.choose_device(args.device_type)
-    common.keep_freed_memory(device)
-    dtype, reason = common.choose_compute_dtype(device)
+    device = choose_device(args.device_type)
+    keep_freed_memory(device)
+    dtype, reason = choose_compute_dtype(device)
     shape = model_shape(args.depth, 64, args.head_dim)
     config = GPTConfig(args.seq_len, args.vocab_size, shape.n_layer, shape.n_head, shape.n_head, shape.n_embd,
                        args.window_pattern)
-    name = common.device_name(device)
+    name = device_name(device)
     print(f"{name}, {dtype} ({reason}), d{args.depth} width {config.n_embd}, {args.rows} x {args.seq_len} tokens")
     steps = {}
     for candidate, flags in CANDIDATES.items():
@@ -120,14 +121,14 @@ def row(candidate, times, peaks, args, config, dtype, device_name):
     """One CSV row: medians with percentiles, the ratio to the baseline of the same run, provenance."""
     median, low, high = percentiles(times[candidate])
     tokens = args.rows * args.seq_len
-    commit, dirty = common.git_commit()
+    commit, dirty = git_commit()
     return {"candidate": candidate, "depth": args.depth, "n_embd": config.n_embd, "seq_len": args.seq_len,
             "rows": args.rows, "vocab_size": args.vocab_size, "dtype": str(dtype).removeprefix("torch."),
             "compiled": not args.no_compile, "median_ms": median, "p20_ms": low, "p80_ms": high,
             "ratio_to_baseline": median / statistics.median(times["baseline"]), "tok_per_sec": 1e3 * tokens / median,
             "peak_mib": peaks[candidate] / 2**20,
             "tflop_per_sec": flops_per_token(config) * tokens / median / 1e9, "device": device_name, "commit": commit,
-            "dirty": dirty, **common.versions()}
+            "dirty": dirty, **versions()}
 
 
 def print_profile(step, n_steps=3):

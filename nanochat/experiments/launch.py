@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanochat.common import print0
 from nanochat.errors import UserError
 from nanochat.files import write_json
+from nanochat.ranks import print0
 from nanochat.runlog import CONFIG, METRICS, SUMMARY, check_run_id, read_run
 
 CONSOLE = "console.txt"

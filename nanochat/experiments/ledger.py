@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from nanochat import csv_ledger
 from nanochat.errors import UserError
-from nanochat.experiments.target import METRICS, check_target
+from nanochat.target import METRICS, check_target
 
 STATUSES = ("ok", "nan", "interrupted", "error", "failed")
 _POSITIVE = ("depth", "tok_per_sec_median", "dt_median_ms", "wall_time_sec", "min_val_bpb", "peak_memory_mib")

@@ -4,12 +4,12 @@ import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from nanochat.common import print0
 from nanochat.errors import UserError
 from nanochat.experiments.launch import CONSOLE, experiment_lock, run_training
 from nanochat.experiments.profiles import BASELINE
 from nanochat.experiments.runner import check_asked, plan, training_command
 from nanochat.files import read_json, write_json
+from nanochat.ranks import print0
 from nanochat.runlog import read_run
 
 STEPS, RESUME_STEP = 20, 10

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from nanochat.common import print0
 from nanochat.errors import UserError
 from nanochat.experiments.launch import PLANNED, experiment_lock, run_training
 from nanochat.experiments.ledger import ExperimentRow, append_experiment, read_experiments
 from nanochat.experiments.profiles import CANDIDATES, Profile, candidate_name
-from nanochat.experiments.target import check_target
 from nanochat.experiments.trials import device_of, load_trials, split
 from nanochat.files import read_json
+from nanochat.ranks import print0
 from nanochat.runlog import CONFIG, check_run_id, read_run
+from nanochat.target import check_target
 
 TRAIN = "scripts.base_train"
 

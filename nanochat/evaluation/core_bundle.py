@@ -1,0 +1,167 @@
+"""CORE's tasks on disk, in upstream's `eval_bundle` layout: fetch, read, check."""
+
+import csv
+import http.client
+import json
+import random
+import tempfile
+import urllib.request
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+from nanochat.errors import UserError
+from nanochat.files import locked
+from nanochat.paths import base_dir
+
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+SHUFFLE_SEED = 1337
+# What an item of each task type must have; where there is a `gold`, it is an index into the second of them.
+ITEM_KEYS = {
+    "multiple_choice": ("query", "choices", "gold"),
+    "schema": ("continuation", "context_options", "gold"),
+    "language_modeling": ("context", "continuation"),
+}
+_TIMEOUT_SEC = 30
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: its items in the order of evaluation. random_baseline: the accuracy of guessing, 0 to 1."""
+
+    label: str
+    task_type: str
+    num_fewshot: int
+    continuation_delimiter: str
+    random_baseline: float
+    items: list = field(repr=False)
+
+
+def bundle_folder():
+    """Where the bundle is looked for: <cache folder>/eval_bundle."""
+    return base_dir() / "eval_bundle"
+
+
+def read_bundle(folder, max_per_task=-1):
+    """The bundle's Tasks, items shuffled, then cut to `max_per_task` (-1: all of them).
+
+    Errors: UserError naming the file and line of whatever is missing or damaged.
+    """
+    folder = Path(folder)
+    config, baselines = _read_config(folder / "core.yaml"), _read_baselines(folder / "eval_meta_data.csv")
+    tasks = []
+    for entry in config:
+        label, task_type, uri, (num_fewshot, *_) = (
+            entry[key] for key in ("label", "icl_task_type", "dataset_uri", "num_fewshot"))
+        if task_type not in ITEM_KEYS:
+            raise UserError(f"{folder / 'core.yaml'}: task {label} is of type {task_type}; "
+                            f"known are {', '.join(ITEM_KEYS)}")
+        if label not in baselines:
+            raise UserError(f"{folder / 'eval_meta_data.csv'}: no random baseline for task {label}; add its row")
+        items = _read_items(folder / "eval_data" / uri, task_type)
+        random.Random(SHUFFLE_SEED).shuffle(items)
+        items = items[:max_per_task] if max_per_task >= 0 else items
+        if len(items) <= num_fewshot:
+            raise UserError(f"task {label} shows {num_fewshot} other examples before each, but only {len(items)} are "
+                            "evaluated; raise --core-metric-max-per-task")
+        tasks.append(Task(label, task_type, num_fewshot, entry.get("continuation_delimiter", " "),
+                          baselines[label] / 100, items))
+    return tasks
+
+
+def download_bundle(url=BUNDLE_URL):
+    """Fetch the bundle into the cache folder unless it is there; a failure leaves nothing. Returns its folder.
+
+    Errors: UserError when it cannot be fetched or is not a bundle.
+    """
+    folder = bundle_folder()
+    with locked(folder):
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(prefix=".eval_bundle.", dir=folder.parent) as temporary:
+                archive = Path(temporary) / "eval_bundle.zip"
+                try:
+                    _fetch(url, archive)
+                    with zipfile.ZipFile(archive) as file:
+                        file.extractall(temporary)
+                except (OSError, http.client.HTTPException, zipfile.BadZipFile) as error:
+                    raise UserError(f"could not download {url} ({error}); run it again, or unpack eval_bundle.zip "
+                                    f"as {folder}") from None
+                read_bundle(Path(temporary) / "eval_bundle")
+                (Path(temporary) / "eval_bundle").rename(folder)
+    return folder
+
+
+def _fetch(url, path):
+    request = urllib.request.Request(url, headers={"User-Agent": "nanochat"})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_SEC) as response, open(path, "wb") as file:
+        total = response.headers.get("Content-Length")
+        total = int(total) if total else None
+        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="eval_bundle.zip") as bar:
+            while block := response.read(1 << 20):
+                bar.update(file.write(block))
+        if total is not None and file.tell() != total:
+            raise OSError(f"{file.tell()} bytes came instead of {total}")
+
+
+def _read_config(path):
+    try:
+        entries = yaml.safe_load(_read_text(path))["icl_tasks"]
+        for entry in entries:
+            if not isinstance(entry["num_fewshot"][0], int) or entry["num_fewshot"][0] < 0:
+                raise TypeError("num_fewshot is a list of one count")
+            if not all(isinstance(entry[key], str) for key in ("label", "icl_task_type", "dataset_uri")):
+                raise TypeError("label, icl_task_type and dataset_uri are texts")
+    except (yaml.YAMLError, KeyError, IndexError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a list of tasks under icl_tasks ({reason}); fetch the bundle again") from None
+    if not entries:
+        raise UserError(f"{path} lists no tasks; fetch the bundle again")
+    return entries
+
+
+def _read_baselines(path):
+    try:
+        rows = csv.DictReader(_read_text(path).splitlines())
+        return {row["Eval Task"]: float(row["Random baseline"]) for row in rows}
+    except (KeyError, ValueError, TypeError):
+        raise UserError(f"{path}: not a table with the columns `Eval Task` and `Random baseline` (percent); "
+                        "fetch the bundle again") from None
+
+
+def _read_items(path, task_type):
+    items = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                items.append(_checked(json.loads(line), task_type))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}, line {number}: not an item of a {task_type} task ({error}); "
+                                "fetch the bundle again") from None
+    return items
+
+
+def _checked(item, task_type):
+    keys = ITEM_KEYS[task_type]
+    missing = [key for key in keys if key not in item]
+    if missing:
+        raise KeyError(f"without {', '.join(missing)}")
+    if "gold" in keys:
+        options = item[keys[1]]
+        if not (isinstance(options, list) and type(item["gold"]) is int and 0 <= item["gold"] < len(options)):
+            raise ValueError(f"gold {item['gold']!r} is no index into {keys[1]}")
+    if "continuation" in keys and not str(item["continuation"]).strip():
+        raise ValueError("its continuation is blank")
+    return item
+
+
+def _read_text(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"CORE's tasks are not there: {path} is missing; fetch them with "
+                        f"python -m nanochat.core_eval, or unpack eval_bundle.zip as {bundle_folder()}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; fetch the bundle again") from None

@@ -1,0 +1,138 @@
+"""Lane B's ledger: one row a run, 21 columns in a fixed order, filled in by the tools or by hand."""
+
+import math
+import statistics
+from dataclasses import dataclass
+
+from nanochat import csv_ledger
+from nanochat.errors import UserError
+from nanochat.lane_b.infer.inputs import NUMBER_OR_NONE, recorded
+
+DECISIONS = ("inferred", "confirmation", "fallback")
+
+
+@dataclass(frozen=True)
+class LaneBRecord:
+    """One run that lane B decided on. Empty cells (None) are quantities that were not inferred or measured.
+
+    `notes` always carries `alpha_source=`: a row must say whose exponent its horizon came from.
+    """
+
+    timestamp_utc: str
+    git_commit: str
+    run_id: str
+    seed: int | None
+    dataset_id: str
+    target_metric_name: str
+    target_metric_threshold: float | None
+    n_scaling_params: int | None
+    inferred_data_scaling_exponent: float | None
+    inferred_target_tokens: int | None
+    inferred_target_param_data_ratio: float | None
+    confirmation_ratio: float | None
+    chosen_ratio: float | None
+    lane_b_decision: str
+    time_to_target_sec_measured: float | None
+    time_to_target_sec_extrapolated: float | None
+    min_val_bpb: float | None
+    tok_per_sec_median: float | None
+    dt_median_ms: float | None
+    status: str
+    notes: str
+
+    def __post_init__(self):
+        if self.lane_b_decision not in DECISIONS:
+            raise UserError(f"lane_b_decision is {self.lane_b_decision!r}, not one of {', '.join(DECISIONS)}")
+        if "alpha_source=" not in self.notes:
+            raise UserError("notes lack alpha_source= (theory, calibration or default)")
+
+
+def read_records(path):
+    """Every LaneBRecord of the ledger. Errors: see csv_ledger.read_rows."""
+    return csv_ledger.read_rows(path, LaneBRecord)
+
+
+def append_record(path, record):
+    """Add one LaneBRecord, refusing a run_id that is there already. Errors: see csv_ledger.append_row."""
+    csv_ledger.append_row(path, record)
+
+
+def record_of_run(run, inference, decision, reached, ratio=None, notes=""):
+    """The row of a run (RunRecord) that was trained at the ratio of `decision` from `inference` (RecordedInference).
+
+    `reached`: (measured, extrapolated) training seconds to the inference's threshold, None where not known.
+    A `ratio` given replaces the decision's. Errors: UserError when the run did not train at the ratio, or on
+    another dataset, tokenizer or model.
+    """
+    config = run.config
+    ratio = ratio or inference.ratio_of(decision)
+    _check_trained_as_decided(run, inference, decision, ratio)
+    measured = {name: recorded(run, "summary", name, *NUMBER_OR_NONE) for name in
+                ("min_val_bpb", "tok_per_sec_median", "dt_median_ms") if name in (run.summary or {})}
+    source = "default" if decision == "fallback" else inference.alpha_source
+    given = f"alpha_source={source}; state={inference.state}"
+    return LaneBRecord(
+        timestamp_utc=config.get("created_utc", ""), git_commit=config.get("git_commit") or "", run_id=run.run_id,
+        seed=config.get("seed"), dataset_id=inference.dataset_id, target_metric_name=inference.target_metric_name,
+        target_metric_threshold=inference.target_metric_threshold, n_scaling_params=inference.n_scaling_params,
+        inferred_data_scaling_exponent=inference.alpha,
+        inferred_target_tokens=None if inference.target_tokens is None else math.ceil(inference.target_tokens),
+        inferred_target_param_data_ratio=inference.target_param_data_ratio,
+        confirmation_ratio=inference.confirmation_ratio, chosen_ratio=ratio, lane_b_decision=decision,
+        time_to_target_sec_measured=reached[0], time_to_target_sec_extrapolated=reached[1],
+        min_val_bpb=measured.get("min_val_bpb"), tok_per_sec_median=measured.get("tok_per_sec_median"),
+        dt_median_ms=measured.get("dt_median_ms"), status=run.status, notes=f"{given}; {notes}" if notes else given)
+
+
+def _check_trained_as_decided(run, inference, decision, ratio):
+    config, run_id = run.config, run.run_id
+    for name in ("dataset_id", "tokenizer_id", "n_scaling_params"):
+        if config.get(name) != getattr(inference, name):
+            raise UserError(f"run {run_id} has {name} {config.get(name)}, the inference {getattr(inference, name)}; "
+                            "log it with the inference it was trained for")
+    tokens, step_tokens = (recorded(run, "config", name, int) for name in ("target_tokens", "total_batch_size_tokens"))
+    wanted = ratio * inference.n_scaling_params
+    if abs(tokens - wanted) > max(step_tokens, 0.01 * wanted):
+        trained = tokens / inference.n_scaling_params
+        raise UserError(f"run {run_id} was trained at ratio {trained:.4g} ({tokens} tokens), the {decision} ratio is "
+                        f"{ratio:.4g}; give the --decision or --chosen-ratio it was trained for")
+
+
+def standing(records, baseline):
+    """Lines that say which decision reached the target first, and by how much against the baseline.
+
+    `records`: LaneBRecords of one target; `baseline`: (measured, extrapolated) seconds of each baseline run.
+    A group stands by the median over its seeds of the measured time, else the extrapolated one (~);
+    a group with a seed that has neither cannot win.
+    """
+    groups = {"baseline": list(baseline)}
+    for decision in DECISIONS:
+        times = [(record.time_to_target_sec_measured, record.time_to_target_sec_extrapolated)
+                 for record in records if record.lane_b_decision == decision]
+        if times:
+            groups[decision] = times
+    medians = {name: statistics.median(_seconds(pair) for pair in times) for name, times in groups.items()
+               if all(pair != (None, None) for pair in times)}
+    lines = []
+    for name, times in groups.items():
+        middle = f", median {medians[name]:.1f}" if name in medians else ""
+        against = ""
+        if name != "baseline" and {name, "baseline"} <= set(medians):
+            against = f", {100 * (medians[name] / medians['baseline'] - 1):+.1f} % against the baseline"
+        lines.append(f"{name:<13}{'  '.join(map(_shown, times))} s{middle}{against}")
+    if not medians:
+        return [*lines, "no winner: no group reached the target in every seed"]
+    order = sorted(medians, key=medians.get)
+    margin = f", by {100 * (1 - medians[order[0]] / medians[order[1]]):.1f} % of {order[1]}'s time" if order[1:] else ""
+    return [*lines, f"first: {order[0]}{margin}; a margin within the seeds' spread above is a tie"]
+
+
+def _seconds(pair):
+    return pair[1] if pair[0] is None else pair[0]
+
+
+def _shown(pair):
+    measured, extrapolated = pair
+    if measured is not None:
+        return f"{measured:.1f}"
+    return "not reached" if extrapolated is None else f"~{extrapolated:.1f}"

@@ -1,0 +1,91 @@
+"""Work on one corpus shared out over processes and torchrun ranks: the tasks are the same however many do them."""
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nanochat.errors import UserError
+from nanochat.files import atomic_path
+from nanochat.lane_b.measure.documents import Documents
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_corpus = None    # of a worker process
+
+
+def run_tasks(documents, tasks, processes, ranks, shared_path):
+    """The results of tasks [(function, argument)], in order: function(documents, argument). None on ranks but 0.
+
+    Each rank does its share in `processes` workers and leaves the results beside shared_path, where rank 0 waits for
+    them. Workers have one thread each, so sums come out bit for bit the same. function: of a module, by its name.
+    """
+    own = list(range(ranks.rank, len(tasks), ranks.world_size))
+    results = dict(zip(own, _run_own(documents, [tasks[i] for i in own], processes, ranks), strict=True))
+    if ranks.world_size > 1:
+        digest = hashlib.sha256(documents.hashes.tobytes() + pickle.dumps((documents.vocab_size, tasks))).hexdigest()
+        parts = [Path(f"{shared_path}.{digest[:12]}.rank{rank}") for rank in range(ranks.world_size)]
+        if not ranks.is_main:
+            with atomic_path(parts[ranks.rank]) as path:
+                path.write_bytes(pickle.dumps(results))
+            return None
+        for part in parts[1:]:
+            while not part.exists():  # renamed into place when whole
+                time.sleep(0.2)
+            results |= pickle.loads(part.read_bytes())
+            part.unlink()
+    return [results[i] for i in range(len(tasks))]
+
+
+def _run_own(documents, tasks, processes, ranks):
+    results = [None] * len(tasks)
+    with tempfile.TemporaryDirectory(prefix="lane-b-") as folder, _single_threads():
+        for name in ("tokens", "offsets", "hashes"):
+            np.save(Path(folder) / f"{name}.npy", getattr(documents, name))
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, spawn, _open_corpus, (folder, documents.vocab_size)) as pool:
+            futures = {pool.submit(_work, *task): i for i, task in enumerate(tasks)}
+            progress = tqdm(as_completed(futures), total=len(tasks), desc="statistics", unit="task",
+                            disable=not ranks.is_main)
+            try:
+                for future in progress:
+                    results[futures[future]] = future.result()
+            except BrokenProcessPool:
+                raise UserError("a worker process was killed, most likely for lack of memory; use fewer --processes "
+                                "or a smaller --max-tokens") from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+    return results
+
+
+def _open_corpus(folder, vocab_size):
+    global _corpus
+    parts = [np.load(Path(folder) / f"{name}.npy") for name in ("tokens", "offsets", "hashes")]
+    _corpus = Documents(*parts, vocab_size)
+
+
+def _work(function, argument):
+    return function(_corpus, argument)
+
+
+@contextlib.contextmanager
+def _single_threads():
+    """Processes started within have single-threaded linear algebra: no contention, and one order of summation."""
+    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,324 @@
+"""The model: a decoder-only transformer with rotary attention, value embeddings, smear and backout.
+
+Master weights are fp32 and every matmul casts its weight to the activations' dtype; the embeddings
+are stored in the compute dtype. State-dict names are upstream nanochat's.
+"""
+
+import math
+import zlib
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.errors import UserError
+from nanochat.kernels.linear_cross_entropy import linear_cross_entropy, plain_linear_cross_entropy
+from nanochat.kernels.rms_norm import rms_norm, rope_qk_norm
+from nanochat.model.attention import causal_attention
+
+VOCAB_MULTIPLE = 64
+ROTARY_BASE = 100_000.0
+ROTARY_LENGTH_FACTOR = 10  # decoding may run this many times past the training length
+QK_SCALE = 1.2
+SOFTCAP = 15.0
+SMEAR_CHANNELS = 24
+VALUE_GATE_CHANNELS = 12
+SHORT_WINDOW_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a model; the field names are the keys of a checkpoint's `model_config`."""
+
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    window_pattern: str = "SSSL"
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+            raise UserError(f"width {self.n_embd} cannot be split into {self.n_head} heads of an even size")
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"{self.n_head} query heads cannot share {self.n_kv_head} key/value heads evenly")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise UserError(f"--window-pattern {self.window_pattern!r} must be made of S (short) and L (full)")
+
+    @classmethod
+    def from_dict(cls, values):
+        """From a checkpoint's `model_config`; keys that are not ours are an error, missing ones the default."""
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise UserError(f"model_config has keys this program does not know: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+    def to_dict(self):
+        return asdict(self)
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_dim(self):
+        return self.n_kv_head * self.head_dim
+
+    @property
+    def padded_vocab_size(self):
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def windows(self):
+        """Tokens to the left that each layer's queries see, in layer order; the last layer sees all."""
+        short = math.ceil(self.sequence_len / 4 / SHORT_WINDOW_MULTIPLE) * SHORT_WINDOW_MULTIPLE
+        sizes = {"L": self.sequence_len, "S": short}
+        pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer - 1)]
+        return [sizes[kind] for kind in pattern] + [self.sequence_len]
+
+    def has_value_embedding(self, layer):
+        """Every second layer, counted so that the last has one."""
+        return layer % 2 == (self.n_layer - 1) % 2
+
+
+def parameter_counts(config):
+    """Parameters by kind (wte, value_embeds, lm_head, transformer_matrices, scalars, total), without a model."""
+    d, kv, vocab = config.n_embd, config.kv_dim, config.padded_vocab_size
+    n_value = sum(config.has_value_embedding(i) for i in range(config.n_layer))
+    counts = {
+        "wte": vocab * d,
+        "value_embeds": n_value * vocab * kv,
+        "lm_head": vocab * d,
+        "transformer_matrices": config.n_layer * (2 * d * d + 2 * d * kv + 8 * d * d)
+        + n_value * config.n_kv_head * VALUE_GATE_CHANNELS,
+        "scalars": 2 * config.n_layer + SMEAR_CHANNELS + 2,
+    }
+    return {**counts, "total": sum(counts.values())}
+
+
+def scaling_params(config):
+    """Parameters that scaling laws count: the blocks' matrices and the head."""
+    counts = parameter_counts(config)
+    return counts["transformer_matrices"] + counts["lm_head"]
+
+
+def flops_per_token(config):
+    """Forward and backward FLOPs per token: 6 per matmul weight, 12 per head channel and token attended to."""
+    matmul_weights = scaling_params(config) + SMEAR_CHANNELS
+    attended = sum(min(window, config.sequence_len) for window in config.windows)
+    return 6 * matmul_weights + 12 * config.n_head * config.head_dim * attended
+
+
+def norm(x):
+    """RMSNorm over the last dimension, without weight; eps is fp32's machine epsilon."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def fused_norm(x):
+    """`norm` in one kernel, where nothing compiles the model: a compiler fuses the plain norm with what surrounds
+    it, and a kernel of our own would stand in its way."""
+    return norm(x) if torch.compiler.is_compiling() else rms_norm(x)
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (B, T, H, D) by minus theta; cos, sin (1, T, 1, D/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+
+
+class Linear(nn.Linear):
+    """A bias-free matmul whose fp32 master weight is cast to the activations' dtype."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    """Causal attention of one layer: rotary positions, QK-norm, value embeddings by gate, its window."""
+
+    def __init__(self, config, layer, fused):
+        super().__init__()
+        self.fused = fused
+        self.layer, self.window = layer, config.windows[layer]
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.c_q = Linear(config.n_embd, config.n_embd)
+        self.c_k = Linear(config.n_embd, config.kv_dim)
+        self.c_v = Linear(config.n_embd, config.kv_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.ve_gate = Linear(VALUE_GATE_CHANNELS, self.n_kv_head) if config.has_value_embedding(layer) else None
+
+    def forward(self, x, value_embedding, cos_sin, kv_cache):
+        """x (B, T, n_embd), already normed; value_embedding (B, T, kv_dim) or None."""
+        B, T, _ = x.shape
+        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
+        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        if self.ve_gate is not None:
+            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))
+            v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.n_kv_head, self.head_dim)
+        if self.fused:
+            q, k = rope_qk_norm(q, k, *cos_sin, QK_SCALE)
+        else:
+            q, k = (norm(rotate(x, *cos_sin)) * QK_SCALE for x in (q, k))
+        if kv_cache is not None:
+            k, v = kv_cache.extend(self.layer, k, v)
+        y = causal_attention(q, k, v, self.window)
+        return self.c_proj(y.reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """Four times as wide inside, relu squared."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on the normed residual and added to it."""
+
+    def __init__(self, config, layer, fused):
+        super().__init__()
+        self.norm = fused_norm if fused else norm
+        self.attn = Attention(config, layer, fused)
+        self.mlp = MLP(config)
+
+    def forward(self, x, value_embedding, cos_sin, kv_cache):
+        x = x + self.attn(self.norm(x), value_embedding, cos_sin, kv_cache)
+        return x + self.mlp(self.norm(x))
+
+
+class GPT(nn.Module):
+    """The model: build it, then `init_weights` or load a state dict.
+
+    compute_dtype is the dtype of activations and embeddings. fused_rmsnorm and chunked_ce choose lane C's
+    kernels; they change neither the parameters nor, up to rounding, the results.
+    """
+
+    def __init__(self, config, compute_dtype=torch.float32, *, fused_rmsnorm=False, chunked_ce=False):
+        super().__init__()
+        self.config, self.compute_dtype, self.chunked_ce = config, compute_dtype, chunked_ce
+        self.norm = fused_norm if fused_rmsnorm else norm
+        vocab, d = config.padded_vocab_size, config.n_embd
+        # fp16's range is too small for an embedding's optimizer state: those stay fp32
+        embedding_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(vocab, d, dtype=embedding_dtype),
+            "h": nn.ModuleList(Block(config, i, fused_rmsnorm) for i in range(config.n_layer)),
+        })
+        self.value_embeds = nn.ModuleDict({
+            str(i): nn.Embedding(vocab, config.kv_dim, dtype=embedding_dtype)
+            for i in range(config.n_layer) if config.has_value_embedding(i)
+        })
+        self.lm_head = Linear(d, vocab)
+        self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
+        self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
+        self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+        self.smear_lambda = nn.Parameter(torch.zeros(1))
+        self.backout_lambda = nn.Parameter(torch.zeros(1))
+        cos, sin = rotary_table(ROTARY_LENGTH_FACTOR * config.sequence_len, config.head_dim, compute_dtype)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @property
+    def device(self):
+        return self.resid_lambdas.device
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Fill every parameter. Each draws from a CPU generator of its own, seeded by `seed` and its name,
+        so the values are the same on every device and for every number of ranks."""
+        n_layer, bound = self.config.n_layer, math.sqrt(3 / self.config.n_embd)
+        uniform_bounds = {"c_q": bound, "c_k": bound, "c_v": bound, "c_fc": 0.4 * bound}
+        for name, parameter in self.named_parameters():
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it heeds 32 bits only
+            value = torch.zeros(parameter.shape)
+            kind = name.split(".")[-2] if "." in name else name
+            if name == "transformer.wte.weight":
+                value.normal_(0, 0.8, generator=generator)
+            elif name == "lm_head.weight":
+                value.normal_(0, 0.001, generator=generator)
+            elif name.startswith("value_embeds."):
+                value.uniform_(-bound, bound, generator=generator)
+            elif kind in uniform_bounds:
+                value.uniform_(-uniform_bounds[kind], uniform_bounds[kind], generator=generator)
+            elif kind in ("smear_gate", "ve_gate"):
+                value.uniform_(0, 0.02, generator=generator)
+            elif kind == "resid_lambdas":
+                value = torch.linspace(1.15, 1.05, n_layer)
+            elif kind == "x0_lambdas":
+                value = torch.linspace(0.20, 0.05, n_layer)
+            elif kind == "backout_lambda":
+                value.fill_(0.2)
+            else:
+                assert kind in ("c_proj", "smear_lambda"), f"no initial value for {name}"
+            parameter.copy_(value)
+
+    def forward(self, idx, targets=None, loss_reduction="mean", kv_cache=None):
+        """Logits (B, T, vocab) in fp32, or with `targets` (B, T; -1 is ignored) the loss in nats.
+
+        idx (B, T) integer token ids. loss_reduction: mean, sum (scalars) or none (B, T). With a `kv_cache`
+        idx continues what the cache holds and the cache is extended.
+        """
+        x = self.hidden(idx, kv_cache)
+        if targets is None:
+            logits = self.lm_head(x)[..., : self.config.vocab_size].float()
+            return SOFTCAP * torch.tanh(logits / SOFTCAP)
+        return self.loss(x, targets, loss_reduction)
+
+    def hidden(self, idx, kv_cache=None):
+        """The final normed residual (B, T, n_embd) that the head multiplies."""
+        T = idx.size(1)
+        start = 0 if kv_cache is None else kv_cache.length
+        assert start + T <= self.cos.size(1), "sequence longer than the rotary table"
+        cos_sin = self.cos[:, start : start + T], self.sin[:, start : start + T]
+        x = self._smear(self.norm(self.transformer.wte(idx).to(self.compute_dtype)), kv_cache)
+        x0, backout = x, None
+        for i, block in enumerate(self.transformer.h):
+            x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
+            value_embedding = None
+            if self.config.has_value_embedding(i):
+                value_embedding = self.value_embeds[str(i)](idx).to(x.dtype)
+            x = block(x, value_embedding, cos_sin, kv_cache)
+            if i == self.config.n_layer // 2:
+                backout = x
+        if kv_cache is not None:
+            kv_cache.advance(T)
+        if backout is not None:
+            x = x - self.backout_lambda.to(x.dtype) * backout
+        return self.norm(x)
+
+    def loss(self, x, targets, reduction):
+        """Cross-entropy in nats of the head's softcapped logits; the padded columns never count."""
+        head = (x, self.lm_head.weight, targets, self.config.vocab_size, SOFTCAP, reduction)
+        if self.chunked_ce:
+            return linear_cross_entropy(*head, implementation="triton" if x.is_cuda else "torch")
+        return plain_linear_cross_entropy(*head)
+
+    def _smear(self, x, kv_cache):
+        """Mix the previous token's embedding into each position, by a gate of the position's own channels."""
+        previous = x[:, :-1]
+        if kv_cache is not None:
+            if kv_cache.previous_embedding is not None:
+                previous = torch.cat((kv_cache.previous_embedding, previous), dim=1)
+            kv_cache.previous_embedding = x[:, -1:]
+        first = x.size(1) - previous.size(1)  # 1 where the first position has nothing before it, else 0
+        gate = torch.sigmoid(self.smear_gate(x[:, first:, :SMEAR_CHANNELS]))
+        smeared = x[:, first:] + self.smear_lambda.to(x.dtype) * gate * previous
+        return torch.cat((x[:, :first], smeared), dim=1)
+
+
+def rotary_table(length, head_dim, dtype):
+    """cos and sin, each (1, length, 1, head_dim/2), of position * base^(-2i/head_dim)."""
+    frequency = ROTARY_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)[None, :, None, :]
+    return angle.cos().to(dtype), angle.sin().to(dtype)

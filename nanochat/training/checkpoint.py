@@ -1,0 +1,244 @@
+"""Checkpoints in upstream's layout: written whole or not at all, verified when loaded.
+
+<folder>/model_<step>.pt, optim_<step>_rank<r>.pt, meta_<step>.json. The meta file is written last and
+carries the others' SHA-256: a checkpoint without it does not exist, one that differs from it is damaged.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from nanochat.errors import UserError
+from nanochat.files import atomic_path, json_bytes, sha256_of, write_json
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.paths import base_dir
+from nanochat.ranks import Ranks, print0
+
+
+def checkpoint_folder(tag):
+    """<cache folder>/base_checkpoints/<tag>."""
+    return base_dir() / "base_checkpoints" / tag
+
+
+def checkpoint_steps(folder):
+    """Steps of the complete checkpoints in `folder`, ascending."""
+    names = [path.stem.removeprefix("meta_") for path in Path(folder).glob("meta_*.json")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def save_checkpoint(folder, step, model_state, optimizer_state, meta, ranks=None):
+    """Save one checkpoint; every rank calls it, rank 0 writes model and meta, each its optimizer shard.
+
+    Errors: UserError on every rank when a disk is full or not writable; earlier checkpoints stay as they were.
+    """
+    ranks = ranks or Ranks()
+    folder = Path(folder)
+    states = {f"optim_{step:06d}_rank{ranks.rank}.pt": optimizer_state}
+    if ranks.is_main:
+        states = {f"model_{step:06d}.pt": model_state, **states}
+    failure, digests = None, {}
+    try:
+        _clear_torn(folder, ranks)
+        _meta_path(folder, step).unlink(missing_ok=True)  # while a step is written anew, it is not there
+        for name, state in states.items():
+            digests[name] = _write_state(folder / name, state)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        failure = _reason(error)
+    reports = _all_gather((failure, digests), ranks)
+    message = None
+    if ranks.is_main:  # rank 0 decides for all whether the checkpoint exists
+        failure = next((reported for reported, _ in reports if reported), None)
+        files = {name: digest for _, report in reports for name, digest in report.items()}
+        failure = failure or _write_meta(folder, {"step": step, **meta, "files_sha256": files})
+        if failure:
+            _forget(folder, step)
+            message = (f"checkpoint of step {step} not saved in {folder} ({failure}); free some space; "
+                       f"{_newest_usable(folder)}")
+    [message, *_] = _all_gather(message, ranks)
+    if message:
+        raise UserError(message)
+
+
+def find_checkpoint(folder, step="latest"):
+    """The step to load: `step` itself (a number, or digits) if it is there, or the newest for "latest"."""
+    steps = checkpoint_steps(folder)
+    if not steps:
+        raise UserError(f"no checkpoint in {folder}; check --model-tag, or train one with scripts.base_train")
+    if step == "latest":
+        return steps[-1]
+    if not str(step).isdecimal():
+        raise UserError(f"step {step!r} is neither a number nor 'latest'")
+    if int(step) not in steps:
+        raise UserError(f"no checkpoint of step {step} in {folder}; {_newest_usable(folder)}")
+    return int(step)
+
+
+def read_meta(folder, step):
+    """The checkpoint's meta as a dict. Errors: UserError when it is damaged or has no model_config."""
+    try:
+        return _parse_meta(Path(folder), step)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{_meta_path(folder, step)} is damaged ({_reason(error)}); "
+                        f"{_newest_usable(folder, step)}") from None
+
+
+def load_model_state(folder, step, meta, device):
+    """The model's state dict on `device`, verified against `meta` where it has digests (ours has)."""
+    state = _load(Path(folder), step, f"model_{step:06d}.pt", meta, device)
+    return {name.removeprefix("_orig_mod."): value for name, value in state.items()}
+
+
+def load_model(folder, step, device, compute_dtype):
+    """(model on `device`, meta) from a checkpoint of ours or of upstream. UserError when it cannot be."""
+    meta = read_meta(folder, step)
+    try:  # upstream's configurations from before sliding windows have no pattern: full attention
+        model = GPT(GPTConfig.from_dict({"window_pattern": "L", **meta["model_config"]}), compute_dtype)
+    except (TypeError, ArithmeticError) as error:
+        raise UserError(f"{_meta_path(folder, step)} describes a model that cannot be ({_reason(error)}); "
+                        f"{_newest_usable(folder, step)}") from None
+    model.to(device)
+    load_state(model, load_model_state(folder, step, meta, device), folder, step)
+    return model, meta
+
+
+def load_state(model, state, folder, step):
+    """Copy a state dict into `model` in the model's own dtypes; every name and shape must match."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the checkpoint of step {step} in {folder} is of another model: {reason}") from None
+
+
+def load_optimizer_state(folder, step, meta, device, ranks=None):
+    """This rank's optimizer state. UserError when the checkpoint was made by another number of ranks."""
+    ranks = ranks or Ranks()
+    n_shards = sum(name.startswith("optim_") for name in meta.get("files_sha256", {}))
+    if n_shards != ranks.world_size:
+        raise UserError(f"the checkpoint of step {step} in {folder} has optimizer state for {n_shards} ranks, this run "
+                        f"has {ranks.world_size}; resume with {n_shards}")
+    return _load(Path(folder), step, f"optim_{step:06d}_rank{ranks.rank}.pt", meta, device)
+
+
+def set_aside(folder):
+    """Move another run's checkpoints out of the way, so that `latest` can only mean this run's."""
+    folder = Path(folder)
+    if checkpoint_steps(folder):
+        stem = f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"
+        names = (f"{stem}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+        aside = next(path for path in map(folder.with_name, names) if not path.exists())
+        try:
+            os.replace(folder, aside)
+        except OSError as error:
+            raise UserError(f"the earlier checkpoints in {folder} cannot be moved aside ({error.strerror}); "
+                            "give another --model-tag") from None
+        print0(f"earlier checkpoints of {folder.name} moved to {aside}")
+
+
+def _meta_path(folder, step):
+    return Path(folder) / f"meta_{step:06d}.json"
+
+
+def _write_state(path, state):
+    """Save a state dict; returns its file's SHA-256."""
+    with atomic_path(path) as temporary:
+        with open(temporary, "wb") as file:  # given a path, torch.save would not say why it could not write
+            torch.save(state, file)
+        return sha256_of(temporary)
+
+
+def _write_meta(folder, meta):
+    """Write the meta with a digest of itself; returns why it could not be, or None."""
+    try:
+        write_json(_meta_path(folder, meta["step"]), {**meta, "meta_sha256": _meta_digest(meta)})
+    except OSError as error:
+        return _reason(error)
+    return None
+
+
+def _parse_meta(folder, step):
+    meta = json.loads(_meta_path(folder, step).read_text(encoding="utf-8"))
+    if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
+        raise ValueError("it has no model_config")
+    digest = meta.pop("meta_sha256", None)
+    if digest != (_meta_digest(meta) if digest or "files_sha256" in meta else None):  # upstream's have none
+        raise ValueError("its content differs from that written")
+    if meta.get("step", step) != step:
+        raise ValueError(f"it is of step {meta['step']}")
+    return meta
+
+
+def _meta_digest(meta):
+    return hashlib.sha256(json_bytes(meta)).hexdigest()
+
+
+def _load(folder, step, name, meta, device):
+    expected = meta.get("files_sha256", {}).get(name)
+    try:
+        if expected and sha256_of(folder / name) != expected:
+            raise ValueError("its bytes differ from those written")
+        state = torch.load(folder / name, map_location=device, weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError("it holds no state dict")
+        return state
+    except pickle.UnpicklingError:
+        reason = "it is not a file of tensors alone, and to load anything else could run code"
+    except Exception as error:  # whatever a damaged zip raises
+        reason = _reason(error)
+    raise UserError(f"{folder / name} is damaged or missing ({reason}); {_newest_usable(folder, step)}")
+
+
+def _newest_usable(folder, damaged_step=None):
+    for step in reversed(checkpoint_steps(folder)):
+        if step != damaged_step and _is_usable(Path(folder), step):
+            return f"the newest usable checkpoint is step {step}"
+    return "there is no usable checkpoint here"
+
+
+def _is_usable(folder, step):
+    try:
+        digests = _parse_meta(folder, step).get("files_sha256") or {f"model_{step:06d}.pt": None}
+        return all((folder / name).exists() and digest in (None, sha256_of(folder / name))
+                   for name, digest in digests.items())
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _forget(folder, step):
+    """Remove what a failed save left of its own step."""
+    names = (f"meta_{step:06d}.json", f"model_{step:06d}.pt", f"optim_{step:06d}_rank*.pt")
+    for path in (path for name in names for path in folder.glob(name)):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _clear_torn(folder, ranks):
+    """Remove what a killed process left of the files that this rank writes."""
+    names = (f"optim_*_rank{ranks.rank}.pt", *(("model_*.pt", "meta_*.json") if ranks.is_main else ()))
+    for path in (path for name in names for path in folder.glob(f".{name}.*.tmp")):
+        path.unlink(missing_ok=True)
+
+
+def _all_gather(value, ranks):
+    """The values of all ranks, by rank."""
+    if ranks.world_size == 1:
+        return [value]
+    values = [None] * ranks.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _reason(error):
+    """One line; the system's own words (no space left) where torch hid them behind an error of its own."""
+    system = error
+    while system is not None and not isinstance(system, OSError):
+        system = system.__context__
+    words = system.strerror or str(system) if system is not None else str(error)
+    return (words.strip().splitlines() or [type(error).__name__])[0]
