@@ -17,6 +17,7 @@ from nanochat.errors import UserError
 from nanochat.files import json_bytes, read_json, write_json
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+UNTIMED_STEPS = 11  # a run's first steps compile; they are not on the training clock
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")
 
 

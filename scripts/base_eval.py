@@ -1,24 +1,23 @@
 """Evaluate a checkpoint of ours or of upstream: python -m scripts.base_eval --model-tag d12 --eval bpb,sample."""
 
 import argparse
-from itertools import islice
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from nanochat.data.dataloader import TokenLoader
 from nanochat.data.sources import open_dataset
 from nanochat.data.tokenizer import load_tokenizer
 from nanochat.data.tokens import token_shards
 from nanochat.errors import UserError, command
 from nanochat.evaluation.core import evaluate_core
 from nanochat.evaluation.core_bundle import bundle_folder
-from nanochat.evaluation.loss import evaluate_loss
-from nanochat.files import write_json
+from nanochat.evaluation.validation import evaluate_split, n_eval_batches, sample_documents
+from nanochat.files import check_output, write_json
 from nanochat.machine import choose_compute_dtype, choose_device, device_name, keep_freed_memory
 from nanochat.paths import base_dir
 from nanochat.ranks import print0, start_ranks, stop_ranks
-from nanochat.training import build, checkpoint
+from nanochat.training import checkpoint
 
 KINDS = ("bpb", "position", "sample", "core")
 SPLIT_TOKENS, SPLIT_TOKENS_CPU = 40 * 524288, 2**17
@@ -39,7 +38,7 @@ def parse_args(argv=None):
     parser.add_argument("--device-batch-size", type=int, default=32, help="rows per device and batch")
     parser.add_argument("--max-per-task", type=int, default=-1, help="examples per CORE task; -1 all")
     parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
-    parser.add_argument("--output-json", default="", help="write the results to this file too")
+    parser.add_argument("--out", "--output-json", default="", help="write the results to this JSON file too")
     return parser.parse_args(argv)
 
 
@@ -51,6 +50,8 @@ def main(argv=None):
         raise UserError(f"--eval {','.join(sorted(unknown))} is unknown; use some of {','.join(KINDS)}")
     if args.device_batch_size < 1 or (args.split_tokens < 1 and args.split_tokens != -1):
         raise UserError("--device-batch-size and --split-tokens must be at least 1")
+    if args.out:
+        check_output("--out", args.out)
     device = choose_device(args.device_type)
     dtype, reason = choose_compute_dtype(device)
     keep_freed_memory(device)
@@ -72,9 +73,9 @@ def main(argv=None):
         print0(f"{folder.name}, step {step}, on {device_name(device)} in {dtype}: {reason}")
         dataset = open_dataset(args.dataset or trained_with.get("dataset") or "climbmix")
         results = evaluate(args, kinds, model, dataset, tokenizer, device, ranks)
-        if args.output_json and ranks.is_main:
+        if args.out and ranks.is_main:
             tokens = step * meta.get("total_batch_size_tokens", meta.get("total_batch_size", 0))
-            write_results(args.output_json, {
+            write_results(args.out, {
                 "model_tag": folder.name, "step": step, "tokens": tokens, "dataset_id": dataset.dataset_id,
                 "tokenizer_id": tokenizer.tokenizer_id, **results})
     finally:
@@ -87,7 +88,7 @@ def evaluate(args, kinds, model, dataset, tokenizer, device, ranks):
     results = {}
     if "sample" in kinds and ranks.is_main:
         shard = token_shards(dataset, tokenizer, "val")[0]
-        results["samples"] = [build.sample_document(model, tokenizer, shard, i) for i in range(build.N_SAMPLES)]
+        results["samples"] = sample_documents(model, tokenizer, shard)
         for sample in results["samples"]:
             print(f"sample: {sample['prompt']}[...]{sample['text']}\n")
     if {"bpb", "position"} & set(kinds):
@@ -114,13 +115,13 @@ def evaluate(args, kinds, model, dataset, tokenizer, device, ranks):
 
 
 def write_results(path, results):
-    """Write the results as JSON. UserError when they hold a NaN or the file cannot be written."""
+    """Write the results as JSON. UserError when they hold a NaN or the disk is full."""
     try:
         write_json(path, results)
     except ValueError:  # JSON has no NaN
         raise UserError(f"{path} is not written: the model's losses are not finite; evaluate an earlier step") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); give another --output-json") from None
+        raise UserError(f"{path} cannot be written ({error.strerror}); give another --out") from None
     print(f"results: {path}")
 
 
@@ -134,11 +135,10 @@ def evaluate_splits(args, model, dataset, tokenizer, device, ranks):
     losses = {}
     for split in ("val", "train"):
         shards = token_shards(dataset, tokenizer, split)
-        n_batches = build.eval_batches(shards, split_tokens, args.device_batch_size * ranks.world_size, length)
-        with TokenLoader(shards, args.device_batch_size, length, rank=ranks.rank, world_size=ranks.world_size,
-                         device=device, shuffle=False) as batches:
-            bar = tqdm(islice(batches, n_batches), f"evaluating {split}", n_batches, disable=not ranks.is_main)
-            losses[split] = evaluate_loss(model, iter(bar), n_batches, token_bytes, tokenizer.bos_id, ranks)
+        n_batches = n_eval_batches(shards, split_tokens, args.device_batch_size * ranks.world_size, length)
+        losses[split] = evaluate_split(
+            model, shards, n_batches, args.device_batch_size, length, token_bytes, tokenizer.bos_id, ranks,
+            partial(tqdm, desc=f"evaluating {split}", total=n_batches, disable=not ranks.is_main))
     return losses
 
 

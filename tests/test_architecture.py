@@ -13,12 +13,14 @@ ROOT = Path(__file__).parent.parent
 FRONTS = {"dataset": {"data"}, "core_eval": {"evaluation"}}  # python -m nanochat.dataset, ...: upstream's commands
 # room -> the rooms it may import, besides itself and the core (the modules beside the rooms)
 ROOMS = {
-    "data": set(), "kernels": set(), "model": {"kernels"}, "evaluation": set(), "lane_b": set(), "experiments": set(),
-    "training": {"data", "kernels", "model", "evaluation"}, **FRONTS,
+    "data": set(), "kernels": set(), "lane_b": set(), "experiments": set(),
+    "model": {"kernels"}, "evaluation": {"data", "model"}, "training": {"data", "kernels", "model", "evaluation"},
+    **FRONTS,
 }
 LANE_B_LIBRARIES = {"numpy", "scipy", "tqdm", "matplotlib"}
-WITH_TORCH = {"kernels", "model", "training.build", "training.loop", "training.checkpoint", "evaluation.core",
-              "evaluation.loss", "data.dataloader"}  # all else starts without it
+# all else starts without it
+WITH_TORCH = {"kernels", "model", "training.build", "training.loop", "training.checkpoint", "training.record",
+              "evaluation.core", "evaluation.loss", "evaluation.validation", "data.dataloader"}
 SCRIPTS_WITH_TORCH = {"base_train", "base_eval"}
 LONGEST_DOCSTRING = 8
 SPEAKS_FOR_ITSELF = 5  # lines of a function or class that needs no docstring

@@ -163,7 +163,7 @@ def test_wandb_that_does_not_start_begins_no_record_and_moves_no_checkpoint(corp
         def __init__(self, *_):
             raise UserError("wandb does not start")
 
-    monkeypatch.setattr("nanochat.training.build.WandbSink", NoWandb)
+    monkeypatch.setattr("nanochat.training.record.WandbSink", NoWandb)
     assert "wandb does not start" in refused(flags(corpus, 2, "--run", "name"), capsys)
     assert [path.name for path in runs_dir().iterdir()] == ["earlier"]
     assert checkpoint_steps(checkpoint_folder("run")) == [2]

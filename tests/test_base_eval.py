@@ -19,6 +19,7 @@ from nanochat.lane_b.measure.position_losses import read_position_losses
 from nanochat.model.engine import generate
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.paths import runs_dir
+from nanochat.runlog import read_run
 from nanochat.training.checkpoint import checkpoint_folder, save_checkpoint
 from scripts import base_eval, base_train
 from scripts.base_eval import main
@@ -209,6 +210,12 @@ def test_upstreams_checkpoint_is_evaluated(corpus, tmp_path, monkeypatch, prefix
     assert read_position_losses(str(tmp_path / "results.json"), runs_dir()).tokens == 100 * 524288
 
 
+def test_the_last_validation_of_a_run_is_base_evals_on_the_same_tokens(corpus, tmp_path):
+    base_train.main([*TINY_FLAGS, "--dataset", corpus, "--num-iterations", "6", "--run-id", "run", "--model-tag", "tiny"])
+    found = results(flags(corpus, "--eval", "bpb"), tmp_path)
+    assert found["val_bpb"] == read_run(runs_dir() / "run").summary["final_val_bpb"]
+
+
 def test_upstreams_checkpoint_is_not_resumed(corpus, capsys):
     write_upstream(checkpoint_folder("tiny"))
     with pytest.raises(SystemExit) as stopped:
@@ -279,4 +286,4 @@ def test_results_that_cannot_be_written_are_one_line(corpus, tmp_path, capsys):
     write_model()
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "results.json"
-    assert "--output-json" in refused(flags(corpus, "--eval", "bpb", "--output-json", str(path)), capsys)
+    assert "--out" in refused(flags(corpus, "--eval", "bpb", "--out", str(path)), capsys)

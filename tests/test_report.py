@@ -1,6 +1,5 @@
 """The report: content, safety of its text, and a real headless Chromium where there is one."""
 
-import argparse
 import html
 import json
 import re
@@ -20,7 +19,7 @@ from nanochat.experiments.report import experiment_report, runs_report
 from nanochat.experiments.verdicts import judge_experiment
 from nanochat.files import write_json
 from nanochat.paths import runs_dir
-from nanochat.training import build
+from nanochat.training.config import TrainingConfig
 from scripts import base_train
 from scripts import report as script
 
@@ -119,15 +118,15 @@ def test_commands_give_the_flags_back(tmp_path):
     for name, seed in (("one", 0), ("other", 7)):
         folder = make_run(name, **SMALL).folder
         config = json.loads((folder / "config.json").read_text())
-        config["flags"] = build.flags_of(argparse.Namespace(**given | {
-            "seed": seed, "run_id": name, "tokenizer_dir": f"{runs_dir().parent}/tokenizer x"}))
+        config["flags"] = TrainingConfig(**given | {
+            "seed": seed, "run_id": name, "tokenizer_dir": f"{runs_dir().parent}/tokenizer x"}).to_dict()
         write_json(folder / "config.json", config)
     commands = runs_report(["one", "other"], runs_dir()).commands
     shell = "\n".join(["python() { printf '%s\\0' \"$@\"; echo; }", *commands])
     printed = subprocess.run(["bash", "-c", shell], check=True, capture_output=True, text=True,
                              env={"NANOCHAT_BASE_DIR": str(runs_dir().parent)}).stdout
     for line, name in zip(printed.splitlines(), ("one", "other"), strict=True):
-        flags = build.flags_of(base_train.parse_args(line.rstrip("\0").split("\0")[2:]))
+        flags = base_train.parse_args(line.rstrip("\0").split("\0")[2:]).to_dict()
         assert flags == json.loads((runs_dir() / name / "config.json").read_text())["flags"]
 
 

@@ -15,7 +15,8 @@ from nanochat.errors import UserError
 from nanochat.ranks import Ranks
 from nanochat.runlog import RunLog, read_run
 from nanochat.training import loop as train
-from nanochat.training.loop import Cadence, Hooks, Schedule, Trainer, close_failed_record, close_record, summarize
+from nanochat.training.loop import Cadence, Hooks, Place, Plan, Schedule, Trainer
+from nanochat.training.record import close_failed_record, close_record, summarize
 
 EVALUATION_SEC, SAVING_SEC = 1000.0, 500.0  # must never show on the training clock
 STEP_TOKENS = 64
@@ -81,12 +82,13 @@ class World:
         self.saved = json.loads(json.dumps(loop_state))
         return {"path": "folder"}
 
-    def trainer(self, num_iterations, cadence=None, loop_state=None, ranks=None, **options):
+    def trainer(self, num_iterations, cadence=None, loop_state=None, ranks=None, device_name="", flops_per_token=0):
         self.n_updates = (loop_state or {}).get("step", 0)
-        hooks = Hooks(self.evaluate, self.save, self.core, self.sample)
-        return Trainer(self, self, self, schedule=Schedule(num_iterations), accumulation=self.accumulation,
-                       step_tokens=STEP_TOKENS, cadence=cadence or Cadence(-1, -1, -1, 0), hooks=hooks, log=self,
-                       ranks=ranks or Ranks(), device=torch.device("cpu"), loop_state=loop_state, **options)
+        plan = Plan(Schedule(num_iterations), cadence or Cadence(-1, -1, -1, 0), self.accumulation, STEP_TOKENS,
+                    flops_per_token)
+        place = Place(torch.device("cpu"), device_name, ranks or Ranks())
+        return Trainer(self, self, self, plan, Hooks(self.evaluate, self.save, self.core, self.sample), self, place,
+                       loop_state)
 
     def of(self, kind, field):
         return [event[field] for event in self.events if event["kind"] == kind]

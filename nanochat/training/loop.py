@@ -2,10 +2,7 @@
 
 import math
 import os
-import resource
 import signal
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +10,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from nanochat.errors import UserError
 from nanochat.machine import peak_bf16_flops
-from nanochat.runlog import read_run
-from nanochat.target import evaluations_of, time_to_target
+from nanochat.ranks import Ranks
+from nanochat.runlog import UNTIMED_STEPS
 from nanochat.training import schedule
 
-UNTIMED_STEPS = 11  # the first ones compile; they are not on the clock
 REPEAT_SEC = 1.0  # a scheduler's signal comes twice within it: from the scheduler, and passed on by torchrun
 
 
@@ -61,6 +56,26 @@ class Schedule:
         return multiplier
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run does in each step and when: `step_tokens` tokens in `accumulation` micro-batches a rank."""
+
+    schedule: Schedule
+    cadence: Cadence
+    accumulation: int
+    step_tokens: int
+    flops_per_token: float = 0.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where it runs: the device with its name, and this process among its peers."""
+
+    device: torch.device
+    name: str
+    ranks: Ranks
+
+
 class _Stopped(BaseException):
     """Ends an evaluation when a signal asks to stop; no Exception, so that nothing on its way takes it for an error."""
 
@@ -72,13 +87,12 @@ class Trainer:
     checkpoint a run resumes from; the loader must have been restored from it already.
     """
 
-    def __init__(self, model, optimizer, loader, *, schedule, accumulation, step_tokens, cadence, hooks, log, ranks,
-                 device, device_name="", flops_per_token=0, loop_state=None):
+    def __init__(self, model, optimizer, loader, plan, hooks, log, place, loop_state=None):
         self.model, self.optimizer, self.loader = model, optimizer, loader
-        self.schedule, self.accumulation, self.step_tokens = schedule, accumulation, step_tokens
-        self.cadence, self.hooks, self.log, self.ranks, self.device = cadence, hooks, log, ranks, device
-        peak = peak_bf16_flops(device_name)
-        self.mfu_per_token_sec = flops_per_token / (peak * ranks.world_size) if peak else None
+        self.plan, self.hooks, self.log = plan, hooks, log
+        self.device, self.ranks = place.device, place.ranks
+        peak = peak_bf16_flops(place.name)
+        self.mfu_per_token_sec = plan.flops_per_token / (peak * self.ranks.world_size) if peak else None
         state = loop_state or {}
         self.step = self.first_step = state.get("step", 0)
         self.train_time_sec = state.get("train_time_sec", 0.0)
@@ -94,7 +108,7 @@ class Trainer:
         try:
             while True:
                 self._at_boundary()
-                if self.step == self.schedule.num_iterations:
+                if self.step == self.plan.schedule.num_iterations:
                     return "ok"
                 loss, stop_signal = self._train_step()
                 if not math.isfinite(loss):
@@ -131,7 +145,7 @@ class Trainer:
             os.kill(os.getpid(), number)
 
     def _interrupted(self):
-        if self.step > 0 and self.cadence.save_every != 0 and self.saved_step != self.step:
+        if self.step > 0 and self.plan.cadence.save_every != 0 and self.saved_step != self.step:
             self._save()
         return "interrupted"
 
@@ -146,8 +160,8 @@ class Trainer:
             self._in_hook = False
 
     def _at_boundary(self):
-        step, cadence, hooks = self.step, self.cadence, self.hooks
-        last = step == self.schedule.num_iterations
+        step, cadence, hooks = self.step, self.plan.cadence, self.hooks
+        last = step == self.plan.schedule.num_iterations
 
         def due(every):
             return every > 0 and (last or step % every == 0)
@@ -171,20 +185,20 @@ class Trainer:
         """One optimizer step: (mean loss over ranks, a stop signal any rank received or 0)."""
         self._synchronize()
         start = time.perf_counter()
-        multiplier = self.schedule.apply(self.optimizer, self.step)
+        multiplier = self.plan.schedule.apply(self.optimizer, self.step)
         total = torch.zeros((), device=self.device)
-        for _ in range(self.accumulation):
+        for _ in range(self.plan.accumulation):
             loss = self.model(*next(self.loader))
-            (loss / self.accumulation).backward()
+            (loss / self.plan.accumulation).backward()
             total += loss.detach()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, stop_signal = self._agree(total / self.accumulation)
+        loss, stop_signal = self._agree(total / self.plan.accumulation)
         self._synchronize()
         dt_sec = time.perf_counter() - start
         self._clock(dt_sec)
         self.step += 1
-        tok_per_sec = self.step_tokens / dt_sec
+        tok_per_sec = self.plan.step_tokens / dt_sec
         mfu = None if self.mfu_per_token_sec is None else tok_per_sec * self.mfu_per_token_sec
         self._event("train", loss=loss, lr_multiplier=multiplier, dt_ms=1000 * dt_sec, tok_per_sec=tok_per_sec,
                     train_time_sec=self.train_time_sec, mfu=mfu)
@@ -213,69 +227,8 @@ class Trainer:
         self.saved_step = self.step
 
     def _event(self, kind, **fields):
-        self.log.event(kind, step=self.step, tokens=self.step * self.step_tokens, **fields)
+        self.log.event(kind, step=self.step, tokens=self.step * self.plan.step_tokens, **fields)
 
     def _synchronize(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def close_record(log, status, device, target, started):
-    """Write the summary and close the log with its sinks; returns the summary. `started`: time.monotonic() then.
-
-    target: (metric name, threshold or None). Errors: UserError when the disk is full.
-    """
-    try:
-        summary = summarize(log.folder, status, device, *target)
-        if target[1] is not None:
-            reached = time_to_target(evaluations_of(read_run(log.folder).events, target[0]), *target)
-            log.event("target", step=summary["steps"], **reached.summary_fields(), description=reached.describe())
-        log.finish(**summary, wall_time_sec=time.monotonic() - started)
-    finally:
-        log.close()
-        for sink in log.sinks:
-            sink.close()
-    return summary
-
-
-def close_failed_record(log, device, target, started):
-    """The same for a run that an exception ended: whatever goes wrong now must not hide it."""
-    try:
-        close_record(log, "error", device, target, started)
-    except UserError as error:
-        print(f"no summary: {error}", file=sys.stderr)
-
-
-def summarize(folder, status, device, target_metric_name=None, target_metric_threshold=None):
-    """The fields of summary.json, computed from the run's own record (every segment of it)."""
-    events = read_run(folder).events
-    train = [event for event in events if event["kind"] == "train"]
-    timed = [event for event in train if event["step"] > UNTIMED_STEPS]
-    bits = [event["val_bpb"] for event in events if event["kind"] == "val"]
-    finite_bits = [value for value in bits if value is not None]
-    core = [event["core_metric"] for event in events if event["kind"] == "core"]
-    target = {"target_metric_name": None, "target_metric_threshold": None,
-              "time_to_target_sec_measured": None, "time_to_target_sec_extrapolated": None}
-    if target_metric_threshold is not None:
-        target = time_to_target(evaluations_of(events, target_metric_name), target_metric_name,
-                                target_metric_threshold).summary_fields()
-    return {
-        "status": status,
-        "steps": train[-1]["step"] if train else 0,
-        "tokens": train[-1]["tokens"] if train else 0,
-        "min_val_bpb": min(finite_bits, default=None),
-        "final_val_bpb": bits[-1] if bits else None,
-        "core_metric": core[-1] if core else None,
-        "tok_per_sec_median": statistics.median(e["tok_per_sec"] for e in timed) if timed else None,
-        "dt_median_ms": statistics.median(e["dt_ms"] for e in timed) if timed else None,
-        "train_time_sec": train[-1]["train_time_sec"] if train else 0.0,
-        "peak_memory_mib": peak_memory_mib(device),
-        **target,
-    }
-
-
-def peak_memory_mib(device):
-    """Peak memory of this process: the allocator's on CUDA, the resident set's elsewhere; MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,106 @@
+"""The configuration of a pretraining run: one frozen dataclass from which everything else follows: the command line and
+its help (scripts/base_train.py), the record's `flags`, the checkpoint's `user_config`, the checks of a resumed run."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from nanochat.errors import UserError
+from nanochat.target import check_metric_name, check_target
+
+
+def _topic(title):
+    """A maker of the fields of one topic. unit: what the number counts, shown by --help; at_least, at_most: bounds;
+    choices: the values there are; on_resume: a resumed run must have the value of the run that it continues."""
+    def flag(default, text, unit=None, **marks):
+        return dataclasses.field(default=default, metadata={"topic": title, "help": text, "unit": unit, **marks})
+    return flag
+
+
+_record, _machine, _data, _model = map(_topic, ("record", "machine", "data", "model"))
+_horizon, _optimization = map(_topic, ("horizon (the first that is given)", "optimization"))
+_events = _topic("evaluation, samples, checkpoints (every so many steps; -1 never)")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What a run is asked for; field `a_b` is flag --a-b of scripts.base_train. Errors: UserError naming the flag of a
+    value that no run can have. Sizes, horizon, batch and learning rates follow from it in `schedule` and `build`."""
+
+    run: str = _record("dummy", "wandb run name; dummy turns wandb off", "NAME")
+    run_id: str = _record("", "name of the run's record under <cache>/runs; empty: made from tag, time and seed", "ID")
+    model_tag: str = _record("", "name of the checkpoint folder; empty: d<depth>", "TAG")
+
+    device_type: str = _machine("", "cuda, mps or cpu; empty: the best there is", "KIND")
+    no_compile: bool = _machine(False, "run the model uncompiled (slower; starts at once)")
+
+    dataset: str = _data("climbmix", "stdlib, climbmix, fineweb-edu, or a folder of text", "NAME")
+    tokenizer_dir: str = _data("", "folder of the tokenizer; empty: <cache>/tokenizer", "FOLDER")
+    seed: int = _data(42, "seed of the initial values and of the data order", "SEED", at_least=0)
+
+    depth: int = _model(20, "layers", "LAYERS", at_least=1)
+    aspect_ratio: int = _model(64, "width = depth * aspect ratio, rounded up to whole heads", "CHANNELS")
+    head_dim: int = _model(128, "channels per attention head", "CHANNELS")
+    max_seq_len: int = _model(2048, "context length", "TOKENS", at_least=1)
+    window_pattern: str = _model("SSSL", "attention per layer, tiled: L full, S a quarter; the last is full", "SL")
+    fused_rmsnorm: bool = _model(
+        False, "rotary + QK-norm in one Triton kernel; uncompiled, the other norms too (lane C)")
+    chunked_ce: bool = _model(False, "chunked linear cross-entropy (lane C)")
+
+    num_iterations: int = _horizon(-1, "optimizer steps", "STEPS")
+    target_flops: float = _horizon(-1.0, "total training FLOPs", "FLOPS")
+    target_param_data_ratio: float = _horizon(12.0, "tokens per scaling parameter", "RATIO")
+
+    device_batch_size: int = _optimization(32, "rows per device and micro-batch", "ROWS", at_least=1)
+    total_batch_size: int = _optimization(-1, "tokens per optimizer step; -1: automatic", "TOKENS")
+    embedding_lr: float = _optimization(0.3, "AdamW, embeddings", "LR", at_least=0, on_resume=True)
+    unembedding_lr: float = _optimization(0.008, "AdamW, head", "LR", at_least=0, on_resume=True)
+    matrix_lr: float = _optimization(0.02, "Muon", "LR", at_least=0, on_resume=True)
+    scalar_lr: float = _optimization(0.5, "AdamW, scalars", "LR", at_least=0, on_resume=True)
+    weight_decay: float = _optimization(0.28, "Muon, scheduled to 0", "DECAY", at_least=0, on_resume=True)
+    warmup_steps: int = _optimization(40, "linear warmup of the learning rates", "STEPS", at_least=0, on_resume=True)
+    warmdown_ratio: float = _optimization(
+        0.65, "share of the steps with falling learning rates", "SHARE", at_least=0, at_most=1, on_resume=True)
+    final_lr_frac: float = _optimization(0.05, "last learning rate over the peak", "SHARE", at_least=0, on_resume=True)
+    resume_from_step: str = _optimization("-1", "a step, or latest: go on from that checkpoint", "STEP")
+
+    eval_every: int = _events(250, "validation bits per byte", "STEPS")
+    eval_tokens: int = _events(80 * 524288, "tokens of each validation", "TOKENS", at_least=1)
+    core_metric_every: int = _events(2000, "CORE", "STEPS")
+    core_metric_max_per_task: int = _events(500, "examples per CORE task; -1 all", "EXAMPLES")
+    sample_every: int = _events(2000, "samples from the model", "STEPS")
+    save_every: int = _events(-1, "checkpoints; -1 at the end only, 0 never", "STEPS")
+    position_losses: bool = _events(False, "save the loss by position of the last validation with the run")
+    target_metric_name: str = _events("val_bpb", "metric of the time to target: val_bpb or core", "METRIC")
+    target_metric_threshold: float = _events(math.nan, "its threshold; nan: no target", "VALUE")
+
+    def __post_init__(self):
+        for flag in dataclasses.fields(self):
+            value = getattr(self, flag.name)
+            low, high = flag.metadata.get("at_least"), flag.metadata.get("at_most", math.inf)
+            if low is not None and not (low <= value <= high and value < math.inf):
+                bounds = f"at least {low}" + ("" if high == math.inf else f" and at most {high}")
+                raise UserError(f"--{flag.name.replace('_', '-')} {value} must be {bounds}")
+        check_metric_name(self.target_metric_name)
+        if self.target[1] is not None:
+            check_target(*self.target)
+
+    @property
+    def target(self):
+        """(metric name, threshold) of the time to target; the threshold is None where the run has none."""
+        threshold = self.target_metric_threshold
+        return self.target_metric_name, None if math.isnan(threshold) else threshold
+
+    @property
+    def tag(self):
+        """The name of the run's checkpoint folder."""
+        return self.model_tag or f"d{self.depth}"
+
+    def to_dict(self):
+        """The values as records and checkpoints keep them; no target is None."""
+        return {**dataclasses.asdict(self), "target_metric_threshold": self.target[1]}
+
+    def fixed_on_resume(self):
+        """{name: value} of what a resumed run must share with the one that it continues."""
+        return {flag.name: getattr(self, flag.name) for flag in dataclasses.fields(self)
+                if flag.metadata.get("on_resume")}

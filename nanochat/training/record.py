@@ -1,0 +1,139 @@
+"""A run's record: what it holds when it begins and when it ends, and what the console says of both."""
+
+import statistics
+import sys
+import time
+from datetime import datetime, timezone
+
+import torch.distributed as dist
+
+from nanochat.errors import UserError
+from nanochat.kernels.runtime import INTERPRETED
+from nanochat.machine import device_name, peak_memory_mib
+from nanochat.model.gpt import flops_per_token, parameter_counts, scaling_params
+from nanochat.paths import runs_dir
+from nanochat.provenance import git_commit, versions
+from nanochat.runlog import UNTIMED_STEPS, RunLog, check_new_run, read_run
+from nanochat.target import evaluations_of, time_to_target
+from nanochat.training import checkpoint
+from nanochat.training.build import identity
+from nanochat.training.console import ConsoleSink, WandbSink
+
+
+class NoLog:
+    """The log of ranks above 0: the record has one writer."""
+
+    def event(self, kind, **fields):
+        pass
+
+
+def new_run_id(tag, seed, ranks):
+    """An id of tag, UTC time and seed, the same on every rank."""
+    ids = [f"{tag}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-s{seed}"]
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(ids, src=0)
+    return ids[0]
+
+
+def run_config(config, data, model, horizon, ranks, device, dtype, dtype_reason):
+    """config.json of the run's record, without its id."""
+    commit, dirty = git_commit()
+    return {
+        "created_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"), "flags": config.to_dict(),
+        "git_commit": commit, "git_dirty": dirty, "versions": versions(),
+        "device": {"type": device.type, "name": device_name(device), "compute_dtype": str(dtype).removeprefix("torch."),
+                   "dtype_reason": dtype_reason, "world_size": ranks.world_size, "triton_interpreted": INTERPRETED},
+        **identity(config, data, horizon), "model_config": model.to_dict(),
+        "n_params": parameter_counts(model)["total"], "n_scaling_params": scaling_params(model),
+        "flops_per_token": flops_per_token(model), "target_tokens": horizon.target_tokens,
+        "target_param_data_ratio": horizon.target_tokens / scaling_params(model),
+    }
+
+
+def open_record(wandb_name, run_id, record, folder, resume_step):
+    """The run's log and its sinks, begun or continued; a new run moves another's checkpoints in `folder` aside."""
+    runs = runs_dir()
+    if resume_step is None:
+        check_new_run(runs, run_id)  # before wandb hears of it
+    sinks = [ConsoleSink(record["num_iterations"], resume_step or 0)]
+    if wandb_name != "dummy":
+        sinks.append(WandbSink(wandb_name, run_id, record))
+    if resume_step is not None:
+        return RunLog.resume(runs, run_id, resume_step, sinks)
+    checkpoint.set_aside(folder)
+    return RunLog.create(runs, run_id, record, sinks)
+
+
+def close_record(log, status, device, target, started):
+    """Write the summary and close the log with its sinks; returns the summary. `started`: time.monotonic() then.
+
+    target: (metric name, threshold or None). Errors: UserError when the disk is full.
+    """
+    try:
+        summary = summarize(log.folder, status, device, *target)
+        if target[1] is not None:
+            reached = time_to_target(evaluations_of(read_run(log.folder).events, target[0]), *target)
+            log.event("target", step=summary["steps"], **reached.summary_fields(), description=reached.describe())
+        log.finish(**summary, wall_time_sec=time.monotonic() - started)
+    finally:
+        log.close()
+        for sink in log.sinks:
+            sink.close()
+    return summary
+
+
+def close_failed_record(log, device, target, started):
+    """The same for a run that an exception ended: whatever goes wrong now must not hide it."""
+    try:
+        close_record(log, "error", device, target, started)
+    except UserError as error:
+        print(f"no summary: {error}", file=sys.stderr)
+
+
+def summarize(folder, status, device, target_metric_name=None, target_metric_threshold=None):
+    """The fields of summary.json, computed from the run's own record (every segment of it)."""
+    events = read_run(folder).events
+    train = [event for event in events if event["kind"] == "train"]
+    timed = [event for event in train if event["step"] > UNTIMED_STEPS]
+    bits = [event["val_bpb"] for event in events if event["kind"] == "val"]
+    finite_bits = [value for value in bits if value is not None]
+    core = [event["core_metric"] for event in events if event["kind"] == "core"]
+    target = {"target_metric_name": None, "target_metric_threshold": None,
+              "time_to_target_sec_measured": None, "time_to_target_sec_extrapolated": None}
+    if target_metric_threshold is not None:
+        target = time_to_target(evaluations_of(events, target_metric_name), target_metric_name,
+                                target_metric_threshold).summary_fields()
+    return {
+        "status": status,
+        "steps": train[-1]["step"] if train else 0,
+        "tokens": train[-1]["tokens"] if train else 0,
+        "min_val_bpb": min(finite_bits, default=None),
+        "final_val_bpb": bits[-1] if bits else None,
+        "core_metric": core[-1] if core else None,
+        "tok_per_sec_median": statistics.median(e["tok_per_sec"] for e in timed) if timed else None,
+        "dt_median_ms": statistics.median(e["dt_ms"] for e in timed) if timed else None,
+        "train_time_sec": train[-1]["train_time_sec"] if train else 0.0,
+        "peak_memory_mib": peak_memory_mib(device),
+        **target,
+    }
+
+
+def describe(model, horizon, accumulation, data):
+    """What will be trained, on what, for how long: for the console."""
+    millions = {name: f"{count / 1e6:.2f}M" for name, count in parameter_counts(model).items()}
+    return (
+        f"model: {model.n_layer} layers, width {model.n_embd}, {model.n_head} heads of {model.head_dim}, "
+        f"{millions['total']} parameters ({millions['transformer_matrices']} matrices + {millions['lm_head']} head)\n"
+        f"data: {data.dataset.dataset_id}, tokenizer {data.tokenizer.tokenizer_id} of {model.vocab_size}, "
+        f"{sum(shard.n_tokens for shard in data.train) / 1e6:.1f}M training tokens\n"
+        f"horizon: {horizon.num_iterations} steps of {horizon.total_batch_size_tokens} tokens "
+        f"({accumulation} micro-batch(es) a rank), {horizon.target_tokens / 1e6:.2f}M tokens, "
+        f"{horizon.target_tokens / scaling_params(model):.2f} per scaling parameter")
+
+
+def describe_end(summary, folder):
+    """How the run ended, for the console."""
+    bits = "" if summary["min_val_bpb"] is None else f", min val_bpb {summary['min_val_bpb']:.4f}"
+    speed = "" if summary["tok_per_sec_median"] is None else f", {summary['tok_per_sec_median']:,.0f} tok/s (median)"
+    return (f"{summary['status']} after {summary['steps']} steps: {summary['train_time_sec']:.1f} s of training"
+            f"{speed}{bits}, peak memory {summary['peak_memory_mib']:,.0f} MiB\nrecord: {folder}")
