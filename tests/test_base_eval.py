@@ -211,7 +211,8 @@ def test_upstreams_checkpoint_is_evaluated(corpus, tmp_path, monkeypatch, prefix
 
 
 def test_the_last_validation_of_a_run_is_base_evals_on_the_same_tokens(corpus, tmp_path):
-    base_train.main([*TINY_FLAGS, "--dataset", corpus, "--num-iterations", "6", "--run-id", "run", "--model-tag", "tiny"])
+    base_train.main([*TINY_FLAGS, "--dataset", corpus, "--num-iterations", "6", "--run-id", "run",
+                     "--model-tag", "tiny"])
     found = results(flags(corpus, "--eval", "bpb"), tmp_path)
     assert found["val_bpb"] == read_run(runs_dir() / "run").summary["final_val_bpb"]
 
