@@ -103,6 +103,13 @@ def check_target(metric_name, threshold):
         raise UserError(f"--target-metric-threshold {threshold:g}: CORE is below 1")
 
 
+def reaches(metric_name, value, threshold):
+    """Whether an evaluation's value (None: not finite) is at the target or beyond it."""
+    if value is None or not math.isfinite(value):
+        return False
+    return value <= threshold if METRICS[metric_name] == "lower" else value >= threshold
+
+
 def evaluations_of(events: Iterable[dict], metric_name: str) -> list[Evaluation]:
     """The evaluations of one metric among a run's events, in their order. A metric of None was not finite.
 
@@ -134,7 +141,7 @@ def time_to_target(evaluations: Sequence[Evaluation], metric_name: str, threshol
     finite = [e for e in evaluations if e.metric is not None and math.isfinite(e.metric)]
     lower = METRICS[metric_name] == "lower"
     for e in finite:
-        if e.metric <= threshold if lower else e.metric >= threshold:
+        if reaches(metric_name, e.metric, threshold):
             return TimeToTarget(metric_name, threshold, e.train_time_sec, e.step, confidence=confidence)
 
     if finite and finite[-1] is not evaluations[-1]:

@@ -72,7 +72,8 @@ def train(config, place, dtype, dtype_reason, started):
     hooks = build.build_hooks(config, model, compiled, optimizer, data, folder, meta, ranks, device)
     plan = Plan(Schedule(horizon.num_iterations, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac),
                 Cadence(config.eval_every, config.core_metric_every, config.sample_every, config.save_every),
-                accumulation, horizon.total_batch_size_tokens, flops_per_token(shape))
+                accumulation, horizon.total_batch_size_tokens, flops_per_token(shape),
+                config.target if config.stop_at_target else None)
     with loader:
         # last of all that can fail: until here nothing has been written or moved
         log = on_main(ranks, lambda: record.open_record(config.run, run_id, facts, folder, resume_step))

@@ -99,6 +99,15 @@ def test_a_run_learns_and_leaves_its_record(corpus, capsys):
     assert "val_bpb" in printed and str(runs_dir() / "run") in printed
 
 
+def test_a_run_stops_at_its_target_with_a_checkpoint(corpus, capsys):
+    assert main([*flags(corpus, 30), "--target-metric-threshold", "3.5", "--stop-at-target"]) == 0
+    summary = read_run(runs_dir() / "run").summary
+    assert (summary["status"], summary["stopped_at_target"]) == ("ok", True)
+    assert summary["final_val_bpb"] <= 3.5 and 0 < summary["steps"] < 30 and summary["steps"] % 5 == 0
+    assert checkpoint_steps(checkpoint_folder("run")) == [summary["steps"]]
+    assert "at its target" in capsys.readouterr().out
+
+
 def test_the_checkpoint_is_saved_before_the_final_evaluation(corpus):
     main(flags(corpus))
     kinds = [(e["kind"], e["step"]) for e in read_run(runs_dir() / "run").events]
@@ -190,6 +199,7 @@ def test_the_flags_are_frozen():
     (["--resume-from-step", "latest"], "no checkpoint"),
     (["--target-metric-threshold", "-1"], "--target-metric-threshold"),
     (["--target-metric-name", "loss", "--target-metric-threshold", "1"], "--target-metric-name"),
+    (["--stop-at-target"], "--target-metric-threshold"),
     (["--num-iterations", "-1", "--target-param-data-ratio", "-1"], "--target-param-data-ratio"),
 ])
 def test_a_mistake_is_one_line_with_exit_code_2_and_leaves_nothing(corpus, capsys, change, words):

@@ -21,10 +21,10 @@ from nanochat.runlog import read_run
 from scripts import base_eval, base_train
 
 FILES = Path(__file__).parent / "golden" / "before_rooms.zip"
-FLAGS = shlex.split("""--dataset corpus --tokenizer-dir tokenizer --depth 1 --aspect-ratio 32 --head-dim 16 --max-seq-len 32
-    --device-batch-size 2 --total-batch-size 128 --num-iterations 12 --eval-every 6 --eval-tokens 512
-    --core-metric-every -1 --sample-every -1 --no-compile --save-every 6 --run-id before --model-tag before
-    --device-type cpu""")
+FLAGS = shlex.split("""
+    --dataset corpus --tokenizer-dir tokenizer --depth 1 --aspect-ratio 32 --head-dim 16 --max-seq-len 32
+    --device-batch-size 2 --total-batch-size 128 --num-iterations 12 --eval-every 6 --eval-tokens 512 --no-compile
+    --core-metric-every -1 --sample-every -1 --save-every 6 --run-id before --model-tag before --device-type cpu""")
 
 
 @pytest.fixture(autouse=True)

@@ -82,10 +82,11 @@ class World:
         self.saved = json.loads(json.dumps(loop_state))
         return {"path": "folder"}
 
-    def trainer(self, num_iterations, cadence=None, loop_state=None, ranks=None, device_name="", flops_per_token=0):
+    def trainer(self, num_iterations, cadence=None, loop_state=None, ranks=None, device_name="", flops_per_token=0,
+                stop_at=None):
         self.n_updates = (loop_state or {}).get("step", 0)
         plan = Plan(Schedule(num_iterations), cadence or Cadence(-1, -1, -1, 0), self.accumulation, STEP_TOKENS,
-                    flops_per_token)
+                    flops_per_token, stop_at)
         place = Place(torch.device("cpu"), device_name, ranks or Ranks())
         return Trainer(self, self, self, plan, Hooks(self.evaluate, self.save, self.core, self.sample), self, place,
                        loop_state)
@@ -161,6 +162,22 @@ def test_an_evaluation_that_fails_has_its_checkpoint_already(start):
         trainer.run()
     assert world.happened[-1] == ("checkpoint", 3)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("save_every", "saved"), [(-1, [6]), (2, [2, 4, 6]), (0, [])])
+def test_a_run_that_stops_at_its_target_ends_at_the_first_evaluation_that_reaches_it(start, save_every, saved):
+    world = start()
+    world.evaluate = lambda last: {"val_bpb": 3.0 - 0.25 * world.n_updates}  # 1.5 after six updates
+    trainer = world.trainer(20, Cadence(eval_every=3, save_every=save_every), stop_at=("val_bpb", 1.6))
+    assert trainer.run() == "ok" and trainer.reached_target
+    assert world.of("val", "step") == [0, 3, 6] and world.of("train", "step")[-1] == 6
+    assert world.of("checkpoint", "step") == saved
+
+
+def test_a_target_in_another_metric_or_never_reached_does_not_end_the_run(start):
+    for stop_at in (("core", 0.5), ("val_bpb", 0.1)):
+        trainer = start().trainer(6, Cadence(eval_every=3, core_every=3, save_every=0), stop_at=stop_at)
+        assert trainer.run() == "ok" and trainer.step == 6 and not trainer.reached_target
 
 
 # --- one step --------------------------------------------------------------------------------------------------------
@@ -387,7 +404,8 @@ def test_the_summary_is_that_of_the_effective_run(tmp_path):
     log.close()
     assert summary.pop("peak_memory_mib") > 50
     assert {name: value for name, value in summary.items() if not name.startswith("time_to_target")} == {
-        "status": "ok", "steps": 18, "tokens": 1800, "min_val_bpb": 1.5, "final_val_bpb": 2.0, "core_metric": None,
+        "status": "ok", "steps": 18, "stopped_at_target": False, "tokens": 1800,
+        "min_val_bpb": 1.5, "final_val_bpb": 2.0, "core_metric": None,
         "tok_per_sec_median": 50.0, "dt_median_ms": 2000.0, "train_time_sec": 3.0 + 8.0,
         "target_metric_name": "val_bpb", "target_metric_threshold": 1.75}  # timed: 3 steps of 1 s, 4 of 2 s
     assert summary["time_to_target_sec_measured"] == 3.0 + 4.0
@@ -401,7 +419,8 @@ def test_a_run_without_target_or_steps_has_a_summary_too(tmp_path):
     summary = summarize(log.folder, "interrupted", torch.device("cpu"))
     assert summary.pop("peak_memory_mib") > 50
     assert summary == {
-        "status": "interrupted", "steps": 0, "tokens": 0, "min_val_bpb": None, "final_val_bpb": None,
+        "status": "interrupted", "steps": 0, "stopped_at_target": False, "tokens": 0,
+        "min_val_bpb": None, "final_val_bpb": None,
         "core_metric": None, "tok_per_sec_median": None, "dt_median_ms": None, "train_time_sec": 0.0,
         "target_metric_name": None, "target_metric_threshold": None, "time_to_target_sec_measured": None,
         "time_to_target_sec_extrapolated": None}

@@ -73,6 +73,7 @@ class TrainingConfig:
     position_losses: bool = _events(False, "save the loss by position of the last validation with the run")
     target_metric_name: str = _events("val_bpb", "metric of the time to target: val_bpb or core", "METRIC")
     target_metric_threshold: float = _events(math.nan, "its threshold; nan: no target", "VALUE")
+    stop_at_target: bool = _events(False, "end the run at the first evaluation that reaches the target")
 
     def __post_init__(self):
         for flag in dataclasses.fields(self):
@@ -84,6 +85,8 @@ class TrainingConfig:
         check_metric_name(self.target_metric_name)
         if self.target[1] is not None:
             check_target(*self.target)
+        elif self.stop_at_target:
+            raise UserError("--stop-at-target needs a target: give --target-metric-threshold")
 
     @property
     def target(self):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from nanochat.machine import peak_bf16_flops
 from nanochat.ranks import Ranks
 from nanochat.runlog import UNTIMED_STEPS
+from nanochat.target import reaches
 from nanochat.training import schedule
 
 REPEAT_SEC = 1.0  # a scheduler's signal comes twice within it: from the scheduler, and passed on by torchrun
@@ -65,6 +66,7 @@ class Plan:
     accumulation: int
     step_tokens: int
     flops_per_token: float = 0.0
+    stop_at: tuple[str, float] | None = None  # (metric name, threshold): the run ends where an evaluation reaches it
 
 
 @dataclass(frozen=True)
@@ -98,17 +100,18 @@ class Trainer:
         self.train_time_sec = state.get("train_time_sec", 0.0)
         self.usual_dt_sec = state.get("usual_dt_sec")  # charged for the step that compiles after a resume
         self.saved_step = self.step if loop_state else None
+        self.reached_target = False  # and the run ended by it
         self._stop_signal = 0
         self._asked_at = 0.0
         self._in_hook = False
 
     def run(self):
-        """Train to the horizon. Returns how it ended: ok, interrupted or nan."""
+        """Train to the horizon, or to the target. Returns how it ended: ok, interrupted or nan."""
         previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while True:
                 self._at_boundary()
-                if self.step == self.plan.schedule.num_iterations:
+                if self.reached_target or self.step == self.plan.schedule.num_iterations:
                     return "ok"
                 loss, stop_signal = self._train_step()
                 if not math.isfinite(loss):
@@ -175,11 +178,20 @@ class Trainer:
             self._event("val", **fields, train_time_sec=self.train_time_sec)
             if positions:
                 self._event("position_losses", **positions)
+            self._check_target("val_bpb", fields["val_bpb"])
         if step > 0 and hooks.core and due(cadence.core_every):
-            self._event("core", **self._evaluation(hooks.core), train_time_sec=self.train_time_sec)
+            fields = self._evaluation(hooks.core)
+            self._event("core", **fields, train_time_sec=self.train_time_sec)
+            self._check_target("core", fields["core_metric"])
+        if self.reached_target and step != self.saved_step and cadence.save_every != 0:
+            self._save()
         if step > 0 and hooks.sample and due(cadence.sample_every):
             for sample in self._evaluation(hooks.sample):
                 self.log.event("sample", step=step, **sample)
+
+    def _check_target(self, metric_name, value):
+        if self.plan.stop_at and self.plan.stop_at[0] == metric_name:
+            self.reached_target = reaches(metric_name, value, self.plan.stop_at[1])
 
     def _train_step(self):
         """One optimizer step: (mean loss over ranks, a stop signal any rank received or 0)."""

@@ -92,7 +92,8 @@ def close_failed_record(log, device, target, started):
 
 def summarize(folder, status, device, target_metric_name=None, target_metric_threshold=None):
     """The fields of summary.json, computed from the run's own record (every segment of it)."""
-    events = read_run(folder).events
+    record = read_run(folder)
+    events = record.events
     train = [event for event in events if event["kind"] == "train"]
     timed = [event for event in train if event["step"] > UNTIMED_STEPS]
     bits = [event["val_bpb"] for event in events if event["kind"] == "val"]
@@ -103,9 +104,11 @@ def summarize(folder, status, device, target_metric_name=None, target_metric_thr
     if target_metric_threshold is not None:
         target = time_to_target(evaluations_of(events, target_metric_name), target_metric_name,
                                 target_metric_threshold).summary_fields()
+    steps = train[-1]["step"] if train else 0
     return {
         "status": status,
-        "steps": train[-1]["step"] if train else 0,
+        "steps": steps,
+        "stopped_at_target": status == "ok" and steps < record.config.get("num_iterations", 0),
         "tokens": train[-1]["tokens"] if train else 0,
         "min_val_bpb": min(finite_bits, default=None),
         "final_val_bpb": bits[-1] if bits else None,
@@ -135,5 +138,7 @@ def describe_end(summary, folder):
     """How the run ended, for the console."""
     bits = "" if summary["min_val_bpb"] is None else f", min val_bpb {summary['min_val_bpb']:.4f}"
     speed = "" if summary["tok_per_sec_median"] is None else f", {summary['tok_per_sec_median']:,.0f} tok/s (median)"
-    return (f"{summary['status']} after {summary['steps']} steps: {summary['train_time_sec']:.1f} s of training"
-            f"{speed}{bits}, peak memory {summary['peak_memory_mib']:,.0f} MiB\nrecord: {folder}")
+    at_target = ", at its target" if summary["stopped_at_target"] else ""
+    return (f"{summary['status']} after {summary['steps']} steps{at_target}: "
+            f"{summary['train_time_sec']:.1f} s of training{speed}{bits}, "
+            f"peak memory {summary['peak_memory_mib']:,.0f} MiB\nrecord: {folder}")
