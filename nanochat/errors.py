@@ -1,4 +1,4 @@
-"""What a person did wrong, said in one line, and the exit code that goes with it."""
+"""Errors that the user can mend, and how a command reports them: one line on stderr and an exit code."""
 
 import functools
 import os
@@ -8,7 +8,7 @@ import sys
 class UserError(ValueError):
     """Something the user can mend: the message says what is wrong and what to do.
 
-    Invariants of our own are asserted; everything a person can cause raises this.
+    Our own invariants are asserted.
     """
 
     exit_code = 2

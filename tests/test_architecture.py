@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FRONTS = {"dataset": {"data"}, "core_eval": {"evaluation"}}  # python -m nanochat.dataset, ...: upstream's commands
-# room -> the rooms it may import, besides itself and the core (the modules beside the rooms)
-ROOMS = {
+COMMANDS = {"dataset": {"data"}, "core_eval": {"evaluation"}}  # python -m nanochat.dataset, ...: upstream's commands
+# package -> the packages it may import, besides itself and the core (the modules beside the packages)
+PACKAGES = {
     "data": set(), "kernels": set(), "lane_b": set(), "experiments": set(),
     "model": {"kernels"}, "evaluation": {"data", "model"}, "training": {"data", "kernels", "model", "evaluation"},
-    **FRONTS,
+    **COMMANDS,
 }
 LANE_B_LIBRARIES = {"numpy", "scipy", "tqdm", "matplotlib"}
 # all else starts without it
@@ -56,25 +56,25 @@ def imports(tree):
                 yield whole if whole in modules() else node.module
 
 
-def is_within(name, rooms):
-    """Whether a module is one of `rooms` or in one of them."""
-    return any(name == room or name.startswith(f"{room}.") for room in rooms)
+def is_within(name, packages):
+    """Whether a module is one of `packages` or in one of them."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 # --- arrows ----------------------------------------------------------------------------------------------------------
 
-def room_of(name):
-    """The room of a module of ours: data, model, ..., or "" in the core."""
-    room = name.split(".")[1] if "." in name else ""
-    return room if room in ROOMS else ""
+def package_of(name):
+    """The package of a module of ours: data, model, ..., or "" in the core."""
+    package = name.split(".")[1] if "." in name else ""
+    return package if package in PACKAGES else ""
 
 
 def test_imports_follow_the_arrows():
     faults = [f"{name} imports {imported}" for name, tree in library().items() for imported in imports(tree)
               if is_within(imported, {"nanochat"})
-              and room_of(imported) not in {"", room_of(name)} | ROOMS.get(room_of(name), set())]
+              and package_of(imported) not in {"", package_of(name)} | PACKAGES.get(package_of(name), set())]
     assert not faults
-    assert {room_of(name) for name in library()} == {"", *ROOMS}
+    assert {package_of(name) for name in library()} == {"", *PACKAGES}
 
 
 def test_nobody_imports_scripts_or_dev():
@@ -94,7 +94,7 @@ def test_no_module_imports_itself_by_a_detour():
 
 def test_lane_b_takes_arrays_alone():
     """No torch, no model: only the libraries of numbers, and a progress bar."""
-    faults = [f"{name} imports {imported}" for name, tree in library().items() if room_of(name) == "lane_b"
+    faults = [f"{name} imports {imported}" for name, tree in library().items() if package_of(name) == "lane_b"
               for imported in imports(tree)
               if imported.split(".")[0] not in LANE_B_LIBRARIES | {"nanochat"} | sys.stdlib_module_names]
     assert not faults
@@ -115,7 +115,7 @@ def test_tools_without_a_model_start_without_torch():
 
 def test_library_reads_no_command_line():
     found = {name for name, tree in library().items() for imported in imports(tree) if imported == "argparse"}
-    assert found == {f"nanochat.{front}" for front in FRONTS}
+    assert found == {f"nanochat.{command}" for command in COMMANDS}
 
 
 def is_main_guard(node):

@@ -1,6 +1,6 @@
-"""What the program wrote before its modules were grouped into folders is still read, resumed and appended to.
+"""What the program wrote before its modules were grouped into packages is still read, resumed and appended to.
 
-tests/golden/before_rooms.zip: a corpus of three shards, a tokenizer of 300 tokens, its token cache, the record of a
+tests/golden/before_packages.zip: a corpus of three shards, a tokenizer of 300 tokens, its token cache, the record of a
 run of 12 steps with the checkpoint of step 6, and both ledgers, all written by commit 8efa307.
 """
 
@@ -20,7 +20,7 @@ from nanochat.paths import runs_dir
 from nanochat.runlog import read_run
 from scripts import base_eval, base_train
 
-FILES = Path(__file__).parent / "golden" / "before_rooms.zip"
+FILES = Path(__file__).parent / "golden" / "before_packages.zip"
 FLAGS = shlex.split("""
     --dataset corpus --tokenizer-dir tokenizer --depth 1 --aspect-ratio 32 --head-dim 16 --max-seq-len 32
     --device-batch-size 2 --total-batch-size 128 --num-iterations 12 --eval-every 6 --eval-tokens 512 --no-compile
