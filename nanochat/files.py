@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import socket
 import tempfile
 from pathlib import Path
 
@@ -90,6 +91,52 @@ def locked(path):
             yield
         finally:
             fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+class Owned:
+    """A folder that one process writes for its life: the lock file `lock` names the owner, and the lock dies with it.
+
+    The lock is the system's (flock): what a killed process leaves is a stale name, taken over in silence. owner: a
+    name for the messages. Errors: UserError naming the owner, its host and pid when it is alive.
+    """
+
+    def __init__(self, folder, lock, owner, remedy):
+        self.folder, self.path, self.remedy = folder, Path(lock), remedy
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._entry = json_bytes({"owner": owner, "host": socket.gethostname(), "pid": os.getpid(),
+                                  "key": secrets.token_hex(8)})
+        self._file = open(self.path, "a+b")  # noqa: SIM115 (held until release())
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise self._refusal() from None
+        self._file.truncate(0)
+        self._file.write(self._entry)
+        self._file.flush()
+
+    def check(self):
+        """Errors: UserError when another process owns the folder now (its lock file was removed, or is on a disk
+        whose locks do not reach other machines)."""
+        try:
+            mine = self.path.read_bytes() == self._entry
+        except OSError:
+            mine = False
+        if not mine:
+            raise self._refusal()
+
+    def release(self):
+        """Let others have the folder. The file stays: to remove it would let two processes lock two files."""
+        self._file.truncate(0)
+        self._file.close()
+
+    def _refusal(self):
+        try:
+            now = read_json(self.path, "")
+            words = f"run {now.get('owner')} (pid {now.get('pid')} on {now.get('host')})"
+        except UserError:
+            words = "another process"
+        return UserError(f"{self.folder} is being written by {words}; {self.remedy}")
 
 
 def sha256_of(path):

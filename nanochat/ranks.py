@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from nanochat.errors import UserError
+from nanochat.errors import UserError, say
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Ranks:
 
 
 def print0(*values, **options):
-    """Print on rank 0 alone, at once."""
+    """Print on rank 0 alone, at once; see errors.say."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(*values, **{"flush": True, **options})
+        say(*values, **options)
 
 
 def start_ranks(device):

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.errors import UserError
+from nanochat.errors import UserError, warn
 from nanochat.files import json_bytes, read_json, write_json
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
@@ -22,32 +22,33 @@ _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")
 
 
 class RunLog:
-    """Writes one run's folder. Sinks (console, wandb) receive the same events the file does."""
+    """Writes one run's folder. Sinks (console, wandb) receive the same events the file does; one that fails is left
+    out from then on, with a warning. owned: the files.Owned folders that this run alone may write."""
 
-    def __init__(self, folder, sinks=()):
+    def __init__(self, folder, sinks=(), owned=()):
         self.folder = Path(folder)
-        self.sinks = list(sinks)
+        self.sinks, self.owned = list(sinks), list(owned)
         self._file = open(self.folder / METRICS, "ab")  # noqa: SIM115 (closed by close())
 
     @classmethod
-    def create(cls, runs_dir, run_id, config, sinks=()):
+    def create(cls, runs_dir, run_id, config, sinks=(), owned=()):
         """Start a run under `runs_dir/run_id`. Errors: UserError when the id is taken or not a file name."""
         folder = check_new_run(runs_dir, run_id)
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / METRICS).unlink(missing_ok=True)
             write_json(folder / CONFIG, _record(run_id=run_id, **config))
-        return cls(folder, sinks)
+        return cls(folder, sinks, owned)
 
     @classmethod
-    def resume(cls, runs_dir, run_id, step, sinks=(), **fields):
+    def resume(cls, runs_dir, run_id, step, sinks=(), owned=(), **fields):
         """Add a segment to a run at `step`; a torn last line of a killed process is cut off first."""
         folder = Path(runs_dir) / check_run_id(run_id)
         if not (folder / CONFIG).exists():
             raise UserError(f"run {run_id!r} has no record in {runs_dir}; start it without --resume-from-step")
         _cut_torn_tail(folder / METRICS)
         (folder / SUMMARY).unlink(missing_ok=True)
-        log = cls(folder, sinks)
+        log = cls(folder, sinks, owned)
         log.event("resume", step=step, **fields)
         return log
 
@@ -56,8 +57,18 @@ class RunLog:
         with _writing(self.folder):
             self._file.write(json_bytes(_record(kind=kind, time_unix_sec=time.time(), **fields)) + b"\n")
             self._file.flush()
-        for sink in self.sinks:
-            sink(kind, fields)
+        for sink in list(self.sinks):
+            try:
+                sink(kind, fields)
+            except Exception as error:  # a terminal or a service that is gone must not end the training
+                self.sinks.remove(sink)
+                warn(f"{type(sink).__name__} failed ({' '.join(str(error).split())}) and is left out from here on; the "
+                     f"run goes on, its record is {self.folder}")
+
+    def check_owned(self):
+        """Errors: UserError when another process has taken over a folder of this run."""
+        for folder in self.owned:
+            folder.check()
 
     def finish(self, **summary):
         """Write summary.json atomically: its presence says that the run ended, `status` says how."""
@@ -67,9 +78,15 @@ class RunLog:
             write_json(self.folder / SUMMARY, _record(run_id=self.folder.name, **summary))
 
     def close(self):
-        """Close the file. What a full disk did not take of the last event is lost."""
+        """Close the file and the sinks, and let others have the folders. What a full disk did not take of the last
+        event is lost."""
         with contextlib.suppress(OSError):
             self._file.close()
+        for sink in self.sinks:
+            with contextlib.suppress(Exception):
+                sink.close()
+        for folder in self.owned:
+            folder.release()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from nanochat.machine import choose_device, device_name, keep_freed_memory
 from nanochat.model.gpt import flops_per_token
 from nanochat.ranks import on_main, print0, start_ranks, stop_ranks
 from nanochat.training import build, record, schedule
-from nanochat.training.checkpoint import checkpoint_folder
+from nanochat.training.checkpoint import checkpoint_folder, newest_usable
 from nanochat.training.config import TrainingConfig
 from nanochat.training.loop import Cadence, Place, Plan, Schedule, Trainer
 
@@ -88,10 +88,10 @@ def train(config, place, dtype, dtype_reason, started):
     # the others wait: were another rank gone, torchrun would end rank 0 in the middle of it
     summary = on_main(ranks, lambda: record.close_record(log, status, device, config.target, started))
     if ranks.is_main:
-        print(record.describe_end(summary, log.folder), flush=True)
+        print0(record.describe_end(summary, log.folder))
         if status == "nan":
-            raise UserError(f"the loss is not finite at step {trainer.step}; the run stopped there without saving. "
-                            "Lower the learning rates or resume an earlier checkpoint")
+            raise UserError(f"the run diverged: loss, validation or weights are not finite at step {trainer.step}; "
+                            f"start again with lower learning rates ({newest_usable(folder)})")
     return {"ok": 0, "nan": UserError.exit_code, "interrupted": 128 + trainer.stop_signal}[status]
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -251,3 +252,53 @@ def test_wandb_offline_records_without_a_network(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     assert main(flags(corpus, 3, "logged", "--run", "name")) == 0
     assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+# --- two writers -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("change", "words"), [
+    (["--run-id", "other"], "--model-tag"), (["--model-tag", "other", "--resume-from-step", "latest"], "no checkpoint"),
+    (["--resume-from-step", "latest"], "--run-id"), ([], "taken")])
+def test_a_second_writer_is_refused_with_the_owners_name(corpus, capsys, change, words):
+    with started(flags(corpus, 100_000, "run", "--save-every", "2")) as process:
+        wait_for_lines("run", 5, process)
+        with pytest.raises(SystemExit) as stopped:
+            main([*flags(corpus, 100_000), *change])
+        assert stopped.value.code == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert words in line
+        assert words.startswith("--") == (f"run run (pid {process.pid}" in line)
+        before = trained_lines("run")
+        wait_for_lines("run", before + 2, process)  # it goes on undisturbed
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert main(flags(corpus, 2, "new", "--model-tag", "run")) == 0  # what the killed process left is no lock
+
+
+def test_a_run_whose_folder_was_taken_over_saves_nothing_more(corpus, base_dir, capsys):
+    with started(flags(corpus, 100_000, "run", "--save-every", "2")) as process:
+        wait_for_lines("run", 5, process)
+        lock = base_dir / "locks" / "checkpoints.run"
+        lock.unlink()
+        lock.write_text('{"owner": "thief", "host": "elsewhere", "pid": 1}')
+        assert process.wait(60) == 2
+        assert "run thief (pid 1 on elsewhere)" in process.log()
+
+
+# --- the console -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("output", ["| head -n 1", "> /dev/full", ">&-", "2>&- >&-"])
+def test_a_console_that_goes_away_does_not_end_the_run(corpus, output):
+    words = shlex.join([sys.executable, "-m", "scripts.base_train", *flags(corpus, 12), "--sample-every", "12"])
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {words} {output}"], timeout=120, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert read_run(runs_dir() / "run").status == "ok"
+
+
+def test_an_ascii_terminal_shows_what_it_can(corpus):
+    tmp = Path(corpus).parent / "umlauts"
+    write_corpus(tmp)
+    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *flags(str(tmp), 4), "--sample-every", "4"],
+                          capture_output=True, timeout=120,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"})
+    assert done.returncode == 0 and b"sample" in done.stdout, done.stderr

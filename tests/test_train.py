@@ -15,7 +15,7 @@ from nanochat.errors import UserError
 from nanochat.ranks import Ranks
 from nanochat.runlog import RunLog, read_run
 from nanochat.training import loop as train
-from nanochat.training.loop import Cadence, Hooks, Place, Plan, Schedule, Trainer
+from nanochat.training.loop import STOP_SIGNALS, Cadence, Hooks, Place, Plan, Schedule, Trainer
 from nanochat.training.record import close_failed_record, close_record, summarize
 
 EVALUATION_SEC, SAVING_SEC = 1000.0, 500.0  # must never show on the training clock
@@ -28,6 +28,7 @@ class World:
     def __init__(self, dt_sec=lambda step: 1.0, losses=lambda step: 2.0, accumulation=1):
         self.now, self.happened, self.events = 0.0, [], []
         self.dt_sec, self.losses, self.accumulation = dt_sec, losses, accumulation
+        self.good, self.bad_steps, self.n_owner_checks = True, [], 0
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.n_batches = self.n_updates = 0
         self.multipliers, self.gradients, self.during = [], [], {}
@@ -59,6 +60,9 @@ class World:
         assert set_to_none
         self.weight.grad = None
 
+    def check_owned(self):
+        self.n_owner_checks += 1
+
     def event(self, kind, **fields):
         self.events.append({"kind": kind, **fields})
         self.happened.append((kind, fields["step"]))
@@ -80,7 +84,7 @@ class World:
     def save(self, loop_state):
         self.now += SAVING_SEC
         self.saved = json.loads(json.dumps(loop_state))
-        return {"path": "folder"}
+        return {"path": "folder", "good": self.good}
 
     def trainer(self, num_iterations, cadence=None, loop_state=None, ranks=None, device_name="", flops_per_token=0,
                 stop_at=None):
@@ -88,8 +92,8 @@ class World:
         plan = Plan(Schedule(num_iterations), cadence or Cadence(-1, -1, -1, 0), self.accumulation, STEP_TOKENS,
                     flops_per_token, stop_at)
         place = Place(torch.device("cpu"), device_name, ranks or Ranks())
-        return Trainer(self, self, self, plan, Hooks(self.evaluate, self.save, self.core, self.sample), self, place,
-                       loop_state)
+        hooks = Hooks(self.evaluate, self.save, self.bad_steps.append, self.core, self.sample)
+        return Trainer(self, self, self, plan, hooks, self, place, loop_state)
 
     def of(self, kind, field):
         return [event[field] for event in self.events if event["kind"] == kind]
@@ -220,6 +224,20 @@ def test_a_loss_that_is_not_finite_is_recorded_and_nothing_follows(start, loss):
     assert world.of("checkpoint", "step") == []
 
 
+def test_a_validation_that_is_not_finite_ends_the_run_and_marks_its_checkpoint(start):
+    world = start()
+    world.evaluate = lambda last: {"val_bpb": math.nan if world.n_updates >= 6 else 2.0}
+    assert world.trainer(9, Cadence(eval_every=3, core_every=3, sample_every=3, save_every=3)).run() == "nan"
+    assert world.bad_steps == [6] and world.happened[-1] == ("val", 6)
+
+
+def test_weights_that_are_not_finite_end_the_run_after_its_last_step_too(start):
+    world = start()
+    world.good = False
+    assert world.trainer(3, Cadence(-1, -1, -1, save_every=-1)).run() == "nan"
+    assert world.bad_steps == [3] and world.n_owner_checks == 1
+
+
 # --- the clock -------------------------------------------------------------------------------------------------------
 
 def test_the_clock_counts_training_steps_after_the_first_eleven_and_nothing_else(start):
@@ -269,16 +287,16 @@ def test_the_usual_time_follows_slowly(start):
 
 # --- signals ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(start, number):
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(n) for n in STOP_SIGNALS]
     world = start()
     world.during[2] = lambda: signal.raise_signal(number)
     trainer = world.trainer(10, Cadence(eval_every=3, save_every=-1))
     assert trainer.run() == "interrupted"
     assert trainer.stop_signal == number
     assert world.happened[-2:] == [("train", 3), ("checkpoint", 3)]  # no evaluation, which may take minutes
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(n) for n in STOP_SIGNALS] == before
 
 
 def test_a_signal_without_checkpoints_saves_none(start):

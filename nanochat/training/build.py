@@ -125,6 +125,9 @@ def resume_meta(config, folder, step, model, data, horizon):
     if "loader" not in (meta.get("loop_state") or {}):
         raise UserError(f"the checkpoint of step {step} in {folder} is not one of this program: evaluate it with "
                         "scripts.base_eval, but it cannot be resumed")
+    if not meta.get("good", True):
+        raise UserError(f"the run had diverged at step {step} in {folder}: weights or validation are not finite; "
+                        "resume an earlier step, or start again with lower learning rates")
     expected = {**identity(config, data, horizon), "model_config": model.to_dict(), **config.fixed_on_resume()}
     found = {**(meta.get("user_config") or {}), **meta}
     for name, value in expected.items():
@@ -146,11 +149,15 @@ def build_hooks(config, model, compiled, optimizer, data, folder, meta, ranks, d
     """The Hooks of a run whose checkpoints go to `folder` with `meta`. CORE and samples take the uncompiled model:
     their prompts come in many lengths."""
     def save(loop_state):
-        checkpoint.save_checkpoint(folder, loop_state["step"], model.state_dict(), optimizer.state_dict(),
-                                   {**meta, "loop_state": loop_state}, ranks)
-        return {"path": str(folder)}
+        good = checkpoint.save_checkpoint(folder, loop_state["step"], model.state_dict(), optimizer.state_dict(),
+                                          {**meta, "loop_state": loop_state}, ranks)
+        return {"path": str(folder), "good": good}
 
-    return Hooks(_evaluator(config, compiled, data, ranks, device), save,
+    def mark_bad(step):
+        if ranks.is_main:
+            checkpoint.mark_bad(folder, step)
+
+    return Hooks(_evaluator(config, compiled, data, ranks, device), save, mark_bad,
                  core=_core_evaluator(config, model, data, ranks, device),
                  sample=(lambda: sample_documents(model, data.tokenizer, data.val[0])) if ranks.is_main else None)
 

@@ -1,7 +1,8 @@
 """Checkpoints in upstream's layout: written whole or not at all, verified when loaded.
 
 <folder>/model_<step>.pt, optim_<step>_rank<r>.pt, meta_<step>.json. The meta file is written last and
-carries the others' SHA-256: a checkpoint without it does not exist, one that differs from it is damaged.
+carries the others' SHA-256: a checkpoint without it does not exist, one that differs from it is damaged. `good` in it
+is false where weights or validation were not finite: `latest` passes over such a checkpoint.
 """
 
 import contextlib
@@ -36,7 +37,8 @@ def checkpoint_steps(folder):
 def save_checkpoint(folder, step, model_state, optimizer_state, meta, ranks=None):
     """Save one checkpoint; every rank calls it, rank 0 writes model and meta, each its optimizer shard.
 
-    Errors: UserError on every rank when a disk is full or not writable; earlier checkpoints stay as they were.
+    Returns whether the weights are finite. Errors: UserError on every rank when a disk is full or not writable;
+    earlier checkpoints stay as they were.
     """
     ranks = ranks or Ranks()
     folder = Path(folder)
@@ -44,6 +46,7 @@ def save_checkpoint(folder, step, model_state, optimizer_state, meta, ranks=None
     if ranks.is_main:
         states = {f"model_{step:06d}.pt": model_state, **states}
     failure, digests = None, {}
+    good = all(bool(torch.isfinite(value).all()) for value in model_state.values())
     try:
         _clear_torn(folder, ranks)
         _meta_path(folder, step).unlink(missing_ok=True)  # while a step is written anew, it is not there
@@ -56,27 +59,38 @@ def save_checkpoint(folder, step, model_state, optimizer_state, meta, ranks=None
     if ranks.is_main:  # rank 0 decides for all whether the checkpoint exists
         failure = next((reported for reported, _ in reports if reported), None)
         files = {name: digest for _, report in reports for name, digest in report.items()}
-        failure = failure or _write_meta(folder, {"step": step, **meta, "files_sha256": files})
+        failure = failure or _write_meta(folder, {"step": step, **meta, "good": good, "files_sha256": files})
         if failure:
             _forget(folder, step)
             message = (f"checkpoint of step {step} not saved in {folder} ({failure}); free some space; "
-                       f"{_newest_usable(folder)}")
+                       f"{newest_usable(folder)}")
     [message, *_] = _all_gather(message, ranks)
     if message:
         raise UserError(message)
+    return good
+
+
+def mark_bad(folder, step):
+    """Note in a checkpoint's meta that what it holds has diverged; nothing where there is none of that step."""
+    if _meta_path(folder, step).exists():
+        _write_meta(folder, {**read_meta(folder, step), "good": False})
 
 
 def find_checkpoint(folder, step="latest"):
-    """The step to load: `step` itself (a number, or digits) if it is there, or the newest for "latest"."""
+    """The step to load: `step` itself (a number, or digits) if it is there, or the newest good one for "latest"."""
     steps = checkpoint_steps(folder)
     if not steps:
         raise UserError(f"no checkpoint in {folder}; check --model-tag, or train one with scripts.base_train")
     if step == "latest":
-        return steps[-1]
+        good = next((step for step in reversed(steps) if not _is_bad(folder, step)), None)
+        if good is None:
+            raise UserError(f"every checkpoint in {folder} is of a run that diverged; start again with lower learning "
+                            "rates")
+        return good
     if not str(step).isdecimal():
         raise UserError(f"step {step!r} is neither a number nor 'latest'")
     if int(step) not in steps:
-        raise UserError(f"no checkpoint of step {step} in {folder}; {_newest_usable(folder)}")
+        raise UserError(f"no checkpoint of step {step} in {folder}; {newest_usable(folder)}")
     return int(step)
 
 
@@ -86,7 +100,7 @@ def read_meta(folder, step):
         return _parse_meta(Path(folder), step)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{_meta_path(folder, step)} is damaged ({_reason(error)}); "
-                        f"{_newest_usable(folder, step)}") from None
+                        f"{newest_usable(folder, step)}") from None
 
 
 def load_model_state(folder, step, meta, device):
@@ -102,7 +116,7 @@ def load_model(folder, step, device, compute_dtype):
         model = GPT(GPTConfig.from_dict({"window_pattern": "L", **meta["model_config"]}), compute_dtype)
     except (TypeError, ArithmeticError) as error:
         raise UserError(f"{_meta_path(folder, step)} describes a model that cannot be ({_reason(error)}); "
-                        f"{_newest_usable(folder, step)}") from None
+                        f"{newest_usable(folder, step)}") from None
     model.to(device)
     load_state(model, load_model_state(folder, step, meta, device), folder, step)
     return model, meta
@@ -192,12 +206,21 @@ def _load(folder, step, name, meta, device):
         reason = "it is not a file of tensors alone, and to load anything else could run code"
     except Exception as error:  # whatever a damaged zip raises
         reason = _reason(error)
-    raise UserError(f"{folder / name} is damaged or missing ({reason}); {_newest_usable(folder, step)}")
+    raise UserError(f"{folder / name} is damaged or missing ({reason}); {newest_usable(folder, step)}")
 
 
-def _newest_usable(folder, damaged_step=None):
+def _is_bad(folder, step):
+    """Whether the checkpoint says that its run had diverged. A damaged one is named when it is read."""
+    try:
+        return not _parse_meta(folder, step).get("good", True)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def newest_usable(folder, damaged_step=None):
+    """In words, the newest checkpoint that is whole and good; for messages."""
     for step in reversed(checkpoint_steps(folder)):
-        if step != damaged_step and _is_usable(Path(folder), step):
+        if step != damaged_step and not _is_bad(folder, step) and _is_usable(Path(folder), step):
             return f"the newest usable checkpoint is step {step}"
     return "there is no usable checkpoint here"
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from nanochat.errors import UserError
 from nanochat.target import check_metric_name, check_target
 
+DEFAULT_SEED = 42
+
 
 def _topic(title):
     """A maker of the fields of one topic. unit: what the number counts, shown by --help; at_least, at_most: bounds;
@@ -29,14 +31,15 @@ class TrainingConfig:
 
     run: str = _record("dummy", "wandb run name; dummy turns wandb off", "NAME")
     run_id: str = _record("", "name of the run's record under <cache>/runs; empty: made from tag, time and seed", "ID")
-    model_tag: str = _record("", "name of the checkpoint folder; empty: d<depth>", "TAG")
+    model_tag: str = _record(
+        "", "name of the checkpoint folder; empty: d<depth> (with another seed d<depth>-s<seed>)", "TAG")
 
     device_type: str = _machine("", "cuda, mps or cpu; empty: the best there is", "KIND")
     no_compile: bool = _machine(False, "run the model uncompiled (slower; starts at once)")
 
     dataset: str = _data("climbmix", "stdlib, climbmix, fineweb-edu, or a folder of text", "NAME")
     tokenizer_dir: str = _data("", "folder of the tokenizer; empty: <cache>/tokenizer", "FOLDER")
-    seed: int = _data(42, "seed of the initial values and of the data order", "SEED", at_least=0)
+    seed: int = _data(DEFAULT_SEED, "seed of the initial values and of the data order", "SEED", at_least=0)
 
     depth: int = _model(20, "layers", "LAYERS", at_least=1)
     aspect_ratio: int = _model(64, "width = depth * aspect ratio, rounded up to whole heads", "CHANNELS")
@@ -96,8 +99,8 @@ class TrainingConfig:
 
     @property
     def tag(self):
-        """The name of the run's checkpoint folder."""
-        return self.model_tag or f"d{self.depth}"
+        """The name of the run's checkpoint folder; seeds started side by side do not share one."""
+        return self.model_tag or f"d{self.depth}" + (f"-s{self.seed}" if self.seed != DEFAULT_SEED else "")
 
     def to_dict(self):
         """The values as records and checkpoints keep them; no target is None."""

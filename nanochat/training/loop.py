@@ -1,5 +1,6 @@
 """The training loop: accumulate, update, evaluate, save; its clock counts the training steps alone."""
 
+import contextlib
 import math
 import os
 import signal
@@ -16,6 +17,8 @@ from nanochat.runlog import UNTIMED_STEPS
 from nanochat.target import reaches
 from nanochat.training import schedule
 
+# of a person, a scheduler (SLURM warns with USR1 or USR2 before its time limit), a terminal that closes
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 REPEAT_SEC = 1.0  # a scheduler's signal comes twice within it: from the scheduler, and passed on by torchrun
 
 
@@ -34,7 +37,8 @@ class Hooks:
     """What happens at step boundaries. Each returns the fields of its event; None where it is not wanted."""
 
     evaluate: Callable[[bool], dict]  # (is this the last one?) -> {val_bpb, ...}, maybe with `position_losses`
-    save: Callable[[dict], dict]  # (loop state) -> {path}
+    save: Callable[[dict], dict]  # (loop state) -> {path, good: are the weights finite?}
+    mark_bad: Callable[[int], None]  # (step): should there be a checkpoint of it, it is of a run that diverged
     core: Callable[[], dict] | None = None
     sample: Callable[[], list[dict]] | None = None
 
@@ -101,16 +105,20 @@ class Trainer:
         self.usual_dt_sec = state.get("usual_dt_sec")  # charged for the step that compiles after a resume
         self.saved_step = self.step if loop_state else None
         self.reached_target = False  # and the run ended by it
+        self.diverged = False  # a validation or a weight is not finite
         self._stop_signal = 0
         self._asked_at = 0.0
         self._in_hook = False
 
     def run(self):
         """Train to the horizon, or to the target. Returns how it ended: ok, interrupted or nan."""
-        previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, self._request_stop) for number in STOP_SIGNALS}
         try:
             while True:
                 self._at_boundary()
+                if self.diverged:
+                    self.hooks.mark_bad(self.step)
+                    return "nan"
                 if self.reached_target or self.step == self.plan.schedule.num_iterations:
                     return "ok"
                 loss, stop_signal = self._train_step()
@@ -140,7 +148,8 @@ class Trainer:
         if not self._stop_signal:
             self._stop_signal, self._asked_at = number, now
             if self.ranks.is_main:  # not print: it may be what the signal interrupted
-                os.write(2, b"\nstopping cleanly; ask again to stop at once\n")
+                with contextlib.suppress(OSError):
+                    os.write(2, b"\nstopping cleanly; ask again to stop at once\n")
             if self._in_hook:
                 raise _Stopped
         elif now - self._asked_at > REPEAT_SEC:
@@ -178,7 +187,10 @@ class Trainer:
             self._event("val", **fields, train_time_sec=self.train_time_sec)
             if positions:
                 self._event("position_losses", **positions)
+            self.diverged |= not math.isfinite(fields["val_bpb"])
             self._check_target("val_bpb", fields["val_bpb"])
+        if self.diverged:
+            return
         if step > 0 and hooks.core and due(cadence.core_every):
             fields = self._evaluation(hooks.core)
             self._event("core", **fields, train_time_sec=self.train_time_sec)
@@ -235,7 +247,10 @@ class Trainer:
         return loss.item(), self._stop_signal
 
     def _save(self):
-        self.log.event("checkpoint", step=self.step, **self.hooks.save(self.loop_state()))
+        self.log.check_owned()
+        saved = self.hooks.save(self.loop_state())
+        self.diverged |= not saved["good"]
+        self.log.event("checkpoint", step=self.step, **saved)
         self.saved_step = self.step
 
     def _event(self, kind, **fields):

@@ -1,5 +1,6 @@
 """A run's record: what it holds when it begins and when it ends, and what the console says of both."""
 
+import contextlib
 import statistics
 import sys
 import time
@@ -8,12 +9,13 @@ from datetime import datetime, timezone
 import torch.distributed as dist
 
 from nanochat.errors import UserError
+from nanochat.files import Owned
 from nanochat.kernels.runtime import INTERPRETED
 from nanochat.machine import device_name, peak_memory_mib
 from nanochat.model.gpt import flops_per_token, parameter_counts, scaling_params
-from nanochat.paths import runs_dir
+from nanochat.paths import base_dir, runs_dir
 from nanochat.provenance import git_commit, versions
-from nanochat.runlog import UNTIMED_STEPS, RunLog, check_new_run, read_run
+from nanochat.runlog import UNTIMED_STEPS, RunLog, check_new_run, check_run_id, read_run
 from nanochat.target import evaluations_of, time_to_target
 from nanochat.training import checkpoint
 from nanochat.training.build import identity
@@ -24,6 +26,9 @@ class NoLog:
     """The log of ranks above 0: the record has one writer."""
 
     def event(self, kind, **fields):
+        pass
+
+    def check_owned(self):
         pass
 
 
@@ -55,13 +60,23 @@ def open_record(wandb_name, run_id, record, folder, resume_step):
     runs = runs_dir()
     if resume_step is None:
         check_new_run(runs, run_id)  # before wandb hears of it
-    sinks = [ConsoleSink(record["num_iterations"], resume_step or 0)]
-    if wandb_name != "dummy":
-        sinks.append(WandbSink(wandb_name, run_id, record))
-    if resume_step is not None:
-        return RunLog.resume(runs, run_id, resume_step, sinks)
-    checkpoint.set_aside(folder)
-    return RunLog.create(runs, run_id, record, sinks)
+    other, locks = "wait for it, stop it, or give another", base_dir() / "locks"
+    with contextlib.ExitStack() as failed:
+        owned = []
+        for what, lock, flag in ((runs / run_id, f"run.{check_run_id(run_id)}", "--run-id"),
+                                 (folder, f"checkpoints.{folder.name}", "--model-tag")):
+            owned.append(Owned(what, locks / lock, run_id, f"{other} {flag}"))
+            failed.callback(owned[-1].release)
+        sinks = [ConsoleSink(record["num_iterations"], resume_step or 0)]
+        if wandb_name != "dummy":
+            sinks.append(WandbSink(wandb_name, run_id, record))
+        if resume_step is not None:
+            log = RunLog.resume(runs, run_id, resume_step, sinks, owned)
+        else:
+            checkpoint.set_aside(folder)
+            log = RunLog.create(runs, run_id, record, sinks, owned)
+        failed.pop_all()
+    return log
 
 
 def close_record(log, status, device, target, started):
@@ -77,8 +92,6 @@ def close_record(log, status, device, target, started):
         log.finish(**summary, wall_time_sec=time.monotonic() - started)
     finally:
         log.close()
-        for sink in log.sinks:
-            sink.close()
     return summary
 
 
