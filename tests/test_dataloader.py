@@ -19,6 +19,7 @@ from nanochat.data.packing import CROPS, DocumentOrder
 from nanochat.data.tokens import HEADER_BYTES, TokenShard, write_token_shard
 from nanochat.errors import UserError
 
+
 @pytest.fixture
 def shards(tmp_path):
     lengths = np.random.default_rng(5).integers(1, 60, (3, 40))

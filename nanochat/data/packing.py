@@ -38,9 +38,10 @@ class RowPlanner:
         # (length, -arrival, shard, document, start), sorted: shortest first, the oldest last among equals
         self._buffer = []
         self._arrivals = 0
-        if state is not None:
+        if state is None:
+            self._refill()
+        else:
             self._restore(state)
-        self._refill()
 
     def next_row(self):
         """The next row as segments (shard, document, start, length): `length` tokens of that document from `start` on.
@@ -56,11 +57,14 @@ class RowPlanner:
             length = min(whole, space)
             row.append((shard, document, start, length))
             space -= length
-            if carries:
-                n_added_bos += start > 0 or whole > length == 1  # of a document just begun, BOS alone is no progress
-                if whole > length:
-                    self._put(whole - length + 1, shard, document, start + length - 1)
-            self._refill()
+            if not carries:
+                self._draw()
+                continue
+            n_added_bos += start > 0 or whole > length == 1  # of a document just begun, BOS alone is no progress
+            if whole > length:
+                self._put(whole - length + 1, shard, document, start + length - 1)
+            elif not buffer or self.order.position < self.order.n_docs:
+                self._refill()
         if self._marks is not None or (self.order.epoch and not carries):
             self._mark(row)
         self._served_tokens += self.row_tokens - n_added_bos
@@ -101,11 +105,13 @@ class RowPlanner:
             self._put(self.order.length(shard, document) - start, shard, document, start)
 
     def _refill(self):
-        while len(self._buffer) < self.buffer_size and (
-                self.crop == "drop" or not self._buffer or self.order.position < self.order.n_docs):
-            self._put(*self.order.draw(), 0)
+        while len(self._buffer) < self.buffer_size:
+            self._draw()
 
-    def _put(self, length, shard, document, start):
+    def _draw(self):
+        self._put(*self.order.draw())
+
+    def _put(self, length, shard, document, start=0):
         insort(self._buffer, (length, -self._arrivals, shard, document, start))
         self._arrivals += 1
 
