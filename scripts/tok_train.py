@@ -5,11 +5,12 @@ python -m scripts.tok_train --dataset stdlib --vocab-size 8192
 
 import argparse
 import time
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 
-from nanochat.data.shards import sample_documents, text_bytes
+from nanochat.data.shards import row_count, sample_documents, text_bytes
 from nanochat.data.sources import open_dataset
 from nanochat.data.tokenizer import load_tokenizer, train_tokenizer
 from nanochat.errors import UserError, command
@@ -38,6 +39,17 @@ def with_progress(documents, total):
     print("merging pairs ...", flush=True)
 
 
+def share_read(tally, n_rows, max_chars, doc_cap):
+    """Which share of the training text was read, and what left out the rest; `tally` as sample_documents fills it."""
+    unread = n_rows - tally["documents"] if tally["yielded"] >= max_chars else 0  # their length is not known
+    total = tally["whole"] * (1 + unread / tally["documents"])
+    shares = {f"--doc-cap {doc_cap:,}": (tally["whole"] - tally["yielded"]) / total,
+              f"--max-chars {max_chars:,}": 1 - tally["whole"] / total}
+    reasons = [f"{flag} left out {share:.1%}" for flag, share in shares.items() if share > 0]
+    return (f"read {tally['yielded']:,} characters, {tally['yielded'] / total:.1%} of the "
+            f"{'about ' if unread else ''}{total:,.0f} to train on" + "".join(f"; {reason}" for reason in reasons))
+
+
 @command
 def main(argv=None):
     args = parse_args(argv)
@@ -47,9 +59,11 @@ def main(argv=None):
     dataset = open_dataset(args.dataset)
     start = time.perf_counter()
     total = sum(map(text_bytes, dataset.train_shards))
-    documents = sample_documents(dataset.train_shards, args.max_chars, args.doc_cap)
+    tally = Counter()
+    documents = sample_documents(dataset.train_shards, args.max_chars, args.doc_cap, tally)
     tokenizer = train_tokenizer(with_progress(documents, min(args.max_chars, total)), args.vocab_size)
     train_sec = time.perf_counter() - start
+    print(share_read(tally, sum(map(row_count, dataset.train_shards)), args.max_chars, args.doc_cap))
     tokenizer.save(folder)
     assert load_tokenizer(folder).tokenizer_id == tokenizer.tokenizer_id
     texts = list(sample_documents(dataset.val_shards, _REPORT_CHARS))

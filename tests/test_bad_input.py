@@ -78,12 +78,12 @@ def keep(n_shards):
 
 
 @pytest.mark.parametrize(("spoil", "words"), [
-    (keep(0), "corpus"), (keep(1), "shard"), (truncate, "shard_00001.parquet"), (damage_page, "shard_00001.parquet"),
+    (keep(0), "corpus"), (truncate, "shard_00001.parquet"), (damage_page, "shard_00001.parquet"),
     (lambda folder: write_shard(folder, ["some words"], column="words"), "no column `text`"),
     (lambda folder: write_shard(folder, [1, 2]), "not string"),
     (lambda folder: write_shard(folder, ["", " \n", None]), "shard_00002.parquet"),
     (lambda folder: write_shard(folder, pa.array([], pa.string())), "shard_00002.parquet"),
-], ids=["no shards", "one shard", "truncated", "damaged page", "no text column", "numbers", "blank", "no rows"])
+], ids=["no shards", "truncated", "damaged page", "no text column", "numbers", "blank", "no rows"])
 def test_text_that_cannot_be_trained_on(corpus, capsys, spoil, words):
     spoil(corpus)
     assert words in refused(flags(corpus, 2), capsys)

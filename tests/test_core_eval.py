@@ -278,18 +278,19 @@ def test_a_cap_below_the_shots_is_refused(bundle):
 
 
 @pytest.fixture
-def serve():
-    """Serve bytes on loopback: serve(content, announced length or None) -> (url, requests so far)."""
+def serve(monkeypatch):
+    """Serve bytes on loopback: serve(content, status) -> (url, requests so far)."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     servers = []
 
-    def start(content, length=None):
+    def start(content, status=200):
         requests = []
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 requests.append(self.path)
-                self.send_response(200)
-                self.send_header("Content-Length", str(length or len(content)))
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
 
@@ -322,10 +323,10 @@ def test_the_bundle_is_downloaded_once(bundle, serve):
     assert download_bundle(url) == bundle_folder() and len(requests) == 1
 
 
-@pytest.mark.parametrize(("content", "length"), [(b"not a zip", None), (b"PK", 10_000)])
-def test_a_failed_download_leaves_nothing(base_dir, serve, content, length):
-    url, _ = serve(content, length)
-    with pytest.raises(UserError, match="could not download"):
+@pytest.mark.parametrize(("status", "message"), [(200, "not a zip"), (404, "404 Not Found"), (503, "503")])
+def test_a_failed_download_leaves_nothing(base_dir, serve, status, message):
+    url, _ = serve(b"not a zip", status)
+    with pytest.raises(UserError, match=f"could not download .*{message}"):
         download_bundle(url)
     assert [path.name for path in base_dir.iterdir()] == ["eval_bundle.lock"]
 
@@ -338,6 +339,7 @@ def test_an_archive_of_something_else_is_refused(base_dir, bundle, serve):
     assert [path.name for path in base_dir.iterdir()] == ["eval_bundle.lock"]
 
 
-def test_no_server_is_one_line():
+def test_no_server_is_one_line(serve, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the library's attempts
     with pytest.raises(UserError, match=r"could not download http://127\.0\.0\.1:9/"):
         download_bundle("http://127.0.0.1:9/eval_bundle.zip")

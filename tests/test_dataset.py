@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from nanochat.data import shard_writer, stdlib_corpus
 from nanochat.data import sources as dataset_module
 from nanochat.data.shard_writer import prepare_shards
-from nanochat.data.sources import Download, open_dataset, read_documents
+from nanochat.data.shards import read_documents
+from nanochat.data.sources import Download, open_dataset
 from nanochat.dataset import main
 from nanochat.errors import UserError
 
@@ -26,7 +27,7 @@ from nanochat.errors import UserError
 def parquet_folder(folder, n_shards=3):
     folder.mkdir(parents=True)
     for i in range(n_shards):
-        pq.write_table(pa.table({"text": [f"document {i}.{j}" for j in range(4)]}), folder / f"shard_{i:05d}.parquet")
+        pq.write_table(pa.table({"text": [f"document {i}.{j}" for j in range(40)]}), folder / f"shard_{i:05d}.parquet")
     return folder
 
 
@@ -56,10 +57,31 @@ def test_id_of_a_parquet_folder_is_the_same_wherever_it_lies(tmp_path):
     assert first.dataset_id.startswith("my-corpus-")
 
 
-@pytest.mark.parametrize("n_shards", [0, 1])
-def test_fewer_than_two_shards_are_refused(tmp_path, n_shards):
-    folder = parquet_folder(tmp_path / "corpus", n_shards)
-    with pytest.raises(UserError, match="at least 2 are needed" if n_shards else r"holds no \.parquet"):
+def test_a_single_parquet_file_is_split_by_content_hash_as_other_text_is(tmp_path, base_dir):
+    dataset = open_dataset(parquet_folder(tmp_path / "corpus", n_shards=1))
+    assert dataset.shards[0].parent.parent == base_dir
+    assert sorted(documents(dataset)) == sorted(f"document 0.{j}" for j in range(40))
+    assert 1 <= len(list(read_documents(dataset.val_shards[0]))) <= 3
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents(dataset))
+    (tmp_path / "again" / "corpus").mkdir(parents=True)
+    (tmp_path / "again" / "corpus" / "a.jsonl").write_text(lines)
+    assert open_dataset(tmp_path / "again" / "corpus").dataset_id == dataset.dataset_id
+
+
+def test_a_folder_of_other_files_names_their_suffixes(tmp_path):
+    with pytest.raises(UserError, match=r"holds no \.parquet.* it holds no files"):
+        open_dataset(parquet_folder(tmp_path / "empty", n_shards=0))
+    for i in range(12):
+        (tmp_path / f"chapter_{i}.rst").touch()
+    (tmp_path / "Makefile").touch()
+    with pytest.raises(UserError, match=r"\(12 \.rst, 1 without suffix\): rename or convert them"):
+        open_dataset(tmp_path)
+
+
+def test_a_training_shard_that_is_the_validation_shard_is_refused(tmp_path):
+    folder = parquet_folder(tmp_path / "corpus")
+    (folder / "zzz.parquet").write_bytes((folder / "shard_00001.parquet").read_bytes())
+    with pytest.raises(UserError, match=r"shard_00001\.parquet and zzz\.parquet are the same"):
         open_dataset(folder)
 
 
@@ -171,8 +193,22 @@ def test_prepared_folder_with_a_shard_removed_is_refused(tmp_path):
     folder = text_folder(tmp_path / "corpus", **{f"t{i}": f"text {i} " * 3 for i in range(5)})
     dataset = open_dataset(folder)
     (dataset.shards[0].parent / "shard_00007.parquet").write_bytes(dataset.shards[0].read_bytes())
-    with pytest.raises(UserError, match="delete it and run again"):
+    with pytest.raises(UserError, match="names other shards than there are; delete"):
         open_dataset(folder)
+
+
+@pytest.mark.parametrize(("manifest", "message"), [
+    ('{"dataset_id": "x", "sha', "not JSON"), ("", "not JSON"), ("[]", "not a JSON object"), ("{}", "other shards"),
+    ({"dataset_id": "../x"}, "not a plain name"), ({"dataset_id": ".."}, "not a plain name"),
+    ({"dataset_id": "a/b"}, "not a plain name"), ({"dataset_id": None}, "not a plain name"), ({}, "not a plain name"),
+])
+def test_a_damaged_manifest_is_one_line_that_names_it(tmp_path, manifest, message):
+    dataset = open_dataset(text_folder(tmp_path / "corpus", a="first text", b="second text"))
+    if isinstance(manifest, dict):
+        manifest = json.dumps({"shards": [path.name for path in dataset.shards], **manifest})
+    (dataset.shards[0].parent / "dataset.json").write_text(manifest)
+    with pytest.raises(UserError, match=rf"dataset\.json.*{message}.*delete"):
+        open_dataset(tmp_path / "corpus")
 
 
 def prepared(folder, texts):
@@ -238,18 +274,16 @@ def test_dataset_not_downloaded_names_the_command(two_shard_download, base_dir):
 
 
 def test_download_command_fetches_training_shards_and_the_last(two_shard_download, base_dir, monkeypatch, capsys):
-    fetched = {}
+    fetched = []
 
-    def fetch(targets, num_workers):
-        fetched.update({path.name: url for path, url in targets.items()}, workers=num_workers)
+    def fetch(*args):
+        fetched.append(args)
         parquet_folder(base_dir / "base_data_climbmix", 5)
 
     monkeypatch.setattr(dataset_module, "fetch_shards", fetch)
-    monkeypatch.setenv("HF_ENDPOINT", "http://localhost:1")
     main(["-n", "2", "-w", "3"])
-    prefix = "http://localhost:1/datasets/owner/repository/resolve/main/"
-    assert fetched == {"workers": 3, **{name: prefix + name for name in (
-        "shard_00000.parquet", "shard_00001.parquet", "shard_00004.parquet")}}
+    names = ["shard_00000.parquet", "shard_00001.parquet", "shard_00004.parquet"]
+    assert fetched == [("owner/repository", names, base_dir / "base_data_climbmix", 3)]
     assert "4 training shards and 1 validation shard" in capsys.readouterr().out
 
 

@@ -42,6 +42,19 @@ def test_limits_on_documents_and_characters_change_what_is_learned(corpus, tmp_p
     assert merges[0] != merges[1]
 
 
+@pytest.mark.parametrize(("limits", "said"), [
+    ([], "read 39,880 characters, 100.0% of the 39,880 to train on"),
+    (["--doc-cap", "16"], "read 3,200 characters, 8.0% of the 39,880 to train on; --doc-cap 16 left out 92.0%"),
+    (["--max-chars", "9700"], "read 9,720 characters, 25.0% of the about 38,880 to train on; --max-chars 9,700 left out "
+                              "75.0%"),
+    (["--max-chars", "1600", "--doc-cap", "16"], "read 1,600 characters, 4.0% of the about 39,880 to train on; "
+                                                 "--doc-cap 16 left out 46.0%; --max-chars 1,600 left out 50.0%"),
+])
+def test_the_share_of_the_text_that_was_read_is_said_and_why(corpus, capsys, limits, said):
+    tok_train.main(["--dataset", corpus, "--vocab-size", "266", *limits])
+    assert said in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--vocab-size", "200"], "too small"),
     (["--vocab-size", "30000"], "too large for this text"),

@@ -62,6 +62,12 @@ def test_byte_lengths_of_tokens_add_up_to_the_text(text):
     assert golden.token_bytes()[golden.encode(text)].sum() == len(text.encode())
 
 
+def test_a_token_of_one_character_in_two_bytes_counts_two():
+    ranks = {token: i for i, token in enumerate([*BYTES, "é".encode()])}
+    tokenizer = Tokenizer(ranks, {name: 257 + i for i, name in enumerate(SPECIAL_TOKENS)})
+    assert tokenizer.encode("é") == [256] and tokenizer.token_bytes()[256] == 2
+
+
 def test_special_tokens_have_no_bytes():
     lengths = golden.token_bytes()
     assert lengths.shape == (1024,) and lengths.dtype == np.int32

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nanochat.data.shard_writer import prepare_shards
 from nanochat.data.sources import Dataset
 from nanochat.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.data.tokens import HEADER_BYTES, TokenShard, token_shards, write_token_shard
@@ -112,12 +113,57 @@ def test_a_damaged_cache_is_named_and_made_again(tmp_path, capsys, damage):
     assert printed.count("\n") == 1 and str(path) in printed and "damaged" in printed
 
 
-def test_a_source_of_another_size_makes_the_tokens_again(tmp_path, capsys):
+def test_another_text_under_the_same_name_is_encoded_anew(tmp_path):
     tokenizer = bytes_tokenizer()
-    token_shards(make_dataset(tmp_path / "d", TEXTS, ["val"]), tokenizer)
-    changed = make_dataset(tmp_path / "d", ["quite another text"], ["val"])
-    assert documents(token_shards(changed, tokenizer)[0], tokenizer) == ["quite another text"]
-    assert "stale (source_bytes was" in capsys.readouterr().out
+    for texts in (["one text"], ["two text"], ["quite another text"]):
+        dataset = make_dataset(tmp_path / "d", texts, ["val"])
+        assert documents(token_shards(dataset, tokenizer)[0], tokenizer) == texts
+
+
+def test_prepared_shards_of_equal_size_but_other_text_are_kept_apart(tmp_path):
+    tokenizer = bytes_tokenizer()
+    for text in ("abc", "xyz"):
+        prepare_shards(tmp_path / text / "d", "d", lambda text=text: [text, text.upper()], 6)
+        shards = tuple(sorted((tmp_path / text / "d").glob("*.parquet")))
+        [train], [val] = (token_shards(Dataset("d", "d-1", shards), tokenizer, split) for split in ("train", "val"))
+        assert {*documents(train, tokenizer), *documents(val, tokenizer)} == {text, text.upper()}
+
+
+def test_a_download_that_grew_keeps_what_is_encoded(tmp_path, monkeypatch):
+    tokenizer, encoded, encode = bytes_tokenizer(), [], Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: encoded.append(text) or encode(self, text))
+    grown = make_dataset(tmp_path / "d", ["a"], ["b"], ["c"], ["val"], dataset_id="tales-2")
+    token_shards(Dataset("tales", "tales-1", (*grown.shards[:2], grown.shards[3])), tokenizer)
+    assert [documents(shard, tokenizer) for shard in token_shards(grown, tokenizer)] == [["a"], ["b"], ["c"]]
+    assert sorted(encoded) == ["a", "b", "c"]
+
+
+def kept_by_dataset(dataset, tokenizer, base_dir):
+    """Encode the training shard and put it where earlier versions kept it; its path there."""
+    [shard] = token_shards(dataset, tokenizer)
+    path = base_dir / "tokens" / dataset.dataset_id / tokenizer.tokenizer_id / shard.path.name
+    path.parent.mkdir(parents=True)
+    return shard.path.rename(path)
+
+
+def test_tokens_kept_by_dataset_are_read_where_they_lie(tmp_path, base_dir, monkeypatch):
+    dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
+    path = kept_by_dataset(dataset, tokenizer, base_dir)
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_: pytest.fail("encoded again"))
+    [shard] = token_shards(dataset, tokenizer)
+    assert shard.path == path and documents(shard, tokenizer) == KEPT
+    assert [found for found in base_dir.rglob("*.bin")] == [path]
+
+
+@pytest.mark.parametrize("spoil", [damage_truncated, damage_header, lambda path: path.write_bytes(
+    path.read_bytes().replace(b'"source_bytes": ', b'"source_bytes": 9', 1))])
+def test_tokens_kept_by_dataset_that_do_not_fit_are_left_alone_and_made_again(tmp_path, base_dir, spoil):
+    dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
+    path = kept_by_dataset(dataset, tokenizer, base_dir)
+    spoil(path)
+    spoiled = path.read_bytes()
+    [shard] = token_shards(dataset, tokenizer)
+    assert shard.path != path and documents(shard, tokenizer) == KEPT and path.read_bytes() == spoiled
 
 
 def test_another_tokenizer_has_its_own_cache(tmp_path):

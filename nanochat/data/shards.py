@@ -1,6 +1,7 @@
 """Parquet shards of documents: one string column `text`, a document a row. Read, check, identify."""
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -52,15 +53,24 @@ def read_documents(path):
         raise UserError(f"{path} holds no document with text in it; remove or replace it")
 
 
-def sample_documents(shards, max_chars, doc_cap=None):
-    """Yield documents of the shards in order, each cut at `doc_cap` characters, until `max_chars` are reached."""
-    chars = 0
+def sample_documents(shards, max_chars, doc_cap=None, tally=None):
+    """Yield documents of the shards in order, each cut at `doc_cap` characters, until `max_chars` are reached.
+
+    tally: a Counter that is told the `documents` so far, their characters `yielded`, and those they are long (`whole`).
+    """
+    tally = Counter() if tally is None else tally
     for shard in shards:
         for document in read_documents(shard):
+            tally.update(documents=1, yielded=len(document[:doc_cap]), whole=len(document))
             yield document[:doc_cap]
-            chars += len(document[:doc_cap])
-            if chars >= max_chars:
+            if tally["yielded"] >= max_chars:
                 return
+
+
+def row_count(path):
+    """Rows of a shard, blank ones among them."""
+    with open_shard(path) as file:
+        return file.metadata.num_rows
 
 
 def text_bytes(path):

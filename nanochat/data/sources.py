@@ -1,19 +1,18 @@
 """Text sources by name: each becomes a folder of parquet shards, the last of which is validation."""
 
+import filecmp
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.data import stdlib_corpus, text_folder
-from nanochat.data.download import fetch_shards, hub_url
+from nanochat.data.download import fetch_shards
 from nanochat.data.shard_writer import MANIFEST, prepare_shards, shard_name
-from nanochat.data.shards import list_shards, open_shard, read_documents, shard_fingerprint
+from nanochat.data.shards import list_shards, open_shard, shard_fingerprint
 from nanochat.errors import UserError
+from nanochat.files import read_json
 from nanochat.paths import base_dir
-
-__all__ = ["DOWNLOADS", "Dataset", "Download", "download_shards", "open_dataset", "read_documents", "shard_fingerprint"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,9 @@ class Dataset:
 def open_dataset(name):
     """The Dataset `stdlib`, `climbmix`, `fineweb-edu`, or of a folder of .parquet, .txt, .md, .jsonl(.gz) files.
 
-    stdlib and text folders are converted on first use, into the cache folder; downloads are never started here.
-    dataset_id: name and 8 hex digits, over the documents where we wrote the shards, else over `shard_fingerprint`s.
+    stdlib, text folders and a single parquet file are split by content hash into shards on first use, in the cache
+    folder; downloads are never started here. dataset_id: name and 8 hex digits, over the documents where we wrote the
+    shards, else over `shard_fingerprint`s.
     Errors: UserError for an unknown name, for shards that are missing, damaged or without a string column `text`.
     """
     name = str(name)
@@ -66,10 +66,12 @@ def open_dataset(name):
         raise UserError(f"--dataset {name!r} {what}; known names are stdlib, {', '.join(DOWNLOADS)}; "
                         "anything else must be a folder of .parquet, .txt, .md, .jsonl or .jsonl.gz files")
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name.removeprefix("base_data_")).strip("-.") or "folder"
-    if list_shards(folder):
+    if len(list_shards(folder)) > 1:
         return _open_shards(slug, folder)
     if not text_folder.list_text_files(folder):
-        raise UserError(f"{folder} holds no .parquet, .txt, .md, .jsonl or .jsonl.gz files")
+        others = text_folder.other_suffixes(folder)
+        raise UserError(f"{folder} holds no .parquet, and no .txt, .md, .jsonl or .jsonl.gz in it or below; it holds "
+                        + (f"files of other kinds ({others}): rename or convert them" if others else "no files"))
     return _prepared(slug, text_folder.folder_key(folder), lambda: text_folder.folder_documents(folder),
                      text_folder.expected_bytes(folder))
 
@@ -82,7 +84,7 @@ def download_shards(name, n_train_shards, num_workers=4):
     if not 1 <= n_train_shards <= source.last_shard:
         raise UserError(f"-n {n_train_shards}: {name} has 1 to {source.last_shard} training shards (-1: all)")
     files = [shard_name(i) for i in (*range(n_train_shards), source.last_shard)]
-    fetch_shards({_folder(name) / file: hub_url(source.repo, file) for file in files}, num_workers)
+    fetch_shards(source.repo, files, _folder(name), num_workers)
 
 
 def _downloaded(name):
@@ -90,8 +92,8 @@ def _downloaded(name):
     shards, last = list_shards(folder), shard_name(DOWNLOADS[name].last_shard)
     if not shards:
         raise UserError(f"{name} is not downloaded yet ({folder} holds no shard); run: {prepare}")
-    if last not in (path.name for path in shards):
-        raise UserError(f"{folder} lacks {last}, the validation shard of {name}; run: {prepare}")
+    if last not in (path.name for path in shards) or len(shards) == 1:
+        raise UserError(f"{folder} lacks {last}, the validation shard of {name}, or any other; run: {prepare}")
     return _open_shards(name, folder)
 
 
@@ -103,18 +105,32 @@ def _prepared(name, key, documents, expected_bytes):
 
 def _open_shards(name, folder):
     shards = tuple(list_shards(folder))
-    if len(shards) < 2:
-        raise UserError(f"{folder} holds {len(shards)} parquet shard; at least 2 are needed, as the last in name "
-                        "order is the validation split")
-    if (folder / MANIFEST).exists():
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["shards"] != [path.name for path in shards]:
-            raise UserError(f"{folder} was prepared with other shards than it holds now; delete it and run again")
-        for shard in shards:
-            open_shard(shard).close()
-        return Dataset(name, manifest["dataset_id"], shards)
-    digest = hashlib.sha256("\n".join(shard_fingerprint(shard) for shard in shards).encode())
-    return Dataset(name, f"{name}-{digest.hexdigest()[:8]}", shards)
+    dataset_id = _manifest_id(folder, shards)
+    if dataset_id is None:
+        digest = hashlib.sha256("\n".join(shard_fingerprint(shard) for shard in shards).encode())
+        dataset_id = f"{name}-{digest.hexdigest()[:8]}"
+    *train, val = shards
+    for shard in train:
+        if filecmp.cmp(shard, val, shallow=False):
+            raise UserError(f"{shard} and {val.name} are the same, and the last shard in name order is the validation "
+                            "split: it must hold other text than the training shards; remove one of the two")
+    return Dataset(name, dataset_id, shards)
+
+
+def _manifest_id(folder, shards):
+    """The dataset_id that the manifest of shards we wrote gives them; None without a manifest."""
+    path, remedy = folder / MANIFEST, "delete the folder if it is a prepared one, and it is made again, or that file"
+    if not path.exists():
+        return None
+    manifest = read_json(path, remedy)
+    if manifest.get("shards") != [shard.name for shard in shards]:
+        raise UserError(f"{path} names other shards than there are; {remedy}")
+    dataset_id = str(manifest.get("dataset_id") or "")
+    if not re.fullmatch(r"[\w+-][\w.+-]*", dataset_id):
+        raise UserError(f"{path}: the dataset_id {dataset_id!r} is not a plain name; {remedy}")
+    for shard in shards:
+        open_shard(shard).close()
+    return dataset_id
 
 
 def _folder(name):

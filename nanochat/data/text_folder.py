@@ -1,11 +1,13 @@
-"""A folder of .txt, .md, .jsonl and .jsonl.gz files as a stream of documents."""
+"""A folder of .txt, .md, .jsonl and .jsonl.gz files, or of one .parquet file, as a stream of documents."""
 
 import gzip
 import hashlib
 import json
 import zlib
+from collections import Counter
 from pathlib import Path
 
+from nanochat.data.shards import list_shards, read_documents
 from nanochat.errors import UserError
 from nanochat.files import sha256_of
 
@@ -15,30 +17,40 @@ _RULES = "1"  # raise it when the documents change for the same files
 
 
 def list_text_files(folder):
-    """The folder's text files, those of its subfolders among them, sorted; hidden ones are left out."""
-    folder = Path(folder)
-    return sorted(path for path in folder.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file()
-                  and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    """A folder's only parquet file, or its text files, sorted: those of subfolders too, hidden ones left out."""
+    return list_shards(folder) or sorted(path for path in _visible_files(folder) if path.name.endswith(SUFFIXES))
+
+
+def other_suffixes(folder):
+    """The commonest suffixes of the folder's files in words, such as "12 .rst, 3 .html"; "" without files."""
+    suffixes = Counter(path.suffix or "without suffix" for path in _visible_files(folder))
+    return ", ".join(f"{n} {suffix}" for suffix, n in suffixes.most_common(3))
 
 
 def folder_key(folder):
-    """8 hex digits over the names and contents of the text files: reads them all once."""
+    """8 hex digits over the names and contents of the files: reads them all once."""
     listing = [f"{path.relative_to(folder).as_posix()} {sha256_of(path)}" for path in list_text_files(folder)]
     return hashlib.sha256("\n".join([_RULES, *listing]).encode()).hexdigest()[:8]
 
 
 def expected_bytes(folder):
-    """About how much text there is: file sizes, gzip counted threefold."""
-    return sum(path.stat().st_size * (3 if path.suffix == ".gz" else 1) for path in list_text_files(folder))
+    """About how much text there is: file sizes, compressed ones counted threefold."""
+    return sum(path.stat().st_size * (3 if path.suffix in (".gz", ".parquet") else 1)
+               for path in list_text_files(folder))
 
 
 def folder_documents(folder):
-    """Yield the documents: one a line of .jsonl (its "text"), text files whole or cut at blank lines.
+    """Yield the documents: one a row of .parquet or a line of .jsonl (its "text"), texts whole or cut at blank lines.
 
     Errors: UserError with file and line for what is not UTF-8, not JSON or has no "text".
     """
     for path in list_text_files(folder):
-        yield from (_lines_of_json(path) if ".jsonl" in path.name else cut_text(_decode(path.read_bytes(), path)))
+        if path.suffix == ".parquet":
+            yield from read_documents(path)
+        elif ".jsonl" in path.name:
+            yield from _lines_of_json(path)
+        else:
+            yield from cut_text(_decode(path.read_bytes(), path))
 
 
 def cut_text(text, piece_chars=_PIECE_CHARS):
@@ -51,6 +63,11 @@ def cut_text(text, piece_chars=_PIECE_CHARS):
         pieces.append(text[start:blank + 2])
         start = blank + 2
     return [*pieces, text[start:]] if start < len(text) else pieces
+
+
+def _visible_files(folder):
+    return (path for path in Path(folder).rglob("*") if path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def _lines_of_json(path):

@@ -1,4 +1,4 @@
-"""Shards of text -> arrays of token ids on disk, made once for each dataset and tokenizer. No torch.
+"""Shards of text -> arrays of token ids on disk, made once for each shard and tokenizer. No torch.
 
 A shard's file holds, in this order: one line of JSON padded to HEADER_BYTES, the token ids of all documents
 (each begins with BOS), zeros up to a multiple of 8 bytes, the documents' offsets. It is renamed into place
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanochat.data.shards import open_shard, read_documents
+from nanochat.data.shards import read_documents, row_count, shard_fingerprint
 from nanochat.errors import UserError
 from nanochat.files import atomic_path, locked
 from nanochat.paths import base_dir
@@ -60,8 +60,8 @@ def token_shards(dataset, tokenizer, split="train", max_shards=None, num_threads
     Errors: UserError from reading the sources, and when the cache cannot be written.
     """
     sources = {"train": dataset.train_shards, "val": dataset.val_shards}[split][:max_shards]
-    folder = base_dir() / "tokens" / dataset.dataset_id / tokenizer.tokenizer_id
-    paths = {source: folder / f"{source.stem}.bin" for source in sources}
+    folder, tokenizer_id = base_dir() / "tokens", tokenizer.tokenizer_id
+    paths = {source: folder / tokenizer_id / shard_fingerprint(source) / f"{source.stem}.bin" for source in sources}
     shards = dict.fromkeys(sources)
     for source, path in paths.items():
         try:
@@ -69,6 +69,8 @@ def token_shards(dataset, tokenizer, split="train", max_shards=None, num_threads
         except UserError as error:
             if path.exists():
                 print0(f"tokenising again: {str(error).partition(';')[0]}")
+            with contextlib.suppress(UserError):  # earlier versions kept them by dataset
+                shards[source] = _open(folder / dataset.dataset_id / tokenizer_id / path.name, source, tokenizer)
     missing = [source for source in sources if shards[source] is None]
     if missing:
         ranks = Ranks.from_environment()
@@ -201,7 +203,7 @@ class _ProgressBar:
     """Documents tokenised, of all rows in the missing shards (rank 0 shows it for all ranks)."""
 
     def __init__(self, sources, split, ranks):
-        self.rows = {source: _n_rows(source) for source in sources}
+        self.rows = {source: row_count(source) for source in sources}
         self.rows_done = 0
         self.bar = tqdm(total=sum(self.rows.values()), unit="doc", unit_scale=True, desc=f"tokenising {split}",
                         mininterval=1, disable=not ranks.is_main)
@@ -221,8 +223,3 @@ class _ProgressBar:
 
     def __exit__(self, *_):
         self.bar.close()
-
-
-def _n_rows(source):
-    with open_shard(source) as file:
-        return file.metadata.num_rows

@@ -1,17 +1,14 @@
 """CORE's tasks on disk, in upstream's `eval_bundle` layout: fetch, read, check."""
 
 import csv
-import http.client
 import json
 import random
 import tempfile
-import urllib.request
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from tqdm import tqdm
 
 from nanochat.errors import UserError
 from nanochat.files import locked
@@ -25,7 +22,6 @@ ITEM_KEYS = {
     "schema": ("continuation", "context_options", "gold"),
     "language_modeling": ("context", "continuation"),
 }
-_TIMEOUT_SEC = 30
 
 
 @dataclass(frozen=True)
@@ -77,33 +73,24 @@ def download_bundle(url=BUNDLE_URL):
 
     Errors: UserError when it cannot be fetched or is not a bundle.
     """
+    from huggingface_hub.file_download import http_get
+
     folder = bundle_folder()
     with locked(folder):
         if not folder.exists():
             with tempfile.TemporaryDirectory(prefix=".eval_bundle.", dir=folder.parent) as temporary:
                 archive = Path(temporary) / "eval_bundle.zip"
                 try:
-                    _fetch(url, archive)
+                    with open(archive, "wb") as file:
+                        http_get(url, file)
                     with zipfile.ZipFile(archive) as file:
                         file.extractall(temporary)
-                except (OSError, http.client.HTTPException, zipfile.BadZipFile) as error:
+                except Exception as error:  # the library's own, its HTTP client's, OSError, BadZipFile
                     raise UserError(f"could not download {url} ({error}); run it again, or unpack eval_bundle.zip "
                                     f"as {folder}") from None
                 read_bundle(Path(temporary) / "eval_bundle")
                 (Path(temporary) / "eval_bundle").rename(folder)
     return folder
-
-
-def _fetch(url, path):
-    request = urllib.request.Request(url, headers={"User-Agent": "nanochat"})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT_SEC) as response, open(path, "wb") as file:
-        total = response.headers.get("Content-Length")
-        total = int(total) if total else None
-        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="eval_bundle.zip") as bar:
-            while block := response.read(1 << 20):
-                bar.update(file.write(block))
-        if total is not None and file.tell() != total:
-            raise OSError(f"{file.tell()} bytes came instead of {total}")
 
 
 def _read_config(path):
