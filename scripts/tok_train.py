@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanochat.data.shards import row_count, sample_documents, text_bytes
+from nanochat.data.shards import row_count, sample_documents
 from nanochat.data.sources import open_dataset
 from nanochat.data.tokenizer import load_tokenizer, train_tokenizer
 from nanochat.errors import UserError, command
@@ -29,13 +29,8 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def with_progress(documents, total):
-    """Yield the documents and show how many characters have gone by, `total` being an upper bound."""
-    with tqdm(total=total, unit="char", unit_scale=True, desc="reading") as bar:
-        for document in documents:
-            yield document
-            bar.update(len(document))
-        bar.total = bar.n
+def with_progress(documents, n_rows):
+    yield from tqdm(documents, total=n_rows, unit="doc", unit_scale=True, desc="reading")
     print("merging pairs ...", flush=True)
 
 
@@ -58,12 +53,11 @@ def main(argv=None):
     folder = args.tokenizer_dir or base_dir() / "tokenizer"
     dataset = open_dataset(args.dataset)
     start = time.perf_counter()
-    total = sum(map(text_bytes, dataset.train_shards))
-    tally = Counter()
+    n_rows, tally = sum(map(row_count, dataset.train_shards)), Counter()
     documents = sample_documents(dataset.train_shards, args.max_chars, args.doc_cap, tally)
-    tokenizer = train_tokenizer(with_progress(documents, min(args.max_chars, total)), args.vocab_size)
+    tokenizer = train_tokenizer(with_progress(documents, n_rows), args.vocab_size)
     train_sec = time.perf_counter() - start
-    print(share_read(tally, sum(map(row_count, dataset.train_shards)), args.max_chars, args.doc_cap))
+    print(share_read(tally, n_rows, args.max_chars, args.doc_cap))
     tokenizer.save(folder)
     assert load_tokenizer(folder).tokenizer_id == tokenizer.tokenizer_id
     texts = list(sample_documents(dataset.val_shards, _REPORT_CHARS))

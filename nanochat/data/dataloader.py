@@ -56,19 +56,14 @@ class TokenLoader:
         return batch.to(self._device, non_blocking=self._pinned).unbind(0)
 
     @property
-    def served_tokens(self):
-        """Tokens of documents in the rows of all ranks, as of the batch delivered last; a BOS put in front is none."""
-        return self._delivered[1]
-
-    @property
     def distinct_tokens(self):
-        """How many different tokens of the split these are: each (document, position) counts once."""
+        """Different tokens of the split, as (document, position), in the rows of all ranks up to the last batch."""
         return self._delivered[2]
 
     @property
     def epochs(self):
-        """Passes over the text served: 1.0 until a token comes again, then served / distinct; 0.0 before any batch."""
-        return self.served_tokens / max(1, self.distinct_tokens)
+        """Passes over these: tokens of documents served / distinct_tokens; 1.0 until one comes again, 0.0 at first."""
+        return self._delivered[1] / max(1, self.distinct_tokens)
 
     def state_dict(self):
         """JSON-able state after the batch delivered last, equal on all ranks; `state=` takes it."""

@@ -128,7 +128,5 @@ def _digest(data):
 
 
 def _write_shard(path, documents):
-    table = pa.table({"text": pa.array(documents, pa.binary()).cast(pa.string())})
-    content = hashlib.sha256(b"".join(map(_digest, documents))).hexdigest()
-    table = table.replace_schema_metadata({"content": content})  # in the footer, so that shard_fingerprint follows it
-    pq.write_table(table, path, row_group_size=1024, compression="zstd", write_statistics=False)
+    column = pa.array(documents, pa.binary()).cast(pa.string())
+    pq.write_table(pa.table({"text": column}), path, row_group_size=1024, compression="zstd", write_statistics=False)

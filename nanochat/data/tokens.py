@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanochat.data.shards import read_documents, row_count, shard_fingerprint
+from nanochat.data.shards import read_documents, row_count, shard_key
 from nanochat.errors import UserError
 from nanochat.files import atomic_path, locked
 from nanochat.paths import base_dir
@@ -55,32 +55,37 @@ class TokenShard:
 def token_shards(dataset, tokenizer, split="train", max_shards=None, num_threads=None):
     """The TokenShards of a split ("train" or "val"), in the dataset's order; made now where the cache lacks them.
 
-    A file that is damaged, or was made from another state of its source, is made again, with a line that says why.
+    A file is kept by the tokenizer and its shard's key; a damaged one is made again, with a line that says why.
     Processes share the work through locks on the files; each returns when all shards are there.
     Errors: UserError from reading the sources, and when the cache cannot be written.
     """
     sources = {"train": dataset.train_shards, "val": dataset.val_shards}[split][:max_shards]
     folder, tokenizer_id = base_dir() / "tokens", tokenizer.tokenizer_id
-    paths = {source: folder / tokenizer_id / shard_fingerprint(source) / f"{source.stem}.bin" for source in sources}
+    paths = {source: folder / tokenizer_id / shard_key(source) / f"{source.stem}.bin" for source in sources}
     shards = dict.fromkeys(sources)
     for source, path in paths.items():
         try:
-            shards[source] = _open(path, source, tokenizer)
+            shards[source] = TokenShard(path)
         except UserError as error:
             if path.exists():
                 print0(f"tokenising again: {str(error).partition(';')[0]}")
-            with contextlib.suppress(UserError):  # earlier versions kept them by dataset
-                shards[source] = _open(folder / dataset.dataset_id / tokenizer_id / path.name, source, tokenizer)
+            with contextlib.suppress(UserError):
+                by_dataset = folder / dataset.dataset_id / tokenizer_id / path.name
+                shards[source] = _kept_by_dataset(by_dataset, source, tokenizer)
     missing = [source for source in sources if shards[source] is None]
     if missing:
         ranks = Ranks.from_environment()
         num_threads = num_threads or max(1, cpu_count() // ranks.world_size)
-        with ThreadPoolExecutor(num_threads) as pool, _ProgressBar(missing, split, ranks) as progress:
+        n_rows = {source: row_count(source) for source in missing}
+        bar = tqdm(total=sum(n_rows.values()), unit="doc", unit_scale=True, desc=f"tokenising {split}", mininterval=1,
+                   disable=not ranks.is_main)
+        with ThreadPoolExecutor(num_threads) as pool, bar:
             encode_all = partial(_map_ahead, pool, partial(_encode, tokenizer), ahead=2 * num_threads)
             for source in _own_share_first(missing, ranks):
-                groups = progress.counted(encode_all(_grouped(read_documents(source))))
+                end = bar.n + n_rows[source]
+                groups = _counted(encode_all(_grouped(read_documents(source))), bar)
                 shards[source] = _make(paths[source], source, tokenizer, groups)
-                progress.shard_done(source)
+                bar.update(end - bar.n)  # blank documents, and shards that another process made
     return list(shards.values())
 
 
@@ -114,13 +119,10 @@ def damaged(path, reason):
     return UserError(f"{path} is damaged ({reason}); delete it, and it is made again")
 
 
-def _open(path, source, tokenizer):
-    """The TokenShard of a source. Errors: UserError with the reason why it has to be made (again)."""
+def _kept_by_dataset(path, source, tokenizer):
+    """The TokenShard where earlier versions kept it; None when it does not fit. Errors: as TokenShard."""
     shard = TokenShard(path)
-    for key, value in _header(source, tokenizer).items():
-        if (had := shard.header.get(key)) != value:
-            raise UserError(f"{path} is stale ({key} was {had}, is {value}); delete it, and it is made again")
-    return shard
+    return shard if shard.header == {**shard.header, **_header(source, tokenizer)} else None
 
 
 def _make(path, source, tokenizer, groups):
@@ -128,7 +130,7 @@ def _make(path, source, tokenizer, groups):
     try:
         with locked(path):
             with contextlib.suppress(UserError):
-                return _open(path, source, tokenizer)
+                return TokenShard(path)
             for torn in path.parent.glob(f".{path.name}.*.tmp"):  # left by a process that was killed
                 torn.unlink(missing_ok=True)
             write_token_shard(path, groups, _header(source, tokenizer))
@@ -193,33 +195,13 @@ def _grouped(texts):
         yield group
 
 
+def _counted(groups, bar):
+    for lengths, tokens in groups:
+        yield lengths, tokens
+        bar.update(len(lengths))
+
+
 def _own_share_first(sources, ranks):
     """This rank's share, then the others' in turn: most are made by then, a slow rank's are taken over."""
     shares = [sources[rank::ranks.world_size] for rank in range(ranks.world_size)]
     return [source for share in shares[ranks.rank:] + shares[:ranks.rank] for source in share]
-
-
-class _ProgressBar:
-    """Documents tokenised, of all rows in the missing shards (rank 0 shows it for all ranks)."""
-
-    def __init__(self, sources, split, ranks):
-        self.rows = {source: row_count(source) for source in sources}
-        self.rows_done = 0
-        self.bar = tqdm(total=sum(self.rows.values()), unit="doc", unit_scale=True, desc=f"tokenising {split}",
-                        mininterval=1, disable=not ranks.is_main)
-
-    def counted(self, groups):
-        for lengths, tokens in groups:
-            yield lengths, tokens
-            self.bar.update(len(lengths))
-
-    def shard_done(self, source):
-        """Count what was not seen: blank documents, and shards that other processes made."""
-        self.rows_done += self.rows[source]
-        self.bar.update(self.rows_done - self.bar.n)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
