@@ -2,7 +2,7 @@
 
 python -m nanochat.dataset -n 8                 download 8 training shards of climbmix and the validation shard
 python -m nanochat.dataset --dataset stdlib     prepare the embedded corpus (this Python's own library)
-python -m nanochat.dataset --dataset my_folder  convert .txt, .md, .jsonl(.gz); .parquet is used where it lies
+python -m nanochat.dataset --dataset my_folder  convert .txt, .md, .jsonl(.gz), one .parquet; several stay as they are
 """
 
 import argparse

@@ -83,6 +83,11 @@ def test_a_training_shard_that_is_the_validation_shard_is_refused(tmp_path):
     (folder / "zzz.parquet").write_bytes((folder / "shard_00001.parquet").read_bytes())
     with pytest.raises(UserError, match=r"shard_00001\.parquet and zzz\.parquet are the same"):
         open_dataset(folder)
+    (folder / "zzz.parquet").unlink()
+    assert len({path.stat().st_size for path in folder.iterdir()}) == 1
+    for path in folder.iterdir():
+        os.utime(path, (0, 0))
+    assert len(open_dataset(folder).shards) == 3, "of equal size and time, but other text"
 
 
 def test_unknown_name_lists_the_known_ones(tmp_path):

@@ -1,4 +1,4 @@
-"""A tokenizer's files: our plain text (read first), and upstream's pickle, read without running what it asks for.
+"""A tokenizer's files: our plain text, and upstream's pickle, read without running what it asks for.
 
 A vocabulary is three things: ranks {token bytes: id}, special tokens {name: id} and the split pattern.
 """
