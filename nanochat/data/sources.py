@@ -3,6 +3,7 @@
 import filecmp
 import hashlib
 import re
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +16,8 @@ from nanochat.files import read_json
 from nanochat.paths import base_dir
 
 
-@dataclass(frozen=True)
-class Download:
-    """A Hugging Face dataset repository of shards 0 .. last_shard; the last one is validation."""
-
-    repo: str
-    last_shard: int
-
-
+# Hugging Face dataset repositories of shards 0 .. last_shard; the last one is validation.
+Download = namedtuple("Download", "repo last_shard")
 DOWNLOADS = {
     "climbmix": Download("karpathy/climbmix-400b-shuffle", 6542),
     "fineweb-edu": Download("karpathy/fineweb-edu-100b-shuffle", 1822),
