@@ -119,11 +119,12 @@ class RowPlanner:
         """Count a row's distinct tokens: every segment is the beginning of its document."""
         if self._marks is None:
             self._count_again(lambda planner: planner._served_tokens < self._served_tokens)
+        marks, firsts = self._marks, self.order.first_documents
         for shard, document, _, length in row:
-            at = self.order.first_documents[shard] + document
-            if length > self._marks[at]:
-                self._distinct_tokens += length - self._marks[at]
-                self._marks[at] = length
+            at = firsts[shard] + document
+            if length > marks[at]:
+                self._distinct_tokens += length - marks[at]
+                marks[at] = length
 
     def _count_again(self, is_before):
         """Take over the counts of a planner that begins anew and goes on while `is_before(planner)`.

@@ -15,7 +15,6 @@ from nanochat.errors import UserError
 from nanochat.files import read_json
 from nanochat.paths import base_dir
 
-
 # Hugging Face dataset repositories of shards 0 .. last_shard; the last one is validation.
 Download = namedtuple("Download", "repo last_shard")
 DOWNLOADS = {
