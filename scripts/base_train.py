@@ -83,10 +83,10 @@ def train(config, place, dtype, dtype_reason, started):
             status = trainer.run()
         except BaseException:
             if ranks.is_main:
-                record.close_failed_record(log, device, config.target, started)
+                record.close_failed_record(log, device, config.target, started, loader)
             raise
     # the others wait: were another rank gone, torchrun would end rank 0 in the middle of it
-    summary = on_main(ranks, lambda: record.close_record(log, status, device, config.target, started))
+    summary = on_main(ranks, lambda: record.close_record(log, status, device, config.target, started, loader))
     if ranks.is_main:
         print0(record.describe_end(summary, log.folder))
         if status == "nan":

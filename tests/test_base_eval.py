@@ -279,7 +279,7 @@ def test_losses_that_are_not_finite_are_no_results(corpus, tmp_path, capsys):
     save_checkpoint(checkpoint_folder("tiny"), 9, model.state_dict(), {},
                     {**META, "model_config": model.config.to_dict()})
     path = tmp_path / "results.json"
-    assert "not finite" in refused(flags(corpus, "--eval", "bpb", "--output-json", str(path)), capsys)
+    assert "not finite" in refused(flags(corpus, "--eval", "bpb", "--step", "9", "--out", str(path)), capsys)
     assert not path.exists()
 
 

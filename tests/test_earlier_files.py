@@ -24,7 +24,8 @@ FILES = Path(__file__).parent / "golden" / "before_packages.zip"
 FLAGS = shlex.split("""
     --dataset corpus --tokenizer-dir tokenizer --depth 1 --aspect-ratio 32 --head-dim 16 --max-seq-len 32
     --device-batch-size 2 --total-batch-size 128 --num-iterations 12 --eval-every 6 --eval-tokens 512 --no-compile
-    --core-metric-every -1 --sample-every -1 --save-every 6 --run-id before --model-tag before --device-type cpu""")
+    --core-metric-every -1 --sample-every -1 --save-every 6 --run-id before --model-tag before --device-type cpu
+    --crop drop""")
 
 
 @pytest.fixture(autouse=True)

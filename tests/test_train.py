@@ -28,6 +28,7 @@ class World:
     def __init__(self, dt_sec=lambda step: 1.0, losses=lambda step: 2.0, accumulation=1):
         self.now, self.happened, self.events = 0.0, [], []
         self.dt_sec, self.losses, self.accumulation = dt_sec, losses, accumulation
+        self.epochs, self.distinct_tokens = 0.5, 10
         self.good, self.bad_steps, self.n_owner_checks = True, [], 0
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.n_batches = self.n_updates = 0
@@ -236,6 +237,15 @@ def test_weights_that_are_not_finite_end_the_run_after_its_last_step_too(start):
     world.good = False
     assert world.trainer(3, Cadence(-1, -1, -1, save_every=-1)).run() == "nan"
     assert world.bad_steps == [3] and world.n_owner_checks == 1
+
+
+def test_text_that_begins_to_repeat_is_said_once(start):
+    world = start()
+    world.during[3] = lambda: setattr(world, "epochs", 1.01)
+    world.trainer(6).run()
+    assert world.of("repeats", "step") == [4] and world.of("repeats", "distinct_tokens") == [10]
+    world.trainer(9, loop_state={"step": 6}).run()
+    assert world.of("repeats", "step") == [4]
 
 
 # --- the clock -------------------------------------------------------------------------------------------------------
@@ -457,7 +467,7 @@ class Sink:
 def test_closing_the_record_writes_the_summary_and_closes_the_sinks(tmp_path):
     log = record(tmp_path)
     log.sinks.append(Sink())
-    summary = close_record(log, "ok", torch.device("cpu"), ("val_bpb", None), started=0.0)
+    summary = close_record(log, "ok", torch.device("cpu"), ("val_bpb", None), 0.0, World())
     assert log.sinks[0].closed == 1
     written = read_run(log.folder).summary
     assert written["wall_time_sec"] > 0 and written["status"] == "ok"
@@ -473,9 +483,9 @@ def test_a_full_disk_at_the_end_is_said_but_never_hides_what_ended_the_run(tmp_p
 
     monkeypatch.setattr("nanochat.runlog.os.fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
-        close_record(log, "ok", torch.device("cpu"), (None, None), started=0.0)
+        close_record(log, "ok", torch.device("cpu"), (None, None), 0.0, World())
     log = RunLog(log.folder, [Sink()])
-    close_failed_record(log, torch.device("cpu"), (None, None), started=0.0)
+    close_failed_record(log, torch.device("cpu"), (None, None), 0.0, World())
     assert log.sinks[0].closed == 1
     assert capsys.readouterr().err.startswith("no summary: the run's record in ")
     assert read_run(log.folder).status == "unfinished"

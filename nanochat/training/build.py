@@ -32,11 +32,15 @@ class Data:
     train: list[TokenShard]
     val: list[TokenShard]
 
+    @property
+    def n_train_tokens(self):
+        return sum(shard.n_tokens for shard in self.train)
+
     def train_loader(self, config, ranks, device, resumed=None):
         """The training stream, continued from a checkpoint's meta when there is one."""
         state = resumed["loop_state"]["loader"] if resumed else None
         return TokenLoader(self.train, config.device_batch_size, config.max_seq_len, config.seed, rank=ranks.rank,
-                           world_size=ranks.world_size, device=device, state=state)
+                           world_size=ranks.world_size, device=device, crop=config.crop, state=state)
 
 
 def training_dtype(device):
@@ -129,7 +133,7 @@ def resume_meta(config, folder, step, model, data, horizon):
         raise UserError(f"the run had diverged at step {step} in {folder}: weights or validation are not finite; "
                         "resume an earlier step, or start again with lower learning rates")
     expected = {**identity(config, data, horizon), "model_config": model.to_dict(), **config.fixed_on_resume()}
-    found = {**(meta.get("user_config") or {}), **meta}
+    found = {"crop": "drop", **(meta.get("user_config") or {}), **meta}  # before there was --crop, all dropped
     for name, value in expected.items():
         if found.get(name) != value:
             raise UserError(f"cannot resume step {step} in {folder}: its {name} is {found.get(name)}, this run's is "

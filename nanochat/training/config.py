@@ -5,6 +5,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from nanochat.data.packing import CROPS
 from nanochat.errors import UserError
 from nanochat.target import check_metric_name, check_target
 
@@ -39,6 +40,8 @@ class TrainingConfig:
 
     dataset: str = _data("climbmix", "stdlib, climbmix, fineweb-edu, or a folder of text", "NAME")
     tokenizer_dir: str = _data("", "folder of the tokenizer; empty: <cache>/tokenizer", "FOLDER")
+    crop: str = _data("carry", "a document that fits no row: carry puts its rest into a later row, drop leaves it out",
+                      "RULE", choices=CROPS, on_resume=True)
     seed: int = _data(DEFAULT_SEED, "seed of the initial values and of the data order", "SEED", at_least=0)
 
     depth: int = _model(20, "layers", "LAYERS", at_least=1)
@@ -80,11 +83,13 @@ class TrainingConfig:
 
     def __post_init__(self):
         for flag in dataclasses.fields(self):
-            value = getattr(self, flag.name)
+            value, name = getattr(self, flag.name), f"--{flag.name.replace('_', '-')}"
             low, high = flag.metadata.get("at_least"), flag.metadata.get("at_most", math.inf)
             if low is not None and not (low <= value <= high and value < math.inf):
                 bounds = f"at least {low}" + ("" if high == math.inf else f" and at most {high}")
-                raise UserError(f"--{flag.name.replace('_', '-')} {value} must be {bounds}")
+                raise UserError(f"{name} {value} must be {bounds}")
+            if value not in flag.metadata.get("choices", (value,)):
+                raise UserError(f"{name} {value} must be {' or '.join(flag.metadata['choices'])}")
         check_metric_name(self.target_metric_name)
         if self.target[1] is not None:
             check_target(*self.target)

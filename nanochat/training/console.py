@@ -49,6 +49,11 @@ class ConsoleSink:
         seconds = event["train_time_sec"]
         self._line(f"step {event['step']}: val_bpb {event['val_bpb']:.4f} after {seconds:.1f} s of training")
 
+    def _repeats(self, event):
+        self._line(f"step {event['step']}: all {event['distinct_tokens'] / 1e6:.2f}M tokens that this run takes of the "
+                   "text have been read, they repeat from here on; nearly as good as new text up to about four times "
+                   "(arXiv:2305.16264)")
+
     def _core(self, event):
         self._line(f"step {event['step']}: CORE {event['core_metric']:.4f}")
 

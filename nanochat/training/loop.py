@@ -105,6 +105,7 @@ class Trainer:
         self.usual_dt_sec = state.get("usual_dt_sec")  # charged for the step that compiles after a resume
         self.saved_step = self.step if loop_state else None
         self.reached_target = False  # and the run ended by it
+        self.repeats = loader.epochs > 1  # the text, and it has been said
         self.diverged = False  # a validation or a weight is not finite
         self._stop_signal = 0
         self._asked_at = 0.0
@@ -226,6 +227,9 @@ class Trainer:
         mfu = None if self.mfu_per_token_sec is None else tok_per_sec * self.mfu_per_token_sec
         self._event("train", loss=loss, lr_multiplier=multiplier, dt_ms=1000 * dt_sec, tok_per_sec=tok_per_sec,
                     train_time_sec=self.train_time_sec, mfu=mfu)
+        if not self.repeats and self.loader.epochs > 1:
+            self.repeats = True
+            self._event("repeats", distinct_tokens=self.loader.distinct_tokens)
         return loss, stop_signal
 
     def _clock(self, dt_sec):

@@ -50,7 +50,8 @@ def run_config(config, data, model, horizon, ranks, device, dtype, dtype_reason)
                    "dtype_reason": dtype_reason, "world_size": ranks.world_size, "triton_interpreted": INTERPRETED},
         **identity(config, data, horizon), "model_config": model.to_dict(),
         "n_params": parameter_counts(model)["total"], "n_scaling_params": scaling_params(model),
-        "flops_per_token": flops_per_token(model), "target_tokens": horizon.target_tokens,
+        "flops_per_token": flops_per_token(model), "train_tokens": data.n_train_tokens,
+        "target_tokens": horizon.target_tokens,
         "target_param_data_ratio": horizon.target_tokens / scaling_params(model),
     }
 
@@ -79,13 +80,15 @@ def open_record(wandb_name, run_id, record, folder, resume_step):
     return log
 
 
-def close_record(log, status, device, target, started):
+def close_record(log, status, device, target, started, loader):
     """Write the summary and close the log with its sinks; returns the summary. `started`: time.monotonic() then.
 
-    target: (metric name, threshold or None). Errors: UserError when the disk is full.
+    target: (metric name, threshold or None); loader: the training stream, for how much text was read. Errors:
+    UserError when the disk is full.
     """
     try:
-        summary = summarize(log.folder, status, device, *target)
+        summary = {**summarize(log.folder, status, device, *target),
+                   "distinct_tokens": loader.distinct_tokens, "epochs": loader.epochs}
         if target[1] is not None:
             reached = time_to_target(evaluations_of(read_run(log.folder).events, target[0]), *target)
             log.event("target", step=summary["steps"], **reached.summary_fields(), description=reached.describe())
@@ -95,10 +98,10 @@ def close_record(log, status, device, target, started):
     return summary
 
 
-def close_failed_record(log, device, target, started):
+def close_failed_record(log, device, target, started, loader):
     """The same for a run that an exception ended: whatever goes wrong now must not hide it."""
     try:
-        close_record(log, "error", device, target, started)
+        close_record(log, "error", device, target, started, loader)
     except UserError as error:
         print(f"no summary: {error}", file=sys.stderr)
 
@@ -141,7 +144,7 @@ def describe(model, horizon, accumulation, data):
         f"model: {model.n_layer} layers, width {model.n_embd}, {model.n_head} heads of {model.head_dim}, "
         f"{millions['total']} parameters ({millions['transformer_matrices']} matrices + {millions['lm_head']} head)\n"
         f"data: {data.dataset.dataset_id}, tokenizer {data.tokenizer.tokenizer_id} of {model.vocab_size}, "
-        f"{sum(shard.n_tokens for shard in data.train) / 1e6:.1f}M training tokens\n"
+        f"{data.n_train_tokens / 1e6:.1f}M training tokens\n"
         f"horizon: {horizon.num_iterations} steps of {horizon.total_batch_size_tokens} tokens "
         f"({accumulation} micro-batch(es) a rank), {horizon.target_tokens / 1e6:.2f}M tokens, "
         f"{horizon.target_tokens / scaling_params(model):.2f} per scaling parameter")
@@ -154,4 +157,5 @@ def describe_end(summary, folder):
     at_target = ", at its target" if summary["stopped_at_target"] else ""
     return (f"{summary['status']} after {summary['steps']} steps{at_target}: "
             f"{summary['train_time_sec']:.1f} s of training{speed}{bits}, "
+            f"{summary['distinct_tokens'] / 1e6:.2f}M tokens of text read {summary['epochs']:.2f} times, "
             f"peak memory {summary['peak_memory_mib']:,.0f} MiB\nrecord: {folder}")
