@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy.stats import f as f_distribution
 
+from nanochat import power_law
 from nanochat.errors import UserError
 
 METRICS = {"val_bpb": "lower", "core": "higher"}  # the metric's name and the direction that is better
@@ -19,7 +20,7 @@ CONFIDENCE = 0.9
 MIN_EVALUATIONS = 6  # three parameters and at least three degrees of freedom for the noise
 WARMUP_FRACTION = 0.1  # evaluations in the first tenth of the tokens are not on the curve
 MAX_EXTRAPOLATION = 10.0  # times the tokens seen so far
-_EXPONENTS = np.geomspace(0.02, 2.0, 25)
+_EXPONENTS = (0.02, 2.0)
 _CROSSINGS = 41
 _KINDS = {"val_bpb": ("val", "val_bpb"), "core": ("core", "core_metric")}
 
@@ -133,9 +134,9 @@ def time_to_target(evaluations: Sequence[Evaluation], metric_name: str, threshol
                    confidence: float = CONFIDENCE) -> TimeToTarget:
     """Training seconds until `metric_name` (val_bpb: at most, core: at least) reaches `threshold`.
 
-    Measured: the clock at the first evaluation that reaches it. Otherwise the power law in tokens, fitted by
-    least squares (profile over b, closed form in m_inf and a), times the median seconds per token; the interval
-    holds every crossing point that an F test of the curve forced through it does not refuse.
+    Measured: the clock at the first evaluation that reaches it. Otherwise the power law in tokens, fitted by least
+    squares, times the median seconds per token; the interval holds every crossing point that an F test of the curve
+    forced through it does not refuse.
     """
     check_target(metric_name, threshold)
     finite = [e for e in evaluations if e.metric is not None and math.isfinite(e.metric)]
@@ -180,19 +181,14 @@ class _Crossing:
 def _fit(tokens, metric, threshold, confidence):
     """Where the fitted falling power law crosses the threshold, with an interval; or the reason it is not given.
 
-    The curves that cross at `c` are metric - threshold = a * (tokens^-b - c^-b): the best a is a closed form and
-    the best b a search in one dimension, so the smallest residual of any curve through (c, threshold) is at hand.
-    Tokens are in units of those seen so far.
+    The curves that cross at `c` are metric - threshold = a * (tokens^-b - c^-b): again a closed form for a and a
+    search for b give the smallest residual. Tokens are in units of those seen so far.
     """
     scale = tokens[-1]
-    t, y = tokens / scale, metric - metric.mean()
-    exponent = _best_exponent(lambda b: _free_residual(t, y, b))
-    residual = float(_free_residual(t, y, exponent))
-    if not math.isfinite(residual):
+    t = tokens / scale
+    asymptote, slope, exponent = map(float, power_law.fit(t, metric, _EXPONENTS))
+    if slope == 0:
         return "the metric has not improved over the evaluations so far"
-    x = t**-exponent
-    slope = (x - x.mean()) @ y / ((x - x.mean()) ** 2).sum()
-    asymptote = metric.mean() - slope * x.mean()
     if asymptote >= threshold:
         return f"the fitted curve levels off {asymptote - threshold:.4g} short of the threshold"
     crossing = ((threshold - asymptote) / slope) ** (-1 / exponent)
@@ -200,43 +196,25 @@ def _fit(tokens, metric, threshold, confidence):
         return f"the fitted curve needs {crossing:.1f} times the tokens seen so far, more than {MAX_EXTRAPOLATION:g}"
 
     freedom = len(metric) - 3
-    floor = residual + 1e-12 * (y**2).sum()  # rounding is not evidence
+    residual = ((metric - asymptote - slope * t**-exponent) ** 2).sum()
+    floor = residual + 1e-12 * ((metric - metric.mean()) ** 2).sum()  # rounding is not evidence
     allowed = floor * (1 + f_distribution.ppf(confidence, 1, freedom) / freedom)
     crossing = max(crossing, 1.0)  # the target was not reached so far
-    lo, hi = _accepted_range(lambda c: _profile(t, metric - threshold, c) <= allowed, crossing)
-    return _Crossing(crossing * scale, lo * scale, hi * scale, float(exponent), float(asymptote))
+    lo, hi = _accepted_range(lambda c: _forced_squares(t, metric - threshold, c) <= allowed, crossing)
+    return _Crossing(crossing * scale, lo * scale, hi * scale, exponent, asymptote)
 
 
-def _free_residual(t, y, exponents):
-    """Sum of squares left by the best falling curve of each exponent; infinity where the best one rises."""
-    x = t ** -np.asarray(exponents)[..., None]
-    centred = x - x.mean(-1, keepdims=True)
-    product, square = centred @ y, (centred**2).sum(-1)
-    return np.where(product > 0, ((y - (product / square)[..., None] * centred) ** 2).sum(-1), np.inf)
-
-
-def _profile(t, distance, crossings):
+def _forced_squares(t, distance, crossings):
     """Sum of squares left by the best falling curve that crosses the threshold at each of `crossings`."""
 
-    def residual(exponents):
-        forced = t ** -exponents[..., None] - (crossings**-exponents)[..., None]
+    def squares(exponents):
+        forced = t ** -exponents[..., None] - (crossings[:, None] ** -exponents)[..., None]
         product, square = forced @ distance, (forced**2).sum(-1)
-        return np.where(product > 0, ((distance - (product / square)[..., None] * forced) ** 2).sum(-1), np.inf)
+        left = ((distance - (product / square)[..., None] * forced) ** 2).sum(-1)
+        return np.where(product > 0, left, np.inf)
 
-    return residual(_best_exponent(residual, np.ones_like(crossings)))
-
-
-def _best_exponent(residual, like=1.0):
-    """The exponent of the smallest residual, elementwise: best of a grid, then golden-section search beside it."""
-    grid = _EXPONENTS.reshape(-1, *(1,) * np.ndim(like)) * like
-    best = np.argmin(residual(grid), axis=0)
-    lo, hi = (_EXPONENTS[np.clip(best + shift, 0, len(_EXPONENTS) - 1)] for shift in (-1, 1))
-    golden = (math.sqrt(5) - 1) / 2
-    for _ in range(18):  # the bracket shrinks to 2e-4 of a grid step
-        left, right = hi - golden * (hi - lo), lo + golden * (hi - lo)
-        keep_left = residual(left) <= residual(right)
-        lo, hi = np.where(keep_left, lo, left), np.where(keep_left, right, hi)
-    return (lo + hi) / 2
+    best = power_law.best_exponent(squares, _EXPONENTS, crossings.shape)
+    return squares(best[:, None])[:, 0]
 
 
 def _accepted_range(accepts, estimate):

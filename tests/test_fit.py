@@ -8,7 +8,6 @@ from nanochat.lane_b.measure.fit import (
     BrokenPowerLaw,
     Slope,
     fit_broken_power_law,
-    fit_offset_power_law,
     fit_power_law,
     measure_slope,
     r_squared,
@@ -119,22 +118,6 @@ def test_jackknife_of_books_is_close_to_the_regression_error():
 def test_a_second_curve_adds_the_distance_of_its_slope():
     slope, _ = measure_slope(LAGS, LAGS ** -1.0, other=LAGS ** -1.3)
     assert slope.gap == pytest.approx(0.3) and slope.se == pytest.approx(0.3, abs=1e-6)
-
-
-@settings(deadline=None)
-@given(st.floats(0, 6), st.floats(0.05, 2), st.floats(0.1, 1))
-def test_an_offset_power_law_is_recovered(offset, amplitude, exponent):
-    sizes = 1e6 * 2.0 ** np.arange(7)
-    exact = offset + amplitude * (sizes / sizes[-1]) ** -exponent
-    found, size, power = fit_offset_power_law(sizes, exact)
-    assert power == pytest.approx(exponent, rel=0.02)
-    np.testing.assert_allclose(found + size * (sizes / sizes[-1]) ** -power, exact, atol=2e-3 * exact.max())
-
-
-def test_an_offset_is_never_negative():
-    sizes = 2.0 ** np.arange(7)
-    offset, amplitude, _ = fit_offset_power_law(sizes, 8.0 - np.arange(7))
-    assert offset == 0 and amplitude > 0
 
 
 def test_r_squared_of_perfect_useless_and_constant():

@@ -1,16 +1,16 @@
 """The metric at the end of complete schedules of D tokens: L(D) = L_inf + A D^-alpha, in bits per byte.
 
 At a fixed model L_inf holds the entropy of the text and the model's own limit together, so it is
-always fitted (L_inf >= 0, A > 0). alpha is given by the theory, or fitted too: least squares in
-closed form for (L_inf, A), a search in one dimension for alpha. Errors: copies of the points with
-new normal noise are fitted again; the noise of each copy is drawn with the uncertainty that its
-size has at so few degrees of freedom (Student's t by resampling).
+always fitted (L_inf >= 0, A > 0). alpha is given by the theory, or fitted too. Errors: copies of
+the points with new normal noise are fitted again; the noise of each copy is drawn with the
+uncertainty that its size has at so few degrees of freedom (Student's t by resampling).
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from nanochat import power_law
 from nanochat.errors import UserError
 from nanochat.lane_b import Refusal
 
@@ -19,8 +19,6 @@ MIN_HORIZONS = 3  # with alpha given: L_inf, A and something left to see the fit
 MIN_HORIZONS_FREE = 4  # with alpha fitted too
 MIN_HORIZON_STEP = 1.5  # horizons closer than this factor count as one
 _ALPHA_RANGE = (0.01, 3.0)  # 0.05 to 0.5 have been measured
-_ALPHAS = np.geomspace(*_ALPHA_RANGE, 64)
-_ZOOMS = 7  # the last grid's steps are 5e-6 of alpha
 
 
 @dataclass(frozen=True, order=True)
@@ -153,12 +151,12 @@ def fit_calibration(points, alpha=None, alpha_log_se=0.0, resamples=2000, seed=0
     free = alpha is None
     reference = float(np.exp(np.log(tokens).mean()))
     scaled = tokens / reference
-    best = float(_best_alpha(scaled, metrics)) if free else alpha
+    best = float(power_law.fit(scaled, metrics, _ALPHA_RANGE, nonnegative=True)[2]) if free else alpha
     if not 1.001 * _ALPHA_RANGE[0] < best < 0.999 * _ALPHA_RANGE[1]:
         fault = ("alpha not fitted: the calibration points fit best at its limit" if free else
                  f"alpha is not between {_ALPHA_RANGE[0]} and {_ALPHA_RANGE[1]}:")
         raise Refusal(f"{fault} {best:g}; add horizons further apart, or seeds")
-    asymptote, amplitude, _ = _solve(scaled**-best, metrics)
+    asymptote, amplitude, _ = power_law.solve(scaled**-best, metrics, nonnegative=True)
     if amplitude <= 0:
         raise Refusal("no falling curve fits the calibration points; check that each run ended its own schedule, "
                       "or add seeds")
@@ -170,9 +168,13 @@ def fit_calibration(points, alpha=None, alpha_log_se=0.0, resamples=2000, seed=0
         rng = np.random.default_rng(seed)
         noise = np.sqrt((residual**2).sum() / rng.chisquare(freedom, resamples))
         copies = curve.metric_at(tokens) + noise[:, None] * rng.standard_normal((resamples, len(tokens)))
-        alphas = (_best_alpha(scaled, copies) if free else
-                  np.exp(np.clip(np.log(best) + alpha_log_se * rng.standard_normal(resamples), *np.log(_ALPHA_RANGE))))
-        resampled = Curves(alphas, *_solve(scaled ** -alphas[:, None], copies)[:2], reference)
+        if free:
+            asymptotes, amplitudes, alphas = power_law.fit(scaled, copies, _ALPHA_RANGE, nonnegative=True)
+        else:
+            log_alphas = np.log(best) + alpha_log_se * rng.standard_normal(resamples)
+            alphas = np.exp(np.clip(log_alphas, *np.log(_ALPHA_RANGE)))
+            asymptotes, amplitudes, _ = power_law.solve(scaled ** -alphas[:, None], copies, nonnegative=True)
+        resampled = Curves(alphas, asymptotes, amplitudes, reference)
         lo, hi = central_interval(alphas)
     return Calibration(curve, lo, hi, float(np.sqrt((residual**2).mean())), freedom, resampled)
 
@@ -182,32 +184,3 @@ def central_interval(values):
     tail = (1 - CONFIDENCE) / 2
     lo, hi = np.quantile(values, [tail, 1 - tail], method="inverted_cdf")
     return float(lo), float(hi)
-
-
-def _solve(x, y):
-    """Least squares of y = asymptote + amplitude x along the last axis, asymptote >= 0: both and the squares left."""
-    x, y = np.broadcast_arrays(x, y)
-    x_mean, y_mean = x.mean(-1, keepdims=True), y.mean(-1, keepdims=True)
-    amplitude = ((x - x_mean) * (y - y_mean)).sum(-1) / ((x - x_mean) ** 2).sum(-1)
-    asymptote = y_mean[..., 0] - amplitude * x_mean[..., 0]
-    below = asymptote < 0  # the best fit allowed is then the pure power law
-    amplitude = np.where(below, (x * y).sum(-1) / (x * x).sum(-1), amplitude)
-    asymptote = np.where(below, 0.0, asymptote)
-    squares = ((y - asymptote[..., None] - amplitude[..., None] * x) ** 2).sum(-1)
-    return asymptote, amplitude, squares
-
-
-def _best_alpha(scaled, metrics):
-    """The alpha of the smallest residual for each row of `metrics` (..., points): a grid, zoomed in on."""
-    log_alpha = np.log(_ALPHAS)
-    for zoom in range(_ZOOMS + 1):
-        alphas = np.exp(log_alpha)
-        _, amplitude, squares = _solve(scaled ** -alphas[..., None], metrics[..., None, :])
-        best = np.where(amplitude > 0, squares, np.inf).argmin(-1)[..., None]
-        last = alphas.shape[-1] - 1
-        log_alpha = np.broadcast_to(log_alpha, (*best.shape[:-1], last + 1))
-        lo, hi = (np.take_along_axis(log_alpha, np.clip(best + step, 0, last), -1) for step in (-1, 1))
-        middle = np.take_along_axis(log_alpha, best, -1)[..., 0]
-        if zoom < _ZOOMS:
-            log_alpha = lo + (hi - lo) * np.linspace(0, 1, 9)
-    return np.exp(middle)

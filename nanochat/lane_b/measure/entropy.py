@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from nanochat.lane_b.measure.fit import NORMAL_95, PowerLaw, Slope, fit_offset_power_law, fit_power_law, measure_slope
+from nanochat import power_law
+from nanochat.lane_b.measure.fit import NORMAL_95, PowerLaw, Slope, fit_power_law, measure_slope
 from nanochat.lane_b.measure.kneser_ney import KneserNey
 
 CONVERGED_NATS = 0.02       # the most a converged loss may fall when the data double
@@ -14,6 +15,7 @@ MIN_POINTS = 3
 CONTEXTS = (1, 2)
 DOUBLINGS = 6
 _MIN_SIZES = 4
+_EXPONENTS = (0.02, 2.0)
 MIN_NGRAM_TOKENS = 1 << 18  # so that the smallest sample has 4,096
 _HELD_OUT_TOKENS = 1_000_000
 _HALF = (0.45, 0.55)        # which sizes count as half the data
@@ -187,12 +189,13 @@ def bracket_of(data_tokens, cross_entropies):
     The extrapolation is the lowest of those from the last 4, 5, ... sizes: the fall flattens as the data grow, and
     one power law through all of it stops too early.
     """
-    curves, shorter = [], np.inf
+    curves, shorter, sizes = [], np.inf, np.array(data_tokens) / data_tokens[-1]
     for context in CONTEXTS:
         values, errors = np.transpose(cross_entropies[context])
         values = np.minimum(shorter, values)
-        extrapolation = min(fit_offset_power_law(data_tokens[start:], values[start:])
-                            for start in range(len(values) - _MIN_SIZES + 1))
+        fits = (power_law.fit(sizes[start:], values[start:], _EXPONENTS, nonnegative=True)
+                for start in range(len(values) - _MIN_SIZES + 1))
+        extrapolation = min(tuple(map(float, found)) for found in fits)
         curves.append(NgramCurve(context, tuple(map(float, values)), float(errors[-1]), *extrapolation))
         shorter = values
     return NgramBracket(tuple(data_tokens), tuple(curves))

@@ -124,25 +124,6 @@ def measure_slope(x, y, y_se=None, replicates=None, other=None):
     return Slope(law.slope, _jackknife(x, y, weights), bootstrap, float(gap), len(x)), law
 
 
-def fit_offset_power_law(x, y):
-    """(offset, amplitude, exponent) of y = offset + amplitude · (x / x[-1])^-exponent, all three not negative.
-
-    Least squares: closed form in offset and amplitude for each exponent of a grid in 0.02..2.
-    """
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    exponents = np.geomspace(0.02, 2, 401)
-    decays = (x / x[-1]) ** -exponents[:, None]
-    centred = decays - decays.mean(axis=1, keepdims=True)
-    amplitudes = np.maximum(0.0, centred @ y / np.sum(centred ** 2, axis=1))
-    offsets = y.mean() - amplitudes * decays.mean(axis=1)
-    through_zero = offsets < 0
-    offsets[through_zero] = 0.0
-    amplitudes[through_zero] = (decays @ y / np.sum(decays ** 2, axis=1))[through_zero]
-    squares = np.sum((offsets[:, None] + amplitudes[:, None] * decays - y) ** 2, axis=1)
-    best = squares.argmin()
-    return float(offsets[best]), float(amplitudes[best]), float(exponents[best])
-
-
 def slopes(x, ys, weights):
     """(R,) slopes of pure power laws through each row of ys (R, len(x)); rows with values ≤ 0 are left out."""
     ys = np.asarray(ys, float)
