@@ -1,16 +1,16 @@
 """Corpus statistics and calibration runs -> infer.json: the target-param-data ratio with an interval, or a refusal.
 
 python -m scripts.lane_b_infer_ratio --stats-json stats.json --calibration-run cal-1-s0 cal-1-s1 cal-2-s0 ... \\
-    --baseline-run base-s0 base-s1 --output-json infer.json --plot infer.png
+    --baseline-run base-s0 base-s1 --out infer.json --plot infer.png
 """
 
 import argparse
 import math
-import time
 
 from nanochat.errors import UserError, command
-from nanochat.files import write_json
+from nanochat.files import check_output, write_json
 from nanochat.lane_b import Refusal
+from nanochat.lane_b.figure import check_plot
 from nanochat.lane_b.infer.calibration import BitsPerByte
 from nanochat.lane_b.infer.horizon import ALPHA_SOURCES, DEFAULT_RATIO, infer_horizon
 from nanochat.lane_b.infer.horizon_figure import draw_inference
@@ -23,8 +23,8 @@ from nanochat.lane_b.infer.inputs import (
     read_statistics,
     threshold_of_baseline,
 )
-from nanochat.lane_b.outputs import check_outputs
 from nanochat.paths import runs_dir
+from nanochat.provenance import utc_now
 from nanochat.runlog import find_run
 
 MIN_RESAMPLES = 100  # a 95 % interval of fewer is its extremes
@@ -52,7 +52,7 @@ def parse_args(argv):
                         help="where the inference refuses, write the default ratio with decision=fallback instead")
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0, help="of the resampling")
-    parser.add_argument("--output-json", required=True)
+    parser.add_argument("--out", "--output-json", required=True, metavar="FILE.json")
     parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args(argv)
     for name, least in (("n_scaling_params", 1), ("depth", 1), ("aspect_ratio", 1), ("head_dim", 1),
@@ -98,7 +98,8 @@ def gather(args, corpus):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    check_outputs(args.output_json, args.plot)
+    check_output("--out", args.out)
+    check_plot(args.plot)
     corpus = read_statistics(args.stats_json)
     points, threshold, threshold_source, params, context_tokens = gather(args, corpus)
     inference, reason = None, None
@@ -111,12 +112,12 @@ def main(argv=None):
         reason = str(refusal)
     if reason and not args.fallback:
         raise Refusal(reason)
-    document = {"schema_version": VERSION, "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    document = {"schema_version": VERSION, "created_utc": utc_now(),
                 "settings": vars(args), "dataset_id": corpus.dataset_id, "tokenizer_id": corpus.tokenizer_id,
                 "target_metric_name": "val_bpb", "target_metric_threshold": threshold.value,
                 "threshold_source": threshold_source, "n_scaling_params": params,
                 **inference_document(inference, args.default_ratio, reason)}
-    write_json(args.output_json, document)
+    write_json(args.out, document)
     print(describe(document))
     if args.plot and inference is not None:
         draw_inference(inference, args.plot)

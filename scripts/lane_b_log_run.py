@@ -1,6 +1,6 @@
 """Runs and their inference -> rows of lane B's ledger, one a run; any column can be given by hand instead.
 
-python -m scripts.lane_b_log_run --run RUN --inference-json infer.json --decision inferred
+python -m scripts.lane_b_log_run RUN --inference-json infer.json --decision inferred
 python -m scripts.lane_b_log_run --standing --inference-json infer.json --baseline-run base-s0 base-s1
 """
 
@@ -24,20 +24,24 @@ LEDGER = Path(__file__).resolve().parents[1] / "ideas" / "lane_b_inference_schem
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", nargs="+", help="run ids or folders to log")
-    what.add_argument("--standing", action="store_true", help="log nothing, say which decision came first")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run ids or folders to log")
+    parser.add_argument("--run", nargs="+", default=[], help=argparse.SUPPRESS)  # their place before
+    parser.add_argument("--standing", action="store_true", help="log nothing, say which decision came first")
     parser.add_argument("--inference-json", required=True, help="from scripts.lane_b_infer_ratio")
     parser.add_argument("--decision", choices=DECISIONS, help="default: the inference's")
     parser.add_argument("--skip-logged", action="store_true", help="leave out runs that the ledger has")
     parser.add_argument("--baseline-run", nargs="+", default=[], metavar="RUN", help="with --standing")
-    parser.add_argument("--csv", type=Path, default=LEDGER, help="the ledger (default: the one in ideas/)")
+    parser.add_argument("--ledger", "--csv", type=Path, default=LEDGER, help="default: the one in ideas/")
     columns = parser.add_argument_group("columns by hand", "each replaces what the run and the inference say; "
                                         "notes without alpha_source= are added to theirs")
     for field in fields(LaneBRecord):
         if field.name != "lane_b_decision":
             columns.add_argument("--" + field.name.replace("_", "-"), metavar="VALUE")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.runs += args.run
+    if bool(args.runs) == args.standing:
+        parser.error("name runs to log, or ask for --standing")
+    return args
 
 
 def seconds_to_target(run, inference):
@@ -68,17 +72,18 @@ def log(args, inference):
     """Append one row a run: what run and inference say, and what was given by hand."""
     given = by_hand(args)
     notes = "" if "alpha_source=" in given.get("notes", "") else given.pop("notes", "")
-    logged = {record.run_id for record in read_records(args.csv)} if args.skip_logged and args.csv.exists() else ()
-    for run in (find_run(name, runs_dir()) for name in args.run):
+    known = read_records(args.ledger) if args.skip_logged and args.ledger.exists() else ()
+    logged = {record.run_id for record in known}
+    for run in (find_run(name, runs_dir()) for name in args.runs):
         if run.run_id in logged:
-            print(f"{run.run_id} is in {args.csv} already")
+            print(f"{run.run_id} is in {args.ledger} already")
             continue
         record = record_of_run(run, inference, args.decision or inference.decision, seconds_to_target(run, inference),
                                given.get("chosen_ratio"), notes)
         record = replace(record, **given)
-        append_record(args.csv, record)
+        append_record(args.ledger, record)
         reached = record.time_to_target_sec_measured
-        print(f"{args.csv}: {record.run_id}, {record.lane_b_decision}, ratio {record.chosen_ratio:.4g}, "
+        print(f"{args.ledger}: {record.run_id}, {record.lane_b_decision}, ratio {record.chosen_ratio:.4g}, "
               f"{record.target_metric_name} {record.target_metric_threshold:.4f} "
               f"{'not reached' if reached is None else f'after {reached:.1f} s of training'}")
 
@@ -92,7 +97,7 @@ def show_standing(args, inference):
     baseline = [seconds_to_target(run, inference) for run in runs]
     target = (inference.dataset_id, inference.target_metric_name, inference.target_metric_threshold,
               inference.n_scaling_params)
-    records = [record for record in read_records(args.csv)
+    records = [record for record in read_records(args.ledger)
                if (record.dataset_id, record.target_metric_name, record.target_metric_threshold,
                    record.n_scaling_params) == target]
     print(f"training seconds to {inference.target_metric_name} {inference.target_metric_threshold:.4f} "

@@ -1,8 +1,8 @@
 """A corpus -> stats.json: how fast its correlations and its entropy decay, with intervals, or a refusal.
 
-python -m scripts.lane_b_stats --dataset stdlib --output-json stats.json --plot stats.png
+python -m scripts.lane_b_stats --dataset stdlib --out stats.json --plot stats.png
 python -m scripts.lane_b_stats --dataset climbmix --max-tokens 64000000 --position-losses cal-4-s0 cal-3-s0 \\
-    --output-json stats.json
+    --out stats.json
 torchrun --nproc-per-node 4 -m scripts.lane_b_stats ... shares the lags out over the ranks.
 """
 
@@ -18,22 +18,23 @@ from nanochat.data.sources import open_dataset
 from nanochat.data.tokenizer import load_tokenizer
 from nanochat.data.tokens import token_shards
 from nanochat.errors import command
-from nanochat.files import write_json
+from nanochat.files import check_output, write_json
+from nanochat.lane_b.figure import check_plot
 from nanochat.lane_b.measure.documents import check_vocabulary, from_shards
 from nanochat.lane_b.measure.position_losses import check_same_model, check_same_text, read_position_losses
 from nanochat.lane_b.measure.statistics import DEFAULT_LAGS, measure
 from nanochat.lane_b.measure.statistics_figure import draw_statistics
 from nanochat.lane_b.measure.statistics_file import VERSION, describe, statistics_document
-from nanochat.lane_b.outputs import check_outputs
 from nanochat.paths import base_dir, runs_dir
-from nanochat.provenance import versions
+from nanochat.provenance import utc_now, versions
 from nanochat.ranks import Ranks, print0
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="a name of nanochat.dataset, or a folder")
-    parser.add_argument("--tokenizer", metavar="DIR", help="default: the one of scripts.tok_train in the cache folder")
+    parser.add_argument("--tokenizer-dir", "--tokenizer", metavar="DIR",
+                        help="default: the one of scripts.tok_train in the cache folder")
     parser.add_argument("--split", choices=("train", "val"), default="train")
     parser.add_argument("--max-tokens", type=int, default=32_000_000, help="whole documents up to about this many")
     parser.add_argument("--lags", type=parse_lags, metavar="N,N,...",
@@ -42,7 +43,7 @@ def parse_args(argv):
                         help="runs of scripts.base_train --position-losses on P and P/2 tokens: they give gamma")
     parser.add_argument("--context-tokens", type=int, help="context length of the model it is for; recorded")
     parser.add_argument("--processes", type=int, help="default: one a core")
-    parser.add_argument("--output-json", required=True)
+    parser.add_argument("--out", "--output-json", required=True, metavar="FILE.json")
     parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args(argv)
     for name in ("max_tokens", "context_tokens", "processes"):
@@ -77,9 +78,10 @@ def main(argv=None):
     args = parse_args(argv)
     start = time.time()
     ranks = Ranks.from_environment()
-    check_outputs(args.output_json, args.plot)
+    check_output("--out", args.out)
+    check_plot(args.plot)
     dataset = open_dataset(args.dataset)
-    tokenizer = load_tokenizer(args.tokenizer or base_dir() / "tokenizer")
+    tokenizer = load_tokenizer(args.tokenizer_dir or base_dir() / "tokenizer")
     losses = [read_position_losses(name, runs_dir()) for name in args.position_losses]
     check_same_text(losses, dataset.dataset_id, tokenizer.tokenizer_id)
     check_same_model(losses)
@@ -87,7 +89,7 @@ def main(argv=None):
     shards = read_shards(dataset, tokenizer, args.split, args.max_tokens)
     documents = from_shards(shards, tokenizer.bos_id, tokenizer.vocab_size, args.max_tokens)
     processes = args.processes or max(1, os.cpu_count() // ranks.world_size)
-    statistics = measure(documents, args.lags, losses, processes, ranks, args.output_json)
+    statistics = measure(documents, args.lags, losses, processes, ranks, args.out)
     if statistics is None:
         return
     n_bytes = tokenizer.token_bytes()[statistics.documents.tokens].sum(dtype=np.int64)
@@ -98,8 +100,8 @@ def main(argv=None):
         "settings": vars(args),
         "versions": {**versions(), "scipy": scipy.__version__},
         "command": " ".join(["python", "-m", "scripts.lane_b_stats", *(sys.argv[1:] if argv is None else argv)]),
-        "created_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "wall_time_sec": time.time() - start}
-    write_json(args.output_json, document)
+        "created_utc": utc_now(), "wall_time_sec": time.time() - start}
+    write_json(args.out, document)
     print0(describe(document))
     if args.plot:
         draw_statistics(statistics, args.plot)

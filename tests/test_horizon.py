@@ -7,6 +7,7 @@ from scipy.optimize import curve_fit, nnls
 
 from nanochat.errors import UserError
 from nanochat.lane_b import Refusal
+from nanochat.lane_b.exponents import Estimate, alpha_of
 from nanochat.lane_b.infer.calibration import (
     BitsPerByte,
     BitsPerToken,
@@ -19,8 +20,6 @@ from nanochat.lane_b.infer.horizon import (
     STATES,
     CorpusStatistics,
     CorrelationLaw,
-    Estimate,
-    data_exponent,
     infer_horizon,
     regime_at,
 )
@@ -179,7 +178,7 @@ def test_data_exponent_matches_the_paper(gamma, gamma_se, beta, beta_se, alpha, 
     def wide(value, se):
         return Estimate(value, se, value - 1.96 * se, value + 1.96 * se)
 
-    found = data_exponent(wide(gamma, gamma_se), wide(beta, beta_se))
+    found = alpha_of(wide(gamma, gamma_se), wide(beta, beta_se))
     assert found.value == pytest.approx(alpha, abs=5e-4)
     assert found.se == pytest.approx(alpha_se, abs=6e-4)
     assert found.lo == (gamma - 1.96 * gamma_se) / (2 * (beta + 1.96 * beta_se))
@@ -187,11 +186,11 @@ def test_data_exponent_matches_the_paper(gamma, gamma_se, beta, beta_se, alpha, 
 
 
 def test_a_bracket_of_gamma_gives_an_interval_without_a_point():
-    found = data_exponent(Estimate(None, None, 0.124, 0.339), Estimate(1.59, 0.07, 1.45, 1.73))
+    found = alpha_of(Estimate(None, None, 0.124, 0.339), Estimate(1.59, 0.07, 1.45, 1.73))
     assert (found.value, found.se) == (None, None)
     assert (found.lo, found.hi) == pytest.approx((0.0358, 0.1169), abs=1e-4)
-    assert data_exponent(Estimate(None, None, None, None), STATISTICS.beta) == Estimate(None, None, None, None)
-    assert data_exponent(STATISTICS.gamma, Estimate(0.1, 0.1, -0.1, 0.3)).lo is None
+    assert alpha_of(Estimate(None, None, None, None), STATISTICS.beta) == Estimate(None, None, None, None)
+    assert alpha_of(STATISTICS.gamma, Estimate(0.1, 0.1, -0.1, 0.3)).lo is None
 
 
 @pytest.mark.parametrize("law", [LAW, replace(LAW, slope=1.58, n_break=6.4, slope_after=0.17)])

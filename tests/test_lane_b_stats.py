@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import pydoc_data.topics
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from nanochat.data.sources import open_dataset
 from nanochat.data.tokenizer import train_tokenizer
 from nanochat.errors import UserError
 from nanochat.lane_b import Refusal
+from nanochat.lane_b.measure import pool
 from nanochat.lane_b.measure.beta import measure_beta
 from nanochat.lane_b.measure.correlation import LagEstimate
 from nanochat.lane_b.measure.documents import from_arrays
@@ -100,6 +102,26 @@ if __name__ == "__main__":
     alone = statistics_document(measured(copying_text(300_000), (1, 2, 3, 4, 5)))
     assert json.loads(outputs[0]) == json.loads(json.dumps(alone))
     assert list(tmp_path.glob("stats.json*")) == []
+
+
+def test_a_rank_s_results_are_arrays_and_never_unpickled(tmp_path, monkeypatch):
+    """Whoever can write beside the output could run code here, if a pickle there were read as one."""
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    def run(rank):
+        return pool.run_tasks(copying_text(1000), [(_die, 1), (_die, 2)], 1, Ranks(rank, rank, 2), tmp_path / "stats")
+
+    monkeypatch.setattr(pool, "_run_own", lambda documents, tasks, *_: [(0.1, np.arange(3))] * len(tasks))
+    assert run(rank=1) is None
+    part, = tmp_path.glob("stats.*rank1")
+    own, others = run(rank=0)
+    assert own[0] == others[0] == 0.1 and type(others[0]) is float and list(others[1]) == [0, 1, 2]
+    part.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="pickled"):
+        run(rank=0)
+    assert not (tmp_path / "exploded").exists()
 
 
 def test_converged_losses_by_position_give_alpha_a_value(tmp_path):
@@ -258,7 +280,7 @@ def test_losses_of_different_models_exit_with_3(corpus, tmp_path, capsys):
 def test_an_output_that_cannot_be_written_is_named_before_the_work(corpus, tmp_path, path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments(corpus, tmp_path, "--output-json", str(tmp_path / path)))
-    assert stop.value.code == 2 and "--output-json" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--out" in capsys.readouterr().err
 
 
 def test_a_missing_matplotlib_is_named_before_the_work(corpus, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,6 @@ import math
 import shlex
 import sys
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 
 from nanochat.errors import UserError
@@ -18,6 +17,7 @@ from nanochat.experiments.ledger import ExperimentRow, append_experiment, read_e
 from nanochat.experiments.profiles import CANDIDATES, Profile, candidate_name
 from nanochat.experiments.trials import device_of, load_trials, split
 from nanochat.files import read_json
+from nanochat.provenance import utc_now
 from nanochat.ranks import print0
 from nanochat.runlog import CONFIG, check_run_id, read_run
 from nanochat.target import check_target
@@ -135,7 +135,7 @@ def ledger_row(experiment, run, record):
         "time_to_target_sec_measured", "time_to_target_sec_extrapolated", "tok_per_sec_median", "dt_median_ms",
         "wall_time_sec", "min_val_bpb", "peak_memory_mib")}
     return ExperimentRow(
-        timestamp=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        timestamp=utc_now(),
         git_commit=record.config.get("git_commit") or "", experiment_name=experiment.name, seed=run.seed,
         depth=run.depth, target_metric_name=experiment.target_metric_name,
         target_metric_threshold=experiment.target_metric_threshold, status=summary.get("status", "failed"),

@@ -12,6 +12,7 @@ import numpy as np
 
 from nanochat.errors import UserError
 from nanochat.lane_b import Refusal
+from nanochat.lane_b.exponents import Estimate, alpha_of
 from nanochat.lane_b.infer.calibration import (
     MIN_HORIZONS_FREE,
     BitsPerByte,
@@ -31,16 +32,6 @@ UNREACHABLE_FACTOR = 10  # times the default horizon
 MAX_INTERVAL_FACTOR = 4  # a 95 % interval wider than this says too little
 MAX_EXTRAPOLATION = 4  # times the longest calibration horizon (and half the shortest)
 STATES = ("ok", "threshold_not_above_asymptote", "likely_unreachable", "low_quality")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its standard error and 95 % interval; value and se None: a bracket; all None: not known."""
-
-    value: float | None
-    se: float | None
-    lo: float | None
-    hi: float | None
 
 
 @dataclass(frozen=True)
@@ -157,20 +148,6 @@ class Inference:
                 "with --fallback")
 
 
-def data_exponent(gamma, beta):
-    """alpha_D = gamma / (2 beta) with its interval [gamma_lo / 2 beta_hi, gamma_hi / 2 beta_lo].
-
-    A point and its standard error (delta method in logarithms) only where gamma has one.
-    """
-    if gamma.lo is None or beta.lo is None or beta.lo <= 0:
-        return Estimate(None, None, None, None)
-    value = se = None
-    if gamma.value is not None:
-        value = gamma.value / (2 * beta.value)
-        se = value * math.hypot(gamma.se / gamma.value, beta.se / beta.value)
-    return Estimate(value, se, gamma.lo / (2 * beta.hi), gamma.hi / (2 * beta.lo))
-
-
 def regime_at(law, data_tokens, context_tokens):
     """The regime of a model with `context_tokens` (None: not known) trained on `data_tokens`."""
     usable = law.usable_context_tokens(data_tokens)
@@ -194,7 +171,7 @@ def infer_horizon(points, threshold, n_scaling_params, statistics, *, alpha_sour
     options = {"resamples": resamples, "seed": seed}
     check_points(points)
     own, own_refusal = _fit(points, options)
-    theory = data_exponent(statistics.gamma, statistics.beta)
+    theory = alpha_of(statistics.gamma, statistics.beta)
     by_theory, no_theory = None, f"the statistics give no alpha ({statistics.gamma_refusal or 'gamma is a bracket'})"
     if theory.value is not None:
         by_theory, no_theory = _fit(points, options, theory.value, theory.se / theory.value)

@@ -2,33 +2,26 @@
 
 import numpy as np
 
-from nanochat.errors import UserError
+from nanochat.lane_b.figure import BLUE as CURVE
+from nanochat.lane_b.figure import INK, MUTED, TITLE, dress, label_axis, new_figure, save
+from nanochat.lane_b.figure import ORANGE as TARGET
 from nanochat.lane_b.infer.calibration import CONFIDENCE
-from nanochat.lane_b.outputs import figure_class
-
-INK, MUTED, GRID = "#1f2933", "#6b7785", "#e6e9ed"
-CURVE, TARGET = "#2563a8", "#c2410c"
 
 
 def draw_inference(inference, path):
     """Write the figure to `path` (its ending chooses the format). Errors: UserError without matplotlib."""
-    figure = figure_class()(figsize=(8.0, 5.0), dpi=120, layout="constrained")
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
-
+    figure = new_figure(figsize=(8.0, 5.0))
     axes = figure.add_subplot()
     tokens = _range(inference)
     _draw_curve(axes, inference, tokens)
     _draw_points(axes, inference.points)
     _draw_target(axes, inference, tokens)
-    ratios = _dress(axes, inference, tokens)
-    for axis, form in ((axes.xaxis, EngFormatter(sep="")), (ratios.xaxis, StrMethodFormatter("{x:g}"))):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(form)
-        axis.set_minor_formatter(NullFormatter())
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot {path}: {error}") from None
+    ratios = _scale(axes, inference, tokens)
+    axes.set_title(_headline(inference), **TITLE)
+    dress(axes)
+    for axis, form in ((axes.xaxis, "k, M"), (ratios.xaxis, "{x:g}")):
+        label_axis(axis, form, subs=(1, 2, 5))
+    save(figure, path)
 
 
 def _range(inference):
@@ -75,7 +68,8 @@ def _draw_target(axes, inference, tokens):
     axes.plot(target.value, threshold, "o", markersize=9, color=TARGET, markeredgecolor="white", zorder=5)
 
 
-def _dress(axes, inference, tokens):
+def _scale(axes, inference, tokens):
+    """Ranges and names of the axes; returns the second axis, in tokens per scaling parameter."""
     params = inference.n_scaling_params
     metrics = [point.metric.value for point in inference.points] + [inference.threshold.value]
     spread = max(metrics) - min(metrics)
@@ -88,16 +82,8 @@ def _dress(axes, inference, tokens):
     ratios = axes.secondary_xaxis("top", functions=(lambda t: t / params, lambda r: r * params))
     ratios.set_xlabel("tokens per scaling parameter", color=MUTED, fontsize=9)
     ratios.tick_params(which="both", colors=MUTED, labelsize=8)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    for axis in (axes, ratios):
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.tick_params(which="both", length=0, colors=INK, labelsize=9)
-    axes.set_axisbelow(True)
-    axes.set_title(_headline(inference), loc="left", color=INK, fontsize=12, fontweight="bold", pad=12)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
+    for spine in ratios.spines.values():
+        spine.set_visible(False)
     return ratios
 
 

@@ -5,8 +5,9 @@ import statistics
 from nanochat.errors import UserError
 from nanochat.files import read_json
 from nanochat.lane_b import Refusal
+from nanochat.lane_b.exponents import Estimate
 from nanochat.lane_b.infer.calibration import BitsPerByte, CalibrationPoint
-from nanochat.lane_b.infer.horizon import CorpusStatistics, CorrelationLaw, Estimate
+from nanochat.lane_b.infer.horizon import CorpusStatistics, CorrelationLaw
 
 STATISTICS_VERSION = 1
 NUMBER_OR_NONE = (int, float, type(None))

@@ -65,6 +65,14 @@ class Slope:
         half = float(np.hypot(student * self.se_jackknife, NORMAL_95 * np.hypot(self.se_bootstrap, self.gap)))
         return self.value - half, self.value + half
 
+    @property
+    def lo(self):
+        return self.interval[0]
+
+    @property
+    def hi(self):
+        return self.interval[1]
+
 
 def r_squared(observed, fitted, weights=None):
     """1 − Σw(observed − fitted)² / Σw(observed − mean)²; 0 where the observed values are all alike."""

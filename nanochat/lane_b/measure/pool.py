@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import multiprocessing
 import os
-import pickle
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,21 +25,26 @@ def run_tasks(documents, tasks, processes, ranks, shared_path):
     """The results of tasks [(function, argument)], in order: function(documents, argument). None on ranks but 0.
 
     Each rank does its share in `processes` workers and leaves the results beside shared_path, where rank 0 waits for
-    them. Workers have one thread each, so sums come out bit for bit the same. function: of a module, by its name.
+    them. Workers have one thread each, so sums come out bit for bit the same. function: of a module, by its name; it
+    returns a tuple of numbers and arrays.
     """
     own = list(range(ranks.rank, len(tasks), ranks.world_size))
     results = dict(zip(own, _run_own(documents, [tasks[i] for i in own], processes, ranks), strict=True))
     if ranks.world_size > 1:
-        digest = hashlib.sha256(documents.hashes.tobytes() + pickle.dumps((documents.vocab_size, tasks))).hexdigest()
+        what = (documents.vocab_size, [(function.__name__, argument) for function, argument in tasks])
+        digest = hashlib.sha256(documents.hashes.tobytes() + repr(what).encode()).hexdigest()
         parts = [Path(f"{shared_path}.{digest[:12]}.rank{rank}") for rank in range(ranks.world_size)]
         if not ranks.is_main:
-            with atomic_path(parts[ranks.rank]) as path:
-                path.write_bytes(pickle.dumps(results))
+            arrays = {f"{task}.{place}": value for task in own for place, value in enumerate(results[task])}
+            with atomic_path(parts[ranks.rank]) as path, open(path, "wb") as file:
+                np.savez(file, **arrays)
             return None
         for part in parts[1:]:
             while not part.exists():  # renamed into place when whole
                 time.sleep(0.2)
-            results |= pickle.loads(part.read_bytes())
+            with np.load(part, allow_pickle=False) as arrays:
+                for name, value in arrays.items():  # in the order in which they were written
+                    results.setdefault(int(name.split(".")[0]), []).append(value if value.ndim else value.item())
             part.unlink()
     return [results[i] for i in range(len(tasks))]
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from nanochat.lane_b import Refusal
+from nanochat.lane_b.exponents import Estimate, alpha_of
 from nanochat.lane_b.measure.beta import MIN_LAGS, Beta, measure_beta
 from nanochat.lane_b.measure.correlation import LagEstimate, counters_of, estimate_lag, null_coefficient
 from nanochat.lane_b.measure.documents import N_FOLDS, Documents, check_variety, outliers
@@ -28,13 +29,9 @@ DEFAULT_LAGS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 23, 32, 45, 64)
 
 
 @dataclass(frozen=True)
-class Gamma:
-    """γ with its 95 % interval where the losses by position converged; a bracket without a value from n-grams."""
+class Gamma(Estimate):
+    """γ where the losses by position converged; a bracket without a value from n-grams."""
 
-    value: float | None = None
-    se: float | None = None
-    lo: float | None = None
-    hi: float | None = None
     source: str | None = None
     window: tuple[float, float] | None = None
     data_tokens: int | None = None
@@ -57,12 +54,8 @@ class Statistics:
 
     @property
     def alpha(self):
-        """(value or None, lo, hi) of γ / 2β; the ends pair the far ends of both intervals."""
-        gamma, beta = self.gamma, self.beta.slope
-        if gamma.source is None:
-            return None, None, None
-        value = None if gamma.value is None else gamma.value / (2 * beta.value)
-        return value, gamma.lo / (2 * beta.interval[1]), gamma.hi / (2 * beta.interval[0])
+        """Estimate of γ / 2β."""
+        return alpha_of(self.gamma, self.beta.slope)
 
 
 def measure(documents, lags, position_losses, processes, ranks, shared_path):
@@ -77,7 +70,8 @@ def measure(documents, lags, position_losses, processes, ranks, shared_path):
     results = run_tasks(documents, tasks, processes, ranks, shared_path)
     if results is None:
         return None
-    null, scores, estimates = results[0], results[1:1 + len(samples)], results[1 + len(samples):]
+    (null,), scores = results[0], results[1:1 + len(samples)]
+    estimates = tuple(LagEstimate(*result) for result in results[1 + len(samples):])
     beta = measure_beta(estimates, null)
     if beta.op.n_break is not None:
         warnings.append(beta.regime)
@@ -91,7 +85,7 @@ def measure(documents, lags, position_losses, processes, ranks, shared_path):
     positions = entropies_by_position(position_losses) if position_losses else None
     if positions and positions.offset_note:
         warnings.append(positions.offset_note)
-    return Statistics(documents, n_outliers, null, tuple(estimates), beta, positions, ngrams,
+    return Statistics(documents, n_outliers, null, estimates, beta, positions, ngrams,
                       _gamma(positions, ngrams), tuple(warnings))
 
 
@@ -138,8 +132,8 @@ _counters = lru_cache(maxsize=1)(counters_of)
 
 
 def _lag_task(documents, lag):
-    return estimate_lag(_counters(documents), lag)
+    return tuple(vars(estimate_lag(_counters(documents), lag)).values())
 
 
 def _null_task(documents, _):
-    return null_coefficient(documents)
+    return (null_coefficient(documents),)

@@ -2,31 +2,27 @@
 
 import numpy as np
 
-from nanochat.errors import UserError
+from nanochat.lane_b.figure import BLUE, MUTED, ORANGE, TITLE, dress, label_axis, new_figure, save
 from nanochat.lane_b.measure.fit import NORMAL_95
-from nanochat.lane_b.outputs import figure_class
 
-INK, MUTED, GRID = "#1f2933", "#6b7785", "#e6e9ed"
-OPERATOR, FROBENIUS, WHOLE, HALF = "#2563a8", "#c2410c", "#2563a8", "#8fb4d9"
+OPERATOR, FROBENIUS, WHOLE, HALF = BLUE, ORANGE, BLUE, "#8fb4d9"
 
 
 def draw_statistics(statistics, path):
     """Write the figure to `path` (its ending chooses the format). Errors: UserError without matplotlib."""
-    figure = figure_class()(figsize=(12.0, 5.2), dpi=120, layout="constrained")
+    figure = new_figure(figsize=(12.0, 5.2))
     figure.get_layout_engine().set(w_pad=0.12, wspace=0.04)
     correlation, entropy = figure.subplots(1, 2)
     _draw_correlation(correlation, statistics)
     _draw_entropy(entropy, statistics)
     for axes in (correlation, entropy):
         if axes.has_data():
-            _dress(axes)
+            _label(axes)
+            dress(axes)
         else:
             axes.set_axis_off()
             axes.text(0.5, 0.5, "too little text", ha="center", va="center", color=MUTED, transform=axes.transAxes)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot {path}: {error}") from None
+    save(figure, path)
 
 
 def _draw_correlation(axes, statistics):
@@ -55,7 +51,7 @@ def _draw_correlation(axes, statistics):
     _annotate_slopes(axes, beta, lags.max())
     axes.set(xscale="log", yscale="log", xlabel="lag n (tokens)", ylabel="‖C(n)‖")
     axes.set_title(rf"$\beta$ = {beta.slope.value:.2f} ± {beta.slope.se:.2f}"
-                   f" from lags {beta.window[0]} to {beta.window[1]}", **_TITLE)
+                   f" from lags {beta.window[0]} to {beta.window[1]}", **TITLE)
 
 
 def _annotate_slopes(axes, beta, last_lag):
@@ -84,7 +80,7 @@ def _draw_entropy(axes, statistics):
         title = rf"$\gamma$ between {gamma.lo:.2f} and {gamma.hi:.2f}: a bracket, no value"
     else:
         title = r"$\gamma$ not reported"
-    axes.set_title(title, **_TITLE)
+    axes.set_title(title, **TITLE)
 
 
 def _draw_positions(axes, positions):
@@ -119,30 +115,12 @@ def _draw_ngrams(axes, bracket):
              ylabel="held-out cross-entropy (nats a token)")
 
 
-def _dress(axes):
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
-
+def _label(axes):
     large = axes.get_xlim()[1] > 1e4
-    axes.xaxis.set_major_locator(LogLocator(base=10 if large else 2, numticks=20))
-    axes.xaxis.set_major_formatter(EngFormatter(sep="") if large else StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    label_axis(axes.xaxis, "k, M" if large else "{x:g}", base=10 if large else 2, numticks=20)
     if axes.get_yscale() == "log" and axes.get_ylim()[1] > 0.1:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.tick_params(which="both", length=0, colors=INK, labelsize=9)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    axes.set_axisbelow(True)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
+        label_axis(axes.yaxis, "{x:g}", subs=(1, 1.5, 2, 3, 4, 5, 6, 8))
 
 
 def _tokens(number):
     return f"{number / 1e6:.3g}M" if number >= 1e6 else f"{number / 1e3:.3g}k"
-
-
-_TITLE = {"loc": "left", "color": INK, "fontsize": 12, "fontweight": "bold", "pad": 12}

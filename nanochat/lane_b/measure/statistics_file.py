@@ -10,7 +10,6 @@ VERSION = 1
 def statistics_document(statistics):
     """The measured part of stats.json: plain values, unrounded, None where not known."""
     null = statistics.null_coefficient
-    value, lo, hi = statistics.alpha
     return {
         "n_tokens": statistics.documents.n_tokens, "n_documents": statistics.documents.n_documents,
         "n_outlier_documents": statistics.n_outlier_documents,
@@ -24,7 +23,7 @@ def statistics_document(statistics):
         "entropy": {"position_losses": statistics.positions and _positions_json(statistics.positions),
                     "ngram": statistics.ngrams and _ngrams_json(statistics.ngrams)},
         "gamma": dict(vars(statistics.gamma)),
-        "alpha_theory": {"value": value, "lo": lo, "hi": hi},
+        "alpha_theory": dict(vars(statistics.alpha)),
         "warnings": list(statistics.warnings),
         "refusals": [statistics.gamma.refusal] if statistics.gamma.refusal else []}
 
@@ -43,7 +42,7 @@ def _decay_json(decay):
 
 def _beta_json(beta):
     slope = beta.slope
-    return {"value": slope.value, "se": slope.se, "lo": slope.interval[0], "hi": slope.interval[1], "source": "op",
+    return {"value": slope.value, "se": slope.se, "lo": slope.lo, "hi": slope.hi, "source": "op",
             "window": list(beta.window), "n_lags": beta.n_lags, "log_intercept": beta.law.log_intercept,
             "se_jackknife": slope.se_jackknife, "se_bootstrap": slope.se_bootstrap, "op_frobenius_gap": slope.gap,
             "beta_frobenius": beta.frobenius_slope,
