@@ -8,12 +8,6 @@ source runs/setup.sh
 PROFILE="${1:-cpu-short}"
 SEEDS="${2:-0 1}"
 NAME="$PROFILE${TAG:-}"
-case "$PROFILE" in
-    cpu*) DATASET=stdlib ;;
-    *) DATASET=climbmix ;;
-esac
-TOKENIZER="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/tokenizer_$DATASET"
-
 bash runs/baseline.sh "$PROFILE" "$SEEDS"
 
 # lane C's kernels run in the Triton interpreter where there is no GPU
@@ -21,8 +15,7 @@ bash runs/baseline.sh "$PROFILE" "$SEEDS"
 
 # shellcheck disable=SC2086  (the seeds are words)
 python -m scripts.experiment --name "lane_c_$NAME" --profile "$PROFILE" --seeds $SEEDS \
-    --candidates baseline fused-rmsnorm chunked-ce both --target-from "baseline_$NAME" --probe \
-    -- --tokenizer-dir "$TOKENIZER"
+    --candidates baseline fused-rmsnorm chunked-ce both --target-from "baseline_$NAME" --probe
 bash runs/miniseries.sh "$PROFILE"
 
 python -m scripts.verdict --experiment "lane_c_$NAME" --miniseries "miniseries_$NAME" --log

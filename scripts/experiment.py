@@ -10,8 +10,10 @@ import signal
 import sys
 from functools import partial
 
+from nanochat.data.sources import download_shards
 from nanochat.errors import UserError, command
 from nanochat.experiments.gates import Rules
+from nanochat.experiments.launch import run_module
 from nanochat.experiments.probe import probe_candidates
 from nanochat.experiments.profiles import BASELINE, CANDIDATES, PROFILES, candidate_flags, find_profile
 from nanochat.experiments.runner import (
@@ -23,6 +25,7 @@ from nanochat.experiments.runner import (
     threshold_in_use,
     training_command,
 )
+from nanochat.files import check_output
 from nanochat.paths import runs_dir
 from nanochat.ranks import print0
 
@@ -36,7 +39,9 @@ def parse_args(argv=None):
                         help=f"{', '.join(CANDIDATES)}, or NAME='--its-flags ...'")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="the same for every candidate (0 1)")
     parser.add_argument("--depths", nargs="+", type=int, help="the profile's when left out")
-    parser.add_argument("--dataset", default="", help="the profile's when left out")
+    parser.add_argument("--series", action="store_true", help="the profile's series of depths, which gate 4 judges by")
+    parser.add_argument("--dataset", default="", help="instead of the profile's, which is prepared when missing; the "
+                        "tokenizer is then base_train's default, or that of -- --tokenizer-dir")
     parser.add_argument("--target-metric-name", default="val_bpb", help="val_bpb or core")
     parser.add_argument("--target-metric-threshold", type=float, help="no time to target when left out")
     parser.add_argument("--target-from", metavar="EXPERIMENT",
@@ -56,6 +61,9 @@ def parse_args(argv=None):
 def experiment_of(args):
     """The Experiment that the flags ask for."""
     profile = find_profile(args.profile)
+    depths = [profile.depth]
+    if args.series:
+        profile, depths = find_profile(profile.series), profile.series_depths
     threshold = args.target_metric_threshold
     if args.target_from:
         if threshold is not None or args.target_metric_name != "val_bpb":
@@ -67,8 +75,20 @@ def experiment_of(args):
     candidates = [candidate_flags(name) for name in args.candidates]
     if len(dict(candidates)) < len(candidates):
         raise UserError("a candidate is named twice; name each once")
-    return Experiment(args.name, profile, dict(candidates), tuple(args.seeds), tuple(args.depths or [profile.depth]),
+    return Experiment(args.name, profile, dict(candidates), tuple(args.seeds), tuple(args.depths or depths),
                       args.target_metric_name, threshold, args.dataset, tuple(args.extra_flags))
+
+
+def prepare(experiment):
+    """Download the profile's dataset and train its tokenizer, where they are not there yet."""
+    profile = experiment.profile
+    if not experiment.has_own_data:
+        return
+    if profile.n_train_files:
+        download_shards(profile.dataset, profile.n_train_files)
+    if not profile.tokenizer_dir().exists() and not any("tokenizer-dir" in word for word in experiment.extra_flags):
+        run_module("scripts.tok_train", ["--dataset", profile.dataset, "--vocab-size", profile.vocab_size,
+                                         "--tokenizer-dir", profile.tokenizer_dir()])
 
 
 @command
@@ -88,7 +108,10 @@ def main(argv=None):
         for run in runs:
             print(("# done: " if run.run_id in finished else "") + shlex.join(training(run.flags)))
         return 0
+    check_output("--ledger", args.ledger)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if len(finished) < len(runs):
+        prepare(experiment)
     made = run_experiment(experiment, args.ledger, runs_dir(), training)
     if args.probe:
         probe_candidates(experiment, runs_dir(), training)

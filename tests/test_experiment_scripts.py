@@ -11,14 +11,13 @@ from synthetic_runs import make_trial
 
 from nanochat import core_eval, dataset
 from nanochat.experiments.ledger import read_experiments
+from nanochat.experiments.profiles import PROTOCOL_FLAGS
 from nanochat.experiments.runner import plan
 from scripts import (
     base_eval,
     base_train,
     experiment,
-    lane_b_infer_ratio,
-    lane_b_log_run,
-    lane_b_stats,
+    lane_b,
     report,
     tok_eval,
     tok_train,
@@ -55,7 +54,7 @@ def test_dry_run_prints_rules_and_commands_and_runs_nothing(ledger, capsys):
                      "--ledger", str(ledger), "--dry-run", "--", "--device-type", "cpu"])
     out = capsys.readouterr().out
     commands = [line for line in out.splitlines() if "scripts.base_train" in line]
-    assert [line.split("--run-id ")[1].split()[0] for line in commands] == [
+    assert [line.split("--run-id=")[1].split()[0] for line in commands] == [
         f"x.{c}.d4.s{s}" for s in (0, 1) for c in ("baseline", "both")]
     assert all("--device-type cpu" in line for line in commands) and "4 generalisation" in out
     assert not ledger.exists()
@@ -69,13 +68,60 @@ def test_dry_run_marks_what_is_done(matrix, capsys):
 
 
 def test_every_flag_given_is_one_that_base_train_has(matrix, capsys):
-    experiment.main(["--name", "x", "--profile", "d12", "--candidates", "both", "--seeds", "3", "--ledger", str(matrix),
-                     "--target-from", "lane_c", "--dry-run"])
-    flags = capsys.readouterr().out.split("scripts.base_train ")[1].split()
+    experiment.main(["--name", "x", "--profile", "d12", "--candidates", "both", "--seeds", "3", "4",
+                     "--ledger", str(matrix), "--target-from", "lane_c", "--dry-run"])
+    flags = capsys.readouterr().out.split("scripts.base_train ")[1].splitlines()[0].split()
     args = base_train.parse_args(flags)
     ends = [row.min_val_bpb for row in read_experiments(matrix) if row.run_id.startswith("lane_c.baseline")]
     assert args.target_metric_threshold == max(ends) + 0.001
     assert (args.depth, args.seed, args.run_id, args.fused_rmsnorm) == (12, 3, "x.both.d12.s3", True)
+
+
+PROTOCOL = """
+    --depth=12 --head-dim=128 --window-pattern=L --max-seq-len=512 --device-batch-size=16 --total-batch-size=16384
+    --eval-every=100 --eval-tokens=524288 --core-metric-every=-1 --sample-every=-1 --save-every=-1
+    --num-iterations=1500 --run=dummy
+"""
+
+
+def test_d12_profile_is_the_protocol_to_the_letter(ledger, base_dir, capsys):
+    experiment.main(["--name", "b", "--profile", "d12", "--ledger", str(ledger), "--dry-run"])
+    commands = [line for line in capsys.readouterr().out.splitlines() if "scripts.base_train" in line]
+    for seed, line in enumerate(commands):
+        run_id = f"b.baseline.d12.s{seed}"
+        assert line.split("scripts.base_train ")[1].split() == [
+            *PROTOCOL.split(), *PROTOCOL_FLAGS, f"--tokenizer-dir={base_dir}/tokenizer_climbmix", "--dataset=climbmix",
+            f"--seed={seed}", f"--run-id={run_id}", f"--model-tag={run_id}"]
+    assert len(commands) == 2
+
+
+def test_a_series_is_the_profile_s_depths_which_those_given_replace(ledger, capsys):
+    def depths(*flags):
+        experiment.main(["--name", "x", *flags, "--seeds", "0", "--ledger", str(ledger), "--dry-run"])
+        lines = [line for line in capsys.readouterr().out.splitlines() if "scripts.base_train" in line]
+        return [int(line.split("--depth=")[1].split()[0]) for line in lines], "data-ratio=12" in lines[0]
+
+    assert depths("--profile", "d12", "--series") == ([8, 10, 12, 14], True)
+    assert depths("--profile", "cpu", "--series") == ([2, 3, 4], False)
+    assert depths("--profile", "cpu", "--series", "--depths", "3") == ([3], False)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_a_profile_trains_on_is_prepared_where_it_is_missing(ledger, base_dir, monkeypatch, there):
+    calls = []
+    monkeypatch.setattr(experiment, "download_shards", lambda name, n: calls.append((name, n)))
+    monkeypatch.setattr(experiment, "run_module", lambda module, flags: calls.append((module, *map(str, flags))))
+    monkeypatch.setattr(experiment, "run_experiment", lambda *_: calls.append("trained"))
+    folder = base_dir / "tokenizer_climbmix"
+    if there:
+        folder.mkdir()
+    experiment.main(["--name", "x", "--profile", "d12", "--ledger", str(ledger)])
+    tokenizer = ("scripts.tok_train", "--dataset", "climbmix", "--vocab-size", "32768", "--tokenizer-dir", str(folder))
+    assert calls == [("climbmix", 8), *([] if there else [tokenizer]), "trained"]
+    if not there:
+        calls.clear()
+        experiment.main(["--name", "x", "--profile", "d12", "--ledger", str(ledger), "--dataset", "books"])
+        assert calls == ["trained"]
 
 
 @pytest.mark.parametrize(("argv", "message"), [
@@ -176,8 +222,7 @@ def test_shell_scripts_give_only_commands_that_exist(tmp_path, script, argv):
     (tmp_path / "runs" / "setup.sh").write_text("")  # the environment is the tests' own
     stand_in, calls = tmp_path / "bin" / "python", tmp_path / "calls"
     stand_in.parent.mkdir()
-    stand_in.write_text('#!/bin/sh\n[ "$1" = -c ] && { echo "1.$$"; exit; }\n'  # a figure read from infer.json
-                        f'for arg in "$@"; do printf "%s\\0" "$arg"; done >> {calls}\necho >> {calls}\n')
+    stand_in.write_text(f'#!/bin/sh\nfor arg in "$@"; do printf "%s\\0" "$arg"; done >> {calls}\necho >> {calls}\n')
     torchrun = stand_in.with_name("torchrun")
     torchrun.write_text('#!/bin/sh\nshift 2\nexec python "$@"\n')  # --standalone --nproc-per-node=8
     for program in (stand_in, torchrun):
@@ -186,14 +231,13 @@ def test_shell_scripts_give_only_commands_that_exist(tmp_path, script, argv):
                    env={**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}"})
     commands = [line.rstrip("\0").split("\0") for line in calls.read_text().splitlines()]
     parsers = {"scripts.experiment": experiment, "scripts.verdict": verdict, "scripts.report": report,
-               "scripts.tok_train": tok_train, "nanochat.dataset": dataset, "scripts.lane_b_stats": lane_b_stats,
-               "scripts.lane_b_infer_ratio": lane_b_infer_ratio, "scripts.lane_b_log_run": lane_b_log_run,
+               "scripts.tok_train": tok_train, "nanochat.dataset": dataset,
                "scripts.base_train": base_train, "scripts.base_eval": base_eval, "scripts.tok_eval": tok_eval,
-               "nanochat.core_eval": core_eval}
+               "nanochat.core_eval": core_eval, "scripts.lane_b": lane_b}
     for module, *flags in (command[1:] for command in commands):
         args = parsers[module].parse_args(flags)
         if module == "scripts.experiment":
             args.target_from = None
             asked = experiment.experiment_of(args)
             assert all(base_train.parse_args(run.flags).tokenizer_dir for run in plan(asked))
-    assert {command[1] for command in commands} & {"scripts.experiment", "scripts.base_train"}
+    assert {command[1] for command in commands} & {"scripts.experiment", "scripts.base_train", "scripts.lane_b"}

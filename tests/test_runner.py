@@ -143,9 +143,8 @@ def test_a_run_that_finished_before_its_row_was_written_is_not_run_again(ledger,
 
 def test_a_crashed_run_is_a_failed_row_and_the_others_go_on(ledger, fake):
     asked = experiment(candidates=("baseline",), seeds=(0, 1))
-    crash_first = {"0": "crash"}
     run_experiment(asked, ledger, runs_dir(),
-                   lambda flags: fake([*flags, "--fate", crash_first.get(flags[flags.index("--seed") + 1], "ok")]),
+                   lambda flags: fake([*flags, "--fate", "crash" if "--seed=0" in flags else "ok"]),
                    report=lambda line: None)
     rows = read_experiments(ledger)
     assert [r.status for r in rows] == ["failed", "ok"] and rows[0].min_val_bpb is None
@@ -380,22 +379,24 @@ def test_several_processes_start_under_torchrun():
         "-m torch.distributed.run --standalone --nproc_per_node=8 -m scripts.base_train --depth 4")
 
 
-def test_d12_profile_is_the_plans_protocol_to_the_letter():
-    asked = Experiment("b", find_profile("d12"), {"baseline": ""}, (0,), (12,), "val_bpb", 0.9)
-    flags = plan(asked)[0].flags
-    wanted = {"--depth": "12", "--head-dim": "128", "--window-pattern": "L", "--max-seq-len": "512",
-              "--device-batch-size": "16", "--total-batch-size": "16384", "--eval-every": "100",
-              "--eval-tokens": "524288", "--core-metric-every": "-1", "--sample-every": "-1", "--save-every": "0",
-              "--num-iterations": "1500"}
-    given = dict(zip(flags[::2], flags[1::2], strict=True))
-    assert given == wanted | {"--dataset": "climbmix", "--seed": "0", "--target-metric-name": "val_bpb",
-                              "--target-metric-threshold": "0.9", "--run-id": "b.baseline.d12.s0",
-                              "--model-tag": "b.baseline.d12.s0", "--run": "dummy"}
+def test_a_threshold_and_a_candidate_follow_the_profile_in_the_plan():
+    asked = Experiment("b", find_profile("cpu"), {"mine": "--matrix-lr 0.1"}, (0,), (2,), "val_bpb", 0.9,
+                       extra_flags=("--run", "mine"))
+    [planned] = plan(asked)
+    assert planned.flags[0] == "--depth=2" and planned.flags[-12:] == [
+        "--run=dummy", f"--tokenizer-dir={runs_dir().parent / 'tokenizer_stdlib'}", "--run", "mine",
+        "--matrix-lr", "0.1", "--dataset=stdlib", "--seed=0", "--target-metric-name=val_bpb",
+        "--target-metric-threshold=0.9", "--run-id=b.mine.d2.s0", "--model-tag=b.mine.d2.s0"]
+
+
+def test_another_dataset_takes_the_trainings_own_tokenizer():
+    [planned] = plan(dataclasses.replace(experiment(candidates=("baseline",), seeds=(0,)), dataset="books"))
+    assert "--dataset=books" in planned.flags and not any("tokenizer" in flag for flag in planned.flags)
 
 
 def test_every_evaluation_interval_leaves_enough_points_to_extrapolate():
     for profile in PROFILES.values():
-        flags = dict(zip(profile.command_flags()[::2], profile.command_flags()[1::2], strict=True))
+        flags = dict(flag.split("=") for flag in profile.command_flags(4))
         if "--num-iterations" in flags:
             assert int(flags["--num-iterations"]) // int(flags["--eval-every"]) >= 6
 
@@ -405,6 +406,7 @@ def test_every_evaluation_interval_leaves_enough_points_to_extrapolate():
     (lambda: candidate_flags("magic"), "no candidate 'magic'.*baseline"),
     (lambda: experiment(seeds=(0, 0)), "each seed once"),
     (lambda: experiment(seeds=()), "at least one"),
+    (lambda: Experiment("b", find_profile("d12"), {"baseline": ""}, (0,), (12,)), "a protocol run needs 2 seeds"),
     (lambda: plan(experiment(name="a b")), "cannot name a folder"),
     (lambda: candidate_flags("hot='--matrix-lr"), "'hot': its flags .* do not parse"),
     (lambda: of_candidates(a="--x 1", b="--x 1"), "'a' and 'b' have the same flags"),

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -36,6 +37,13 @@ def experiment_lock(runs_dir, name, report=print0):
         yield lock
 
 
+def run_module(module, flags):
+    """Run `python -m module flags` on this console to its end. Errors: SystemExit where it ends with another code."""
+    child = subprocess.Popen([sys.executable, "-m", module, *map(str, flags)])
+    if code := _wait(child, child.wait):
+        raise SystemExit(code)
+
+
 def run_training(folder, argv, lock, title, fresh=True, environment=None, flags=()):
     """Run one training process to its end; its output goes to console.txt in the run's folder.
 
@@ -55,17 +63,22 @@ def run_training(folder, argv, lock, title, fresh=True, environment=None, flags=
                                                                leave=False) as bar:
         child = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),),
                                  env={**os.environ, **(environment or {})})
-        try:
-            code = _follow(child, folder, bar)
-        except BaseException:  # Ctrl-C or a signal to this process: the training saves and ends first
-            child.terminate()
-            child.wait()
-            raise
+        code = _wait(child, lambda: _follow(child, folder, bar))
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder.name} did not start: {_last_line(console)} (all of it: {console})")
     stopped = code in (-signal.SIGINT, -signal.SIGTERM) and not (folder / SUMMARY).exists()
     if stopped or read_run(folder).status == "interrupted":
         raise UserError(f"{folder.name} was stopped by a signal; give the same command again to go on")
+
+
+def _wait(child, until_end):
+    """What until_end() returns; on Ctrl-C or a signal to this process the child, too, saves and ends first."""
+    try:
+        return until_end()
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
 
 
 def _follow(child, folder, bar):

@@ -45,6 +45,8 @@ class Experiment:
         for what, values in (("seed", self.seeds), ("depth", self.depths)):
             if not values or len(set(values)) < len(values):
                 raise UserError(f"give each {what} once, and at least one: {list(values)}")
+        if len(self.seeds) < self.profile.min_seeds:
+            raise UserError(f"a protocol run needs {self.profile.min_seeds} seeds, as with --seeds 0 1")
         first = {}
         for name, flags in self.candidates.items():
             if first.setdefault(flags, name) != name:
@@ -54,6 +56,11 @@ class Experiment:
                 raise UserError(f"candidate {name!r} has the flags of {known!r}; call it so")
             if CANDIDATES.get(name, flags) != flags:
                 raise UserError(f"candidate {name!r} always has the flags {CANDIDATES[name]!r}; choose another name")
+
+    @property
+    def has_own_data(self):
+        """Whether dataset and tokenizer are the profile's own."""
+        return self.dataset in ("", self.profile.dataset)
 
 
 @dataclass(frozen=True)
@@ -187,12 +194,14 @@ def threshold_from(ledger, experiment_name, runs_dir, slack_bpb=0.001):
 
 
 def _train_flags(experiment, run_id, candidate_flags, depth, seed):
+    profile = experiment.profile
+    tokenizer = [f"--tokenizer-dir={profile.tokenizer_dir()}"] if experiment.has_own_data else []
     target = [] if experiment.target_metric_threshold is None else [
-        "--target-metric-name", experiment.target_metric_name,
-        "--target-metric-threshold", repr(experiment.target_metric_threshold)]
-    return ["--depth", str(depth), *experiment.profile.command_flags(), *experiment.extra_flags,
-            *shlex.split(candidate_flags), "--dataset", experiment.dataset or experiment.profile.dataset,
-            "--seed", str(seed), *target, "--run-id", run_id, "--model-tag", run_id, "--run", "dummy"]
+        f"--target-metric-name={experiment.target_metric_name}",
+        f"--target-metric-threshold={experiment.target_metric_threshold!r}"]
+    return [*profile.command_flags(depth), *tokenizer, *experiment.extra_flags, *shlex.split(candidate_flags),
+            f"--dataset={experiment.dataset or profile.dataset}", f"--seed={seed}", *target,
+            f"--run-id={run_id}", f"--model-tag={run_id}"]
 
 
 def _rows(ledger):

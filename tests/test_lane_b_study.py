@@ -1,0 +1,69 @@
+"""Lane B's stages as commands: all that are given exist, and what is done is left out."""
+
+import json
+
+import pytest
+
+from nanochat.experiments.runner import plan
+from scripts import base_train, experiment, lane_b, lane_b_infer_ratio, lane_b_log_run, lane_b_stats, report
+
+PARSERS = {"scripts.experiment": experiment, "scripts.lane_b_stats": lane_b_stats, "scripts.report": report,
+           "scripts.lane_b_infer_ratio": lane_b_infer_ratio, "scripts.lane_b_log_run": lane_b_log_run}
+INFERENCE = {"chosen_ratio": 9.5, "confirmation_ratio": 9.975, "target_metric_threshold": 1.25}
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs lane B with stages that only leave their files; returns what they were."""
+    def run(*argv):
+        ran = []
+
+        def stage(module, flags):
+            args = PARSERS[module].parse_args(list(map(str, flags)))
+            ran.append((module, args))
+            if module in ("scripts.lane_b_stats", "scripts.lane_b_infer_ratio"):
+                with open(args.out, "w") as file:
+                    json.dump(INFERENCE, file)
+
+        monkeypatch.setattr(lane_b, "run_module", stage)
+        lane_b.main(argv)
+        return ran
+
+    return run
+
+
+@pytest.mark.parametrize("argv", [[], ["--profile", "d12", "--seeds", "0", "1", "2", "--name", "mine"]])
+def test_every_stage_is_a_command_that_exists_and_the_trainings_are_of_flags_that_exist(run, argv):
+    ran = run(*argv)
+    assert [module.removeprefix("scripts.") for module, _ in ran] == [
+        "experiment", "experiment", "lane_b_stats", "lane_b_infer_ratio", "experiment", "lane_b_log_run",
+        "lane_b_log_run", "report", "lane_b_log_run"]
+    asked = [experiment.experiment_of(args) for module, args in ran if module == "scripts.experiment"]
+    made = {run.run_id for one in asked for run in plan(one)}
+    for one in asked:
+        for planned in plan(one):
+            base_train.parse_args(planned.flags)
+    proof = asked[2]
+    assert proof.target_metric_threshold == 1.25 and list(proof.candidates) == ["baseline", "inferred", "confirmation"]
+    assert {base_train.parse_args(run.flags).target_param_data_ratio for run in plan(proof)} >= {9.5, 9.975}
+    stats, inference, log = ran[2][1], ran[3][1], ran[5][1]
+    named = {*stats.position_losses, *inference.calibration_run, *inference.baseline_run, *log.runs}
+    assert named <= made and len(inference.calibration_run) == 4 * len(proof.seeds)
+
+
+def test_statistics_that_are_there_are_not_made_again(run):
+    run()
+    assert [module for module, _ in run()].count("scripts.lane_b_stats") == 0
+
+
+def test_a_dry_run_prints_what_is_known_and_runs_nothing(run, base_dir, capsys):
+    assert run("--dry-run") == [] and not (base_dir / "lane_b_cpu").exists()
+    assert "scripts.lane_b_infer_ratio" in capsys.readouterr().out
+    run()
+    assert run("--dry-run") == [] and "--target-param-data-ratio 9.975" in capsys.readouterr().out
+
+
+def test_a_profile_without_lane_b_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        lane_b.main(["--profile", "miniseries"])
+    assert stop.value.code == 2 and "use one of cpu, d12" in capsys.readouterr().err
