@@ -6,7 +6,14 @@ from hypothesis.extra import numpy as hnp
 from lane_b_sources import Copying, Markov, Renewal, cut
 
 from nanochat.lane_b import Refusal
-from nanochat.lane_b.measure.correlation import Covariance, counters_of, estimate_lag, null_coefficient, top_singular
+from nanochat.lane_b.measure.correlation import (
+    SUBSPACE,
+    Covariance,
+    counters_of,
+    estimate_lag,
+    null_coefficient,
+    top_singular,
+)
 from nanochat.lane_b.measure.counting import PairCounter, count_pairs
 from nanochat.lane_b.measure.documents import from_arrays, from_shards, outliers
 from nanochat.lane_b.measure.fit import fit_power_law, slopes, weights_of
@@ -117,6 +124,23 @@ def test_top_singular_of_rank_one_and_of_nothing():
     assert top_singular(Covariance(count_pairs(documents, 1)), 1)[1][0] > 0.2
     constant = from_arrays([np.zeros(50, np.uint16)], 2)
     assert top_singular(Covariance(count_pairs(constant, 1)), 1)[1][0] == pytest.approx(0, abs=1e-12)
+
+
+def test_folds_take_turns_in_giving_directions_choosing_among_them_and_measuring():
+    """By dense algebra on text without correlations, where each fold's noise points elsewhere."""
+    rng = np.random.default_rng(0)
+    documents = from_arrays([rng.integers(0, 12, 40) for _ in range(60)], 12)
+    counts = [count_pairs(documents.select(documents.folds == fold), 2).toarray() for fold in range(3)]
+    a, b, c = (n / n.sum() - np.outer(n.sum(axis=1), n.sum(axis=0)) / n.sum() ** 2 for n in counts)
+    op = 0.0
+    for directions, choice, strength in ((a, b, c), (b, c, a), (c, a, b)):
+        u, _, vt = np.linalg.svd(directions)
+        u, vt = u[:, :SUBSPACE], vt[:SUBSPACE]
+        left, _, right = np.linalg.svd(u.T @ choice @ vt.T)
+        op += (u @ left[:, 0]) @ strength @ (right[0] @ vt) / 3
+    estimate = estimate_lag(counters_of(documents), 2)
+    assert estimate.op == pytest.approx(op, rel=1e-9)
+    assert estimate.frobenius_squared == pytest.approx(((a * b).sum() + (b * c).sum() + (c * a).sum()) / 3, rel=1e-9)
 
 
 @pytest.mark.parametrize("exponent, exact", [(0.9, 0.593), (1.5, 0.958)])

@@ -72,11 +72,12 @@ def test_point_estimate_agrees_with_scipy_curve_fit():
     assert found.extrapolated_sec == pytest.approx(want_sec, rel=1e-4)
 
 
-def test_interval_ends_where_the_f_test_of_a_forced_crossing_refuses():
+@pytest.mark.parametrize("confidence", [0.8, 0.9, 0.95])  # at 0.8 alone, F(1, n) and F(2, n) are 1 % apart
+def test_interval_ends_where_the_f_test_of_a_forced_crossing_refuses(confidence):
     tokens = even_tokens(20)
     metric = power_law(tokens) + 0.002 * np.random.default_rng(3).standard_normal(20)
     threshold = float(power_law(2 * LAST_TOKENS))
-    found = time_to_target(evaluations(tokens, metric), "val_bpb", threshold, confidence=0.8)
+    found = time_to_target(evaluations(tokens, metric), "val_bpb", threshold, confidence)
     kept = tokens > 0.1 * LAST_TOKENS
     t, y = tokens[kept] / LAST_TOKENS, metric[kept]
 
@@ -91,7 +92,7 @@ def test_interval_ends_where_the_f_test_of_a_forced_crossing_refuses():
         c = end_sec / (LAST_TOKENS * SEC_PER_TOKEN)
         forced = smallest(lambda b, c=c: residual((t**-b - c**-b)[:, None], y - threshold))
         statistic = (forced - free) / (free / (len(t) - 3))
-        assert statistic == pytest.approx(f_distribution.ppf(0.8, 1, len(t) - 3), rel=0.02)
+        assert statistic == pytest.approx(f_distribution.ppf(confidence, 1, len(t) - 3), rel=0.02)
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.9])
