@@ -10,7 +10,6 @@ from nanochat.lane_b import Refusal
 from nanochat.lane_b.exponents import Estimate, alpha_of
 from nanochat.lane_b.infer.calibration import (
     BitsPerByte,
-    BitsPerToken,
     CalibrationPoint,
     Curves,
     central_interval,
@@ -152,20 +151,12 @@ def test_a_metric_that_cannot_be_is_refused(metric):
         BitsPerByte(metric)
 
 
-def test_bits_per_token_and_bits_per_byte_cannot_be_mixed():
-    per_token, per_byte = BitsPerToken(4.2), BitsPerByte(1.0)
-    with pytest.raises(TypeError):
-        CalibrationPoint(1_000_000, per_token, "run")
-    with pytest.raises(TypeError):
-        CalibrationPoint(1_000_000, 1.0, "run")
-    with pytest.raises(TypeError):
-        infer_horizon(points(), per_token, 1_000_000, STATISTICS)
-    with pytest.raises(TypeError):
-        TRUE.tokens_at(per_token)
-    with pytest.raises(TypeError):
-        assert per_token > per_byte
-    assert per_token != BitsPerByte(4.2)
-    assert per_token.per_byte(bytes_per_token=4.0) == BitsPerByte(1.05)
+@pytest.mark.parametrize("bare", [4.2, "4.2", None])
+def test_what_is_not_in_bits_per_byte_is_never_taken_for_it(bare):
+    for use in (lambda: CalibrationPoint(1_000_000, bare, "run"), lambda: TRUE.tokens_at(bare),
+                lambda: infer_horizon(points(), bare, 1_000_000, STATISTICS), lambda: BitsPerByte(1.0) < bare):
+        with pytest.raises(TypeError):
+            use()
 
 
 # The theory's side

@@ -23,7 +23,7 @@ _ALPHA_RANGE = (0.01, 3.0)  # 0.05 to 0.5 have been measured
 
 @dataclass(frozen=True, order=True)
 class BitsPerByte:
-    """A loss per byte of text. Comparing or mixing it with BitsPerToken is a TypeError."""
+    """A loss per byte of text. Mixing it with a bare number, or one per token, is a TypeError."""
 
     value: float
 
@@ -33,18 +33,8 @@ class BitsPerByte:
                           "leave that run out or repeat it")
 
 
-@dataclass(frozen=True, order=True)
-class BitsPerToken:
-    """A loss per token; it becomes one per byte only with the tokenizer's bytes per token."""
-
-    value: float
-
-    def per_byte(self, bytes_per_token):
-        return BitsPerByte(self.value / bytes_per_token)
-
-
 def bits_per_byte(metric):
-    """The number in a BitsPerByte. Errors: TypeError for anything else, a bare float or BitsPerToken."""
+    """The number in a BitsPerByte. Errors: TypeError for anything else."""
     if not isinstance(metric, BitsPerByte):
         raise TypeError(f"{metric!r} is not in bits per byte")
     return metric.value
@@ -83,21 +73,16 @@ class Curves:
 
     def metric_at(self, tokens):
         """Bits per byte at the end of a schedule of `tokens`; (curves, tokens) for many curves."""
-        alpha, asymptote, amplitude = (part[:, None] if np.ndim(part) else part for part in self._parts)
+        alpha, asymptote, amplitude = (part[:, None] if np.ndim(part) else part
+                                       for part in (self.alpha, self.asymptote, self.amplitude))
         return asymptote + amplitude * (np.asarray(tokens) / self.reference_tokens) ** -alpha
 
     def tokens_at(self, metric):
         """The horizon whose end reaches `metric` (BitsPerByte); infinity for a curve that never does."""
-        alpha, asymptote, amplitude = (np.asarray(part, dtype=np.float64) for part in self._parts)
-        gap = bits_per_byte(metric) - asymptote
-        reaches = (gap > 0) & (amplitude > 0)
+        gap, amplitude = bits_per_byte(metric) - np.asarray(self.asymptote), np.asarray(self.amplitude)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            tokens = self.reference_tokens * (amplitude / gap) ** (1 / alpha)
-        return np.where(reaches, tokens, np.inf)
-
-    @property
-    def _parts(self):
-        return self.alpha, self.asymptote, self.amplitude
+            tokens = self.reference_tokens * (amplitude / gap) ** (1 / np.asarray(self.alpha))
+        return np.where((gap > 0) & (amplitude > 0), tokens, np.inf)
 
 
 @dataclass(frozen=True)

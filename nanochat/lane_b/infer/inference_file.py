@@ -16,18 +16,13 @@ def inference_document(inference, default_ratio, fallback_reason=None):
     decision is `inferred`, or `fallback` to the default ratio where a reason for that is given; alpha_source
     is that of the alpha beside it, `default` only without one.
     """
-    decision = "inferred" if fallback_reason is None else "fallback"
-    document = {"state": "low_quality", "decision": decision, "fallback_reason": fallback_reason,
-                "alpha_source": "default", "policy": None,
-                "alpha": None, "alpha_theory": None, "alpha_calibration": None, "calibration": None,
-                "target_tokens": None, "target_param_data_ratio": None, "confirmation_ratio": None,
-                "default_ratio": default_ratio, "chosen_ratio": default_ratio,
-                "regime": None, "faults": [], "warnings": []}
-    if inference is not None:
-        document |= _of(inference)
-        if decision == "inferred":
-            document["chosen_ratio"] = inference.ratio.value
-    return _finite(document)
+    nothing = dict.fromkeys(("alpha", "alpha_theory", "alpha_calibration", "calibration", "target_tokens",
+                             "target_param_data_ratio", "confirmation_ratio", "regime"))
+    return _finite({
+        "state": "low_quality", "decision": "fallback" if fallback_reason else "inferred",
+        "fallback_reason": fallback_reason, "alpha_source": "default", "policy": None, **nothing,
+        "default_ratio": default_ratio, "chosen_ratio": default_ratio if fallback_reason else inference.ratio.value,
+        "faults": [], "warnings": [], **(_of(inference) if inference else {})})
 
 
 def _of(inference):
@@ -131,25 +126,22 @@ class RecordedInference:
 
 def read_inference(path):
     """RecordedInference from infer.json. Errors: UserError naming the file and the line or field."""
-    file = Fields(path, "scripts.lane_b_infer_ratio")
-    version = file.get("schema_version", int)
-    if version != VERSION:
-        raise file.fault(f"schema_version {version} (this program reads {VERSION})")
-    texts = ("dataset_id", "tokenizer_id", "target_metric_name", "decision", "state", "alpha_source")
-    nullable = ("alpha", "target_tokens", "target_param_data_ratio")
+    file = Fields(path, "scripts.lane_b_infer_ratio", VERSION)
     for name, known in (("decision", DECISIONS), ("target_metric_name", ("val_bpb",))):
         if file.get(name, str) not in known:
             raise file.fault(f"{name} is {file.get(name, str)!r}, not {' or '.join(known)}")
-    fitted = file.get("calibration", (dict, type(None))) is not None
+    texts = ("dataset_id", "tokenizer_id", "target_metric_name", "decision", "state", "alpha_source")
+    nullable = ("alpha", "target_tokens", "target_param_data_ratio")
+    fitted = file.get("calibration", dict, type(None)) is not None
     return RecordedInference(
         **{name: file.get(name, str) for name in texts},
-        **{name: None if file.get(name, (dict, type(None))) is None else file.number(f"{name}.value")
+        **{name: None if file.get(name, dict, type(None)) is None else file.number(f"{name}.value")
            for name in nullable},
         target_metric_threshold=file.number("target_metric_threshold"),
         n_scaling_params=file.get("n_scaling_params", int),
         confirmation_ratio=file.optional("confirmation_ratio"), default_ratio=file.number("default_ratio"),
         asymptote=file.number("calibration.L_inf_bits_per_byte") if fitted else None,
-        curve_alpha=file.positive("calibration.alpha") if fitted else None)
+        curve_alpha=file.number("calibration.alpha", above=0) if fitted else None)
 
 
 def _finite(value):

@@ -1,5 +1,6 @@
 """What lane B's inference reads: stats.json, and runs as calibration points or as the baseline."""
 
+import math
 import statistics
 
 from nanochat.errors import UserError
@@ -11,15 +12,19 @@ from nanochat.lane_b.infer.horizon import CorpusStatistics, CorrelationLaw
 
 STATISTICS_VERSION = 1
 NUMBER_OR_NONE = (int, float, type(None))
+_OF_ONE_MODEL = (("models", "n_scaling_params", int), ("models", "model_config", dict),
+                 ("batch sizes", "total_batch_size_tokens", int))
 
 
 class Fields:
     """Typed access to a JSON object by dotted names; every error is a UserError that names the file and the field."""
 
-    def __init__(self, path, maker):
+    def __init__(self, path, maker, version):
         self.path, self.maker, self.values = path, maker, read_json(path, f"make the file again with {maker}")
+        if self.get("schema_version", int) != version:
+            raise self.fault(f"schema_version {self.values['schema_version']} (this program reads {version})")
 
-    def get(self, name, kinds):
+    def get(self, name, *kinds):
         """The value at `name` (a.b.c), which must be there and of one of `kinds`; numbers must be finite."""
         value = self.values
         for part in name.split("."):
@@ -31,17 +36,16 @@ class Fields:
             raise self.fault(f"{name} is {value!r}")
         return value
 
-    def number(self, name):
-        return float(self.get(name, (int, float)))
-
-    def positive(self, name):
-        value = self.number(name)
-        if value <= 0:
-            raise self.fault(f"{name} is {value:g}, not above 0")
+    def number(self, name, above=-math.inf):
+        """A float above `above`."""
+        value = float(self.get(name, int, float))
+        if value <= above:
+            raise self.fault(f"{name} is {value:g}, not above {above:g}")
         return value
 
     def optional(self, name):
-        value = self.get(name, (int, float, type(None)))
+        """A float or None."""
+        value = self.get(name, *NUMBER_OR_NONE)
         return None if value is None else float(value)
 
     def estimate(self, name):
@@ -61,34 +65,28 @@ class Fields:
 
 def read_statistics(path):
     """CorpusStatistics from the stats.json of scripts.lane_b_stats. Errors: UserError naming file and field."""
-    file = Fields(path, "scripts.lane_b_stats")
-    version = file.get("schema_version", int)
-    if version != STATISTICS_VERSION:
-        raise file.fault(f"schema_version {version} (this program reads {STATISTICS_VERSION})")
-    beta = file.estimate("beta")
-    if beta.value is None:
-        raise file.fault("beta has no value")
-    context_tokens, warnings = file.optional("context_tokens"), file.get("warnings", list)
+    file = Fields(path, "scripts.lane_b_stats", STATISTICS_VERSION)
+    file.number("beta.value")  # never a bracket alone
     return CorpusStatistics(
         dataset_id=file.get("dataset_id", str), tokenizer_id=file.get("tokenizer_id", str),
-        vocab_size=file.get("vocab_size", int), beta=beta,
-        beta_max_data_tokens=file.positive("beta.max_data_tokens"), gamma=file.estimate("gamma"),
-        gamma_refusal=file.get("gamma.refusal", (str, type(None))), law=_correlation_law(file),
-        context_tokens=None if context_tokens is None else int(context_tokens),
-        warnings=tuple(str(warning) for warning in warnings))
+        vocab_size=file.get("vocab_size", int), beta=file.estimate("beta"),
+        beta_max_data_tokens=file.number("beta.max_data_tokens", above=0), gamma=file.estimate("gamma"),
+        gamma_refusal=file.get("gamma.refusal", str, type(None)), law=_correlation_law(file),
+        context_tokens=file.get("context_tokens", int, type(None)),
+        warnings=tuple(map(str, file.get("warnings", list))))
 
 
 def _correlation_law(file):
     lags = [lag.get("lag") if isinstance(lag, dict) else None for lag in file.get("lags", list)]
     if not lags or not all(type(lag) is int for lag in lags):
         raise file.fault("lags is not a list of lags")
-    law = {"null_coefficient": file.positive("null_coefficient"), "longest_lag": max(lags)}
+    law = {"null_coefficient": file.number("null_coefficient", above=0), "longest_lag": max(lags)}
+    fit = "fits.op.single"
     if file.optional("n_break") is None:
-        fit = "fits.op.single"
         return CorrelationLaw(file.number(f"{fit}.log_intercept"), file.number(f"{fit}.slope"), None, None, **law)
     fit = "fits.op.broken"
     return CorrelationLaw(file.number(f"{fit}.log_intercept"), file.number(f"{fit}.slope_before"),
-                          file.positive("n_break"), file.number(f"{fit}.slope_after"), **law)
+                          file.number("n_break", above=0), file.number(f"{fit}.slope_after"), **law)
 
 
 def parse_point(text):
@@ -141,20 +139,21 @@ def common_model(runs):
     """(scaling parameters, tokens a step, context length in tokens) of runs of one model. Errors: Refusal when they
     differ in that, or one run is given twice."""
     check_different([run.run_id for run in runs])
-    first, *others = runs
-    for run in others:
-        for part, what in ((_model, "models"), (_step_tokens, "batch sizes")):
-            if part(run) != part(first):
-                raise Refusal(f"runs {first.run_id} and {run.run_id} are of different {what}; calibrate with one")
-    params, config = _model(first)
-    return params, _step_tokens(first), config.get("sequence_len")
+    found = [[recorded(run, "config", name, kind) for _, name, kind in _OF_ONE_MODEL] for run in runs]
+    for run, values in zip(runs, found, strict=True):
+        for (what, *_), value, first in zip(_OF_ONE_MODEL, values, found[0], strict=True):
+            if value != first:
+                raise Refusal(f"runs {runs[0].run_id} and {run.run_id} are of different {what}; calibrate with one")
+    params, config, step_tokens = found[0]
+    return params, step_tokens, config.get("sequence_len")
 
 
 def check_baseline(runs, n_scaling_params, step_tokens):
     """Errors: Refusal for a baseline of another size of model or batch (None: not known) than the calibration's."""
     for run in runs:
-        for what, found, wanted in (("scaling parameters", _params(run), n_scaling_params),
-                                    ("tokens a step", _step_tokens(run), step_tokens)):
+        for what, name, wanted in (("scaling parameters", "n_scaling_params", n_scaling_params),
+                                   ("tokens a step", "total_batch_size_tokens", step_tokens)):
+            found = recorded(run, "config", name, int)
             if wanted is not None and found != wanted:
                 raise Refusal(f"baseline run {run.run_id} has {found} {what}, the calibration {wanted}; "
                               "give a baseline of the model that was calibrated")
@@ -175,18 +174,6 @@ def recorded(run, part, name, *kinds):
     if isinstance(values[name], bool) or not isinstance(values[name], kinds):
         raise UserError(f"{run.folder}/{part}.json: {name} is {values[name]!r}; mend the record or repeat the run")
     return values[name]
-
-
-def _model(run):
-    return _params(run), recorded(run, "config", "model_config", dict)
-
-
-def _params(run):
-    return recorded(run, "config", "n_scaling_params", int)
-
-
-def _step_tokens(run):
-    return recorded(run, "config", "total_batch_size_tokens", int)
 
 
 def _check_run(run, corpus):

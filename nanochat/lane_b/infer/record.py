@@ -64,11 +64,10 @@ def record_of_run(run, inference, decision, reached, ratio=None, notes=""):
     A `ratio` given replaces the decision's. Errors: UserError when the run did not train at the ratio, or on
     another dataset, tokenizer or model.
     """
-    config = run.config
-    ratio = ratio or inference.ratio_of(decision)
+    config, ratio = run.config, ratio or inference.ratio_of(decision)
     _check_trained_as_decided(run, inference, decision, ratio)
-    measured = {name: recorded(run, "summary", name, *NUMBER_OR_NONE) for name in
-                ("min_val_bpb", "tok_per_sec_median", "dt_median_ms") if name in (run.summary or {})}
+    measured = {name: recorded(run, "summary", name, *NUMBER_OR_NONE) if name in (run.summary or {}) else None
+                for name in ("min_val_bpb", "tok_per_sec_median", "dt_median_ms")}
     source = "default" if decision == "fallback" else inference.alpha_source
     given = f"alpha_source={source}; state={inference.state}"
     return LaneBRecord(
@@ -79,9 +78,8 @@ def record_of_run(run, inference, decision, reached, ratio=None, notes=""):
         inferred_target_tokens=None if inference.target_tokens is None else math.ceil(inference.target_tokens),
         inferred_target_param_data_ratio=inference.target_param_data_ratio,
         confirmation_ratio=inference.confirmation_ratio, chosen_ratio=ratio, lane_b_decision=decision,
-        time_to_target_sec_measured=reached[0], time_to_target_sec_extrapolated=reached[1],
-        min_val_bpb=measured.get("min_val_bpb"), tok_per_sec_median=measured.get("tok_per_sec_median"),
-        dt_median_ms=measured.get("dt_median_ms"), status=run.status, notes=f"{given}; {notes}" if notes else given)
+        time_to_target_sec_measured=reached[0], time_to_target_sec_extrapolated=reached[1], status=run.status,
+        notes=f"{given}; {notes}" if notes else given, **measured)
 
 
 def _check_trained_as_decided(run, inference, decision, ratio):
@@ -105,14 +103,12 @@ def standing(records, baseline):
     A group stands by the median over its seeds of the measured time, else the extrapolated one (~);
     a group with a seed that has neither cannot win.
     """
-    groups = {"baseline": list(baseline)}
-    for decision in DECISIONS:
-        times = [(record.time_to_target_sec_measured, record.time_to_target_sec_extrapolated)
-                 for record in records if record.lane_b_decision == decision]
-        if times:
-            groups[decision] = times
-    medians = {name: statistics.median(_seconds(pair) for pair in times) for name, times in groups.items()
-               if all(pair != (None, None) for pair in times)}
+    groups = {"baseline": list(baseline)} | {
+        decision: times for decision in DECISIONS if (times := [
+            (record.time_to_target_sec_measured, record.time_to_target_sec_extrapolated)
+            for record in records if record.lane_b_decision == decision])}
+    medians = {name: statistics.median(pair[1] if pair[0] is None else pair[0] for pair in times)
+               for name, times in groups.items() if (None, None) not in times}
     lines = []
     for name, times in groups.items():
         middle = f", median {medians[name]:.1f}" if name in medians else ""
@@ -125,10 +121,6 @@ def standing(records, baseline):
     order = sorted(medians, key=medians.get)
     margin = f", by {100 * (1 - medians[order[0]] / medians[order[1]]):.1f} % of {order[1]}'s time" if order[1:] else ""
     return [*lines, f"first: {order[0]}{margin}; a margin within the seeds' spread above is a tie"]
-
-
-def _seconds(pair):
-    return pair[1] if pair[0] is None else pair[0]
 
 
 def _shown(pair):
