@@ -2,6 +2,7 @@
 as a bracket alone, from n-gram models of the text (arXiv:2602.07488, section 4)."""
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -60,20 +61,20 @@ class PositionEntropies:
     tokens_half: int
     n_runs: int
     n_runs_half: int
-    points: tuple[EntropyPoint, ...]
-    window: tuple[EntropyPoint, ...]
-    slope: Slope | None
-    law: PowerLaw | None
-    refusal: str | None
+    points: tuple[EntropyPoint, ...] = ()
+    window: tuple[EntropyPoint, ...] = ()
+    slope: Slope | None = None
+    law: PowerLaw | None = None
+    refusal: str | None = None
     offset_note: str | None = None
 
 
 @dataclass(frozen=True)
 class NgramCurve:
-    """Held-out cross-entropies (nats a token) of one context length as the data double, and their extrapolation
+    """Held-out cross-entropies (nats a token) with n tokens of context as the data double, and their extrapolation
     CE = H + A · (P / largest P)^-exponent. se: of the last one, from the choice of the held-out documents."""
 
-    context: int
+    n: int
     cross_entropies: tuple[float, ...]
     se: float
     extrapolated: float
@@ -110,23 +111,19 @@ class NgramBracket:
     @property
     def lo(self):
         """From the lowest H_1 and the highest H_2; None where not bounded."""
-        if not self.is_bounded:
-            return None
-        return float(max(0.0, np.log2(self.curves[0].lo / self.curves[1].hi)))
+        return float(max(0.0, np.log2(self.curves[0].lo / self.curves[1].hi))) if self.is_bounded else None
 
     @property
     def hi(self):
         """From the highest H_1 and the lowest H_2; None where not bounded."""
-        if not self.is_bounded:
-            return None
-        return float(np.log2(self.curves[0].hi / self.curves[1].lo))
+        return float(np.log2(self.curves[0].hi / self.curves[1].lo)) if self.is_bounded else None
 
     @property
     def reason(self):
         """Why this is a bracket, in words."""
         for curve in self.curves:
             if curve.last_fall >= CONVERGED_NATS:
-                return (f"H_n at n={curve.context} still falls {curve.last_fall:.3f} nats per data doubling "
+                return (f"H_n at n={curve.n} still falls {curve.last_fall:.3f} nats per data doubling "
                         f"(limit {CONVERGED_NATS})")
         return f"n-grams give {len(self.curves)} points of H_n (need {MIN_POINTS})"
 
@@ -139,23 +136,22 @@ def entropies_by_position(losses):
     largest = max(loss.tokens for loss in losses)
     whole = [loss for loss in losses if loss.tokens > 0.95 * largest]
     half = [loss for loss in losses if _HALF[0] * largest <= loss.tokens <= _HALF[1] * largest]
+    found = partial(PositionEntropies, largest, half[0].tokens if half else largest // 2, len(whole), len(half))
     if not half:
         sizes = ", ".join(f"{tokens:,}" for tokens in sorted({loss.tokens for loss in losses}))
-        return _refused(largest, whole, half, (), "position losses of models trained on P and P/2 tokens are needed, "
-                        f"these saw {sizes}; add a run on about {largest // 2:,} tokens")
+        return found(refusal="position losses of models trained on P and P/2 tokens are needed, these saw "
+                             f"{sizes}; add a run on about {largest // 2:,} tokens")
     points = _points(whole, half)
-    unconverged = next((i for i, point in enumerate(points) if not point.is_converged), len(points))
-    window = points[:unconverged]
+    unconverged = [point for point in points if not point.is_converged]
+    window = points[:points.index(unconverged[0])] if unconverged else points
     if len(window) < MIN_POINTS:
-        point = points[unconverged] if unconverged < len(points) else None
-        reason = _unconverged(point) if point else f"only {len(points)} context lengths (need {MIN_POINTS})"
-        return _refused(largest, whole, half, points, reason)
+        return found(points, refusal=_unconverged(unconverged[0]) if unconverged else
+                     f"only {len(points)} context lengths (need {MIN_POINTS})")
     slope, law = _gamma(window)
     if slope.interval[0] <= 0:
-        reason = f"the losses do not clearly fall with the context ({slope.value:.3f} ± {slope.se:.3f})"
-        return _refused(largest, whole, half, points, reason)
-    return PositionEntropies(largest, half[0].tokens, len(whole), len(half), points, window, slope, law, None,
-                             _offset_note(window))
+        return found(points, refusal="the losses do not clearly fall with the context "
+                                     f"({slope.value:.3f} ± {slope.se:.3f})")
+    return found(points, window, slope, law, offset_note=_offset_note(window))
 
 
 def context_grid(longest):
@@ -249,8 +245,3 @@ def _offset_note(points):
     if max(as_good) - min(as_good) < 0.01:
         return None
     return f"offset H_inf not fitted: gamma would range {min(as_good):.2f}-{max(as_good):.2f}"
-
-
-def _refused(tokens, whole, half, points, reason):
-    return PositionEntropies(tokens, half[0].tokens if half else tokens // 2, len(whole), len(half), tuple(points), (),
-                             None, None, reason)

@@ -65,14 +65,6 @@ class Slope:
         half = float(np.hypot(student * self.se_jackknife, NORMAL_95 * np.hypot(self.se_bootstrap, self.gap)))
         return self.value - half, self.value + half
 
-    @property
-    def lo(self):
-        return self.interval[0]
-
-    @property
-    def hi(self):
-        return self.interval[1]
-
 
 def r_squared(observed, fitted, weights=None):
     """1 − Σw(observed − fitted)² / Σw(observed − mean)²; 0 where the observed values are all alike."""
@@ -103,19 +95,16 @@ def fit_broken_power_law(x, y, weights=None, min_before=3, min_after=2):
     """The best BrokenPowerLaw over breaks in 2.5..40, or None where no break leaves enough points on both sides."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     weights = weights_of(y) if weights is None else weights
-    best = None
+    fits = []
     for n_break in np.geomspace(*BREAK_RANGE, 241):
-        if (x <= n_break).sum() < min_before or (x > n_break).sum() < min_after:
-            continue
-        after = np.log(np.maximum(x / n_break, 1))
-        design = np.column_stack([after - np.log(x), -after, np.ones_like(x)])
-        coefficients, chi_squared, summary = _least_squares(design, np.log(y), weights, n_parameters=5)
-        if best is None or chi_squared < best[0]:
-            best = chi_squared, float(n_break), coefficients, summary
-    if best is None:
+        if (x <= n_break).sum() >= min_before and (x > n_break).sum() >= min_after:
+            after = np.log(np.maximum(x / n_break, 1))
+            design = np.column_stack([after - np.log(x), -after, np.ones_like(x)])
+            fits.append((n_break, *_least_squares(design, np.log(y), weights, n_parameters=5)))
+    if not fits:
         return None
-    _, n_break, (before, after, intercept), summary = best
-    return BrokenPowerLaw(float(before), float(after), n_break, float(intercept), **summary)
+    n_break, (before, after, intercept), _, summary = min(fits, key=lambda fit: fit[2])
+    return BrokenPowerLaw(float(before), float(after), float(n_break), float(intercept), **summary)
 
 
 def measure_slope(x, y, y_se=None, replicates=None, other=None):
@@ -149,12 +138,9 @@ def _jackknife(x, y, weights):
     log_x = np.log(x)
     centred = log_x - np.average(log_x, weights=weights)
     leverages = weights / weights.sum() + weights * centred ** 2 / (weights @ centred ** 2)
-    whole = slopes(x, y[None], weights)[0]
-    squares = 0.0
-    for i, leverage in enumerate(leverages):
-        kept = np.arange(n) != i
-        squares += ((1 - leverage) * (slopes(x[kept], y[None, kept], weights[kept])[0] - whole)) ** 2
-    return float(np.sqrt(squares * n / (n - 2)))
+    without = [slopes(x[kept], y[None, kept], weights[kept])[0] for kept in ~np.eye(n, dtype=bool)]
+    deviations = (1 - leverages) * (np.array(without) - slopes(x, y[None], weights)[0])
+    return float(np.linalg.norm(deviations) * np.sqrt(n / (n - 2)))
 
 
 def _least_squares(design, target, weights, n_parameters):

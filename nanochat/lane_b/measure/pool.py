@@ -83,13 +83,10 @@ def _work(function, argument):
 @contextlib.contextmanager
 def _single_threads():
     """Processes started within have single-threaded linear algebra: no contention, and one order of summation."""
-    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    before = dict(os.environ)
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)

@@ -55,7 +55,8 @@ class Statistics:
     @property
     def alpha(self):
         """Estimate of γ / 2β."""
-        return alpha_of(self.gamma, self.beta.slope)
+        slope = self.beta.slope
+        return alpha_of(self.gamma, Estimate(slope.value, slope.se, *slope.interval))
 
 
 def measure(documents, lags, position_losses, processes, ranks, shared_path):

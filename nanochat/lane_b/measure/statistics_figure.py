@@ -105,11 +105,11 @@ def _draw_ngrams(axes, bracket):
         law = curve.extrapolated + curve.amplitude * (ahead / tokens[-1]) ** -curve.exponent
         axes.plot(ahead, law, color=color, linewidth=1.4, linestyle=(0, (4, 3)), alpha=0.85)
         axes.plot(tokens, curve.cross_entropies, marker, color=color, markersize=6,
-                  label=f"context of {curve.context} token{'s' * (curve.context > 1)}")
+                  label=f"context of {curve.n} token{'s' * (curve.n > 1)}")
         if not bracket.is_bounded:
             continue
         axes.axhspan(curve.lo, curve.hi, color=color, alpha=0.10, linewidth=0)
-        axes.annotate(f"{curve.lo:.2f} < $H_{curve.context}$ < {curve.hi:.2f}", (tokens[0], curve.lo),
+        axes.annotate(f"{curve.lo:.2f} < $H_{curve.n}$ < {curve.hi:.2f}", (tokens[0], curve.lo),
                       xytext=(0, 4), textcoords="offset points", color=color, fontsize=9)
     axes.set(xscale="log", xlabel="text the n-gram model has seen (tokens)",
              ylabel="held-out cross-entropy (nats a token)")

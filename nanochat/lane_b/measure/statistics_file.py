@@ -9,60 +9,48 @@ VERSION = 1
 
 def statistics_document(statistics):
     """The measured part of stats.json: plain values, unrounded, None where not known."""
-    null = statistics.null_coefficient
+    null, beta, positions, ngrams = (
+        statistics.null_coefficient, statistics.beta, statistics.positions, statistics.ngrams)
     return {
         "n_tokens": statistics.documents.n_tokens, "n_documents": statistics.documents.n_documents,
         "n_outlier_documents": statistics.n_outlier_documents,
         "median_document_tokens": float(np.median(statistics.documents.lengths)),
         "null_coefficient": null,
-        "lags": [_lag_json(estimate, null) for estimate in statistics.estimates],
-        "fits": {"op": _decay_json(statistics.beta.op),
-                 "frobenius": statistics.beta.frobenius and _decay_json(statistics.beta.frobenius)},
-        "n_break": statistics.beta.op.n_break, "delta_bic": statistics.beta.op.delta_bic,
-        "beta": _beta_json(statistics.beta),
-        "entropy": {"position_losses": statistics.positions and _positions_json(statistics.positions),
-                    "ngram": statistics.ngrams and _ngrams_json(statistics.ngrams)},
-        "gamma": dict(vars(statistics.gamma)),
-        "alpha_theory": dict(vars(statistics.alpha)),
+        "lags": [_lag(estimate, null) for estimate in statistics.estimates],
+        "fits": {"op": _decay(beta.op), "frobenius": beta.frobenius and _decay(beta.frobenius)},
+        "n_break": beta.op.n_break, "delta_bic": beta.op.delta_bic, "beta": _beta(beta),
+        "entropy": {
+            "position_losses": positions and {
+                **{name: getattr(positions, name) for name in ("tokens", "tokens_half", "n_runs", "n_runs_half")},
+                "points": [{**vars(point), "converged": point.is_converged} for point in positions.points],
+                "law": positions.law and dict(vars(positions.law))},
+            "ngram": ngrams and {"data_tokens": list(ngrams.data_tokens), "lo": ngrams.lo, "hi": ngrams.hi,
+                                 "contexts": [dict(vars(curve)) for curve in ngrams.curves]}},
+        "gamma": dict(vars(statistics.gamma)), "alpha_theory": dict(vars(statistics.alpha)),
         "warnings": list(statistics.warnings),
         "refusals": [statistics.gamma.refusal] if statistics.gamma.refusal else []}
 
 
-def _lag_json(estimate, null):
+def _lag(estimate, null):
     null_here = null / estimate.n_pairs ** 0.5
-    return {"lag": estimate.lag, "n_pairs": estimate.n_pairs, "op": estimate.op, "op_se": estimate.op_se,
-            "frobenius": estimate.frobenius, "frobenius_se": estimate.frobenius_se, "plug_in": estimate.plug_in,
-            "null": null_here, "usable": estimate.is_usable(null_here), "data_tokens": data_tokens(estimate.op, null)}
+    names = ("lag", "n_pairs", "op", "op_se", "frobenius", "frobenius_se", "plug_in")
+    return {**{name: getattr(estimate, name) for name in names}, "null": null_here,
+            "usable": estimate.is_usable(null_here), "data_tokens": data_tokens(estimate.op, null)}
 
 
-def _decay_json(decay):
+def _decay(decay):
     return {"single": dict(vars(decay.single)), "broken": decay.broken and dict(vars(decay.broken)),
             "delta_bic": decay.delta_bic}
 
 
-def _beta_json(beta):
+def _beta(beta):
     slope = beta.slope
-    return {"value": slope.value, "se": slope.se, "lo": slope.lo, "hi": slope.hi, "source": "op",
+    return {"value": slope.value, "se": slope.se, "lo": slope.interval[0], "hi": slope.interval[1], "source": "op",
             "window": list(beta.window), "n_lags": beta.n_lags, "log_intercept": beta.law.log_intercept,
             "se_jackknife": slope.se_jackknife, "se_bootstrap": slope.se_bootstrap, "op_frobenius_gap": slope.gap,
             "beta_frobenius": beta.frobenius_slope,
             "beta_after_break": beta.op.broken.slope_after if beta.op.n_break is not None else None,
             "min_data_tokens": beta.min_data_tokens, "max_data_tokens": beta.max_data_tokens, "regime": beta.regime}
-
-
-def _positions_json(positions):
-    return {"tokens": positions.tokens, "tokens_half": positions.tokens_half, "n_runs": positions.n_runs,
-            "n_runs_half": positions.n_runs_half,
-            "points": [{"n": p.n, "nats": p.nats, "nats_half": p.nats_half, "count": p.count,
-                        "converged": p.is_converged} for p in positions.points],
-            "law": positions.law and dict(vars(positions.law))}
-
-
-def _ngrams_json(bracket):
-    return {"data_tokens": list(bracket.data_tokens), "lo": bracket.lo, "hi": bracket.hi,
-            "contexts": [{"n": curve.context, "cross_entropies": list(curve.cross_entropies), "se": curve.se,
-                          "extrapolated": curve.extrapolated, "amplitude": curve.amplitude,
-                          "exponent": curve.exponent} for curve in bracket.curves]}
 
 
 def describe(document):
