@@ -162,24 +162,14 @@ def time_to_target(evaluations: Sequence[Evaluation], metric_name: str, threshol
     fit = _fit(tokens[kept], metric[kept], sign * threshold, confidence)
     if isinstance(fit, str):
         return _refused(metric_name, threshold, fit, linear_sec)
-    hi_sec = None if math.isinf(fit.hi_tokens) else to_sec(fit.hi_tokens)
-    return TimeToTarget(metric_name, threshold, extrapolated_sec=to_sec(fit.tokens),
-                        extrapolated_lo_sec=to_sec(fit.lo_tokens), extrapolated_hi_sec=hi_sec,
-                        extrapolated_tokens=fit.tokens, confidence=confidence, exponent=fit.exponent,
-                        asymptote=sign * fit.asymptote, linear_sec=linear_sec)
-
-
-@dataclass(frozen=True)
-class _Crossing:
-    tokens: float
-    lo_tokens: float
-    hi_tokens: float
-    exponent: float
-    asymptote: float
+    crossing, lo, hi, exponent, asymptote = fit
+    return TimeToTarget(metric_name, threshold, extrapolated_sec=to_sec(crossing), extrapolated_lo_sec=to_sec(lo),
+                        extrapolated_hi_sec=None if math.isinf(hi) else to_sec(hi), extrapolated_tokens=crossing,
+                        confidence=confidence, exponent=exponent, asymptote=sign * asymptote, linear_sec=linear_sec)
 
 
 def _fit(tokens, metric, threshold, confidence):
-    """Where the fitted falling power law crosses the threshold, with an interval; or the reason it is not given.
+    """(tokens where the fitted falling power law crosses the threshold, lo, hi, exponent, asymptote), or why not.
 
     The curves that cross at `c` are metric - threshold = a * (tokens^-b - c^-b): again a closed form for a and a
     search for b give the smallest residual. Tokens are in units of those seen so far.
@@ -201,7 +191,7 @@ def _fit(tokens, metric, threshold, confidence):
     allowed = floor * (1 + f_distribution.ppf(confidence, 1, freedom) / freedom)
     crossing = max(crossing, 1.0)  # the target was not reached so far
     lo, hi = _accepted_range(lambda c: _forced_squares(t, metric - threshold, c) <= allowed, crossing)
-    return _Crossing(crossing * scale, lo * scale, hi * scale, exponent, asymptote)
+    return crossing * scale, lo * scale, hi * scale, exponent, asymptote
 
 
 def _forced_squares(t, distance, crossings):

@@ -5,24 +5,16 @@ python -m scripts.lane_b_infer_ratio --stats-json stats.json --calibration-run c
 """
 
 import argparse
-import math
 
 from nanochat.errors import UserError, command
 from nanochat.files import check_output, write_json
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.figure import check_plot
+from nanochat.lane_b.infer import inputs
 from nanochat.lane_b.infer.calibration import BitsPerByte
 from nanochat.lane_b.infer.horizon import ALPHA_SOURCES, DEFAULT_RATIO, infer_horizon
 from nanochat.lane_b.infer.horizon_figure import draw_inference
 from nanochat.lane_b.infer.inference_file import VERSION, describe, inference_document
-from nanochat.lane_b.infer.inputs import (
-    check_baseline,
-    common_model,
-    parse_point,
-    point_of_run,
-    read_statistics,
-    threshold_of_baseline,
-)
 from nanochat.paths import runs_dir
 from nanochat.provenance import utc_now
 from nanochat.runlog import find_run
@@ -59,8 +51,6 @@ def parse_args(argv):
                         ("context_tokens", 1), ("resamples", MIN_RESAMPLES), ("seed", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
-    if not 0 < args.default_ratio < math.inf:
-        parser.error(f"--default-ratio {args.default_ratio} must be positive and finite")
     return args
 
 
@@ -77,8 +67,8 @@ def params_of_depth(args, vocab_size):
 def gather(args, corpus):
     """(points, threshold, where the threshold is from, scaling parameters, context length) as the flags say."""
     runs = [find_run(name, runs_dir()) for name in args.calibration_run or ()]
-    points = [point_of_run(run, corpus) for run in runs] or [parse_point(text) for text in args.calibration]
-    params, step_tokens, context_tokens = common_model(runs) if runs else (None, None, None)
+    points = [inputs.point_of_run(run, corpus) for run in runs] or list(map(inputs.parse_point, args.calibration))
+    params, step_tokens, context_tokens = inputs.common_model(runs) if runs else (None, None, None)
     given = params_of_depth(args, corpus.vocab_size) if args.depth else args.n_scaling_params
     if given is not None and params not in (None, given):
         raise Refusal(f"{given} scaling parameters asked for, the calibration runs have {params}; "
@@ -87,8 +77,8 @@ def gather(args, corpus):
         raise UserError("give --n-scaling-params or --depth: points by hand do not say how big the model is")
     if args.baseline_run:
         baseline = [find_run(name, runs_dir()) for name in args.baseline_run]
-        threshold = threshold_of_baseline(baseline, corpus)
-        check_baseline(baseline, given or params, step_tokens)
+        threshold = inputs.threshold_of_baseline(baseline, corpus)
+        inputs.check_baseline(baseline, given or params, step_tokens)
         source = f"median min val_bpb of {', '.join(run.run_id for run in baseline)}"
     else:
         threshold, source = BitsPerByte(args.target_metric_threshold), "given"
@@ -100,7 +90,7 @@ def main(argv=None):
     args = parse_args(argv)
     check_output("--out", args.out)
     check_plot(args.plot)
-    corpus = read_statistics(args.stats_json)
+    corpus = inputs.read_statistics(args.stats_json)
     points, threshold, threshold_source, params, context_tokens = gather(args, corpus)
     inference, reason = None, None
     try:

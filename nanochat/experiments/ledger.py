@@ -1,6 +1,7 @@
 """The experiments' ledger, dev/experiments.csv: one row a run, appended by the runner, edited by people."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from nanochat import csv_ledger
 from nanochat.errors import UserError
@@ -42,30 +43,19 @@ class ExperimentRow:
     run_id: str
 
     def __post_init__(self):
-        for name in ("seed", "depth"):
-            if getattr(self, name) is None:
-                raise UserError(f"{name} is empty")
-        for name in ("dataset_id", "device"):
-            if not getattr(self, name).strip():
+        for name in ("seed", "depth", "dataset_id", "device"):
+            if str(getattr(self, name)).strip() in ("", "None"):
                 raise UserError(f"{name} is empty")
         for name, known in (("status", STATUSES), ("target_metric_name", METRICS)):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(known)}")
-        for name in _POSITIVE:
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}, not above 0")
-        for name in _NOT_NEGATIVE:
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise UserError(f"{name} is {getattr(self, name)}, below 0")
+        for name in (*_POSITIVE, *_NOT_NEGATIVE):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 if name in _POSITIVE else value >= 0):
+                raise UserError(f"{name} is {value}, {'not above' if name in _POSITIVE else 'below'} 0")
         if self.target_metric_threshold is not None:
             check_target(self.target_metric_name, self.target_metric_threshold)
 
 
-def read_experiments(path):
-    """Every ExperimentRow of the ledger. Errors: see csv_ledger.read_rows."""
-    return csv_ledger.read_rows(path, ExperimentRow)
-
-
-def append_experiment(path, row):
-    """Add one ExperimentRow, refusing a run_id that is there already. Errors: see csv_ledger.append_row."""
-    csv_ledger.append_row(path, row)
+read_experiments = partial(csv_ledger.read_rows, row_type=ExperimentRow)
+append_experiment = csv_ledger.append_row

@@ -60,16 +60,15 @@ class CorrelationLaw:
     def usable_context_tokens(self, data_tokens):
         """n*(P): the longest lag that P = `data_tokens` tokens resolve; infinity when all of them are."""
         log_norm = math.log(self.null_coefficient) - math.log(data_tokens) / 2  # the weakest norm that is resolved
-        first = _lag_of(log_norm, self.log_intercept, self.slope)
-        if self.n_break is None or first <= self.n_break:
-            return first
-        at_break = self.log_intercept - self.slope * math.log(self.n_break)
-        return self.n_break * _lag_of(log_norm, at_break, self.slope_after)
+        log_lag = _over(self.log_intercept - log_norm, self.slope)
+        if self.n_break is not None and log_lag > math.log(self.n_break):
+            above = self.log_intercept - self.slope * math.log(self.n_break) - log_norm
+            log_lag = math.log(self.n_break) + _over(above, self.slope_after)
+        return math.exp(log_lag) if log_lag < 700 else math.inf
 
 
-def _lag_of(log_norm, log_intercept, slope):
-    log_lag = (log_intercept - log_norm) / slope if slope > 0 else math.inf
-    return math.exp(log_lag) if log_lag < 700 else math.inf
+def _over(log_fall, slope):
+    return log_fall / slope if slope > 0 else math.inf
 
 
 @dataclass(frozen=True)
@@ -161,12 +160,13 @@ def infer_horizon(points, threshold, n_scaling_params, statistics, *, alpha_sour
     """The shortest complete schedule whose end reaches `threshold` (BitsPerByte), as an Inference.
 
     `points` are CalibrationPoints of one model with `n_scaling_params`. Errors: Refusal where the policy
-    `alpha_source` finds no exponent to use, and for points that no falling curve fits.
+    `alpha_source` (of ALPHA_SOURCES) finds no exponent to use, and for points that no falling curve fits.
     """
+    assert alpha_source in ALPHA_SOURCES
     bits_per_byte(threshold)
     if n_scaling_params < 1 or not 0 < default_ratio < math.inf:
-        raise UserError(f"{n_scaling_params} scaling parameters and a ratio of {default_ratio:g} must both be positive "
-                        "and finite")
+        raise UserError(f"{n_scaling_params} scaling parameters and a default ratio of {default_ratio:g}: they must be "
+                        "positive and finite")
     context_tokens = context_tokens or statistics.context_tokens
     options = {"resamples": resamples, "seed": seed}
     check_points(points)
@@ -179,7 +179,8 @@ def infer_horizon(points, threshold, n_scaling_params, statistics, *, alpha_sour
     source, policy = _choose_source(alpha_source, no_theory, doubts, own_refusal, points)
     calibration, alpha = by_theory, theory
     if source == "calibration":
-        calibration, alpha = own, Estimate(own.curve.alpha, _se(own), own.alpha_lo, own.alpha_hi)
+        se = own.resampled and float(np.std(own.resampled.alpha))
+        calibration, alpha = own, Estimate(own.curve.alpha, se, own.alpha_lo, own.alpha_hi)
 
     target = _target(calibration, threshold)
     faults = (*_faults(target, points), *(doubts if source == "theory" else ()))
@@ -211,20 +212,16 @@ def _target(calibration, threshold):
 
 def _choose_source(asked, no_theory, doubts, own_refusal, points):
     """(theory or calibration, why) by the stated policy. Errors: Refusal with the ways out."""
-    if asked not in ALPHA_SOURCES:
-        raise UserError(f"--alpha-source {asked!r} is unknown; use one of {', '.join(ALPHA_SOURCES)}")
     found = len(horizons(points))
     no_calibration = own_refusal
     if found < MIN_HORIZONS_FREE:
         no_calibration = f"alpha not fitted: {found} distinct horizons (need {MIN_HORIZONS_FREE}, for L_inf and A too)"
-    if asked == "theory":
-        if no_theory:
-            raise Refusal(f"{no_theory}; use --alpha-source calibration with {MIN_HORIZONS_FREE} horizons")
-        return "theory", "asked for"
-    if asked == "calibration":
-        if no_calibration:
-            raise Refusal(f"{no_calibration}; add calibration runs with complete schedules")
-        return "calibration", "asked for"
+    if asked == "theory" and no_theory:
+        raise Refusal(f"{no_theory}; use --alpha-source calibration with {MIN_HORIZONS_FREE} horizons")
+    if asked == "calibration" and no_calibration:
+        raise Refusal(f"{no_calibration}; add calibration runs with complete schedules")
+    if asked != "auto":
+        return asked, "asked for"
     if not no_theory and not doubts:
         return "theory", "gamma converged, the data sizes lie where beta holds, the calibration agrees"
     reasons = no_theory or "; ".join(doubts)
@@ -278,7 +275,3 @@ def _faults(target, points):
         faults.append(f"the target, {target.value:.2e} tokens, is far from the calibration's "
                       f"{shortest:.2e} to {longest:.2e}")
     return tuple(faults)
-
-
-def _se(calibration):
-    return None if calibration.resampled is None else float(np.std(calibration.resampled.alpha))

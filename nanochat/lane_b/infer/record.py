@@ -3,6 +3,7 @@
 import math
 import statistics
 from dataclasses import dataclass
+from functools import partial
 
 from nanochat import csv_ledger
 from nanochat.errors import UserError
@@ -47,14 +48,8 @@ class LaneBRecord:
             raise UserError("notes lack alpha_source= (theory, calibration or default)")
 
 
-def read_records(path):
-    """Every LaneBRecord of the ledger. Errors: see csv_ledger.read_rows."""
-    return csv_ledger.read_rows(path, LaneBRecord)
-
-
-def append_record(path, record):
-    """Add one LaneBRecord, refusing a run_id that is there already. Errors: see csv_ledger.append_row."""
-    csv_ledger.append_row(path, record)
+read_records = partial(csv_ledger.read_rows, row_type=LaneBRecord)
+append_record = csv_ledger.append_row
 
 
 def record_of_run(run, inference, decision, reached, ratio=None, notes=""):

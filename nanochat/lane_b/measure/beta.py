@@ -6,17 +6,8 @@ from math import inf
 import numpy as np
 
 from nanochat.lane_b import Refusal
+from nanochat.lane_b.measure import fit
 from nanochat.lane_b.measure.correlation import MIN_NULLS, MIN_STANDARD_ERRORS
-from nanochat.lane_b.measure.fit import (
-    TWO_REGIMES_DELTA_BIC,
-    BrokenPowerLaw,
-    PowerLaw,
-    Slope,
-    fit_broken_power_law,
-    fit_power_law,
-    measure_slope,
-    weights_of,
-)
 
 MIN_LAGS = 5
 _REPLICATES = 400
@@ -26,8 +17,8 @@ _REPLICATES = 400
 class Decay:
     """Both laws through one curve of norms; delta_bic: BIC of the single law above the broken one's, None without."""
 
-    single: PowerLaw
-    broken: BrokenPowerLaw | None
+    single: fit.PowerLaw
+    broken: fit.BrokenPowerLaw | None
 
     @property
     def delta_bic(self):
@@ -36,7 +27,7 @@ class Decay:
     @property
     def n_break(self):
         """Where the slope changes, or None where one law is enough."""
-        two_regimes = self.broken is not None and self.delta_bic > TWO_REGIMES_DELTA_BIC
+        two_regimes = self.broken is not None and self.delta_bic > fit.TWO_REGIMES_DELTA_BIC
         return self.broken.n_break if two_regimes else None
 
 
@@ -47,8 +38,8 @@ class Beta:
     frobenius_slope: None where noise hides the Frobenius norm at one of those lags.
     """
 
-    slope: Slope
-    law: PowerLaw
+    slope: fit.Slope
+    law: fit.PowerLaw
     window: tuple[int, int]
     n_lags: int
     frobenius_slope: float | None
@@ -85,13 +76,13 @@ def measure_beta(estimates, null_coefficient):
     lags, op, op_se = (np.array([getattr(e, name) for e in inside], float) for name in ("lag", "op", "op_se"))
     known = all(e.frobenius is not None for e in inside)
     frobenius = np.array([e.frobenius for e in inside], float) if known else None
-    slope, law = measure_slope(lags, op, op_se, _replicates(inside), frobenius)
+    slope, law = fit.measure_slope(lags, op, op_se, _replicates(inside), frobenius)
     if slope.interval[0] <= 0:
         raise Refusal(f"beta not reported: {slope.value:.2f} ± {slope.se:.2f} over lags {inside[0].lag} to "
                       f"{inside[-1].lag} is not clear of 0, correlations do not decay; give more text or other --lags")
     return Beta(
         slope=slope, law=law, window=(inside[0].lag, inside[-1].lag), n_lags=len(inside),
-        frobenius_slope=fit_power_law(lags, frobenius, weights_of(op, op_se)).slope if known else None,
+        frobenius_slope=fit.fit_power_law(lags, frobenius, fit.weights_of(op, op_se)).slope if known else None,
         op=op_decay, frobenius=frobenius_decay,
         min_data_tokens=data_tokens(inside[0].op, null_coefficient),
         max_data_tokens=data_tokens(inside[-1].op, null_coefficient))
@@ -107,8 +98,8 @@ def _decay(estimates, value, error):
     y, y_se = ([getattr(e, name) for e in estimates] for name in (value, error))
     if None in y:
         return None
-    lags, weights = [e.lag for e in estimates], weights_of(y, y_se)
-    return Decay(fit_power_law(lags, y, weights), fit_broken_power_law(lags, y, weights))
+    lags, weights = [e.lag for e in estimates], fit.weights_of(y, y_se)
+    return Decay(fit.fit_power_law(lags, y, weights), fit.fit_broken_power_law(lags, y, weights))
 
 
 def _replicates(estimates):

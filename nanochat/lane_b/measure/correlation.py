@@ -47,10 +47,8 @@ class LagEstimate:
 
     @property
     def frobenius_se(self):
-        if self.frobenius is None:
-            return None
-        return float(np.hypot(np.linalg.norm(self.frobenius_squared_influence), self.frobenius_squared_noise)
-                     / (2 * self.frobenius))
+        error = np.hypot(np.linalg.norm(self.frobenius_squared_influence), self.frobenius_squared_noise)
+        return self.frobenius and float(error / (2 * self.frobenius))
 
     def is_usable(self, null):
         """Whether the strength stands clear of its error and of `null`, the plug-in's value on shuffled text."""
@@ -120,23 +118,18 @@ def estimate_lag(counters, lag):
     """
     covariances = [Covariance(counter.counts(lag)) for counter in counters]
     subspaces = [top_singular(c, SUBSPACE) for c in covariances]
-    op, influences = 0.0, []
+    op, influences = 0.0, [None] * N_FOLDS
     for a in range(N_FOLDS):
         b, c = (a + 1) % N_FOLDS, (a + 2) % N_FOLDS
         left, strengths, right = subspaces[a]
         u, _, vt = np.linalg.svd(left.T @ covariances[b].times(right))
         pair = left @ u[:, 0], right @ vt[0]
         op += float(pair[0] @ covariances[c].times(pair[1])) / N_FOLDS
-        influences.append((c, _influences(counters[c], covariances[c], lag, pair, (left, strengths, right))))
-    influences = [values for _, values in sorted(influences, key=lambda item: item[0])]
+        influences[c] = _influences(counters[c], covariances[c], lag, pair, (left, strengths, right))
     products = [covariances[i].inner(covariances[j]) for i, j in ((0, 1), (1, 2), (2, 0))]
     whole = Covariance(sum(c.counts for c in covariances))
-    return LagEstimate(
-        lag=lag, n_pairs=int(whole.n_pairs), op=op, frobenius_squared=float(np.mean(products)),
-        plug_in=float(top_singular(whole, 1)[1][0]),
-        op_influence=np.concatenate([i[0] for i in influences]),
-        frobenius_squared_influence=np.concatenate([i[1] for i in influences]),
-        frobenius_squared_noise=_product_noise(covariances))
+    return LagEstimate(lag, int(whole.n_pairs), op, float(np.mean(products)), float(top_singular(whole, 1)[1][0]),
+                       *np.concatenate(influences, axis=1), _product_noise(covariances))
 
 
 def _influences(counter, covariance, lag, pair, subspace):
@@ -152,7 +145,7 @@ def _influences(counter, covariance, lag, pair, subspace):
     pairs = counter.n_pairs(lag)
     deviations = (sums - np.outer(pairs, sums.sum(axis=0) / covariance.n_pairs)) / covariance.n_pairs
     # Every fold weighs a third in the operator norm; in the mean of three products it enters two of them.
-    return deviations[:, 0] / N_FOLDS, deviations[:, 1:] @ subspace[1][:INFLUENCE_RANK] * 2 / N_FOLDS
+    return np.stack([deviations[:, 0], deviations[:, 1:] @ subspace[1][:INFLUENCE_RANK] * 2]) / N_FOLDS
 
 
 def _product_noise(covariances):

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -88,12 +89,10 @@ def from_shards(shards, bos_id, vocab_size, max_tokens):
     pieces, n_tokens = [], 0
     for tokens, offsets in shards:
         assert (tokens[offsets[:-1]] == bos_id).all(), "every document begins with BOS"
-        for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        for start, stop in pairwise(offsets.tolist()):
             if stop - start > 2 and n_tokens < max_tokens:
                 pieces.append(np.asarray(tokens[start + 1:stop], np.uint16))
                 n_tokens += len(pieces[-1])
-        if n_tokens >= max_tokens:
-            break
     documents = from_arrays(pieces, vocab_size)
     check_variety(documents)
     return documents
@@ -101,7 +100,8 @@ def from_shards(shards, bos_id, vocab_size, max_tokens):
 
 def from_arrays(arrays, vocab_size):
     """Documents of a list of token arrays (without BOS), ordered by their hash."""
-    hashes = np.array([_hash(array) for array in arrays], np.uint64)
+    digests = (hashlib.blake2b(np.ascontiguousarray(array, "<u2").tobytes(), digest_size=8) for array in arrays)
+    hashes = np.array([int.from_bytes(digest.digest(), "little") for digest in digests], np.uint64)
     order = np.argsort(hashes, kind="stable")
     lengths = np.array([len(array) for array in arrays], np.int64)[order]
     tokens = np.concatenate([arrays[i] for i in order]) if arrays else np.empty(0, np.uint16)
@@ -140,8 +140,3 @@ def outliers(documents):
         limit = np.maximum(OUTLIER_SHARE, 2 * corpus_share[:len(counts)])
         flagged[i] = (counts > limit * counts.sum()).any()
     return flagged
-
-
-def _hash(array):
-    digest = hashlib.blake2b(np.ascontiguousarray(array, "<u2").tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")

@@ -36,15 +36,12 @@ class KneserNey:
         assert 1 <= context <= MAX_CONTEXT
         self.context, self.vocab_size = context, documents.vocab_size
         keys, _ = ngram_keys(documents, context + 1)
-        keys.sort()
-        keys, counts = _run_lengths(keys)
         self.orders = []  # from the longest n-grams to single tokens
         for length in range(context + 1, 0, -1):
+            keys.sort()
+            keys, counts = _run_lengths(keys)
             self.orders.append(_order(keys, counts))
-            if length > 1:
-                keys = keys & np.uint64((1 << 16 * (length - 1)) - 1)
-                keys.sort()
-                keys, counts = _run_lengths(keys)
+            keys = keys & np.uint64((1 << 16 * (length - 1)) - 1)
 
     def probability(self, ngrams):
         """(n,) float64: the probability of each n-gram's last token after the others. ngrams: uint64 keys."""
@@ -97,13 +94,9 @@ def _order(keys, counts):
 def _discounts(counts):
     """(4,) what to take off a count of 0, 1, 2, and 3 or more: Chen & Goodman's eq. 26, clamped to [0.05, count]."""
     n = np.bincount(np.minimum(counts, 5), minlength=6).astype(float)
-    discounts = np.zeros(4)
-    for i in (1, 2, 3):
-        if n[i] > 0 and n[1] > 0:
-            discounts[i] = np.clip(i - (i + 1) * n[1] / (n[1] + 2 * n[2]) * n[i + 1] / n[i], _MIN_DISCOUNT, i)
-        else:
-            discounts[i] = _UNKNOWN_DISCOUNT
-    return discounts
+    return np.array([0.0, *(
+        np.clip(i - (i + 1) * n[1] / (n[1] + 2 * n[2]) * n[i + 1] / n[i], _MIN_DISCOUNT, i)
+        if n[i] > 0 and n[1] > 0 else _UNKNOWN_DISCOUNT for i in (1, 2, 3))])
 
 
 def _run_lengths(keys):

@@ -11,18 +11,10 @@ import numpy as np
 
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.exponents import Estimate, alpha_of
+from nanochat.lane_b.measure import entropy
 from nanochat.lane_b.measure.beta import MIN_LAGS, Beta, measure_beta
 from nanochat.lane_b.measure.correlation import LagEstimate, counters_of, estimate_lag, null_coefficient
 from nanochat.lane_b.measure.documents import N_FOLDS, Documents, check_variety, outliers
-from nanochat.lane_b.measure.entropy import (
-    CONTEXTS,
-    NgramBracket,
-    PositionEntropies,
-    bracket_of,
-    entropies_by_position,
-    ngram_sizes,
-    score_ngrams,
-)
 from nanochat.lane_b.measure.pool import run_tasks
 
 DEFAULT_LAGS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 23, 32, 45, 64)
@@ -47,8 +39,8 @@ class Statistics:
     null_coefficient: float
     estimates: tuple[LagEstimate, ...]
     beta: Beta
-    positions: PositionEntropies | None
-    ngrams: NgramBracket | None
+    positions: entropy.PositionEntropies | None
+    ngrams: entropy.NgramBracket | None
     gamma: Gamma
     warnings: tuple[str, ...]
 
@@ -65,9 +57,10 @@ def measure(documents, lags, position_losses, processes, ranks, shared_path):
     position_losses: a list of PositionLosses, maybe empty. Errors: Refusal where no β can be had.
     """
     documents, n_outliers, lags, warnings = _prepare(documents, lags)
-    sizes = ngram_sizes(documents)
-    samples = [(context, size) for size in reversed(sizes) for context in reversed(CONTEXTS)]
-    tasks = [(_null_task, None), *((score_ngrams, sample) for sample in samples), *((_lag_task, lag) for lag in lags)]
+    sizes = entropy.ngram_sizes(documents)
+    samples = [(context, size) for size in reversed(sizes) for context in reversed(entropy.CONTEXTS)]
+    tasks = [(_null_task, None), *((entropy.score_ngrams, sample) for sample in samples),
+             *((_lag_task, lag) for lag in lags)]
     results = run_tasks(documents, tasks, processes, ranks, shared_path)
     if results is None:
         return None
@@ -82,8 +75,8 @@ def measure(documents, lags, position_losses, processes, ranks, shared_path):
     ngrams = None
     if sizes:
         nats = dict(zip(samples, scores, strict=True))
-        ngrams = bracket_of(sizes, {context: [nats[context, size] for size in sizes] for context in CONTEXTS})
-    positions = entropies_by_position(position_losses) if position_losses else None
+        ngrams = entropy.bracket_of(sizes, {n: [nats[n, size] for size in sizes] for n in entropy.CONTEXTS})
+    positions = entropy.entropies_by_position(position_losses) if position_losses else None
     if positions and positions.offset_note:
         warnings.append(positions.offset_note)
     return Statistics(documents, n_outliers, null, estimates, beta, positions, ngrams,
