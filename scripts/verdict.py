@@ -4,7 +4,6 @@
 """
 
 import argparse
-from datetime import datetime, timezone
 from pathlib import Path
 
 from nanochat.errors import UserError, command
@@ -14,6 +13,7 @@ from nanochat.experiments.trials import facts_of, load_trials
 from nanochat.experiments.verdicts import judge_experiment
 from nanochat.files import check_output
 from nanochat.paths import runs_dir
+from nanochat.provenance import utc_now
 
 
 def parse_args(argv=None):
@@ -45,8 +45,7 @@ def main(argv=None):
     for verdict in verdicts:
         print("\n".join(verdict.describe()), end="\n\n")
     if args.log:
-        today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-        entry = verdict_entry(today, args.experiment, args.miniseries, facts_of(trials), verdicts)
+        entry = verdict_entry(utc_now()[:10], args.experiment, args.miniseries, facts_of(trials), verdicts)
         added = add_entry(args.log, entry)
         print(f"added to {args.log}" if added else f"{args.log}: its newest entry says the same, nothing added")
     return 0
