@@ -12,19 +12,11 @@ from functools import partial
 
 from nanochat.data.sources import download_shards
 from nanochat.errors import UserError, command
+from nanochat.experiments import runner
 from nanochat.experiments.gates import Rules
 from nanochat.experiments.launch import run_module
 from nanochat.experiments.probe import probe_candidates
 from nanochat.experiments.profiles import BASELINE, CANDIDATES, PROFILES, candidate_flags, find_profile
-from nanochat.experiments.runner import (
-    Experiment,
-    finished_runs,
-    plan,
-    run_experiment,
-    threshold_from,
-    threshold_in_use,
-    training_command,
-)
 from nanochat.files import check_output
 from nanochat.paths import runs_dir
 from nanochat.ranks import print0
@@ -69,13 +61,13 @@ def experiment_of(args):
         if threshold is not None or args.target_metric_name != "val_bpb":
             raise UserError("--target-from gives a val_bpb threshold; leave out --target-metric-name and -threshold")
         # rows that are there keep their threshold, whatever seeds that baseline has been given since
-        threshold = threshold_in_use(args.ledger, args.name)
+        threshold = runner.threshold_in_use(args.ledger, args.name)
         if threshold is None:
-            threshold = threshold_from(args.ledger, args.target_from, runs_dir())
+            threshold = runner.threshold_from(args.ledger, args.target_from, runs_dir())
     candidates = [candidate_flags(name) for name in args.candidates]
     if len(dict(candidates)) < len(candidates):
         raise UserError("a candidate is named twice; name each once")
-    return Experiment(args.name, profile, dict(candidates), tuple(args.seeds), tuple(args.depths or depths),
+    return runner.Experiment(args.name, profile, dict(candidates), tuple(args.seeds), tuple(args.depths or depths),
                       args.target_metric_name, threshold, args.dataset, tuple(args.extra_flags))
 
 
@@ -97,8 +89,8 @@ def main(argv=None):
     if args.nproc_per_node < 1:
         raise UserError(f"--nproc-per-node {args.nproc_per_node} must be at least 1")
     experiment = experiment_of(args)
-    training = partial(training_command, nproc_per_node=args.nproc_per_node)
-    runs, finished = plan(experiment), finished_runs(experiment, args.ledger)
+    training = partial(runner.training_command, nproc_per_node=args.nproc_per_node)
+    runs, finished = runner.plan(experiment), runner.finished_runs(experiment, args.ledger)
     changed = [f"depth {depth}" for depth in experiment.depths if depth != experiment.profile.depth]
     changed = ", ".join([*changed, *([shlex.join(args.extra_flags)] if args.extra_flags else [])])
     print0(f"{experiment.name}: profile {args.profile}, {experiment.profile.description}"
@@ -112,7 +104,7 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if len(finished) < len(runs):
         prepare(experiment)
-    made = run_experiment(experiment, args.ledger, runs_dir(), training)
+    made = runner.run_experiment(experiment, args.ledger, runs_dir(), training)
     if args.probe:
         probe_candidates(experiment, runs_dir(), training)
     print(f"{made} runs made; rows in {args.ledger}, records in {runs_dir()}")

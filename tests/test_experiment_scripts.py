@@ -111,7 +111,7 @@ def test_what_a_profile_trains_on_is_prepared_where_it_is_missing(ledger, base_d
     calls = []
     monkeypatch.setattr(experiment, "download_shards", lambda name, n: calls.append((name, n)))
     monkeypatch.setattr(experiment, "run_module", lambda module, flags: calls.append((module, *map(str, flags))))
-    monkeypatch.setattr(experiment, "run_experiment", lambda *_: calls.append("trained"))
+    monkeypatch.setattr(experiment.runner, "run_experiment", lambda *_: calls.append("trained"))
     folder = base_dir / "tokenizer_climbmix"
     if there:
         folder.mkdir()

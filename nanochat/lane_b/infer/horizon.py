@@ -13,17 +13,7 @@ import numpy as np
 from nanochat.errors import UserError
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.exponents import Estimate, alpha_of
-from nanochat.lane_b.infer.calibration import (
-    MIN_HORIZONS_FREE,
-    BitsPerByte,
-    Calibration,
-    CalibrationPoint,
-    bits_per_byte,
-    central_interval,
-    check_points,
-    fit_calibration,
-    horizons,
-)
+from nanochat.lane_b.infer import calibration as fits
 
 ALPHA_SOURCES = ("auto", "theory", "calibration")
 CONFIRMATION_FACTOR = 1.05
@@ -112,15 +102,15 @@ class Inference:
     policy: str
     alpha: Estimate
     alpha_theory: Estimate
-    calibration: Calibration
-    own: Calibration | None
-    threshold: BitsPerByte
+    calibration: fits.Calibration
+    own: fits.Calibration | None
+    threshold: fits.BitsPerByte
     n_scaling_params: int
     target_tokens: Interval | None
     regime: Regime | None
     faults: tuple[str, ...]
     warnings: tuple[str, ...]
-    points: tuple[CalibrationPoint, ...] = field(repr=False)
+    points: tuple[fits.CalibrationPoint, ...] = field(repr=False)
 
     @property
     def ratio(self):
@@ -163,13 +153,13 @@ def infer_horizon(points, threshold, n_scaling_params, statistics, *, alpha_sour
     `alpha_source` (of ALPHA_SOURCES) finds no exponent to use, and for points that no falling curve fits.
     """
     assert alpha_source in ALPHA_SOURCES
-    bits_per_byte(threshold)
+    fits.bits_per_byte(threshold)
     if n_scaling_params < 1 or not 0 < default_ratio < math.inf:
         raise UserError(f"{n_scaling_params} scaling parameters and a default ratio of {default_ratio:g}: they must be "
                         "positive and finite")
     context_tokens = context_tokens or statistics.context_tokens
     options = {"resamples": resamples, "seed": seed}
-    check_points(points)
+    fits.check_points(points)
     own, own_refusal = _fit(points, options)
     theory = alpha_of(statistics.gamma, statistics.beta)
     by_theory, no_theory = None, f"the statistics give no alpha ({statistics.gamma_refusal or 'gamma is a bracket'})"
@@ -198,7 +188,7 @@ def infer_horizon(points, threshold, n_scaling_params, statistics, *, alpha_sour
 def _fit(points, options, *alpha):
     """(the calibration with `alpha` and its log error given, or free; None), or (None, why there is none)."""
     try:
-        return fit_calibration(points, *alpha, **options), None
+        return fits.fit_calibration(points, *alpha, **options), None
     except Refusal as refusal:
         return None, str(refusal)
 
@@ -206,18 +196,19 @@ def _fit(points, options, *alpha):
 def _target(calibration, threshold):
     lo = hi = None
     if calibration.resampled is not None:
-        lo, hi = central_interval(calibration.resampled.tokens_at(threshold))
+        lo, hi = fits.central_interval(calibration.resampled.tokens_at(threshold))
     return Interval(float(calibration.curve.tokens_at(threshold)), lo, hi)
 
 
 def _choose_source(asked, no_theory, doubts, own_refusal, points):
     """(theory or calibration, why) by the stated policy. Errors: Refusal with the ways out."""
-    found = len(horizons(points))
+    found = len(fits.horizons(points))
     no_calibration = own_refusal
-    if found < MIN_HORIZONS_FREE:
-        no_calibration = f"alpha not fitted: {found} distinct horizons (need {MIN_HORIZONS_FREE}, for L_inf and A too)"
+    if found < fits.MIN_HORIZONS_FREE:
+        no_calibration = (f"alpha not fitted: {found} distinct horizons (need {fits.MIN_HORIZONS_FREE}, "
+                          "for L_inf and A too)")
     if asked == "theory" and no_theory:
-        raise Refusal(f"{no_theory}; use --alpha-source calibration with {MIN_HORIZONS_FREE} horizons")
+        raise Refusal(f"{no_theory}; use --alpha-source calibration with {fits.MIN_HORIZONS_FREE} horizons")
     if asked == "calibration" and no_calibration:
         raise Refusal(f"{no_calibration}; add calibration runs with complete schedules")
     if asked != "auto":
