@@ -165,7 +165,7 @@ def test_what_is_not_in_bits_per_byte_is_never_taken_for_it(bare):
     (0.325, 0.003, 0.88, 0.06, 0.185, 0.013),  # arXiv:2602.07488, TinyStories
     (0.265, 0.016, 0.94, 0.16, 0.141, 0.025),  # and WikiText-103
 ])
-def test_data_exponent_matches_the_paper(gamma, gamma_se, beta, beta_se, alpha, alpha_se):
+def test_alpha_matches_the_paper(gamma, gamma_se, beta, beta_se, alpha, alpha_se):
     def wide(value, se):
         return Estimate(value, se, value - 1.96 * se, value + 1.96 * se)
 

@@ -63,7 +63,10 @@ def test_a_dry_run_prints_what_is_known_and_runs_nothing(run, base_dir, capsys):
     assert run("--dry-run") == [] and "--target-param-data-ratio 9.975" in capsys.readouterr().out
 
 
-def test_a_profile_without_lane_b_is_refused(capsys):
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--profile", "miniseries"], "use one of cpu, d12"), (["--name", "a/b"], "cannot name a folder")])
+def test_a_study_that_cannot_be_is_refused_in_one_line(argv, message, capsys, base_dir):
     with pytest.raises(SystemExit) as stop:
-        lane_b.main(["--profile", "miniseries"])
-    assert stop.value.code == 2 and "use one of cpu, d12" in capsys.readouterr().err
+        lane_b.main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error and not list(base_dir.iterdir())

@@ -7,6 +7,7 @@ from pathlib import Path
 from nanochat.errors import UserError
 from nanochat.experiments.profiles import BASELINE, Profile, find_profile
 from nanochat.files import read_json
+from nanochat.runlog import check_run_id
 
 FRACTIONS = (16, 8, 4, 2)  # of the baseline's steps: the calibration's horizons, shortest first
 WITH_LOSSES = FRACTIONS[-2:]  # those whose losses by position give gamma: on P/2 and P tokens
@@ -35,6 +36,7 @@ class Study:
     folder: Path
 
     def __post_init__(self):
+        check_run_id(self.name)
         if self.profile_name not in SETTINGS:
             raise UserError(f"no lane B for profile {self.profile_name!r}; use one of {', '.join(SETTINGS)}")
 
