@@ -11,7 +11,6 @@ from synthetic_runs import make_trial
 
 from nanochat import core_eval, dataset
 from nanochat.experiments.ledger import read_experiments
-from nanochat.experiments.profiles import PROTOCOL_FLAGS
 from nanochat.experiments.runner import plan
 from scripts import (
     base_eval,
@@ -90,7 +89,7 @@ def test_d12_profile_is_the_protocol_to_the_letter(ledger, base_dir, capsys):
     for seed, line in enumerate(commands):
         run_id = f"b.baseline.d12.s{seed}"
         assert line.split("scripts.base_train ")[1].split() == [
-            *PROTOCOL.split(), *PROTOCOL_FLAGS, f"--tokenizer-dir={base_dir}/tokenizer_climbmix", "--dataset=climbmix",
+            *PROTOCOL.split(), "--crop=drop", f"--tokenizer-dir={base_dir}/tokenizer_climbmix", "--dataset=climbmix",
             f"--seed={seed}", f"--run-id={run_id}", f"--model-tag={run_id}"]
     assert len(commands) == 2
 
@@ -99,7 +98,8 @@ def test_a_series_is_the_profile_s_depths_which_those_given_replace(ledger, caps
     def depths(*flags):
         experiment.main(["--name", "x", *flags, "--seeds", "0", "--ledger", str(ledger), "--dry-run"])
         lines = [line for line in capsys.readouterr().out.splitlines() if "scripts.base_train" in line]
-        return [int(line.split("--depth=")[1].split()[0]) for line in lines], "data-ratio=12" in lines[0]
+        return [int(line.split("--depth=")[1].split()[0]) for line in lines], "data-ratio=12" in lines[0] and (
+            "--crop=drop" in lines[0])
 
     assert depths("--profile", "d12", "--series") == ([8, 10, 12, 14], True)
     assert depths("--profile", "cpu", "--series") == ([2, 3, 4], False)

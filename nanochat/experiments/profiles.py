@@ -17,8 +17,7 @@ CANDIDATES = {
 }
 
 
-# "--crop=drop", upstream's packing rule: to be pinned here as soon as base_train has the flag
-PROTOCOL_FLAGS = ()
+PROTOCOL_FLAGS = ("--crop=drop",)  # upstream's packing rule
 
 
 @dataclass(frozen=True)
