@@ -155,7 +155,8 @@ def check_asked(folder, flags):
 
     The record holds every flag with its value; planned.json, where the runner left one, those that were given.
     """
-    held = read_json(folder / CONFIG, "delete that folder to train it again").get("flags") or {}
+    config = read_json(folder / CONFIG, "delete that folder to train it again")
+    held = {"crop": "drop", **(config.get("flags") or {})}  # before there was --crop, all dropped
     given = (read_json(folder / PLANNED, "delete that file").get("flags", []) if (folder / PLANNED).exists() else [])
     # without a target the record's threshold is null, so a threshold never goes with another's time
     asked, before = {"target_metric_threshold": "nan"} | _parsed(flags), _parsed(given)

@@ -4,7 +4,6 @@ import contextlib
 import statistics
 import sys
 import time
-from datetime import datetime, timezone
 
 import torch.distributed as dist
 
@@ -14,7 +13,7 @@ from nanochat.kernels.runtime import INTERPRETED
 from nanochat.machine import device_name, peak_memory_mib
 from nanochat.model.gpt import flops_per_token, parameter_counts, scaling_params
 from nanochat.paths import base_dir, runs_dir
-from nanochat.provenance import git_commit, versions
+from nanochat.provenance import git_commit, utc_now, versions
 from nanochat.runlog import UNTIMED_STEPS, RunLog, check_new_run, check_run_id, read_run
 from nanochat.target import evaluations_of, time_to_target
 from nanochat.training import checkpoint
@@ -44,7 +43,7 @@ def run_config(config, data, model, horizon, ranks, device, dtype, dtype_reason)
     """config.json of the run's record, without its id."""
     commit, dirty = git_commit()
     return {
-        "created_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"), "flags": config.to_dict(),
+        "created_utc": utc_now(), "flags": config.to_dict(),
         "git_commit": commit, "git_dirty": dirty, "versions": versions(),
         "device": {"type": device.type, "name": device_name(device), "compute_dtype": str(dtype).removeprefix("torch."),
                    "dtype_reason": dtype_reason, "world_size": ranks.world_size, "triton_interpreted": INTERPRETED},
