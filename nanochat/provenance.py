@@ -1,9 +1,15 @@
-"""What made a result: the commit and the versions of what computed it."""
+"""What made a result, and when: the time, the commit and the versions of what computed it."""
 
 import platform
 import subprocess
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+
+
+def utc_now():
+    """Now in UTC, as records write it: 2026-01-31T23:59:59Z."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def git_commit():
