@@ -207,10 +207,13 @@ def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_dec
 
 
 def muon_direction(grad, momentum_buffer, momentum, dtype):
-    """What Muon orthogonalises, in `dtype`: Nesterov momentum, the rows of a matrix brought to one norm
-    (the root mean square of theirs), the matrix to a spectral norm below 1.
+    """What Muon orthogonalises, in `dtype`: of each matrix, with gradient g, buffer b and momentum m,
 
-    grad (K, rows, cols); the buffer, of the same shape, is updated in place; momentum is a 0-dim fp32 tensor.
+        b <- m b + (1 - m) g,    n = (1 - m) g + m b                  Nesterov momentum
+        r_i = n_i sqrt(mean_j |n_j|^2) / |n_i|                        row i: every row has the rows' rms norm
+        r / (1.01 |r|_F + 1e-6)                                       spectral norm below 1
+
+    grad and momentum_buffer (updated in place) are (K, rows, cols), momentum a 0-dim fp32 tensor.
     """
     momentum_buffer.copy_(torch.lerp(momentum_buffer, grad, 1 - momentum))
     nesterov = torch.lerp(grad, momentum_buffer, momentum)
@@ -221,11 +224,14 @@ def muon_direction(grad, momentum_buffer, momentum, dtype):
 
 
 def muon_update(p, update, second_moment, lr, beta2, weight_decay):
-    """New values of a stack of matrices p (K, rows, cols) fp32 from their orthogonalised updates.
+    """New values of p (K, rows, cols) fp32 by orthogonalised updates u; lr, beta2, weight_decay 0-dim fp32 CPU tensors:
 
-    NorMuon's normalisation (arXiv:2510.05491), then decay only where update and weight agree in sign.
-    second_moment, updated in place, is (K, rows, 1), or (K, 1, cols) for wide matrices; lr, beta2 and
-    weight_decay are 0-dim fp32 CPU tensors.
+        u <- u sqrt(min(rows, cols)) / |u|_F                          an orthogonal matrix's Frobenius norm
+        s_i <- beta2 s_i + (1 - beta2) mean(u_i^2)                    second_moment of row i (of columns if wide),
+        u_i <- u_i / sqrt(s_i), then all scaled to the norm before    (K, rows, 1) or (K, 1, cols), in place
+        p - lr (u + weight_decay p [u p >= 0])                        decay where u and p agree in sign
+
+    Source: NorMuon, arXiv:2510.05491.
     """
     rows, cols = p.shape[-2:]
     lines, within = (-2, -1) if rows >= cols else (-1, -2)
