@@ -31,8 +31,6 @@ MAX_SOFTCAP = 40.0  # exp(-80), the least that the torch forms sum, is a normal 
 _LOG2_E = math.log2(math.e)
 _SCRATCH_ELEMENTS = {"cpu": 1 << 20, "gpu": 1 << 26}  # of each of the torch form's two fp32 scratch arrays
 _PRODUCT_ROWS = 8192  # rows of dW summed at a time on a CPU
-_REDUCTIONS = ("mean", "sum", "none")
-_IMPLEMENTATIONS = ("triton", "torch")
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -266,7 +264,7 @@ def linear_cross_entropy(x, weight, targets, vocab_size, softcap=SOFTCAP, reduct
     out of range makes the loss NaN. mean and sum: fp32 scalar, differentiable once in x and weight;
     none: fp32 losses of targets' shape, without gradients. chunk_bytes bounds the logits alive at a time.
     """
-    assert reduction in _REDUCTIONS and implementation in _IMPLEMENTATIONS
+    assert reduction in ("mean", "sum", "none") and implementation in ("triton", "torch")
     if chunk_bytes is None:
         chunk_bytes = default_chunk_bytes(x.device, x.dtype)
     rows, flat_targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
