@@ -79,6 +79,14 @@ def test_initial_values_have_the_golden_statistics():
             assert p.max().item() <= golden["max"] + 0.15 * golden["std"] + 1e-6, name
 
 
+def test_initial_values_that_are_not_drawn():
+    model = GPT(GPTConfig(64, vocab_size=64, n_layer=3, n_head=2, n_kv_head=2, n_embd=32))
+    model.init_weights(seed=7)
+    for name, expected in {"resid_lambdas": [1.15, 1.10, 1.05], "x0_lambdas": [0.20, 0.125, 0.05],
+                           "smear_lambda": [0.0], "backout_lambda": [0.2]}.items():
+        torch.testing.assert_close(model.get_parameter(name).data, torch.tensor(expected), msg=name)
+
+
 def test_initial_values_depend_on_the_seed_alone():
     first, second, other = (GPT(CONFIG) for _ in range(3))
     for model, seed in ((first, 1), (second, 1), (other, 2)):
