@@ -78,16 +78,6 @@ def peak_bf16_flops(name):
     return next((flops for part, flops in _PEAK_BF16_FLOPS if part in name), None)
 
 
-def peak_memory_mib(device):
-    """Peak memory of this process in MiB: the allocator's on CUDA, the resident set's elsewhere."""
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB on Linux
-
-
 def keep_freed_memory(device):
     """On a CPU, let glibc keep what is freed: mapping the same tens of megabytes anew every step cost 16 % of it."""
     if device.type == "cpu" and sys.platform == "linux":
