@@ -325,6 +325,14 @@ def test_plain_loss_masks_the_padding_as_slicing_would(device):
     torch.testing.assert_close(plain, tuple(t.float() for t in truth(x, weight, targets, 65)))
 
 
+def test_plain_loss_of_a_target_out_of_range_is_nan_and_of_an_ignored_one_zero(device):
+    x, weight, _ = problem(7, 64, 65, 128, torch.float32, device)
+    targets = torch.tensor([-2, 65, 127, 128, -1, 0, 64], device=device)  # 65 to 127 are the padding's columns
+    losses = plain_linear_cross_entropy(x, weight, targets, 65, reduction="none")
+    assert torch.isnan(losses).tolist() == [True] * 4 + [False] * 3
+    assert losses[4] == 0 and (losses[5:] > 0).all()
+
+
 @given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 10**10))
 def test_chunks_fit_the_budget_and_cover_the_rows_evenly(n_rows, row_bytes, budget):
     if budget < row_bytes:
