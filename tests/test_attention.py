@@ -74,8 +74,9 @@ def test_gradients_are_those_of_finite_differences(query_len, window):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize(("query_len", "window"), [(33, 100), (33, 8), (1, 100), (5, 8)])
-def test_every_dtype_stays_and_is_within_its_rounding(dtype, tolerance, query_len, window):
-    q, k, v = qkv(2, query_len, 33, 4, 2, 16, dtype)
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_every_dtype_stays_and_is_within_its_rounding(dtype, tolerance, query_len, window, kv_heads):
+    q, k, v = qkv(2, query_len, 33, 4, kv_heads, 16, dtype)
     out = causal_attention(q, k, v, window)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), brute_force(q, k, v, window), rtol=tolerance, atol=tolerance)

@@ -55,6 +55,23 @@ def test_counts_flops_and_windows_match_golden():
     assert CONFIG.windows == [left for left, _ in FACTS["window_sizes"]]
 
 
+@pytest.mark.parametrize(("length", "short"), [(64, 128), (512, 128), (1100, 384), (2048, 512)])
+def test_short_windows_are_a_quarter_rounded_up_to_128(length, short):
+    config = GPTConfig(length, n_layer=6, window_pattern="SSL")
+    assert config.windows == [short, short, length, short, short, length]
+
+
+def test_a_window_longer_than_the_sequence_costs_no_more_than_the_sequence():
+    assert flops_per_token(GPTConfig(64, window_pattern="S")) == flops_per_token(GPTConfig(64, window_pattern="L"))
+
+
+@pytest.mark.parametrize(("n_layer", "layers"), [(1, [0]), (4, [1, 3]), (5, [0, 2, 4])])
+def test_value_embeddings_are_in_every_second_layer_and_in_the_last(n_layer, layers):
+    model = GPT(GPTConfig(64, vocab_size=64, n_layer=n_layer, n_head=2, n_kv_head=2, n_embd=32))
+    assert [int(layer) for layer in model.value_embeds] == layers
+    assert [i for i, block in enumerate(model.transformer.h) if block.attn.ve_gate is not None] == layers
+
+
 def test_counts_are_those_of_the_model_built():
     config = GPTConfig(64, vocab_size=100, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SL")
     model, counts = GPT(config), parameter_counts(config)
@@ -77,6 +94,26 @@ def test_initial_values_have_the_golden_statistics():
         if "wte" not in name and "lm_head" not in name:  # the bounded ones
             assert p.min().item() >= golden["min"] - 0.15 * golden["std"] - 1e-6, name
             assert p.max().item() <= golden["max"] + 0.15 * golden["std"] + 1e-6, name
+
+
+def test_initial_values_that_are_not_drawn():
+    model = GPT(GPTConfig(64, vocab_size=64, n_layer=3, n_head=2, n_kv_head=2, n_embd=32))
+    model.init_weights(seed=7)
+    for name, expected in {"resid_lambdas": [1.15, 1.10, 1.05], "x0_lambdas": [0.20, 0.125, 0.05],
+                           "smear_lambda": [0.0], "backout_lambda": [0.2]}.items():
+        torch.testing.assert_close(model.get_parameter(name).data, torch.tensor(expected), msg=name)
+
+
+def test_initial_values_are_drawn_for_each_matrix_of_its_own_and_as_wide_as_they_should():
+    model = GPT(GPTConfig(64, vocab_size=1024, n_layer=3, n_head=2, n_kv_head=2, n_embd=128))
+    model.init_weights(seed=7)
+    values = dict(model.named_parameters())
+    spread = {name: values[name].std().item() for name in ("transformer.wte.weight", "lm_head.weight",
+                                                           "value_embeds.0.weight", "transformer.h.1.mlp.c_fc.weight")}
+    assert list(spread.values()) == pytest.approx([0.8, 0.001, 128**-0.5, 0.4 * 128**-0.5], rel=0.01)
+    drawn = [value.flatten()[:100] for value in values.values() if value.numel() > 100 and value.any()]
+    correlation = torch.corrcoef(torch.stack(drawn)) - torch.eye(len(drawn))
+    assert len(drawn) > 15 and correlation.abs().max() < 0.5
 
 
 def test_initial_values_depend_on_the_seed_alone():
@@ -140,6 +177,14 @@ def test_bf16_model_stays_close_to_fp32():
     assert model.transformer.wte.weight.dtype == torch.bfloat16
     assert model.lm_head.weight.dtype == torch.float32
     assert model(idx, targets).item() == pytest.approx(arrays("outputs")["loss_mean"].item(), rel=2e-2)
+
+
+@pytest.mark.parametrize(("compute", "stored"), [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16),
+                                                 (torch.float16, torch.float32)])
+def test_embeddings_are_stored_in_the_compute_dtype_unless_its_range_is_too_small(compute, stored):
+    model = GPT(CONFIG, compute)
+    assert {e.weight.dtype for e in (model.transformer.wte, *model.value_embeds.values())} == {stored}
+    assert model.lm_head.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("change", "word"), [

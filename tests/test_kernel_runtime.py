@@ -31,8 +31,9 @@ def test_a_machine_with_neither_cuda_nor_the_interpreter_is_refused(monkeypatch)
 _WITHOUT_TRITON = """
 import sys, torch
 sys.modules["triton"] = None
-from nanochat.kernels.rms_norm import plain_rms_norm, rms_norm
-from nanochat.kernels.linear_cross_entropy import linear_cross_entropy, plain_linear_cross_entropy
+from nanochat.kernels.rms_norm import rms_norm
+from nanochat.kernels.linear_cross_entropy import linear_cross_entropy
+from nanochat.model.plain import plain_linear_cross_entropy
 x, weight, targets = torch.randn(5, 8, requires_grad=True), torch.randn(64, 8), torch.arange(5)
 loss = linear_cross_entropy(x, weight, targets, 60, implementation="torch")
 loss.backward()

@@ -19,8 +19,8 @@ from nanochat.kernels.linear_cross_entropy import (
     check_linear_cross_entropy,
     chunk_rows,
     linear_cross_entropy,
-    plain_linear_cross_entropy,
 )
+from nanochat.model.plain import plain_linear_cross_entropy
 
 both = pytest.mark.parametrize("implementation", ["triton", "torch"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -325,6 +325,14 @@ def test_plain_loss_masks_the_padding_as_slicing_would(device):
     torch.testing.assert_close(plain, tuple(t.float() for t in truth(x, weight, targets, 65)))
 
 
+def test_plain_loss_of_a_target_out_of_range_is_nan_and_of_an_ignored_one_zero(device):
+    x, weight, _ = problem(7, 64, 65, 128, torch.float32, device)
+    targets = torch.tensor([-2, 65, 127, 128, -1, 0, 64], device=device)  # 65 to 127 are the padding's columns
+    losses = plain_linear_cross_entropy(x, weight, targets, 65, reduction="none")
+    assert torch.isnan(losses).tolist() == [True] * 4 + [False] * 3
+    assert losses[4] == 0 and (losses[5:] > 0).all()
+
+
 @given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 10**10))
 def test_chunks_fit_the_budget_and_cover_the_rows_evenly(n_rows, row_bytes, budget):
     if budget < row_bytes:
@@ -365,7 +373,8 @@ def test_the_largest_softcap_with_every_logit_at_its_bottom(device, implementati
 _ROOT = Path(__file__).parents[1]
 _PEAK = """
 import sys, torch
-from nanochat.kernels.linear_cross_entropy import linear_cross_entropy, plain_linear_cross_entropy
+from nanochat.kernels.linear_cross_entropy import linear_cross_entropy
+from nanochat.model.plain import plain_linear_cross_entropy
 from dev.bench.measure import cpu_peak_bytes
 x = torch.randn(2048, 64, dtype=torch.bfloat16, requires_grad=True)
 weight, targets = torch.randn(16384, 64, requires_grad=True), torch.randint(0, 16000, (2048,))

@@ -1,7 +1,9 @@
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from nanochat import provenance
 from nanochat.errors import UserError
-from nanochat.machine import choose_compute_dtype, choose_device, device_name, peak_bf16_flops
+from nanochat.machine import choose_compute_dtype, choose_device, device_name, peak_bf16_flops, peak_memory_mib
 from nanochat.paths import base_dir, runs_dir
 from nanochat.provenance import git_commit, versions
 from nanochat.ranks import Ranks, print0, start_ranks, stop_ranks
@@ -190,6 +192,14 @@ def test_empty_dtype_in_the_environment_is_none(monkeypatch):
     assert choose_compute_dtype(MPS)[0] == torch.float32
 
 
+@pytest.mark.parametrize(("platform", "maxrss"), [("linux", 3 * 2**10), ("darwin", 3 * 2**20)])
+def test_peak_memory_is_mib_on_every_system(monkeypatch, platform, maxrss):
+    """getrusage counts KiB on Linux, bytes on macOS."""
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda who: resource.struct_rusage([0.0, 0.0, maxrss, *[0] * 13]))
+    assert peak_memory_mib(CPU) == 3.0
+
+
 # --- names for the record --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("name", "flops"), [
@@ -206,6 +216,14 @@ def test_peak_flops_by_the_devices_name(name, flops):
 def test_cpu_is_named_with_its_core_count():
     assert device_name(CPU).endswith(f" x{os.cpu_count()}")
     assert "\n" not in device_name(CPU)
+
+
+def test_time_is_utc_to_the_second():
+    code = "from nanochat.provenance import utc_now; print(utc_now(), end='')"
+    far_east = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TZ": "EAST-14"}, capture_output=True,
+                              text=True, check=True).stdout
+    written = datetime.strptime(far_east, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+    assert timedelta(0) <= datetime.now(timezone.utc) - written < timedelta(minutes=1)
 
 
 def test_versions_are_those_of_the_installed_packages():

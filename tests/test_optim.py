@@ -1,9 +1,19 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 from golden_figures import FACTS, arrays, batch, golden_model, relative_error
 from ranks import run_on_ranks
 
-from nanochat.model.optim import MuonAdamW, adamw_update, muon_direction, parameter_groups, polar_express
+from nanochat.model.optim import (
+    MuonAdamW,
+    adamw_update,
+    muon_direction,
+    muon_update,
+    parameter_groups,
+    polar_express,
+)
 from nanochat.ranks import Ranks
 
 
@@ -87,6 +97,35 @@ def test_muon_direction_has_equal_rows_and_spectral_norm_below_one():
     others = norms[norms > 0]
     torch.testing.assert_close(others, others[:1].expand_as(others), rtol=0.05, atol=0)
     assert torch.linalg.svdvals(direction).max() < 1
+
+
+def test_muon_direction_of_no_gradient_is_none():
+    """Ranks fill their stacks up with zero matrices: no NaN may come of them."""
+    zeros = torch.zeros(2, 8, 6)
+    assert torch.equal(muon_direction(zeros, zeros.clone(), torch.tensor(0.9), torch.float32), zeros)
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12)])
+def test_muon_update_by_its_formulas(shape):
+    """In fp64, one matrix at a time; one row and one column are far smaller than the rest, one element is zero."""
+    rows, cols = shape
+    axis, lr, beta2, decay = (1 if rows >= cols else 0), 0.02, 0.9, 0.5
+    rng = np.random.default_rng(0)
+    p, moment = rng.standard_normal(shape), 0.0
+    found = torch.from_numpy(p[None]).float()
+    found_moment = torch.zeros(1, rows, 1) if rows >= cols else torch.zeros(1, 1, cols)
+    for _ in range(3):
+        u = rng.standard_normal(shape)
+        u[3], u[:, 2], u[5, 5] = 1e-6 * u[3], 1e-6 * u[:, 2], 0.0
+        found = muon_update(found, torch.from_numpy(u[None]), found_moment, *map(torch.tensor, (lr, beta2, decay)))
+        u *= math.sqrt(min(shape)) / np.linalg.norm(u)
+        norm = np.linalg.norm(u)
+        moment = beta2 * moment + (1 - beta2) * (u**2).mean(axis, keepdims=True)
+        u /= np.sqrt(np.maximum(moment, 1e-10))
+        u *= norm / np.linalg.norm(u)
+        p = p - lr * (u + decay * p * (u * p >= 0))
+    np.testing.assert_allclose(found[0], p, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found_moment[0], moment, rtol=1e-4)
 
 
 def train_on_one_of(rank, world_size):

@@ -7,7 +7,8 @@ from kernel_cases import assert_as_exact, kernel_device
 
 from nanochat.errors import UserError
 from nanochat.kernels import rms_norm as module
-from nanochat.kernels.rms_norm import check_rms_norm, plain_rms_norm, plain_rope_qk_norm, rms_norm, rope_qk_norm
+from nanochat.kernels.rms_norm import check_rms_norm, rms_norm, rope_qk_norm
+from nanochat.model.plain import plain_rms_norm, plain_rope_qk_norm
 
 EPS = torch.finfo(torch.float32).eps
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

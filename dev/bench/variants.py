@@ -11,9 +11,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from nanochat.kernels.linear_cross_entropy import linear_cross_entropy, plain_linear_cross_entropy
-from nanochat.kernels.rms_norm import plain_rms_norm, plain_rope_qk_norm, rms_norm, rope_qk_norm
-from nanochat.model.gpt import SOFTCAP
+from nanochat.kernels.linear_cross_entropy import SOFTCAP, linear_cross_entropy
+from nanochat.kernels.rms_norm import rms_norm, rope_qk_norm
+from nanochat.model.plain import plain_linear_cross_entropy, plain_rms_norm, plain_rope_qk_norm
 
 
 class Unavailable(Exception):

@@ -2,6 +2,7 @@
 
 import io
 import re
+from itertools import cycle
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def curves(groups, value, x_axis):
     column, x_label, scale = X_AXES[x_axis]
     figure, axes = _figure()
     shown = []
-    for colour, trials in zip(_colours(), groups.values(), strict=False):
+    for colour, trials in zip(cycle(SERIES), groups.values(), strict=False):
         for trial in trials:
             curve = trial.val_curve if value == "val_bpb" else _smooth(trial.loss_curve)
             if len(curve):
@@ -50,7 +51,7 @@ def excess(groups, baseline, margin):
     """val_bpb of each candidate's seed minus the baseline's at the same step, with gate 2's margin as a band."""
     figure, axes = _figure()
     reference = {trial.row.seed: dict(trial.val_curve[:, [0, 3]]) for trial in groups[baseline]}
-    for colour, (label, trials) in zip(_colours(), groups.items(), strict=False):
+    for colour, (label, trials) in zip(cycle(SERIES), groups.items(), strict=False):
         for trial in trials if label != baseline else ():
             points = [(step, bpb - reference[trial.row.seed][step]) for step, _, _, bpb in trial.val_curve
                       if step > 0 and step in reference.get(trial.row.seed, {})]
@@ -68,7 +69,7 @@ def time_bars(groups, confidence):
     timed = {label: [t for t in trials if t.time_to_target_sec is not None] for label, trials in groups.items()}
     figure, axes = _figure(height=0.9 + 0.5 * len(timed))
     largest = 0.0
-    for row, (colour, (_, trials)) in enumerate(zip(_colours(), timed.items(), strict=False)):
+    for row, (colour, (_, trials)) in enumerate(zip(cycle(SERIES), timed.items(), strict=False)):
         seconds = [trial.time_to_target_sec for trial in trials]
         if not seconds:
             axes.annotate("no time to target", (0, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
@@ -94,7 +95,7 @@ def time_bars(groups, confidence):
 def step_times(groups):
     """Distribution of the step times of each group: median, quartiles, 5th and 95th percentile."""
     figure, axes = _figure(height=0.9 + 0.5 * len(groups))
-    for row, (colour, trials) in enumerate(zip(_colours(), groups.values(), strict=False)):
+    for row, (colour, trials) in enumerate(zip(cycle(SERIES), groups.values(), strict=False)):
         times_ms = np.concatenate([trial.step_times_ms for trial in trials] or [np.empty(0)])
         if len(times_ms):
             low, q1, median, q3, high = np.percentile(times_ms, [5, 25, 50, 75, 95])
@@ -108,31 +109,22 @@ def step_times(groups):
     return _svg(figure, "step-times")
 
 
-def miniseries(groups):
-    """min val_bpb against depth, the mean over seeds."""
+def over_depths(groups, value_of, label, baseline=None):
+    """A figure of the runs against depth, mean over seeds; with a baseline its change against that in percent."""
     figure, axes = _figure()
-    for colour, trials in zip(_colours(), groups.values(), strict=False):
-        points = _by_depth(trials, lambda trial: trial.row.min_val_bpb)
+    reference = dict(_by_depth(groups[baseline], value_of)) if baseline else {}
+    for colour, (name, trials) in zip(cycle(SERIES), groups.items(), strict=False):
+        points = _by_depth(trials, value_of)
+        if baseline:
+            points = [(depth, 100 * (value / reference[depth] - 1)) for depth, value in points
+                      if name != baseline and depth in reference]
         if points:
             axes.plot(*np.array(points).T, color=colour, lw=1.4, marker="o", ms=4)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    _titles(axes, "depth", "min val_bpb")
-    return _svg(figure, "miniseries")
-
-
-def depth_changes(groups, baseline, value_of, label):
-    """Relative change against the baseline at each depth, in percent; below zero is better."""
-    figure, axes = _figure()
-    reference = dict(_by_depth(groups[baseline], value_of))
-    for colour, (name, trials) in zip(_colours(), groups.items(), strict=False):
-        points = [(depth, 100 * (value / reference[depth] - 1)) for depth, value in _by_depth(trials, value_of)
-                  if name != baseline and depth in reference]
-        if points:
-            axes.plot(*np.array(points).T, color=colour, lw=1.4, marker="o", ms=4)
-    axes.axhline(0, color=MUTED, lw=1)
+    if baseline:
+        axes.axhline(0, color=MUTED, lw=1)
     axes.xaxis.get_major_locator().set_params(integer=True)
     _titles(axes, "depth", label)
-    return _svg(figure, "change-" + label.split()[0])
+    return _svg(figure, "change-" + label.split()[0] if baseline else "miniseries")
 
 
 def _by_depth(trials, value_of):
@@ -148,10 +140,6 @@ def _smooth(curve):
         means = np.convolve(curve[:, 3], np.full(window, 1 / window), "valid")
         curve = np.column_stack([curve[window - 1:, :3], means])
     return curve[::max(1, len(curve) // _MAX_POINTS)]
-
-
-def _colours():
-    return [SERIES[number % len(SERIES)] for number in range(64)]
 
 
 def _figure(width=4.3, height=2.9):

@@ -1,4 +1,7 @@
-"""The four acceptance gates: their rules, written down before any run, and the verdict they give."""
+"""The four acceptance gates: their rules, written down before any run, and the verdict they give.
+
+Gates give figures by name; findings.py words them.
+"""
 
 from dataclasses import dataclass
 
@@ -6,7 +9,8 @@ import numpy as np
 from scipy import stats
 
 from nanochat.errors import UserError
-from nanochat.experiments.paired import Paired, paired
+from nanochat.experiments.findings import Change, Gate, Verdict, listed
+from nanochat.experiments.paired import paired
 from nanochat.experiments.trials import check_comparable, check_same_world, split
 
 PASS, FAIL, INSUFFICIENT = "pass", "fail", "insufficient"
@@ -46,29 +50,30 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Gate:
-    """One gate's outcome (pass, fail, insufficient) and the figures behind it, in words."""
+class Comparison:
+    """The baseline's and a candidate's trials of one experiment, each by (depth, seed)."""
 
-    name: str
-    outcome: str
-    detail: str
+    baseline: dict
+    tried: dict
 
+    @property
+    def trials(self):
+        return [*self.baseline.values(), *self.tried.values()]
 
-@dataclass(frozen=True)
-class Verdict:
-    """A candidate's decision (promote, optional, reject, insufficient) and the gate that decided."""
+    @property
+    def pairs(self):
+        """(baseline, candidate) wherever both ended well."""
+        return [(b, self.tried[key]) for key, b in self.baseline.items()
+                if key in self.tried and b.ok and self.tried[key].ok]
 
-    candidate: str
-    flags: str
-    decision: str
-    decided_by: str
-    gates: tuple[Gate, ...]
-    gain: Paired | None  # percent of the baseline's time to target, over seeds
-
-    def describe(self):
-        """Lines for the console."""
-        lines = [f"{self.candidate}: {self.decision.upper()} ({self.decided_by})"]
-        return lines + [f"  {gate.name:<16} {gate.outcome:<13} {gate.detail}" for gate in self.gates]
+    @property
+    def missing(self):
+        """Figures of what keeps the seeds from pairing; empty when nothing does."""
+        absent = [(f"the {other} at", *key) for group, rest, other in (
+            (self.tried, self.baseline, "baseline"), (self.baseline, self.tried, "candidate"))
+            for key in group if key not in rest]
+        failed = [(trial.label, trial.row.status) for trial in self.trials if not trial.ok]
+        return _found(absent=absent, failed=failed)
 
 
 def judge(candidate, trials, miniseries=(), probe=None, rules=Rules()):
@@ -84,63 +89,56 @@ def judge(candidate, trials, miniseries=(), probe=None, rules=Rules()):
         raise UserError(f"no candidate {candidate!r} in this experiment; it has {there}")
     if not baseline:
         raise UserError("no baseline runs in this experiment; a candidate is judged against them")
-    tried = others[candidate]
-    check_comparable([*baseline.values(), *tried.values()])
-    series_baseline, series = split(miniseries)
-    check_same_world([*baseline.values(), *tried.values(), *series_baseline.values(),
-                      *series.get(candidate, {}).values()])
-    depths = sorted({depth for depth, _ in (*baseline, *tried)})
+    runs = Comparison(baseline, others[candidate])
+    series_baseline, series_others = split(miniseries)
+    series = Comparison(series_baseline, series_others.get(candidate, {}))
+    check_comparable(runs.trials)
+    check_same_world(runs.trials + series.trials)
+    depths = sorted({trial.row.depth for trial in runs.trials})
     if len(depths) > 1:
-        raise UserError(f"this experiment has depths {_list(depths)}; a candidate is judged at one depth, "
+        raise UserError(f"this experiment has depths {listed(depths)}; a candidate is judged at one depth, "
                         "several depths are gate 4's miniseries")
-    pairs = [(baseline[key], tried[key]) for key in baseline if key in tried and baseline[key].ok and tried[key].ok]
-    missing = _missing(baseline, tried)
-    time, gain = time_gate(pairs, missing, rules)
-    gates = (time, quality_gate(pairs, baseline, missing, rules),
-             stability_gate(tried, baseline, probe, rules),
-             generalisation_gate(candidate, miniseries, quality_margin(baseline, rules), rules))
-    flags = next(iter(tried.values())).row.candidate_flags
-    return Verdict(candidate, flags, *decide(gates, gain, any(t.is_extrapolated for pair in pairs for t in pair)),
-                   gates, gain)
+    gates = (time_gate(runs, rules), quality_gate(runs, rules), stability_gate(runs, probe, rules),
+             generalisation_gate(series, quality_margin(baseline, rules), rules))
+    return Verdict(candidate, next(iter(runs.tried.values())).row.candidate_flags, gates, *decide(gates))
 
 
-def decide(gates, gain, extrapolated):
-    """(decision, the gate that decided), from the gates' outcomes."""
+def decide(gates):
+    """(decision, the gates that decided, the doubt about gate 1's gain)."""
     for outcome, decision in ((FAIL, "reject"), (INSUFFICIENT, "insufficient")):
-        deciding = [gate.name for gate in gates if gate.outcome == outcome]
+        deciding = tuple(gate.name for gate in gates if gate.outcome == outcome)
         if deciding:
-            return decision, "gate " + ", gate ".join(deciding)
-    if gain.lo is None:
-        return "optional", "gate 1 time: the gain has no interval"
-    if gain.lo <= 0:
-        return "optional", "gate 1 time: the gain's interval reaches zero"
-    if extrapolated:
-        return "optional", "gate 1 time: a time to target was extrapolated, not measured"
-    return "promote", "all four gates"
+            return decision, deciding, None
+    gain, extrapolated = (gates[0].figures[name] for name in ("gain_percent", "extrapolated"))
+    doubt = "no interval" if gain.lo is None else "zero" if gain.lo <= 0 else "extrapolated" if extrapolated else None
+    return "optional" if doubt else "promote", (), doubt
 
 
-def time_gate(pairs, missing, rules):
-    """Gate 1 and the paired gain in percent (None without a pair of times)."""
-    name = "1 time"
+def _found(**figures):
+    """The figures that there are: what is empty or None is left out."""
+    return {name: value for name, value in figures.items() if value is not None and value != []}
+
+
+def time_gate(runs, rules):
+    """Gate 1: the paired gain, and the seeds in which there is none."""
+    name, pairs = "1 time", runs.pairs
     timed = [(b, c) for b, c in pairs if b.time_to_target_sec and c.time_to_target_sec]
     slower = [c.row.seed for b, c in pairs if c.time_to_target_sec is None and b.time_to_target_sec is not None
               and c.training_sec is not None and c.training_sec >= b.time_to_target_sec]
-    gain = None
-    detail = "no seed has both times"
+    slower += [c.row.seed for b, c in timed if c.time_to_target_sec >= b.time_to_target_sec]
+    untimed = [b.row.seed for b, c in pairs if (b, c) not in timed]
+    figures = {"no_times": True}
     if timed:
-        seconds = paired([b.time_to_target_sec - c.time_to_target_sec for b, c in timed], rules.confidence)
-        gain = paired([100 * (1 - c.time_to_target_sec / b.time_to_target_sec) for b, c in timed], rules.confidence)
-        slower += [c.row.seed for b, c in timed if c.time_to_target_sec >= b.time_to_target_sec]
-        kind = "extrapolated" if any(t.is_extrapolated for pair in timed for t in pair) else "measured"
-        detail = f"gain {gain.describe('%')}; {seconds.describe('s', 1)}; {kind}"
+        times = [(b.time_to_target_sec, c.time_to_target_sec) for b, c in timed]
+        figures = {"gain_percent": paired([100 * (1 - after / before) for before, after in times], rules.confidence),
+                   "gain_sec": paired([before - after for before, after in times], rules.confidence),
+                   "extrapolated": any(t.is_extrapolated for pair in timed for t in pair)}
     if slower:
-        return Gate(name, FAIL, f"not lower in seed {_list(slower)}; {detail}"), gain
-    if missing or len(timed) < max(rules.min_seeds, len(pairs)):
-        untimed = [b.row.seed for b, c in pairs if (b, c) not in timed]
-        why = missing or (f"no time to target in seed {_list(untimed)}" if untimed
-                          else f"{len(timed)} of {rules.min_seeds} seeds")
-        return Gate(name, INSUFFICIENT, f"{why}; {detail}"), gain
-    return Gate(name, PASS, detail), gain
+        return Gate(name, FAIL, {"slower_seeds": slower, **figures})
+    lacks = runs.missing or _found(untimed_seeds=untimed)
+    if not lacks and len(timed) < rules.min_seeds:
+        lacks = {"seeds": (len(timed), rules.min_seeds)}
+    return Gate(name, INSUFFICIENT if lacks else PASS, {**lacks, **figures})
 
 
 def quality_margin(baseline, rules):
@@ -151,127 +149,38 @@ def quality_margin(baseline, rules):
     return max(rules.quality_sds * float(np.std(ends, ddof=1)), rules.quality_floor_bpb)
 
 
-def quality_gate(pairs, baseline, missing, rules):
+def quality_gate(runs, rules):
     """Gate 2: the end of the run and the largest excess over it."""
-    name = "2 quality"
-    margin = quality_margin(baseline, rules)
+    name, pairs = "2 quality", runs.pairs
+    margin = quality_margin(runs.baseline, rules)
     if margin is None:
-        return Gate(name, INSUFFICIENT, "the margin needs two baseline seeds that ended well")
-    ended = [(b, c) for b, c in pairs if None not in (b.row.min_val_bpb, c.row.min_val_bpb)]
-    if not ended:
-        return Gate(name, INSUFFICIENT, missing or "no seed has both val_bpb")
-    excess = paired([c.row.min_val_bpb - b.row.min_val_bpb for b, c in ended], rules.confidence)
-    detail = f"min val_bpb {excess.describe('bpb', 5)}, margin {margin:.5f}"
-    worst = _worst_excess(pairs, baseline, margin, rules)
-    if worst is not None:
-        detail += f"; worst of the run {worst[0]:+.5f} at step {worst[2]:.0f}, allowed {worst[1]:.5f}"
+        return Gate(name, INSUFFICIENT, {"no_margin": True})
+    excesses = [c.row.min_val_bpb - b.row.min_val_bpb for b, c in pairs
+                if None not in (b.row.min_val_bpb, c.row.min_val_bpb)]
+    if not excesses:
+        return Gate(name, INSUFFICIENT, runs.missing or {"no_val_bpb": True})
+    excess, worst = paired(excesses, rules.confidence), _worst_excess(runs, margin, rules)
+    figures = _found(excess_and_margin_bpb=(excess, margin), worst_bpb=worst)
     if excess.mean > margin or (worst is not None and worst[0] > worst[1]):
-        return Gate(name, FAIL, detail)
-    if missing or len(ended) < max(rules.min_seeds, len(pairs)):
-        return Gate(name, INSUFFICIENT, f"{missing or f'{len(ended)} of {rules.min_seeds} seeds'}; {detail}")
-    if worst is None and not any(c.own_horizon for _, c in pairs):
-        return Gate(name, INSUFFICIENT, f"the runs' curves are not here; {detail}")
-    return Gate(name, PASS, detail)
+        return Gate(name, FAIL, figures)
+    lacks, n_needed = runs.missing, max(rules.min_seeds, len(pairs))
+    if not lacks and len(excesses) < n_needed:
+        lacks = {"seeds": (len(excesses), n_needed)}
+    elif not lacks and worst is None and not any(c.own_horizon for _, c in pairs):
+        lacks = {"no_curves": True}
+    return Gate(name, INSUFFICIENT if lacks else PASS, {**lacks, **figures})
 
 
-def stability_gate(tried, baseline, probe, rules):
-    """Gate 3: ends, spikes, graph breaks, resume."""
-    name = "3 stability"
-    faults = [f"seed {t.row.seed} ended as {t.row.status!r}" for t in tried.values() if not t.ok]
-    gaps = []
-    for key, trial in tried.items():
-        steps = spikes(trial, rules) - (spikes(baseline[key], rules) if key in baseline else set())
-        if steps:
-            faults.append(f"seed {trial.row.seed} has a loss spike at step {min(steps)}")
-        if trial.ok and len(trial.loss_curve) <= SPIKE_WINDOW:
-            gaps.append(f"seed {trial.row.seed} has {len(trial.loss_curve)} losses: too short to look for a spike"
-                        if len(trial.loss_curve) else f"seed {trial.row.seed}'s losses are not here")
-    if probe is None:
-        return Gate(name, FAIL if faults else INSUFFICIENT, "; ".join([*faults, *gaps, "no save/resume probe"]))
-    difference = probe.resume_difference_nats
-    if probe.graph_breaks is None:
-        gaps.append("graph breaks were not looked for: the probe ran uncompiled")
-    elif probe.graph_breaks:
-        faults.append(f"compiles with {probe.graph_breaks} graph breaks")
-    if difference is None:
-        faults.append("a run did not end well after a resume")
-    elif difference > rules.resume_tolerance_nats:
-        faults.append(f"losses differ by {difference:.2g} nats after a resume")
-    if faults or gaps:
-        return Gate(name, FAIL if faults else INSUFFICIENT, "; ".join(faults + gaps))
-    return Gate(name, PASS, f"{len(tried)} runs without NaN, spike or graph break; losses after a resume differ by "
-                            f"{difference:.2g} nats at most")
-
-
-def spikes(trial, rules):
-    """The steps whose train loss is spike_nats above the median of the SPIKE_WINDOW before; a set of int."""
-    loss = trial.loss_curve[:, 3]
-    if len(loss) <= SPIKE_WINDOW:
-        return set()
-    before = np.median(np.lib.stride_tricks.sliding_window_view(loss[:-1], SPIKE_WINDOW), axis=1)
-    return set(trial.loss_curve[SPIKE_WINDOW:, 0][loss[SPIKE_WINDOW:] > before + rules.spike_nats].astype(int).tolist())
-
-
-def generalisation_gate(candidate, miniseries, margin_bpb, rules):
-    """Gate 4: the relative change of val_bpb and of time at each depth, mean over its seeds."""
-    name = "4 generalisation"
-    baseline, others = split(miniseries)
-    tried = others.get(candidate, {})
-    if not tried or not baseline:
-        return Gate(name, INSUFFICIENT, "no miniseries of this candidate and the baseline")
-    check_comparable([*baseline.values(), *tried.values()])
-    failed = [t for t in tried.values() if not t.ok]
-    if failed:
-        return Gate(name, FAIL, "; ".join(f"{t.label} ended as {t.row.status!r}" for t in failed))
-    pairs = [(baseline[key], tried[key]) for key in baseline if key in tried and baseline[key].ok]
-    depths = sorted({b.row.depth for b, _ in pairs})
-    missing = _missing(baseline, tried)
-    if missing or len(depths) < rules.min_depths:
-        return Gate(name, INSUFFICIENT, missing or f"{len(depths)} of {rules.min_depths} depths")
-    level = float(np.mean([b.row.min_val_bpb for b, _ in pairs if b.row.min_val_bpb is not None]))
-    if margin_bpb is None:
-        return Gate(name, INSUFFICIENT, "gate 2's margin needs two baseline seeds that ended well")
-    results = [_depth_change("val_bpb", pairs, depths, lambda t: t.row.min_val_bpb, margin_bpb / level, rules),
-               _time_change(pairs, depths, rules)]
-    if None in results:
-        return Gate(name, INSUFFICIENT, "a run has no val_bpb or no time")
-    return Gate(name, FAIL if any(bad for bad, _ in results) else PASS, "; ".join(text for _, text in results))
-
-
-def _time_change(pairs, depths, rules):
-    """Time to target where every run has one, else the time of a step: the steps are equally many."""
-    if all(t.time_to_target_sec for pair in pairs for t in pair):
-        return _depth_change("time to target", pairs, depths, lambda t: t.time_to_target_sec,
-                             rules.depth_time_tolerance, rules)
-    return _depth_change("step time", pairs, depths, lambda t: t.row.dt_median_ms, rules.depth_time_tolerance, rules)
-
-
-def _depth_change(what, pairs, depths, value_of, tolerance, rules):
-    """(is it a systematic regression, the figures in words), or None when a value is missing."""
-    if any(value_of(t) is None for pair in pairs for t in pair):
-        return None
-    changes = [float(np.mean([value_of(c) / value_of(b) - 1 for b, c in pairs if b.row.depth == depth]))
-               for depth in depths]
-    worse = sum(change > 0 for change in changes)
-    moved = sum(change != 0 for change in changes)
-    sign_p = stats.binomtest(worse, moved, alternative="greater").pvalue if moved else 1.0
-    mean = paired(changes, rules.confidence)
-    bad = mean.mean > tolerance and (worse == len(changes) or (mean.lo is not None and mean.lo > 0))
-    interval = "no interval" if mean.lo is None else f"interval {100 * mean.lo:+.2f} to {100 * mean.hi:+.2f}"
-    text = (f"{what} {100 * mean.mean:+.2f} % ({interval}, tolerance {100 * tolerance:.2f}), "
-            f"worse at {worse} of {len(changes)} depths (sign test p={sign_p:.2g})")
-    return bad, text
-
-
-def _worst_excess(pairs, baseline, margin, rules):
+def _worst_excess(runs, margin, rules):
     """(mean excess of val_bpb over the seeds, what is allowed, step) of the evaluation that most exceeds it.
 
     None without curves.
     """
+    pairs = runs.pairs
     if not pairs or any(c.own_horizon or not len(c.val_curve) or not len(b.val_curve) for b, c in pairs):
         return None
     excess, repeats = {}, {}
-    for trial in baseline.values():
+    for trial in runs.baseline.values():
         for step, _, _, bpb in trial.val_curve if trial.ok else ():
             repeats.setdefault(step, []).append(bpb)
     for b, c in pairs:
@@ -285,14 +194,80 @@ def _worst_excess(pairs, baseline, margin, rules):
     return max(found, key=lambda worst: worst[0] - worst[1], default=None)
 
 
-def _missing(baseline, tried):
-    """What keeps the seeds from pairing, in words; empty when nothing does."""
-    parts = [f"no run of {other} depth {depth} seed {seed}" for group, rest, other in
-             ((tried, baseline, "the baseline at"), (baseline, tried, "the candidate at"))
-             for depth, seed in group if (depth, seed) not in rest]
-    parts += [f"{t.label} ended as {t.row.status!r}" for t in (*baseline.values(), *tried.values()) if not t.ok]
-    return "; ".join(parts)
+def stability_gate(runs, probe, rules):
+    """Gate 3: ends, spikes, graph breaks, resume."""
+    name = "3 stability"
+    failed = [(t.row.seed, t.row.status) for t in runs.tried.values() if not t.ok]
+    steps = {key: spikes(t, rules) - (spikes(runs.baseline[key], rules) if key in runs.baseline else set())
+             for key, t in runs.tried.items()}
+    faults = _found(failed_seeds=failed, spikes=[(seed, min(at)) for (_, seed), at in steps.items() if at])
+    gaps = _found(losses_not_enough=[(t.row.seed, len(t.loss_curve)) for t in runs.tried.values()
+                                     if t.ok and len(t.loss_curve) <= SPIKE_WINDOW])
+    if probe is None:
+        gaps["no_probe"] = True
+    else:
+        difference = probe.resume_difference_nats
+        if probe.graph_breaks is None:
+            gaps["uncompiled"] = True
+        elif probe.graph_breaks:
+            faults["graph_breaks"] = probe.graph_breaks
+        if difference is None:
+            faults["not_resumed"] = True
+        elif difference > rules.resume_tolerance_nats:
+            faults["resume_differs_nats"] = difference
+    if faults or gaps:
+        return Gate(name, FAIL if faults else INSUFFICIENT, faults | gaps)
+    return Gate(name, PASS, {"stable_runs": len(runs.tried), "resume_within_nats": difference})
 
 
-def _list(numbers):
-    return ", ".join(map(str, numbers))
+def spikes(trial, rules):
+    """The steps whose train loss is spike_nats above the median of the SPIKE_WINDOW before; a set of int."""
+    loss = trial.loss_curve[:, 3]
+    if len(loss) <= SPIKE_WINDOW:
+        return set()
+    before = np.median(np.lib.stride_tricks.sliding_window_view(loss[:-1], SPIKE_WINDOW), axis=1)
+    return set(trial.loss_curve[SPIKE_WINDOW:, 0][loss[SPIKE_WINDOW:] > before + rules.spike_nats].astype(int).tolist())
+
+
+def generalisation_gate(series, margin_bpb, rules):
+    """Gate 4: the relative change of val_bpb and of time at each depth, mean over its seeds."""
+    name = "4 generalisation"
+    if not series.tried or not series.baseline:
+        return Gate(name, INSUFFICIENT, {"no_miniseries": True})
+    check_comparable(series.trials)
+    failed = [(t.label, t.row.status) for t in series.tried.values() if not t.ok]
+    if failed:
+        return Gate(name, FAIL, {"failed": failed})
+    pairs = series.pairs
+    n_depths = len({b.row.depth for b, _ in pairs})
+    lacks = series.missing
+    if not lacks and n_depths < rules.min_depths:
+        lacks = {"depths": (n_depths, rules.min_depths)}
+    elif not lacks and margin_bpb is None:
+        lacks = {"no_margin_of_gate_2": True}
+    if lacks:
+        return Gate(name, INSUFFICIENT, lacks)
+    level = float(np.mean([b.row.min_val_bpb for b, _ in pairs if b.row.min_val_bpb is not None]))
+    # time to target where every run has one, else the time of a step: the steps are equally many
+    what, value_of = (("time to target", lambda t: t.time_to_target_sec)
+                      if all(t.time_to_target_sec for pair in pairs for t in pair)
+                      else ("step time", lambda t: t.row.dt_median_ms))
+    changes = [_change("val_bpb", pairs, lambda t: t.row.min_val_bpb, margin_bpb / level, rules),
+               _change(what, pairs, value_of, rules.depth_time_tolerance, rules)]
+    if None in changes:
+        return Gate(name, INSUFFICIENT, {"no_figures": True})
+    return Gate(name, FAIL if any(change.is_regression for change in changes) else PASS, {"changes": changes})
+
+
+def _change(what, pairs, value_of, tolerance, rules):
+    """The Change of one figure, or None when a value is missing."""
+    by_depth = {}
+    for b, c in pairs:
+        before, after = value_of(b), value_of(c)
+        if before is None or after is None:
+            return None
+        by_depth.setdefault(b.row.depth, []).append(after / before - 1)
+    changes = [float(np.mean(by_depth[depth])) for depth in sorted(by_depth)]
+    n_worse, n_moved = sum(change > 0 for change in changes), sum(change != 0 for change in changes)
+    sign_p = stats.binomtest(n_worse, n_moved, alternative="greater").pvalue if n_moved else 1.0
+    return Change(what, paired(changes, rules.confidence), tolerance, n_worse, float(sign_p))

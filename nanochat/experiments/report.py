@@ -122,11 +122,12 @@ def _miniseries_sections(series, labels):
     if len({trial.row.depth for trial in series}) < 2:
         return []
     groups = _groups(series, labels)
-    drawn = [("val_bpb against depth", "", Markup(figures.miniseries(groups)))]
+    values = {"val_bpb": lambda t: t.row.min_val_bpb, "step time": lambda t: t.row.dt_median_ms}
+    drawn = [("val_bpb against depth", "", Markup(figures.over_depths(groups, values["val_bpb"], "min val_bpb")))]
     if groups.get(BASELINE) and len(groups) > 1:
-        for what, value_of in (("val_bpb", lambda t: t.row.min_val_bpb), ("step time", lambda t: t.row.dt_median_ms)):
-            drawn.append((f"{what}, change at each depth", "below zero is better",
-                          Markup(figures.depth_changes(groups, BASELINE, value_of, f"{what} change, %"))))
+        drawn += [(f"{what}, change at each depth", "below zero is better",
+                   Markup(figures.over_depths(groups, value_of, f"{what} change, %", BASELINE)))
+                  for what, value_of in values.items()]
     return [Section(f"Miniseries: {series[0].row.experiment_name}", drawn)]
 
 

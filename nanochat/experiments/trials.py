@@ -9,7 +9,7 @@ import numpy as np
 from nanochat.errors import UserError
 from nanochat.experiments.ledger import ExperimentRow, read_experiments
 from nanochat.experiments.profiles import BASELINE, candidate_name
-from nanochat.runlog import CONFIG, RunRecord, read_run
+from nanochat.runlog import CONFIG, UNTIMED_STEPS, RunRecord, read_run
 
 HORIZON_FLAGS = ("--num-iterations", "--target-flops", "--target-param-data-ratio")
 
@@ -76,9 +76,10 @@ class Trial:
 
     @cached_property
     def step_times_ms(self):
-        """Milliseconds of the steps on the training clock (the first eleven compile); float64 [n]."""
+        """Milliseconds of the steps on the training clock; float64 [n]."""
         events = self.record.of("train") if self.record else []
-        return np.array([e["dt_ms"] for e in events if e["step"] > 11 and e["dt_ms"] is not None], dtype=np.float64)
+        times = [e["dt_ms"] for e in events if e["step"] > UNTIMED_STEPS and e["dt_ms"] is not None]
+        return np.array(times, dtype=np.float64)
 
     def _curve(self, kind, value):
         events = self.record.of(kind) if self.record else []

@@ -3,7 +3,7 @@
 The (N, V) logits never exist as a whole: each chunk's logits are turned into their own gradient in
 place and multiplied into dx and dW at once, in the forward pass (Liger, arXiv:2410.10989, and CCE,
 arXiv:2411.09009, do the same). With z = cap * tanh(a / cap), |z| <= cap bounds exp(z), so no running
-maximum is needed. Order: reference, kernels, chunk loop, ops, public functions.
+maximum is needed. Order: kernels, chunk loop, ops, public functions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 
 from nanochat.errors import UserError
 from nanochat.kernels.runtime import (
@@ -27,35 +26,11 @@ from nanochat.kernels.runtime import (
 
 DTYPES = (torch.bfloat16, torch.float32)
 IGNORED = -1
+SOFTCAP = 15.0  # the model's
 MAX_SOFTCAP = 40.0  # exp(-80), the least that the torch forms sum, is a normal fp32
 _LOG2_E = math.log2(math.e)
 _SCRATCH_ELEMENTS = {"cpu": 1 << 20, "gpu": 1 << 26}  # of each of the torch form's two fp32 scratch arrays
 _PRODUCT_ROWS = 8192  # rows of dW summed at a time on a CPU
-_REDUCTIONS = ("mean", "sum", "none")
-_IMPLEMENTATIONS = ("triton", "torch")
-
-
-# --- reference -------------------------------------------------------------------------------------------------------
-
-def plain_linear_cross_entropy(x, weight, targets, vocab_size, softcap=15.0, reduction="mean"):
-    """The unfused loss in the form that compiles best: one pass over the columns forward, one backward.
-
-    x (..., d), weight (Vpad, d) cast to x's dtype, targets (...) int64 with -1 ignored, anything else out of range
-    NaN; logits and loss in fp32. The softcap bounds the logits, so it stands in for their maximum, and the target's
-    logit is a sum over the same columns: neither needs a pass of its own, as F.cross_entropy's would.
-    """
-    targets_shape, targets = targets.shape, targets.reshape(-1)
-    logits = F.linear(x.reshape(-1, x.size(-1)), weight.to(x.dtype)).float()
-    below_cap = 2 * softcap * (torch.sigmoid(2 / softcap * logits) - 1)  # softcap * (tanh(logits / softcap) - 1)
-    column = torch.arange(weight.size(0), device=x.device)
-    partition = torch.exp(below_cap).masked_fill(column >= vocab_size, 0.0).sum(dim=-1)
-    of_target = torch.where(column == targets.unsqueeze(-1), below_cap, 0.0).sum(dim=-1)
-    losses = partition.log() - of_target
-    losses = torch.where((targets >= 0) & (targets < vocab_size), losses, torch.nan)
-    losses = torch.where(targets == IGNORED, 0.0, losses)
-    if reduction == "none":
-        return losses.view(targets_shape)
-    return losses.sum() / ((targets != IGNORED).sum() if reduction == "mean" else 1)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -281,7 +256,7 @@ def _reduced(losses, targets, mean):
 
 # --- public functions ------------------------------------------------------------------------------------------------
 
-def linear_cross_entropy(x, weight, targets, vocab_size, softcap=15.0, reduction="mean", implementation="triton",
+def linear_cross_entropy(x, weight, targets, vocab_size, softcap=SOFTCAP, reduction="mean", implementation="triton",
                          chunk_bytes=None):
     """Cross-entropy of softcap * tanh(x W^T / softcap) over the first vocab_size columns, without the (N, V) logits.
 
@@ -289,7 +264,7 @@ def linear_cross_entropy(x, weight, targets, vocab_size, softcap=15.0, reduction
     out of range makes the loss NaN. mean and sum: fp32 scalar, differentiable once in x and weight;
     none: fp32 losses of targets' shape, without gradients. chunk_bytes bounds the logits alive at a time.
     """
-    assert reduction in _REDUCTIONS and implementation in _IMPLEMENTATIONS
+    assert reduction in ("mean", "sum", "none") and implementation in ("triton", "torch")
     if chunk_bytes is None:
         chunk_bytes = default_chunk_bytes(x.device, x.dtype)
     rows, flat_targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
@@ -312,7 +287,7 @@ def default_chunk_bytes(device, dtype):
     return 896 << 20 if device.type == "cuda" else dtype.itemsize << 24
 
 
-def check_linear_cross_entropy(device, dtype, padded_vocab_size, softcap=15.0, implementation="triton",
+def check_linear_cross_entropy(device, dtype, padded_vocab_size, softcap=SOFTCAP, implementation="triton",
                                chunk_bytes=None, flag="--chunked-ce"):
     """UserError when this loss cannot serve such a model; call it before building one."""
     device = torch.device(device)

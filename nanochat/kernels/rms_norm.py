@@ -1,13 +1,12 @@
 """RMSNorm without weight, and rotary embedding followed by that norm (QK-norm), each as one kernel.
 
 Both read their input once and write their output once, in fp32 between; the backward passes
-recompute the row's scale from the saved input. Order: reference, kernels, ops, public functions.
+recompute the row's scale from the saved input. Order: kernels, ops, public functions.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from nanochat.errors import UserError
 from nanochat.kernels.runtime import (
@@ -24,24 +23,7 @@ from nanochat.kernels.runtime import (
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 16384  # one row has to fit into the registers of one program
 MAX_HEAD_DIM = 512
-
-
-# --- reference -------------------------------------------------------------------------------------------------------
-
-def plain_rms_norm(x, eps=None):
-    """The unfused norm: what the fused one is measured against."""
-    return F.rms_norm(x, (x.size(-1),), eps=eps)
-
-
-def plain_rope(x, cos, sin):
-    """Rotate the halves of x (B, T, H, D) by minus theta; cos, sin (1, T, 1, D/2) in x's dtype (arXiv:2104.09864)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
-
-
-def plain_rope_qk_norm(q, k, cos, sin, scale=1.2):
-    """Rotary embedding, RMSNorm, times `scale`, on q and k (B, T, H, D), unfused."""
-    return tuple(plain_rms_norm(plain_rope(x, cos, sin)) * scale for x in (q, k))
+QK_SCALE = 1.2  # the model's
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -171,33 +153,24 @@ for _op in (_rms_norm, _rms_norm_backward, _rope_norm, _rope_norm_backward):
     _op.register_fake(lambda x, *others: x.new_empty(x.shape))
 
 
-def _save_norm(ctx, inputs, output):
-    x, ctx.eps = inputs
-    ctx.save_for_backward(x)
+def _save(ctx, inputs, output):
+    ctx.numbers = [value for value in inputs if not torch.is_tensor(value)]
+    ctx.save_for_backward(*(value for value in inputs if torch.is_tensor(value)))
     ctx.set_materialize_grads(False)
 
 
-def _norm_gradients(ctx, grad):
-    if grad is None:
-        return None, None
-    return _rms_norm_backward(*ctx.saved_tensors, grad, ctx.eps), None
+def _gradient_by(backward):
+    """The gradient of the first input, the only one that has one."""
+    def gradients(ctx, grad):
+        x, *others = ctx.saved_tensors
+        others += ctx.numbers
+        return None if grad is None else backward(x, grad, *others), *[None] * len(others)
+
+    return gradients
 
 
-def _save_rope_norm(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _rope_norm_gradients(ctx, grad):
-    if grad is None:
-        return (None,) * 5
-    x, cos, sin = ctx.saved_tensors
-    return _rope_norm_backward(x, grad, cos, sin, ctx.scale, ctx.eps), None, None, None, None
-
-
-_rms_norm.register_autograd(_norm_gradients, setup_context=_save_norm)
-_rope_norm.register_autograd(_rope_norm_gradients, setup_context=_save_rope_norm)
+_rms_norm.register_autograd(_gradient_by(_rms_norm_backward), setup_context=_save)
+_rope_norm.register_autograd(_gradient_by(_rope_norm_backward), setup_context=_save)
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -211,7 +184,7 @@ def rms_norm(x, eps=None):
     return _rms_norm(x, _eps(eps))
 
 
-def rope_qk_norm(q, k, cos, sin, scale=1.2, eps=None):
+def rope_qk_norm(q, k, cos, sin, scale=QK_SCALE, eps=None):
     """Rotary embedding, RMSNorm and `scale` on q (B, T, H, D) and k (B, T, Hkv, D), each read and written once.
 
     cos, sin (1, T, 1, D/2): constants, no gradient. q and k may be views into one packed tensor.

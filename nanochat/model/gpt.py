@@ -7,21 +7,21 @@ are stored in the compute dtype. State-dict names are upstream nanochat's.
 import math
 import zlib
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.errors import UserError
-from nanochat.kernels.linear_cross_entropy import linear_cross_entropy, plain_linear_cross_entropy
+from nanochat.kernels.linear_cross_entropy import SOFTCAP, linear_cross_entropy
 from nanochat.kernels.rms_norm import rms_norm, rope_qk_norm
 from nanochat.model.attention import causal_attention
+from nanochat.model.plain import plain_linear_cross_entropy, plain_rms_norm, plain_rope_qk_norm
 
 VOCAB_MULTIPLE = 64
 ROTARY_BASE = 100_000.0
 ROTARY_LENGTH_FACTOR = 10  # decoding may run this many times past the training length
-QK_SCALE = 1.2
-SOFTCAP = 15.0
 SMEAR_CHANNELS = 24
 VALUE_GATE_CHANNELS = 12
 SHORT_WINDOW_MULTIPLE = 128
@@ -111,21 +111,10 @@ def flops_per_token(config):
     return 6 * matmul_weights + 12 * config.n_head * config.head_dim * attended
 
 
-def norm(x):
-    """RMSNorm over the last dimension, without weight; eps is fp32's machine epsilon."""
-    return F.rms_norm(x, (x.size(-1),))
-
-
 def fused_norm(x):
-    """`norm` in one kernel, where nothing compiles the model: a compiler fuses the plain norm with what surrounds
+    """The norm in one kernel, where nothing compiles the model: a compiler fuses the plain norm with what surrounds
     it, and a kernel of our own would stand in its way."""
-    return norm(x) if torch.compiler.is_compiling() else rms_norm(x)
-
-
-def rotate(x, cos, sin):
-    """Rotary embedding of x (B, T, H, D) by minus theta; cos, sin (1, T, 1, D/2)."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+    return plain_rms_norm(x) if torch.compiler.is_compiling() else rms_norm(x)
 
 
 class Linear(nn.Linear):
@@ -143,32 +132,27 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer, fused):
         super().__init__()
-        self.fused = fused
-        self.layer, self.window = layer, config.windows[layer]
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.qk_norm = rope_qk_norm if fused else plain_rope_qk_norm
+        self.layer, self.window, self.head_dim = layer, config.windows[layer], config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, config.kv_dim)
         self.c_v = Linear(config.n_embd, config.kv_dim)
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        self.ve_gate = Linear(VALUE_GATE_CHANNELS, self.n_kv_head) if config.has_value_embedding(layer) else None
+        self.ve_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head) if config.has_value_embedding(layer) else None
 
     def forward(self, x, value_embedding, cos_sin, kv_cache):
         """x (B, T, n_embd), already normed; value_embedding (B, T, kv_dim) or None."""
-        B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        q, k, v = (self._heads(projection(x)) for projection in (self.c_q, self.c_k, self.c_v))
         if self.ve_gate is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))
-            v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.n_kv_head, self.head_dim)
-        if self.fused:
-            q, k = rope_qk_norm(q, k, *cos_sin, QK_SCALE)
-        else:
-            q, k = (norm(rotate(x, *cos_sin)) * QK_SCALE for x in (q, k))
+            v = v + gate.unsqueeze(-1) * self._heads(value_embedding)
+        q, k = self.qk_norm(q, k, *cos_sin)
         if kv_cache is not None:
             k, v = kv_cache.extend(self.layer, k, v)
-        y = causal_attention(q, k, v, self.window)
-        return self.c_proj(y.reshape(B, T, -1))
+        return self.c_proj(causal_attention(q, k, v, self.window).flatten(-2))
+
+    def _heads(self, channels):
+        return channels.unflatten(-1, (-1, self.head_dim))
 
 
 class MLP(nn.Module):
@@ -188,13 +172,39 @@ class Block(nn.Module):
 
     def __init__(self, config, layer, fused):
         super().__init__()
-        self.norm = fused_norm if fused else norm
+        self.norm = fused_norm if fused else plain_rms_norm
         self.attn = Attention(config, layer, fused)
         self.mlp = MLP(config)
 
     def forward(self, x, value_embedding, cos_sin, kv_cache):
         x = x + self.attn(self.norm(x), value_embedding, cos_sin, kv_cache)
         return x + self.mlp(self.norm(x))
+
+
+def initial_values(config):
+    """{pattern of names: (initialiser, its two arguments)}; every parameter matches exactly one.
+
+    normal_ takes mean and standard deviation, uniform_ its bounds, evenly_ the first and the last value.
+    """
+    bound = math.sqrt(3 / config.n_embd)  # the standard deviation is width^-1/2
+    return {
+        "transformer.wte.weight": (nn.init.normal_, 0.0, 0.8),
+        "lm_head.weight": (nn.init.normal_, 0.0, 0.001),
+        "value_embeds.*": (nn.init.uniform_, -bound, bound),
+        "*.c_[qkv].weight": (nn.init.uniform_, -bound, bound),
+        "*.c_fc.weight": (nn.init.uniform_, -0.4 * bound, 0.4 * bound),
+        "*.c_proj.weight": (evenly_, 0.0, 0.0),
+        "*_gate.weight": (nn.init.uniform_, 0.0, 0.02),  # smear_gate and the layers' ve_gate
+        "smear_lambda": (evenly_, 0.0, 0.0),
+        "backout_lambda": (evenly_, 0.2, 0.2),
+        "resid_lambdas": (evenly_, 1.15, 1.05),
+        "x0_lambdas": (evenly_, 0.20, 0.05),
+    }
+
+
+def evenly_(tensor, first, last, generator=None):
+    """Fill in place with evenly spaced values; nothing is drawn."""
+    return tensor.copy_(torch.linspace(first, last, tensor.numel()).view_as(tensor))
 
 
 class GPT(nn.Module):
@@ -207,7 +217,7 @@ class GPT(nn.Module):
     def __init__(self, config, compute_dtype=torch.float32, *, fused_rmsnorm=False, chunked_ce=False):
         super().__init__()
         self.config, self.compute_dtype, self.chunked_ce = config, compute_dtype, chunked_ce
-        self.norm = fused_norm if fused_rmsnorm else norm
+        self.norm = fused_norm if fused_rmsnorm else plain_rms_norm
         vocab, d = config.padded_vocab_size, config.n_embd
         # fp16's range is too small for an embedding's optimizer state: those stay fp32
         embedding_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
@@ -237,31 +247,11 @@ class GPT(nn.Module):
     def init_weights(self, seed):
         """Fill every parameter. Each draws from a CPU generator of its own, seeded by `seed` and its name,
         so the values are the same on every device and for every number of ranks."""
-        n_layer, bound = self.config.n_layer, math.sqrt(3 / self.config.n_embd)
-        uniform_bounds = {"c_q": bound, "c_k": bound, "c_v": bound, "c_fc": 0.4 * bound}
+        table = initial_values(self.config)
         for name, parameter in self.named_parameters():
+            [(fill, low, high)] = [row for pattern, row in table.items() if fnmatchcase(name, pattern)]
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it heeds 32 bits only
-            value = torch.zeros(parameter.shape)
-            kind = name.split(".")[-2] if "." in name else name
-            if name == "transformer.wte.weight":
-                value.normal_(0, 0.8, generator=generator)
-            elif name == "lm_head.weight":
-                value.normal_(0, 0.001, generator=generator)
-            elif name.startswith("value_embeds."):
-                value.uniform_(-bound, bound, generator=generator)
-            elif kind in uniform_bounds:
-                value.uniform_(-uniform_bounds[kind], uniform_bounds[kind], generator=generator)
-            elif kind in ("smear_gate", "ve_gate"):
-                value.uniform_(0, 0.02, generator=generator)
-            elif kind == "resid_lambdas":
-                value = torch.linspace(1.15, 1.05, n_layer)
-            elif kind == "x0_lambdas":
-                value = torch.linspace(0.20, 0.05, n_layer)
-            elif kind == "backout_lambda":
-                value.fill_(0.2)
-            else:
-                assert kind in ("c_proj", "smear_lambda"), f"no initial value for {name}"
-            parameter.copy_(value)
+            parameter.copy_(fill(torch.empty(parameter.shape), low, high, generator=generator))
 
     def forward(self, idx, targets=None, loss_reduction="mean", kv_cache=None):
         """Logits (B, T, vocab) in fp32, or with `targets` (B, T; -1 is ignored) the loss in nats.

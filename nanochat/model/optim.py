@@ -96,8 +96,7 @@ class MuonAdamW(torch.optim.Optimizer):
             finalize()
 
     def _reduce_adamw(self, group):
-        return [_Reduced.rows(p.grad, self.ranks) if self._is_sharded(p) else _Reduced.whole(p.grad, self.ranks)
-                for p in group["params"]]
+        return [_mean_over_ranks(p.grad, self.ranks, self._is_sharded(p)) for p in group["params"]]
 
     def _update_adamw(self, group, reduced):
         gathers = []
@@ -112,7 +111,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 group["lr"], beta1, beta2, group["eps"], group["weight_decay"],
                 1 - beta1 ** state["step"], 1 - beta2 ** state["step"])]
             update = self._kernel(adamw_update, share.numel())
-            update(share.view(-1), grad.wait().view(-1), state["exp_avg"].view(-1),
+            update(share.view(-1), grad().view(-1), state["exp_avg"].view(-1),
                    state["exp_avg_sq"].view(-1), *numbers)
             if self._is_sharded(p):
                 gathers.append(_all_gather(p.data, share, async_op=True))
@@ -122,7 +121,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return self.ranks.world_size > 1 and p.numel() >= SMALL_NUMEL and p.size(0) % self.ranks.world_size == 0
 
     def _reduce_muon(self, group):
-        return _Reduced.rows(self._padded_stack([p.grad for p in group["params"]]), self.ranks)
+        return _mean_over_ranks(self._padded_stack([p.grad for p in group["params"]]), self.ranks, sharded=True)
 
     def _update_muon(self, group, reduced):
         params = group["params"]
@@ -135,7 +134,7 @@ class MuonAdamW(torch.optim.Optimizer):
         lr, momentum, beta2, decay = (torch.tensor(float(x)) for x in (
             group["lr"] * max(1.0, rows / cols) ** 0.5, group["momentum"], group["beta2"], group["weight_decay"]))
         direction = self._kernel(muon_direction, rows * cols)(
-            reduced.wait(), state["momentum"], momentum, self.matmul_dtype)
+            reduced(), state["momentum"], momentum, self.matmul_dtype)
         # between the two compiled parts: the matmuls, whose additions the BLAS calls already fuse
         new = self._kernel(muon_update, rows * cols)(
             stack, polar_express(direction), state["second_moment"], lr, beta2, decay)
@@ -161,29 +160,19 @@ class MuonAdamW(torch.optim.Optimizer):
         return torch.stack([*tensors, *[torch.zeros_like(tensors[0])] * missing])
 
 
-class _Reduced:
-    """A gradient on its way: `wait` returns the mean over ranks of this rank's share."""
+def _mean_over_ranks(grad, ranks, sharded):
+    """Start the reduction of a gradient; returns a function that waits for it and gives the mean, this rank's share
+    alone if `sharded`."""
+    if ranks.world_size == 1:
+        return lambda: grad
+    share = torch.empty_like(_own_rows(grad, ranks)) if sharded else grad
+    work = _reduce_scatter(share, grad, async_op=True) if sharded else dist.all_reduce(grad, async_op=True)
 
-    def __init__(self, grad, world_size, work=None):
-        self.grad, self.world_size, self.work = grad, world_size, work
+    def wait():
+        work.wait()
+        return share / ranks.world_size
 
-    @classmethod
-    def whole(cls, grad, ranks):
-        work = dist.all_reduce(grad, async_op=True) if ranks.world_size > 1 else None
-        return cls(grad, ranks.world_size, work)
-
-    @classmethod
-    def rows(cls, grad, ranks):
-        if ranks.world_size == 1:
-            return cls(grad, 1)
-        share = torch.empty_like(_own_rows(grad, ranks))
-        return cls(share, ranks.world_size, _reduce_scatter(share, grad, async_op=True))
-
-    def wait(self):
-        if self.work is None:
-            return self.grad
-        self.work.wait()
-        return self.grad / self.world_size
+    return wait
 
 
 def _own_rows(tensor, ranks):
@@ -207,10 +196,13 @@ def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_dec
 
 
 def muon_direction(grad, momentum_buffer, momentum, dtype):
-    """What Muon orthogonalises, in `dtype`: Nesterov momentum, the rows of a matrix brought to one norm
-    (the root mean square of theirs), the matrix to a spectral norm below 1.
+    """What Muon orthogonalises, in `dtype`: of each matrix, with gradient g, buffer b and momentum m,
 
-    grad (K, rows, cols); the buffer, of the same shape, is updated in place; momentum is a 0-dim fp32 tensor.
+        b <- m b + (1 - m) g,    n = (1 - m) g + m b                  Nesterov momentum
+        r_i = n_i sqrt(mean_j |n_j|^2) / |n_i|                        row i: every row has the rows' rms norm
+        r / (1.01 |r|_F + 1e-6)                                       spectral norm below 1
+
+    grad and momentum_buffer (updated in place) are (K, rows, cols), momentum a 0-dim fp32 tensor.
     """
     momentum_buffer.copy_(torch.lerp(momentum_buffer, grad, 1 - momentum))
     nesterov = torch.lerp(grad, momentum_buffer, momentum)
@@ -221,11 +213,14 @@ def muon_direction(grad, momentum_buffer, momentum, dtype):
 
 
 def muon_update(p, update, second_moment, lr, beta2, weight_decay):
-    """New values of a stack of matrices p (K, rows, cols) fp32 from their orthogonalised updates.
+    """New values of p (K, rows, cols) fp32 by orthogonalised updates u; lr, beta2, weight_decay 0-dim fp32 CPU tensors:
 
-    NorMuon's normalisation (arXiv:2510.05491), then decay only where update and weight agree in sign.
-    second_moment, updated in place, is (K, rows, 1), or (K, 1, cols) for wide matrices; lr, beta2 and
-    weight_decay are 0-dim fp32 CPU tensors.
+        u <- u sqrt(min(rows, cols)) / |u|_F                          an orthogonal matrix's Frobenius norm
+        s_i <- beta2 s_i + (1 - beta2) mean(u_i^2)                    second_moment of row i (of columns if wide),
+        u_i <- u_i / sqrt(s_i), then all scaled to the norm before    (K, rows, 1) or (K, 1, cols), in place
+        p - lr (u + weight_decay p [u p >= 0])                        decay where u and p agree in sign
+
+    Source: NorMuon, arXiv:2510.05491.
     """
     rows, cols = p.shape[-2:]
     lines, within = (-2, -1) if rows >= cols else (-1, -2)

@@ -1,0 +1,45 @@
+"""The model's parts in plain torch, as it runs by default; lane C's kernels do the same in fewer passes."""
+
+import torch
+import torch.nn.functional as F
+
+from nanochat.kernels.linear_cross_entropy import IGNORED, SOFTCAP
+from nanochat.kernels.rms_norm import QK_SCALE
+
+
+def plain_rms_norm(x):
+    """RMSNorm over the last dimension, without weight; eps is fp32's machine epsilon (arXiv:1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def plain_rope_qk_norm(q, k, cos, sin):
+    """Halves of q and k (B, T, H, D) rotated by minus theta (arXiv:2104.09864), RMSNorm, times QK_SCALE.
+
+    cos, sin (1, T, 1, D/2) in their dtype.
+    """
+    def rotated(x):
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+
+    return tuple(plain_rms_norm(rotated(x)) * QK_SCALE for x in (q, k))
+
+
+def plain_linear_cross_entropy(x, weight, targets, vocab_size, softcap=SOFTCAP, reduction="mean"):
+    """The unfused loss in the form that compiles best: one pass over the columns forward, one backward.
+
+    x (..., d), weight (Vpad, d) cast to x's dtype, targets (...) int64 with -1 ignored, anything else out of range
+    NaN; logits and loss in fp32. The softcap bounds the logits, so it stands in for their maximum, and the target's
+    logit is a sum over the same columns: neither needs a pass of its own, as F.cross_entropy's would.
+    """
+    targets_shape, targets = targets.shape, targets.reshape(-1)
+    logits = F.linear(x.reshape(-1, x.size(-1)), weight.to(x.dtype)).float()
+    below_cap = 2 * softcap * (torch.sigmoid(2 / softcap * logits) - 1)  # softcap * (tanh(logits / softcap) - 1)
+    column = torch.arange(weight.size(0), device=x.device)
+    partition = torch.exp(below_cap).masked_fill(column >= vocab_size, 0.0).sum(dim=-1)
+    of_target = torch.where(column == targets.unsqueeze(-1), below_cap, 0.0).sum(dim=-1)
+    losses = partition.log() - of_target
+    losses = torch.where((targets >= 0) & (targets < vocab_size), losses, torch.nan)
+    losses = torch.where(targets == IGNORED, 0.0, losses)
+    if reduction == "none":
+        return losses.view(targets_shape)
+    return losses.sum() / ((targets != IGNORED).sum() if reduction == "mean" else 1)
