@@ -43,12 +43,31 @@ class Report:
     rules = Rules().describe()
 
     @property
+    def records(self):
+        return [trial.record for trial in self.trials if trial.record]
+
+    @property
     def versions(self):
-        return _versions(self.trials)
+        """(name, version) pairs, every version that occurs among the runs, and the commits."""
+        configs = [record.config for record in self.records]
+        names = dict.fromkeys(name for config in configs for name in config.get("versions", {}))
+        found = [(name, ", ".join(sorted({str(config.get("versions", {}).get(name)) for config in configs})))
+                 for name in names]
+        commits = sorted({trial.row.git_commit[:12] for trial in self.trials if trial.row.git_commit})
+        dirty = any(config.get("git_dirty") for config in configs)
+        return [("commit", ", ".join(commits) + (" (with uncommitted changes)" if dirty else "")), *found]
 
     @property
     def commands(self):
-        return _commands(self.trials)
+        """Shell lines that make the runs again: the flags all have in common, then each run's own."""
+        argvs = [_flags(record) for record in self.records if record.config.get("flags")]
+        if not argvs:
+            return []
+        shared = [item for item in argvs[0] if all(item in items for items in argvs)]
+        own = [" ".join(item for item in items if item not in shared) for items in argvs]
+        interpreted = any(record.config["device"].get("triton_interpreted") for record in self.records)
+        return [*(["export TRITON_INTERPRET=1"] if interpreted else []), f"COMMON=({' '.join(shared)})",
+                *(f'python -m scripts.base_train "${{COMMON[@]}}" {flags}'.rstrip() for flags in own)]
 
     def html(self):
         return _template("report.html.jinja", autoescape=True).render(report=self)
@@ -151,29 +170,6 @@ def _trial_of(record):
         target_metric_name=summary.get("target_metric_name") or "val_bpb", candidate_flags=record.run_id,
         dataset_id=config["dataset_id"], total_tokens=summary.get("tokens"), device=device_of(config),
         run_id=record.run_id, **cells), record)
-
-
-def _versions(trials):
-    """(name, version) pairs, every version that occurs among the runs, and the commits."""
-    configs = [trial.record.config for trial in trials if trial.record]
-    names = dict.fromkeys(name for config in configs for name in config.get("versions", {}))
-    found = [(name, ", ".join(sorted({str(config.get("versions", {}).get(name)) for config in configs})))
-             for name in names]
-    commits = sorted({trial.row.git_commit[:12] for trial in trials if trial.row.git_commit})
-    dirty = any(config.get("git_dirty") for config in configs)
-    return [("commit", ", ".join(commits) + (" (with uncommitted changes)" if dirty else "")), *found]
-
-
-def _commands(trials):
-    """Shell lines that make the runs again: the flags all have in common, then each run's own."""
-    argvs = [_flags(trial.record) for trial in trials if trial.record and trial.record.config.get("flags")]
-    if not argvs:
-        return []
-    shared = [item for item in argvs[0] if all(item in items for items in argvs)]
-    own = [" ".join(item for item in items if item not in shared) for items in argvs]
-    interpreted = any(trial.record.config["device"].get("triton_interpreted") for trial in trials if trial.record)
-    return [*(["export TRITON_INTERPRET=1"] if interpreted else []), f"COMMON=({' '.join(shared)})",
-            *(f'python -m scripts.base_train "${{COMMON[@]}}" {flags}'.rstrip() for flags in own)]
 
 
 def _flags(record):
