@@ -247,6 +247,21 @@ def test_slower_at_one_depth_of_four_is_not_systematic(bench):
     assert outcomes(bench.verdict()) == ["pass"] * 4
 
 
+def test_gates_give_figures_and_one_place_words_them(bench):
+    bench.pair(0), bench.pair(1), bench.pair(2, row={"min_val_bpb": None})
+    bench.baseline(3)
+    time, quality, *_ = bench.verdict(miniseries=False).gates
+    assert time.figures["absent"] == [("candidate", 4, 3)] and time.figures["gain_percent"].n == 3
+    assert time.detail.startswith("no run of the candidate at depth 4 seed 3; gain n=3, mean +")
+    assert quality.figures["excess_and_margin_bpb"][0].n == 2
+
+
+def test_a_seed_without_val_bpb_is_one_of_those_needed(bench):
+    bench.pair(0), bench.pair(1), bench.pair(2, row={"min_val_bpb": None})
+    gate = bench.verdict(miniseries=False).gates[1]
+    assert gate.outcome == "insufficient" and gate.detail.startswith("2 of 3 seeds; min val_bpb n=2")
+
+
 @pytest.mark.parametrize("missing", ["candidate seed", "baseline seed", "one seed", "miniseries", "depths", "probe",
                                      "failed baseline"])
 def test_missing_runs_are_insufficient_never_a_pass(bench, missing):

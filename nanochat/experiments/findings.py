@@ -17,7 +17,7 @@ def _each(form):
 _DOUBTS = {"no interval": "the gain has no interval", "zero": "the gain's interval reaches zero",
            "extrapolated": "a time to target was extrapolated, not measured"}
 _WORDS = {  # by the figure's name: a form that it is put into, or a function
-    "absent": _each("no run of {} depth {} seed {}"),
+    "absent": _each("no run of the {} at depth {} seed {}"),
     "failed": _each("{} ended as {!r}"),
     "seeds": "{0[0]} of {0[1]} seeds",
     # 1 time

@@ -69,7 +69,7 @@ class Comparison:
     @property
     def missing(self):
         """Figures of what keeps the seeds from pairing; empty when nothing does."""
-        absent = [(f"the {other} at", *key) for group, rest, other in (
+        absent = [(other, *key) for group, rest, other in (
             (self.tried, self.baseline, "baseline"), (self.baseline, self.tried, "candidate"))
             for key in group if key not in rest]
         failed = [(trial.label, trial.row.status) for trial in self.trials if not trial.ok]
