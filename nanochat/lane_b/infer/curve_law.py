@@ -1,0 +1,198 @@
+"""Laws of whole loss curves: val_bpb at every step of a run, whatever its horizon, from its learning-rate multipliers.
+
+S(t) is the sum of the multipliers so far (so warm-ups count as the progress they make), d(t) the sum of their decrease,
+the drop. Every law is a formula with bounded parameters, fitted to all evaluations of all calibration runs at once:
+Huber loss on log L, several fixed starts, nothing random. Which law is used is decided by errors on runs left out
+(dev/study/curve_laws.py), not by fit. `ends` is the lane's older law of schedule ends alone, kept to be compared with.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from nanochat.errors import UserError
+from nanochat.lane_b import Refusal
+
+_KNOTS = 64  # the decrease of a schedule in so many pieces
+_HUBER_LOG_LOSS = 0.002  # about the scatter of seeds: what lies further out counts linearly
+_REFERENCE = 1000.0  # S at which amplitudes are taken, steps: parameters of ordinary size
+_SMALL = 1e-9
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the laws read of a schedule: `multipliers` of all its steps (H,), seen after `steps` of them (n,)."""
+
+    multipliers: np.ndarray
+    steps: np.ndarray
+
+    def __post_init__(self):
+        if len(self.steps) and not 1 <= min(self.steps) <= max(self.steps) <= len(self.multipliers):
+            raise UserError(f"evaluations at steps {min(self.steps)} to {max(self.steps)} of a horizon of "
+                            f"{len(self.multipliers)}; a law knows steps 1 to the horizon")
+
+    @cached_property
+    def total(self):
+        """S: the sum of the multipliers so far (n,), in steps at the peak."""
+        return np.cumsum(self.multipliers)[self.steps - 1]
+
+    @cached_property
+    def drop(self):
+        """d: the sum of their decrease so far (n,)."""
+        return np.concatenate([[0.0], np.cumsum(np.maximum(-np.diff(self.multipliers), 0))])[self.steps - 1]
+
+    @cached_property
+    def landing(self):
+        """The decrease in pieces: (size, multiplier after it (K,); steps, S since (n, K), 0 before it)."""
+        falls = np.maximum(-np.diff(self.multipliers), 0)
+        falling = np.flatnonzero(falls)
+        pieces = [piece for piece in np.array_split(falling, min(_KNOTS, max(len(falling), 1))) if len(piece)]
+        size = np.array([falls[piece].sum() for piece in pieces])
+        after = np.array([self.multipliers[piece + 1].mean() for piece in pieces])
+        at_step = np.array([piece.mean() + 1 for piece in pieces])
+        at_total = np.interp(at_step, np.arange(1, len(self.multipliers) + 1), np.cumsum(self.multipliers))
+        return (size, after, np.maximum(self.steps[:, None] - at_step, 0),
+                np.maximum(self.total[:, None] - at_total, 0))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's evaluations: bits per byte `loss` (n,) after `steps` (n,), under `multipliers` (H,)."""
+
+    multipliers: np.ndarray
+    steps: np.ndarray
+    loss: np.ndarray
+    seed: int = 0
+
+    @property
+    def horizon(self):
+        return len(self.multipliers)
+
+    @cached_property
+    def progress(self):
+        return Progress(self.multipliers, self.steps)
+
+    def late(self, first_share):
+        """The run without its evaluations before `first_share` of the horizon: they are another regime."""
+        kept = self.steps >= first_share * self.horizon
+        return Run(self.multipliers, self.steps[kept], self.loss[kept], self.seed)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A formula L(parameters, progress) with the range of each parameter and the starts of the search."""
+
+    name: str
+    parameters: dict[str, tuple[float, float]]
+    starts: tuple[tuple[float, ...], ...]
+    loss: Callable = None
+    ends_only: bool = False
+
+
+def _power(progress, amplitude, alpha):
+    return amplitude * (progress.total / _REFERENCE) ** -alpha
+
+
+def _annealing(progress, floor, amplitude, alpha, gain):
+    return floor + _power(progress, amplitude, alpha) - gain * progress.drop
+
+
+def _lagged(progress, floor, amplitude, alpha, gain, lag_steps):
+    size, _, steps, _ = progress.landing
+    return floor + _power(progress, amplitude, alpha) - gain * ((1 - np.exp(-steps / lag_steps)) @ size)
+
+
+def _multi_power(progress, floor, amplitude, alpha, gain, rate, beta, gamma):
+    size, after, _, total = progress.landing
+    landed = 1 - (1 + rate * after**-gamma * total / _REFERENCE) ** -beta
+    return floor + _power(progress, amplitude, alpha) - gain * (landed @ size)
+
+
+def _fading_gain(progress, floor, amplitude, alpha, gain, delta, shape):
+    return (floor + _power(progress, amplitude, alpha)
+            - _power(progress, gain, delta) * progress.drop**shape)
+
+
+def _landing_shape(progress, floor, amplitude, alpha, steeper, curved, growth):
+    drop, log_horizon = progress.drop, np.log(len(progress.multipliers) / _REFERENCE)
+    log_landed = -drop * (steeper + growth * log_horizon) - curved * drop**2
+    return floor + _power(progress, amplitude, alpha) * np.exp(log_landed)
+
+
+def _self_similar(progress, floor, amplitude, alpha, slope, curve, bend, growth):
+    late = progress.steps / len(progress.multipliers) - 0.7
+    log_excess = late * (slope + late * (curve + late * bend))
+    exponent = alpha + growth * late
+    return floor + amplitude * np.exp(log_excess) * (progress.total / _REFERENCE) ** -exponent
+
+
+def _ends(progress, floor, amplitude, alpha):
+    return floor + amplitude * (len(progress.multipliers) / _REFERENCE) ** -alpha + 0 * progress.steps
+
+
+_CURVE = {"floor": (0.0, 5.0), "amplitude": (1e-4, 20.0), "alpha": (0.05, 1.5)}
+_STARTS = ((1.0, 1.0, 0.25), (1.5, 0.5, 0.5), (1.7, 0.3, 1.0))
+
+
+def _starts(*rest):
+    return tuple((*start, *more) for start in _STARTS for more in rest)
+
+
+FORMS = {form.name: form for form in (
+    Form("ends", _CURVE, _STARTS, _ends, ends_only=True),
+    Form("annealing", _CURVE | {"gain": (0.0, 2.0)}, _starts((0.1,)), _annealing),
+    Form("lagged", _CURVE | {"gain": (0.0, 2.0), "lag_steps": (1.0, 500.0)},
+         _starts((0.1, 20.0), (0.1, 150.0)), _lagged),
+    Form("multi_power", _CURVE | {"gain": (0.0, 2.0), "rate": (0.01, 1e3), "beta": (0.1, 1.5), "gamma": (0.0, 1.5)},
+         _starts((0.2, 5.0, 0.5, 0.5), (0.2, 50.0, 0.5, 0.5)), _multi_power),
+    Form("fading_gain", _CURVE | {"gain": (0.0, 2.0), "delta": (-0.5, 1.5), "shape": (0.5, 3.0)},
+         _starts((0.1, 0.0, 1.0), (0.1, 0.4, 1.0)), _fading_gain),
+    Form("landing_shape", _CURVE | {"steeper": (-1.0, 3.0), "curved": (-1.5, 1.5), "growth": (-0.5, 0.5)},
+         _starts((0.2, 0.0, 0.0)), _landing_shape),
+    Form("self_similar", _CURVE | {"slope": (-3.0, 3.0), "curve": (-5.0, 5.0), "bend": (-10.0, 10.0),
+                                   "growth": (-0.5, 0.5)}, _starts((0.0, 0.0, 0.0, 0.0)), _self_similar),
+)}
+
+
+@dataclass(frozen=True)
+class Law:
+    """A fitted form. `rms_log_loss`: of the residuals it was fitted to."""
+
+    form: Form
+    values: np.ndarray
+    rms_log_loss: float
+
+    def predict(self, multipliers, steps):
+        """Bits per byte (n,) after `steps` (n,) of the schedule `multipliers` (H,)."""
+        return self.form.loss(Progress(np.asarray(multipliers, dtype=np.float64), np.asarray(steps)), *self.values)
+
+    @property
+    def at_bound(self):
+        """Names of the parameters that the fit left at the edge of their range."""
+        return [name for (name, (lo, hi)), value in zip(self.form.parameters.items(), self.values, strict=True)
+                if min(value - lo, hi - value) < 1e-3 * (hi - lo)]
+
+
+def fit(form, runs, start=None):
+    """Fit a Form to all evaluations of `runs`; from `start` alone where it is given (values of an earlier fit)."""
+    if form.ends_only:
+        runs = [run.late(1.0) for run in runs]
+    n = sum(len(run.steps) for run in runs)
+    if n <= len(form.parameters) or len({run.horizon for run in runs}) < 2:
+        raise Refusal(f"{n} evaluations of {len({run.horizon for run in runs})} horizons do not determine the "
+                      f"{len(form.parameters)} parameters of {form.name}; add calibration runs")
+    observed = np.log(np.concatenate([run.loss for run in runs]))
+
+    def residual(values):
+        predicted = np.concatenate([form.loss(run.progress, *values) for run in runs])
+        return np.log(np.maximum(predicted, _SMALL)) - observed
+
+    lo, hi = np.array(list(form.parameters.values())).T
+    found = [least_squares(residual, np.clip(first, lo + 1e-6, hi - 1e-6), bounds=(lo, hi), loss="huber",
+                           f_scale=_HUBER_LOG_LOSS, x_scale="jac", max_nfev=200)
+             for first in ([start] if start is not None else form.starts)]
+    best = min(found, key=lambda result: result.cost)
+    return Law(form, best.x, float(np.sqrt(np.mean(best.fun**2))))

@@ -1,0 +1,154 @@
+"""Laws of whole curves and the crossings they predict: curves made by each law are recovered, closed forms hold."""
+
+import math
+
+import numpy as np
+import pytest
+
+from nanochat.errors import UserError
+from nanochat.lane_b import Refusal
+from nanochat.lane_b.infer.crossing import (
+    Prediction,
+    first_crossing,
+    lack_of_fit,
+    shortest_whole,
+    slope_test,
+    time_to,
+)
+from nanochat.lane_b.infer.curve_law import FORMS, Progress, Run, fit
+from nanochat.training.schedule import lr_multiplier
+
+TRUTH = {
+    "ends": (1.5, 0.4, 0.5),
+    "annealing": (1.5, 0.6, 0.4, 0.1),
+    "lagged": (1.5, 0.6, 0.4, 0.1, 60.0),
+    "multi_power": (1.5, 0.6, 0.4, 0.3, 20.0, 0.4, 0.6),
+    "fading_gain": (1.5, 0.6, 0.4, 0.12, 0.3, 1.2),
+    "landing_shape": (1.5, 0.6, 0.4, 0.3, 0.1, 0.05),
+    "self_similar": (1.5, 0.4, 0.5, -0.3, -0.5, 0.5, 0.05),
+}
+
+
+def schedule(horizon):
+    return np.array([lr_multiplier(step, horizon) for step in range(horizon)])
+
+
+def made_run(form, values, horizon, seed=0, noise=0.0, evaluations=28):
+    """A run by a law; `noise` moves the whole curve (1 sd) and bends it a little, as a seed does."""
+    steps = np.unique(np.linspace(horizon / evaluations, horizon, evaluations).astype(int))
+    rng = np.random.default_rng([horizon, seed])
+    multipliers = schedule(horizon)
+    shift = rng.standard_normal() + 0.3 * rng.standard_normal() * steps / horizon
+    loss = form.loss(Progress(multipliers, steps), *values) * np.exp(noise * shift)
+    return Run(multipliers, steps, loss, seed).late(0.2)
+
+
+def made_runs(name="annealing", horizons=(448, 672, 896, 1344), seeds=(0,), noise=0.0):
+    return [made_run(FORMS[name], TRUTH[name], horizon, seed, noise) for horizon in horizons for seed in seeds]
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+def test_progress_sums_the_multipliers_and_their_decrease():
+    progress = Progress(np.array([0.5, 1.0, 1.0, 0.75, 0.25]), np.array([1, 2, 3, 4, 5]))
+    assert progress.total.tolist() == [0.5, 1.5, 2.5, 3.25, 3.5]
+    assert progress.drop.tolist() == [0, 0, 0, 0.25, 0.75]
+
+
+def test_the_decrease_in_pieces_adds_up_to_the_drop():
+    progress = Progress(schedule(900), np.array([200, 500, 900]))
+    size, after, steps, total = progress.landing
+    assert (steps > 0) @ size == pytest.approx(progress.drop, abs=0.02)  # a piece is 1/64 of the decrease
+    assert size.sum() == pytest.approx(0.95, abs=0.01) and np.all(np.diff(after) < 0)
+    assert np.all(total <= steps)
+
+
+def test_steps_beyond_the_horizon_are_refused():
+    with pytest.raises(UserError, match="steps 10 to 101 of a horizon of 100"):
+        Progress(np.ones(100), np.array([10, 101]))
+
+
+def test_early_evaluations_are_cut_by_their_share_of_the_horizon():
+    run = Run(np.ones(100), np.array([20, 49, 50, 100]), np.array([4.0, 3.0, 2.0, 1.0]))
+    assert run.late(0.5).steps.tolist() == [50, 100] and run.late(0.5).loss.tolist() == [2, 1]
+
+
+# --- forms -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_law_recovers_curves_of_its_own_form(name):
+    law = fit(FORMS[name], made_runs(name))
+    assert law.rms_log_loss < 1e-6
+    multipliers, steps = schedule(1900), np.array([800, 1200, 1900])
+    truth = FORMS[name].loss(Progress(multipliers, steps), *TRUTH[name])
+    assert law.predict(multipliers, steps) == pytest.approx(truth, abs=1e-5)
+    assert law.at_bound == []
+
+
+def test_the_fit_is_the_same_twice():
+    runs = made_runs(seeds=(0, 1), noise=0.001)
+    assert np.array_equal(fit(FORMS["multi_power"], runs).values, fit(FORMS["multi_power"], runs).values)
+
+
+def test_one_spoilt_evaluation_counts_little():
+    runs = made_runs()
+    runs[1].loss[5] *= 1.3
+    truth = FORMS["annealing"].loss(Progress(schedule(1900), np.array([1900])), *TRUTH["annealing"])
+    assert fit(FORMS["annealing"], runs).predict(schedule(1900), np.array([1900])) == pytest.approx(truth, abs=1e-3)
+
+
+def test_a_short_lag_or_a_fast_landing_is_the_annealing_law():
+    progress, floor_to_gain = Progress(schedule(900), np.array([400, 600, 900])), TRUTH["annealing"]
+    annealing = FORMS["annealing"].loss(progress, *floor_to_gain)
+    assert FORMS["lagged"].loss(progress, *floor_to_gain, 1e-3) == pytest.approx(annealing, abs=0.002)
+    assert FORMS["multi_power"].loss(progress, *floor_to_gain, 1e9, 1.5, 0.0) == pytest.approx(annealing, abs=0.002)
+    assert FORMS["fading_gain"].loss(progress, *floor_to_gain, 0.0, 1.0) == pytest.approx(annealing)
+
+
+def test_parameters_at_their_bounds_are_named():
+    runs = [made_run(FORMS["annealing"], (1.5, 0.6, 0.4, 0.0), horizon) for horizon in (448, 896)]
+    assert fit(FORMS["annealing"], runs).at_bound == ["gain"]
+
+
+def test_one_horizon_or_too_few_evaluations_fit_no_law():
+    with pytest.raises(Refusal, match="23 evaluations of 1 horizons do not determine the 4 parameters of annealing"):
+        fit(FORMS["annealing"], made_runs(horizons=(896,)))
+    with pytest.raises(Refusal, match="2 evaluations of 2 horizons"):
+        fit(FORMS["ends"], made_runs(horizons=(448, 896)))
+
+
+# --- crossings -------------------------------------------------------------------------------------------------------
+
+def test_first_crossing_is_linear_between_evaluations():
+    assert first_crossing([10, 20, 30], [3.0, 2.0, 1.0], 1.75) == 22.5
+    assert first_crossing([10, 20, 30], [3.0, 2.0, 2.5], 2.0) == 20
+    assert first_crossing([10, 20], [1.0, 0.5], 1.5) == 10
+    assert first_crossing([10, 20], [3.0, 2.0], 1.9) == math.inf
+
+
+def test_shortest_whole_schedule_of_a_power_law_is_its_closed_form():
+    law = fit(FORMS["ends"], made_runs("ends"))
+    exact = 1000 * (0.4 / 0.42) ** (1 / 0.5)  # floor 1.5, amplitude 0.4, alpha 0.5, threshold 1.92
+    assert shortest_whole(law, schedule, 1.92, 300, 3000) == math.ceil(exact)
+    assert shortest_whole(law, schedule, 1.6, 300, 3000) == math.inf
+
+
+def test_a_run_crosses_where_its_law_says():
+    law = fit(FORMS["annealing"], made_runs())
+    fine = np.arange(1, 1001)
+    exact = first_crossing(fine, law.predict(schedule(1000), fine), 2.1)
+    assert time_to(law, schedule, 1000, 2.1) == pytest.approx(exact, abs=1)
+
+
+# --- slopes, fit -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("gain, says", [(0.02, "longer"), (0.3, "shorter")])
+def test_the_slopes_say_on_which_side_the_quickest_horizon_lies(gain, says):
+    values = (1.5, 0.6, 0.4, gain)
+    runs = [made_run(FORMS["annealing"], values, horizon, seed, 0.001) for horizon in (672, 896) for seed in (0, 1)]
+    slopes, law = slope_test(runs), fit(FORMS["annealing"], runs)
+    assert slopes.says == says
+    d_star = shortest_whole(law, schedule, law.predict(schedule(775), np.array([775]))[0], 600, 900)
+    threshold = law.predict(schedule(d_star), np.array([d_star]))[0]
+    quicker = time_to(law, schedule, round(1.1 * d_star), threshold) < d_star
+    assert quicker == (says == "longer")
