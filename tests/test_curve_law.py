@@ -9,6 +9,7 @@ from nanochat.errors import UserError
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.infer.crossing import (
     Prediction,
+    end_of,
     first_crossing,
     lack_of_fit,
     shortest_whole,
@@ -22,6 +23,7 @@ TRUTH = {
     "ends": (1.5, 0.4, 0.5),
     "annealing": (1.5, 0.6, 0.4, 0.1),
     "lagged": (1.5, 0.6, 0.4, 0.1, 60.0),
+    "relaxing": (1.5, 0.6, 0.4, 0.12, 30.0),
     "multi_power": (1.5, 0.6, 0.4, 0.3, 20.0, 0.4, 0.6),
     "fading_gain": (1.5, 0.6, 0.4, 0.12, 0.3, 1.2),
     "landing_shape": (1.5, 0.6, 0.4, 0.3, 0.1, 0.05),
@@ -37,10 +39,10 @@ def made_run(form, values, horizon, seed=0, noise=0.0, evaluations=28):
     """A run by a law; `noise` moves the whole curve (1 sd) and bends it a little, as a seed does."""
     steps = np.unique(np.linspace(horizon / evaluations, horizon, evaluations).astype(int))
     rng = np.random.default_rng([horizon, seed])
-    multipliers = schedule(horizon)
+    progress = Progress(schedule(horizon), steps)
     shift = rng.standard_normal() + 0.3 * rng.standard_normal() * steps / horizon
-    loss = form.loss(Progress(multipliers, steps), *values) * np.exp(noise * shift)
-    return Run(multipliers, steps, loss, seed).late(0.2)
+    loss = form.loss(progress, *values) * np.exp(noise * shift)
+    return Run(progress, loss, seed).late(0.2)
 
 
 def made_runs(name="annealing", horizons=(448, 672, 896, 1344), seeds=(0,), noise=0.0):
@@ -57,10 +59,10 @@ def test_progress_sums_the_multipliers_and_their_decrease():
 
 def test_the_decrease_in_pieces_adds_up_to_the_drop():
     progress = Progress(schedule(900), np.array([200, 500, 900]))
-    size, after, steps, total = progress.landing
-    assert (steps > 0) @ size == pytest.approx(progress.drop, abs=0.02)  # a piece is 1/64 of the decrease
+    size, after, since = progress.landing
+    assert (since[0] > 0) @ size == pytest.approx(progress.drop, abs=0.02)  # a piece is 1/64 of the decrease
     assert size.sum() == pytest.approx(0.95, abs=0.01) and np.all(np.diff(after) < 0)
-    assert np.all(total <= steps)
+    assert np.all(since[1] <= since[0.5]) and np.all(since[0.5] <= since[0])
 
 
 def test_steps_beyond_the_horizon_are_refused():
@@ -69,8 +71,8 @@ def test_steps_beyond_the_horizon_are_refused():
 
 
 def test_early_evaluations_are_cut_by_their_share_of_the_horizon():
-    run = Run(np.ones(100), np.array([20, 49, 50, 100]), np.array([4.0, 3.0, 2.0, 1.0]))
-    assert run.late(0.5).steps.tolist() == [50, 100] and run.late(0.5).loss.tolist() == [2, 1]
+    run = Run(Progress(np.ones(100), np.array([20, 49, 50, 100])), np.array([4.0, 3.0, 2.0, 1.0]))
+    assert run.late(0.5).progress.steps.tolist() == [50, 100] and run.late(0.5).loss.tolist() == [2, 1]
 
 
 # --- forms -----------------------------------------------------------------------------------------------------------
@@ -79,9 +81,9 @@ def test_early_evaluations_are_cut_by_their_share_of_the_horizon():
 def test_a_law_recovers_curves_of_its_own_form(name):
     law = fit(FORMS[name], made_runs(name))
     assert law.rms_log_loss < 1e-6
-    multipliers, steps = schedule(1900), np.array([800, 1200, 1900])
-    truth = FORMS[name].loss(Progress(multipliers, steps), *TRUTH[name])
-    assert law.predict(multipliers, steps) == pytest.approx(truth, abs=1e-5)
+    longer = Progress(schedule(1900), np.array([800, 1200, 1900]))
+    truth = FORMS[name].loss(longer, *TRUTH[name])
+    assert law.at(longer) == pytest.approx(truth, abs=1e-5)
     assert law.at_bound == []
 
 
@@ -93,14 +95,16 @@ def test_the_fit_is_the_same_twice():
 def test_one_spoilt_evaluation_counts_little():
     runs = made_runs()
     runs[1].loss[5] *= 1.3
-    truth = FORMS["annealing"].loss(Progress(schedule(1900), np.array([1900])), *TRUTH["annealing"])
-    assert fit(FORMS["annealing"], runs).predict(schedule(1900), np.array([1900])) == pytest.approx(truth, abs=1e-3)
+    end = Progress(schedule(1900), np.array([1900]))
+    truth = FORMS["annealing"].loss(end, *TRUTH["annealing"])
+    assert fit(FORMS["annealing"], runs).at(end) == pytest.approx(truth, abs=1e-3)
 
 
 def test_a_short_lag_or_a_fast_landing_is_the_annealing_law():
     progress, floor_to_gain = Progress(schedule(900), np.array([400, 600, 900])), TRUTH["annealing"]
     annealing = FORMS["annealing"].loss(progress, *floor_to_gain)
     assert FORMS["lagged"].loss(progress, *floor_to_gain, 1e-3) == pytest.approx(annealing, abs=0.002)
+    assert FORMS["relaxing"].loss(progress, *floor_to_gain, 1e9) == pytest.approx(annealing, abs=0.002)
     assert FORMS["multi_power"].loss(progress, *floor_to_gain, 1e9, 1.5, 0.0) == pytest.approx(annealing, abs=0.002)
     assert FORMS["fading_gain"].loss(progress, *floor_to_gain, 0.0, 1.0) == pytest.approx(annealing)
 
@@ -136,7 +140,7 @@ def test_shortest_whole_schedule_of_a_power_law_is_its_closed_form():
 def test_a_run_crosses_where_its_law_says():
     law = fit(FORMS["annealing"], made_runs())
     fine = np.arange(1, 1001)
-    exact = first_crossing(fine, law.predict(schedule(1000), fine), 2.1)
+    exact = first_crossing(fine, law.at(Progress(schedule(1000), fine)), 2.1)
     assert time_to(law, schedule, 1000, 2.1) == pytest.approx(exact, abs=1)
 
 
@@ -148,7 +152,7 @@ def test_the_slopes_say_on_which_side_the_quickest_horizon_lies(gain, says):
     runs = [made_run(FORMS["annealing"], values, horizon, seed, 0.001) for horizon in (672, 896) for seed in (0, 1)]
     slopes, law = slope_test(runs), fit(FORMS["annealing"], runs)
     assert slopes.says == says
-    d_star = shortest_whole(law, schedule, law.predict(schedule(775), np.array([775]))[0], 600, 900)
-    threshold = law.predict(schedule(d_star), np.array([d_star]))[0]
+    d_star = shortest_whole(law, schedule, end_of(law, schedule, 775), 600, 900)
+    threshold = end_of(law, schedule, d_star)
     quicker = time_to(law, schedule, round(1.1 * d_star), threshold) < d_star
     assert quicker == (says == "longer")

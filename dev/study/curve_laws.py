@@ -18,7 +18,7 @@ import numpy as np
 
 from nanochat.errors import command
 from nanochat.lane_b.infer.crossing import first_crossing, shortest_whole
-from nanochat.lane_b.infer.curve_law import FORMS, Run, fit
+from nanochat.lane_b.infer.curve_law import FORMS, Progress, Run, fit
 from nanochat.training.schedule import lr_multiplier
 
 COLUMNS = ("cell", "split", "fitted_horizons", "horizon", "form", "first_share", "rms_log_loss", "end_error_bpb",
@@ -53,7 +53,7 @@ def read_cells(path):
     for cell, runs in cells.items():
         found[cell] = defaultdict(list)
         for (horizon, seed), (steps, losses) in sorted(runs.items()):
-            found[cell][horizon].append(Run(schedule(horizon), np.array(steps), np.array(losses), seed))
+            found[cell][horizon].append(Run(Progress(schedule(horizon), np.array(steps)), np.array(losses), seed))
     return found
 
 
@@ -71,14 +71,14 @@ def splits(horizons):
 
 def measured_crossing(runs, threshold):
     """Mean over the seeds of the first crossing, steps; infinity where one never crosses."""
-    return float(np.mean([first_crossing(run.steps, run.loss, threshold) for run in runs]))
+    return float(np.mean([first_crossing(run.progress.steps, run.loss, threshold) for run in runs]))
 
 
 def errors(law, runs, shorter, first_share):
     """The errors of one law at the horizon of `runs`; `shorter`: the runs of the next shorter horizon, or None."""
     horizon = runs[0].horizon
     steps = np.arange(max(1, round(0.25 * horizon)), horizon + 1)
-    predicted = law.predict(runs[0].multipliers, steps)
+    predicted = law.at(Progress(schedule(horizon), steps))
     ends = [run.loss[-1] for run in runs]
     late = [run.late(first_share) for run in runs]
     observed = np.mean([run.loss for run in late], axis=0)
@@ -87,7 +87,7 @@ def errors(law, runs, shorter, first_share):
                                              / horizon - 1)}
     if law.form.ends_only:
         return row
-    row["late_rms_bpb"] = np.sqrt(np.mean((law.predict(runs[0].multipliers, late[0].steps) - observed) ** 2))
+    row["late_rms_bpb"] = np.sqrt(np.mean((law.at(late[0].progress) - observed) ** 2))
     thresholds = {"own": max(ends), "shorter": shorter and max(run.loss[-1] for run in shorter)}
     for name, threshold in thresholds.items():
         if threshold:

@@ -45,12 +45,12 @@ def curve_steps(horizon):
 
 def time_to(law, schedule, horizon, threshold):
     """t*(H): the step at which the law's curve of a run of `horizon` steps first crosses; infinity: it does not."""
-    steps = curve_steps(horizon)
-    return first_crossing(steps, law.predict(schedule(horizon), steps), threshold)
+    progress = Progress(schedule(horizon), curve_steps(horizon))
+    return first_crossing(progress.steps, law.at(progress), threshold)
 
 
 def end_of(law, schedule, horizon):
-    return float(law.predict(schedule(horizon), np.array([horizon]))[0])
+    return float(law.at(Progress(schedule(horizon), np.array([horizon])))[0])
 
 
 def shortest_whole(law, schedule, threshold, shortest, longest):
@@ -96,10 +96,10 @@ class Slopes:
 def landing_slope(run):
     """-dL/d ln t at the end of a run: a parabola in ln t through its last quarter."""
     last = run.late(0.75)
-    if len(last.steps) < 5:
-        raise Refusal(f"{len(last.steps)} evaluations in the last quarter of a run of {run.horizon} steps do not give "
+    if len(last.loss) < 5:
+        raise Refusal(f"{len(last.loss)} evaluations in the last quarter of a run of {run.horizon} steps do not give "
                       "its slope (need 5); lower --eval-every")
-    return -float(np.polyfit(np.log(last.steps / run.horizon), last.loss, 2)[1])
+    return -float(np.polyfit(np.log(last.shares), last.loss, 2)[1])
 
 
 def slope_test(runs):
@@ -124,12 +124,12 @@ def lack_of_fit(law, runs, bins=3):
 
     Every span of a run counts as one number: evaluations within it are far from independent.
     """
-    groups, first = by_horizon(runs), min(run.steps[0] / run.horizon for run in runs)
+    groups, first = by_horizon(runs), min(run.shares[0] for run in runs)
     edges = np.linspace(first, 1, bins + 1)[1:-1]
     cells = []
     for group in groups.values():
-        means = [[part.mean() for part in np.split(np.log(run.loss) - np.log(law.predict(run.multipliers, run.steps)),
-                                                   np.searchsorted(run.steps / run.horizon, edges))] for run in group]
+        means = [[part.mean() for part in np.split(np.log(run.loss) - np.log(law.at(run.progress)),
+                                                   np.searchsorted(run.shares, edges))] for run in group]
         cells += list(np.array(means).T)
     variance, freedom = pooled_variance(cells)
     misfit_freedom = len(cells) - len(law.values)
@@ -173,12 +173,12 @@ class Prediction:
     def __init__(self, form, runs, schedule, copies=200, seed=0):
         self.law, self.runs, self.schedule = fit(form, runs), runs, schedule
         self._rng = np.random.default_rng(seed)
-        fitted = [np.log(self.law.predict(run.multipliers, run.steps)) for run in runs]
-        self._residuals = [(run.steps / run.horizon, np.log(run.loss) - log_loss)
+        fitted = [np.log(self.law.at(run.progress)) for run in runs]
+        self._residuals = [(run.shares, np.log(run.loss) - log_loss)
                            for run, log_loss in zip(runs, fitted, strict=True)]
         freedom = max(_NUMBERS_PER_RUN * len(runs) - len(self.law.values), 1)
         self._scales = np.sqrt(_NUMBERS_PER_RUN * len(runs) / self._rng.chisquare(freedom, copies))
-        self.copies = [fit(form, [replace(run, loss=np.exp(log_loss + self._noise(run.steps / run.horizon, scale)))
+        self.copies = [fit(form, [replace(run, loss=np.exp(log_loss + self._noise(run.shares, scale)))
                                   for run, log_loss in zip(runs, fitted, strict=True)], self.law.values)
                        for scale in self._scales]
 
@@ -190,10 +190,10 @@ class Prediction:
         """The Horizon of `steps` steps, and the crossings of its copies."""
         progress = Progress(self.schedule(steps), curve_steps(steps))
         at = progress.steps
-        curves = [copy.form.loss(progress, *copy.values) * np.exp(self._noise(at / steps, scale))
+        curves = [copy.at(progress) * np.exp(self._noise(at / steps, scale))
                   for copy, scale in zip(self.copies, self._scales, strict=True)]
         times = np.array([first_crossing(at, curve, threshold) for curve in curves])
-        point = first_crossing(at, self.law.form.loss(progress, *self.law.values), threshold)
+        point = first_crossing(at, self.law.at(progress), threshold)
         return Horizon(steps, point, *central_interval(times), float(np.isfinite(times).mean())), times
 
     def quickest(self, threshold):
@@ -205,7 +205,7 @@ class Prediction:
         progress = [Progress(self.schedule(int(steps)), np.array([steps])) for steps in grid]
 
         def d_star(law):
-            return first_crossing(grid, np.array([law.form.loss(end, *law.values)[0] for end in progress]), threshold)
+            return first_crossing(grid, np.array([law.at(end)[0] for end in progress]), threshold)
 
         whole = d_star(self.law)
         chosen = choose(horizons, whole)

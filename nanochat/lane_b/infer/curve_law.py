@@ -16,7 +16,7 @@ from scipy.optimize import least_squares
 from nanochat.errors import UserError
 from nanochat.lane_b import Refusal
 
-_KNOTS = 64  # the decrease of a schedule in so many pieces
+_PIECES = 64  # the decrease of a schedule in so many pieces
 _HUBER_LOG_LOSS = 0.002  # about the scatter of seeds: what lies further out counts linearly
 _REFERENCE = 1000.0  # S at which amplitudes are taken, steps: parameters of ordinary size
 _SMALL = 1e-9
@@ -34,6 +34,10 @@ class Progress:
             raise UserError(f"evaluations at steps {min(self.steps)} to {max(self.steps)} of a horizon of "
                             f"{len(self.multipliers)}; a law knows steps 1 to the horizon")
 
+    @property
+    def horizon(self):
+        return len(self.multipliers)
+
     @cached_property
     def total(self):
         """S: the sum of the multipliers so far (n,), in steps at the peak."""
@@ -46,39 +50,42 @@ class Progress:
 
     @cached_property
     def landing(self):
-        """The decrease in pieces: (size, multiplier after it (K,); steps, S since (n, K), 0 before it)."""
+        """The decrease in pieces: (size, multiplier after it, both (K,); {q: sum since it of multipliers^q (n, K)})."""
         falls = np.maximum(-np.diff(self.multipliers), 0)
         falling = np.flatnonzero(falls)
-        pieces = [piece for piece in np.array_split(falling, min(_KNOTS, max(len(falling), 1))) if len(piece)]
+        pieces = [piece for piece in np.array_split(falling, _PIECES) if len(piece)]
         size = np.array([falls[piece].sum() for piece in pieces])
         after = np.array([self.multipliers[piece + 1].mean() for piece in pieces])
         at_step = np.array([piece.mean() + 1 for piece in pieces])
-        at_total = np.interp(at_step, np.arange(1, len(self.multipliers) + 1), np.cumsum(self.multipliers))
-        return (size, after, np.maximum(self.steps[:, None] - at_step, 0),
-                np.maximum(self.total[:, None] - at_total, 0))
+        since = {}
+        for power in (0, 0.5, 1):
+            total = np.cumsum(self.multipliers**power)
+            at_piece = np.interp(at_step, np.arange(1, len(total) + 1), total)
+            since[power] = np.maximum(total[self.steps - 1, None] - at_piece, 0)
+        return size, after, since
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's evaluations: bits per byte `loss` (n,) after `steps` (n,), under `multipliers` (H,)."""
+    """One run's evaluations: bits per byte `loss` (n,) at the n steps of its progress."""
 
-    multipliers: np.ndarray
-    steps: np.ndarray
+    progress: Progress
     loss: np.ndarray
     seed: int = 0
 
     @property
     def horizon(self):
-        return len(self.multipliers)
+        return self.progress.horizon
 
-    @cached_property
-    def progress(self):
-        return Progress(self.multipliers, self.steps)
+    @property
+    def shares(self):
+        """Where in the horizon the evaluations are (n,), 1 at its end."""
+        return self.progress.steps / self.horizon
 
     def late(self, first_share):
         """The run without its evaluations before `first_share` of the horizon: they are another regime."""
-        kept = self.steps >= first_share * self.horizon
-        return Run(self.multipliers, self.steps[kept], self.loss[kept], self.seed)
+        kept = self.shares >= first_share
+        return Run(Progress(self.progress.multipliers, self.progress.steps[kept]), self.loss[kept], self.seed)
 
 
 @dataclass(frozen=True)
@@ -101,13 +108,18 @@ def _annealing(progress, floor, amplitude, alpha, gain):
 
 
 def _lagged(progress, floor, amplitude, alpha, gain, lag_steps):
-    size, _, steps, _ = progress.landing
-    return floor + _power(progress, amplitude, alpha) - gain * ((1 - np.exp(-steps / lag_steps)) @ size)
+    size, _, since = progress.landing
+    return floor + _power(progress, amplitude, alpha) - gain * ((1 - np.exp(-since[0] / lag_steps)) @ size)
+
+
+def _relaxing(progress, floor, amplitude, alpha, gain, rate):
+    size, _, since = progress.landing
+    return floor + _power(progress, amplitude, alpha) - gain * ((1 - np.exp(-rate / _REFERENCE * since[0.5])) @ size)
 
 
 def _multi_power(progress, floor, amplitude, alpha, gain, rate, beta, gamma):
-    size, after, _, total = progress.landing
-    landed = 1 - (1 + rate * after**-gamma * total / _REFERENCE) ** -beta
+    size, after, since = progress.landing
+    landed = 1 - (1 + rate / _REFERENCE * after**-gamma * since[1]) ** -beta
     return floor + _power(progress, amplitude, alpha) - gain * (landed @ size)
 
 
@@ -117,20 +129,20 @@ def _fading_gain(progress, floor, amplitude, alpha, gain, delta, shape):
 
 
 def _landing_shape(progress, floor, amplitude, alpha, steeper, curved, growth):
-    drop, log_horizon = progress.drop, np.log(len(progress.multipliers) / _REFERENCE)
+    drop, log_horizon = progress.drop, np.log(progress.horizon / _REFERENCE)
     log_landed = -drop * (steeper + growth * log_horizon) - curved * drop**2
     return floor + _power(progress, amplitude, alpha) * np.exp(log_landed)
 
 
 def _self_similar(progress, floor, amplitude, alpha, slope, curve, bend, growth):
-    late = progress.steps / len(progress.multipliers) - 0.7
+    late = progress.steps / progress.horizon - 0.7
     log_excess = late * (slope + late * (curve + late * bend))
     exponent = alpha + growth * late
     return floor + amplitude * np.exp(log_excess) * (progress.total / _REFERENCE) ** -exponent
 
 
 def _ends(progress, floor, amplitude, alpha):
-    return floor + amplitude * (len(progress.multipliers) / _REFERENCE) ** -alpha + 0 * progress.steps
+    return floor + amplitude * (progress.horizon / _REFERENCE) ** -alpha + 0 * progress.steps
 
 
 _CURVE = {"floor": (0.0, 5.0), "amplitude": (1e-4, 20.0), "alpha": (0.05, 1.5)}
@@ -146,6 +158,7 @@ FORMS = {form.name: form for form in (
     Form("annealing", _CURVE | {"gain": (0.0, 2.0)}, _starts((0.1,)), _annealing),
     Form("lagged", _CURVE | {"gain": (0.0, 2.0), "lag_steps": (1.0, 500.0)},
          _starts((0.1, 20.0), (0.1, 150.0)), _lagged),
+    Form("relaxing", _CURVE | {"gain": (0.0, 2.0), "rate": (0.5, 1e3)}, _starts((0.1, 5.0), (0.1, 50.0)), _relaxing),
     Form("multi_power", _CURVE | {"gain": (0.0, 2.0), "rate": (0.01, 1e3), "beta": (0.1, 1.5), "gamma": (0.0, 1.5)},
          _starts((0.2, 5.0, 0.5, 0.5), (0.2, 50.0, 0.5, 0.5)), _multi_power),
     Form("fading_gain", _CURVE | {"gain": (0.0, 2.0), "delta": (-0.5, 1.5), "shape": (0.5, 3.0)},
@@ -165,9 +178,9 @@ class Law:
     values: np.ndarray
     rms_log_loss: float
 
-    def predict(self, multipliers, steps):
-        """Bits per byte (n,) after `steps` (n,) of the schedule `multipliers` (H,)."""
-        return self.form.loss(Progress(np.asarray(multipliers, dtype=np.float64), np.asarray(steps)), *self.values)
+    def at(self, progress):
+        """Bits per byte (n,) at the n steps of a Progress, of any horizon."""
+        return self.form.loss(progress, *self.values)
 
     @property
     def at_bound(self):
@@ -180,7 +193,7 @@ def fit(form, runs, start=None):
     """Fit a Form to all evaluations of `runs`; from `start` alone where it is given (values of an earlier fit)."""
     if form.ends_only:
         runs = [run.late(1.0) for run in runs]
-    n = sum(len(run.steps) for run in runs)
+    n = sum(len(run.loss) for run in runs)
     if n <= len(form.parameters) or len({run.horizon for run in runs}) < 2:
         raise Refusal(f"{n} evaluations of {len({run.horizon for run in runs})} horizons do not determine the "
                       f"{len(form.parameters)} parameters of {form.name}; add calibration runs")
