@@ -1,6 +1,7 @@
 """Laws of whole curves and the crossings they predict: curves made by each law are recovered, closed forms hold."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +9,13 @@ import pytest
 from nanochat.errors import UserError
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.infer.crossing import (
+    Horizon,
     Prediction,
+    choose,
     end_of,
     first_crossing,
     lack_of_fit,
+    landing_slope,
     shortest_whole,
     slope_test,
     time_to,
@@ -156,3 +160,67 @@ def test_the_slopes_say_on_which_side_the_quickest_horizon_lies(gain, says):
     threshold = end_of(law, schedule, d_star)
     quicker = time_to(law, schedule, round(1.1 * d_star), threshold) < d_star
     assert quicker == (says == "longer")
+
+
+def test_the_landing_slope_is_that_of_the_curve():
+    """L = 2 - 0.3 ln(t/H) + 0.1 ln(t/H)^2."""
+    steps = np.arange(50, 1001, 25)
+    log_share = np.log(steps / 1000)
+    run = Run(Progress(np.ones(1000), steps), 2 - 0.3 * log_share + 0.1 * log_share**2)
+    assert landing_slope(run) == pytest.approx(0.3)
+    with pytest.raises(Refusal, match="4 evaluations in the last quarter of a run of 1000 steps"):
+        landing_slope(Run(Progress(np.ones(1000), steps[-4:]), np.ones(4)))
+
+
+def test_one_seed_leaves_the_slopes_undecided():
+    assert slope_test(made_runs()).says == "undecided"
+
+
+def test_lack_of_fit_tells_a_wrong_form_from_the_scatter_of_seeds():
+    runs = made_runs("multi_power", seeds=(0, 1), noise=0.0005)
+    assert lack_of_fit(fit(FORMS["multi_power"], runs), runs).p > 0.05
+    flat = fit(FORMS["annealing"], runs)
+    wrong = lack_of_fit(replace(flat, values=flat.values * [1, 1, 1, 0]), runs)  # no gain from the landing
+    assert wrong.p < 0.001 and wrong.ratio > 10
+    assert math.isnan(lack_of_fit(flat, made_runs()).p)  # one seed: nothing to compare with
+
+
+# --- predictions with intervals --------------------------------------------------------------------------------------
+
+def test_intervals_cover_the_crossings_of_runs_to_come():
+    """By simulation: calibrations of 3 horizons x 2 seeds, one run at 1.4 times the longest; nominal 95 %."""
+    threshold, covered = end_of(fit(FORMS["annealing"], made_runs()), schedule, 1100), []
+    for seed in range(20):
+        runs = made_runs(horizons=(448, 672, 896), seeds=(10 * seed, 10 * seed + 1), noise=0.001)
+        predicted, _ = Prediction(FORMS["annealing"], runs, schedule, copies=60).horizon(1250, threshold)
+        coming = made_run(FORMS["annealing"], TRUTH["annealing"], 1250, seed + 1000, 0.001)
+        assert predicted.hi < 1.2 * predicted.lo
+        covered.append(predicted.lo <= first_crossing(coming.progress.steps, coming.loss, threshold) <= predicted.hi)
+    assert np.mean(covered) >= 0.85
+
+
+def test_the_quickest_horizon_is_that_of_the_true_law():
+    law = fit(FORMS["annealing"], made_runs())
+    threshold = end_of(law, schedule, 1100)
+    times = [time_to(law, schedule, horizon, threshold) for horizon in range(1100, 1345, 10)]
+    runs = made_runs(horizons=(448, 672, 896), seeds=(0, 1), noise=0.0005)
+    quickest = Prediction(FORMS["annealing"], runs, schedule, copies=40).quickest(threshold)
+    assert quickest.whole_lo <= 1100 <= quickest.whole_hi
+    assert quickest.chosen.time == pytest.approx(min(times), rel=0.02)
+    assert quickest.chosen.lo < quickest.chosen.time < quickest.chosen.hi
+
+
+def test_no_horizon_is_chosen_beyond_the_reach_of_the_runs():
+    quickest = Prediction(FORMS["annealing"], made_runs(seeds=(0, 1), noise=0.001), schedule, copies=20).quickest(1.7)
+    assert quickest.chosen is None and quickest.whole == math.inf
+
+
+def test_the_shortest_of_equally_quick_horizons_that_nearly_always_get_there_is_chosen():
+    def horizon(steps, time, reaches):
+        return Horizon(steps, time, 0.9 * time, 1.1 * time, reaches)
+
+    sure = [horizon(1000, 995, 0.5), horizon(1100, 950, 0.97), horizon(1200, 905, 1), horizon(1300, 900, 1),
+            horizon(2100, 700, 1)]
+    assert choose(sure, 1000).steps == 1200  # 905 is within 1 % of 900; 2100 is beyond 2 D*
+    assert choose([horizon(1000, 800, 0.5), horizon(1100, 850, 0.95)], 1000).steps == 1100  # D* often just misses
+    assert choose([horizon(1000, 800, 0.5)], 1000) is None

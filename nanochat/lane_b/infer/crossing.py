@@ -119,10 +119,18 @@ def slope_test(runs):
     return Slopes(float(envelope), float(landing), se, freedom)
 
 
-def lack_of_fit(law, runs, bins=3):
-    """(F, p) of the law's misfit against the pure error of seeds, on the mean residual of each run's `bins` spans.
+@dataclass(frozen=True)
+class LackOfFit:
+    """The F ratio of a law's misfit to the pure error of seeds, and its p-value; nan: no repeats to tell by."""
 
-    Every span of a run counts as one number: evaluations within it are far from independent.
+    ratio: float
+    p: float
+
+
+def lack_of_fit(law, runs, bins=3):
+    """The law's misfit against the pure error of seeds, on the mean residuals of `bins` spans of each run.
+
+    A span counts as one number: evaluations within it are far from independent.
     """
     groups, first = by_horizon(runs), min(run.shares[0] for run in runs)
     edges = np.linspace(first, 1, bins + 1)[1:-1]
@@ -134,14 +142,15 @@ def lack_of_fit(law, runs, bins=3):
     variance, freedom = pooled_variance(cells)
     misfit_freedom = len(cells) - len(law.values)
     if not freedom or misfit_freedom < 1:
-        return math.nan, math.nan
+        return LackOfFit(math.nan, math.nan)
     misfit = sum(len(cell) * np.mean(cell) ** 2 for cell in cells) / misfit_freedom
-    return float(misfit / variance), float(f_distribution.sf(misfit / variance, misfit_freedom, freedom))
+    ratio = float(misfit / variance)
+    return LackOfFit(ratio, float(f_distribution.sf(ratio, misfit_freedom, freedom)))
 
 
 @dataclass(frozen=True)
 class Horizon:
-    """What a law says of one horizon, in steps: its first crossing with a 95 % interval (infinity: it never crosses)."""
+    """What a law says of one horizon, in steps: its first crossing with a 95 % interval (infinity: none)."""
 
     steps: int
     time: float
@@ -154,9 +163,9 @@ class Horizon:
 class Quickest:
     """The prediction for one threshold, in steps; `horizons`: all that were looked at, shortest first."""
 
-    shortest_whole: float  # D*, infinity where no horizon allowed reaches the threshold
-    shortest_whole_lo: float
-    shortest_whole_hi: float
+    whole: float  # D*, infinity where no horizon allowed reaches the threshold
+    whole_lo: float
+    whole_hi: float
     chosen: Horizon | None  # H*, None beside an infinite D*
     chosen_lo: float
     chosen_hi: float
