@@ -24,14 +24,14 @@ from nanochat.lane_b.infer.curve_law import FORMS, Progress, Run, fit
 from nanochat.training.schedule import lr_multiplier
 
 TRUTH = {
-    "ends": (1.5, 0.4, 0.5),
+    "ends": (1.5, 0.4, 0.4),
     "annealing": (1.5, 0.6, 0.4, 0.1),
     "lagged": (1.5, 0.6, 0.4, 0.1, 60.0),
     "relaxing": (1.5, 0.6, 0.4, 0.12, 30.0),
     "multi_power": (1.5, 0.6, 0.4, 0.3, 20.0, 0.4, 0.6),
     "fading_gain": (1.5, 0.6, 0.4, 0.12, 0.3, 1.2),
     "landing_shape": (1.5, 0.6, 0.4, 0.3, 0.1, 0.05),
-    "self_similar": (1.5, 0.4, 0.5, -0.3, -0.5, 0.5, 0.05),
+    "self_similar": (1.5, 0.4, 0.4, -0.3, -0.5, 0.5, 0.05),
 }
 
 
@@ -46,7 +46,7 @@ def made_run(form, values, horizon, seed=0, noise=0.0, evaluations=28):
     progress = Progress(schedule(horizon), steps)
     shift = rng.standard_normal() + 0.3 * rng.standard_normal() * steps / horizon
     loss = form.loss(progress, *values) * np.exp(noise * shift)
-    return Run(progress, loss, seed).late(0.2)
+    return Run(progress, loss, seed).late(0.2, 1)
 
 
 def made_runs(name="annealing", horizons=(448, 672, 896, 1344), seeds=(0,), noise=0.0):
@@ -74,9 +74,10 @@ def test_steps_beyond_the_horizon_are_refused():
         Progress(np.ones(100), np.array([10, 101]))
 
 
-def test_early_evaluations_are_cut_by_their_share_of_the_horizon():
+def test_early_evaluations_are_cut_by_share_and_by_step():
     run = Run(Progress(np.ones(100), np.array([20, 49, 50, 100])), np.array([4.0, 3.0, 2.0, 1.0]))
-    assert run.late(0.5).progress.steps.tolist() == [50, 100] and run.late(0.5).loss.tolist() == [2, 1]
+    assert run.late(0.5, 1).progress.steps.tolist() == [50, 100] and run.late(0.5, 1).loss.tolist() == [2, 1]
+    assert run.late(0.2, 60).progress.steps.tolist() == [100]
 
 
 # --- forms -----------------------------------------------------------------------------------------------------------
@@ -89,6 +90,12 @@ def test_a_law_recovers_curves_of_its_own_form(name):
     truth = FORMS[name].loss(longer, *TRUTH[name])
     assert law.at(longer) == pytest.approx(truth, abs=1e-5)
     assert law.at_bound == []
+
+
+@pytest.mark.parametrize("alpha, fitted", [(0.4, (0.399, 0.401)), (0.8, (0.75, 0.8)), (0.2, (0.2, 0.25))])
+def test_the_prior_of_the_exponent_gives_way_to_curves_that_know_better(alpha, fitted):
+    runs = [made_run(FORMS["annealing"], (1.5, 0.6, alpha, 0.1), horizon) for horizon in (448, 672, 896, 1344)]
+    assert fitted[0] < fit(FORMS["annealing"], runs).values[2] < fitted[1]
 
 
 def test_the_fit_is_the_same_twice():
@@ -136,7 +143,7 @@ def test_first_crossing_is_linear_between_evaluations():
 
 def test_shortest_whole_schedule_of_a_power_law_is_its_closed_form():
     law = fit(FORMS["ends"], made_runs("ends"))
-    exact = 1000 * (0.4 / 0.42) ** (1 / 0.5)  # floor 1.5, amplitude 0.4, alpha 0.5, threshold 1.92
+    exact = 1000 * (0.4 / 0.42) ** (1 / 0.4)  # floor 1.5, amplitude 0.4, alpha 0.4, threshold 1.92
     assert shortest_whole(law, schedule, 1.92, 300, 3000) == math.ceil(exact)
     assert shortest_whole(law, schedule, 1.6, 300, 3000) == math.inf
 

@@ -1,6 +1,6 @@
 """How well a law predicts times to target that were measured: t*(H), D* and H* with their intervals.
 
-    python -m dev.study.curve_crossings CURVES.csv --out TABLE.csv --form relaxing --first-share 0.2
+    python -m dev.study.curve_crossings CURVES.csv --out TABLE.csv
 
 For every cell and every calibration of two or three neighbouring horizons: thresholds are the ends of measured
 horizons (mean over seeds) and of those midway between two, from the shortest calibration run to 1.5 times the longest.
@@ -22,7 +22,7 @@ from nanochat.errors import command
 from nanochat.lane_b.infer.crossing import MAX_EXTRAPOLATION, Prediction, first_crossing, lack_of_fit, slope_test
 from nanochat.lane_b.infer.curve_law import FORMS
 
-COLUMNS = ("cell", "form", "first_share", "calibration", "lack_of_fit_f", "lack_of_fit_p", "slopes", "threshold",
+COLUMNS = ("cell", "form", "calibration", "lack_of_fit_f", "lack_of_fit_p", "slopes", "threshold",
            "whole_measured", "whole", "whole_lo", "whole_hi", "horizon_run", "time_measured", "time", "time_lo",
            "time_hi", "reaches", "chosen", "chosen_lo", "chosen_hi", "chosen_time_measured", "best_horizon",
            "best_time_measured")
@@ -33,7 +33,6 @@ def parse_args(argv):
     parser.add_argument("curves", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--form", choices=FORMS, default="relaxing")
-    parser.add_argument("--first-share", type=float, default=0.2)
     parser.add_argument("--copies", type=int, default=200)
     return parser.parse_args(argv)
 
@@ -79,15 +78,15 @@ def calibrations(horizons):
             yield list(horizons[start:start + count])
 
 
-def study(cells, form, first_share, copies):
+def study(cells, form, copies):
     """A row for every cell, calibration, threshold and measured horizon (empty: D* and H* alone)."""
     for cell, by_horizon in cells.items():
         measured = Measured(by_horizon)
         for calibration in calibrations(measured.horizons):
-            runs = [run.late(first_share) for horizon in calibration for run in by_horizon[horizon]]
+            runs = [run.late() for horizon in calibration for run in by_horizon[horizon]]
             prediction = Prediction(form, runs, schedule, copies)
             misfit = lack_of_fit(prediction.law, runs)
-            head = {"cell": cell, "form": form.name, "first_share": first_share, "lack_of_fit_f": misfit.ratio,
+            head = {"cell": cell, "form": form.name, "lack_of_fit_f": misfit.ratio,
                     "lack_of_fit_p": misfit.p, "calibration": "+".join(map(str, calibration)),
                     "slopes": slope_test(runs).says}
             longest = MAX_EXTRAPOLATION * calibration[-1]
@@ -125,7 +124,7 @@ def main(argv=None):
     with open(args.out, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for row in study(read_cells(args.curves), FORMS[args.form], args.first_share, args.copies):
+        for row in study(read_cells(args.curves), FORMS[args.form], args.copies):
             writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
 
 

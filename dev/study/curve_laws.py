@@ -5,7 +5,7 @@
 Splits: `left_out`: all other horizons are fitted, those of more than 1.5 times the longest fitted are not asked for;
 `next`: the three horizons before one (or more, to the shortest) are fitted, as a calibration does. Errors are of the
 mean over seeds, at the left-out horizon: its end (bits per byte), the first crossing of two thresholds (its own end
-in the worse seed; the end of the next shorter horizon) and D* for its mean end, both in per cent.
+in the worse seed; the mean end of the next shorter horizon) and D* for its mean end, both in per cent.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from nanochat.lane_b.infer.crossing import first_crossing, shortest_whole
 from nanochat.lane_b.infer.curve_law import FORMS, Progress, Run, fit
 from nanochat.training.schedule import lr_multiplier
 
-COLUMNS = ("cell", "split", "fitted_horizons", "horizon", "form", "first_share", "rms_log_loss", "end_error_bpb",
+COLUMNS = ("cell", "split", "fitted_horizons", "horizon", "form", "first_step", "rms_log_loss", "end_error_bpb",
            "late_rms_bpb", "crossing_own_error_pct", "crossing_shorter_error_pct", "shortest_whole_error_pct",
            "at_bound")
 MAX_EXTRAPOLATION, SHORTEST_STEPS = 1.5, 300
@@ -31,7 +31,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("curves", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--first-shares", type=float, nargs="+", default=[0.1, 0.2, 0.35, 0.5])
+    parser.add_argument("--first-steps", type=int, nargs="+", default=[100, 200, 300, 400])
     return parser.parse_args(argv)
 
 
@@ -74,13 +74,13 @@ def measured_crossing(runs, threshold):
     return float(np.mean([first_crossing(run.progress.steps, run.loss, threshold) for run in runs]))
 
 
-def errors(law, runs, shorter, first_share):
+def errors(law, runs, shorter):
     """The errors of one law at the horizon of `runs`; `shorter`: the runs of the next shorter horizon, or None."""
     horizon = runs[0].horizon
     steps = np.arange(max(1, round(0.25 * horizon)), horizon + 1)
     predicted = law.at(Progress(schedule(horizon), steps))
     ends = [run.loss[-1] for run in runs]
-    late = [run.late(first_share) for run in runs]
+    late = [run.late() for run in runs]
     observed = np.mean([run.loss for run in late], axis=0)
     row = {"end_error_bpb": predicted[-1] - np.mean(ends),
            "shortest_whole_error_pct": 100 * (shortest_whole(law, schedule, np.mean(ends), SHORTEST_STEPS, 3 * horizon)
@@ -88,7 +88,7 @@ def errors(law, runs, shorter, first_share):
     if law.form.ends_only:
         return row
     row["late_rms_bpb"] = np.sqrt(np.mean((law.at(late[0].progress) - observed) ** 2))
-    thresholds = {"own": max(ends), "shorter": shorter and max(run.loss[-1] for run in shorter)}
+    thresholds = {"own": max(ends), "shorter": shorter and np.mean([run.loss[-1] for run in shorter])}
     for name, threshold in thresholds.items():
         if threshold:
             measured = measured_crossing(runs, threshold)
@@ -101,22 +101,20 @@ def errors(law, runs, shorter, first_share):
     return row
 
 
-def study(cells, first_shares, forms=FORMS):
+def study(cells, first_steps, forms=FORMS):
     """A row of COLUMNS for every cell, split, form and first share."""
     for cell, by_horizon in cells.items():
         horizons = sorted(by_horizon)
         for split, fitted, left_out in splits(horizons):
             shorter = [horizon for horizon in horizons if horizon < left_out]
             for form in forms.values():
-                for first_share in first_shares[:1] if form.ends_only else first_shares:
-                    runs = [run.late(first_share) for horizon in fitted for run in by_horizon[horizon]]
-                    if form.ends_only and len(fitted) < 3:
-                        continue
+                for first_step in first_steps[:1] if form.ends_only else first_steps:
+                    runs = [run.late(first_step=first_step) for horizon in fitted for run in by_horizon[horizon]]
                     law = fit(form, runs)
                     yield {"cell": cell, "split": split, "fitted_horizons": "+".join(map(str, fitted)),
-                           "horizon": left_out, "form": form.name, "first_share": first_share,
+                           "horizon": left_out, "form": form.name, "first_step": first_step,
                            "rms_log_loss": law.rms_log_loss, "at_bound": " ".join(law.at_bound),
-                           **errors(law, by_horizon[left_out], shorter and by_horizon[shorter[-1]], first_share)}
+                           **errors(law, by_horizon[left_out], shorter and by_horizon[shorter[-1]])}
 
 
 @command
@@ -125,7 +123,7 @@ def main(argv=None):
     with open(args.out, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for row in study(read_cells(args.curves), args.first_shares):
+        for row in study(read_cells(args.curves), args.first_steps):
             writer.writerow({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()})
 
 

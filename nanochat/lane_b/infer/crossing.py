@@ -14,7 +14,7 @@ from scipy.stats import t as t_distribution
 
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.infer.calibration import central_interval
-from nanochat.lane_b.infer.curve_law import Progress, fit
+from nanochat.lane_b.infer.curve_law import ALPHA, ALPHA_LOG_SD, Progress, fit
 
 CONFIDENCE = 0.95
 MAX_EXTRAPOLATION = 1.5  # times the longest calibration run; at 2 times the errors triple
@@ -95,7 +95,7 @@ class Slopes:
 
 def landing_slope(run):
     """-dL/d ln t at the end of a run: a parabola in ln t through its last quarter."""
-    last = run.late(0.75)
+    last = run.late(0.75, 1)
     if len(last.loss) < 5:
         raise Refusal(f"{len(last.loss)} evaluations in the last quarter of a run of {run.horizon} steps do not give "
                       "its slope (need 5); lower --eval-every")
@@ -132,12 +132,10 @@ def lack_of_fit(law, runs, bins=3):
 
     A span counts as one number: evaluations within it are far from independent.
     """
-    groups, first = by_horizon(runs), min(run.shares[0] for run in runs)
-    edges = np.linspace(first, 1, bins + 1)[1:-1]
     cells = []
-    for group in groups.values():
-        means = [[part.mean() for part in np.split(np.log(run.loss) - np.log(law.at(run.progress)),
-                                                   np.searchsorted(run.shares, edges))] for run in group]
+    for group in by_horizon(runs).values():
+        means = [[part.mean() for part in np.array_split(np.log(run.loss) - np.log(law.at(run.progress)), bins)]
+                 for run in group]
         cells += list(np.array(means).T)
     variance, freedom = pooled_variance(cells)
     misfit_freedom = len(cells) - len(law.values)
@@ -188,7 +186,8 @@ class Prediction:
         freedom = max(_NUMBERS_PER_RUN * len(runs) - len(self.law.values), 1)
         self._scales = np.sqrt(_NUMBERS_PER_RUN * len(runs) / self._rng.chisquare(freedom, copies))
         self.copies = [fit(form, [replace(run, loss=np.exp(log_loss + self._noise(run.shares, scale)))
-                                  for run, log_loss in zip(runs, fitted, strict=True)], self.law.values)
+                                  for run, log_loss in zip(runs, fitted, strict=True)], self.law.values,
+                           ALPHA * math.exp(ALPHA_LOG_SD * self._rng.standard_normal()))
                        for scale in self._scales]
 
     def _noise(self, shares, scale):
