@@ -12,19 +12,21 @@ import argparse
 import csv
 import math
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
+from dev.study.other_forms import OTHER_FORMS
 from nanochat.errors import command
 from nanochat.lane_b.infer.crossing import first_crossing, shortest_whole
-from nanochat.lane_b.infer.curve_law import FORMS, Progress, Run, fit
+from nanochat.lane_b.infer.curve_law import ALPHA_LOG_SD, FORMS, Progress, Run, fit
 from nanochat.training.schedule import lr_multiplier
 
-COLUMNS = ("cell", "split", "fitted_horizons", "horizon", "form", "first_step", "rms_log_loss", "end_error_bpb",
-           "late_rms_bpb", "crossing_own_error_pct", "crossing_shorter_error_pct", "shortest_whole_error_pct",
-           "at_bound")
+COLUMNS = ("cell", "split", "fitted_horizons", "horizon", "form", "prior", "first_step", "rms_log_loss",
+           "end_error_bpb", "late_rms_bpb", "crossing_own_error_pct", "crossing_shorter_error_pct", "shortest_whole_error_pct", "at_bound")
 MAX_EXTRAPOLATION, SHORTEST_STEPS = 1.5, 300
+PRIORS = (ALPHA_LOG_SD, 1e6)  # with the exponent's prior and without
 
 
 def parse_args(argv):
@@ -101,20 +103,21 @@ def errors(law, runs, shorter):
     return row
 
 
-def study(cells, first_steps, forms=FORMS):
-    """A row of COLUMNS for every cell, split, form and first share."""
-    for cell, by_horizon in cells.items():
+def study(cells, first_steps):
+    """A row of COLUMNS for every cell, split, form, with and without the exponent's prior, and first step."""
+    for (cell, by_horizon), form in product(cells.items(), (FORMS | OTHER_FORMS).values()):
         horizons = sorted(by_horizon)
-        for split, fitted, left_out in splits(horizons):
+        for (split, fitted, left_out), log_sd, first_step in product(
+                splits(horizons), PRIORS, first_steps[:1] if form.ends_only else first_steps):
+            if form.ends_only and log_sd != ALPHA_LOG_SD and len(fitted) < 3:
+                continue  # nothing would determine it
+            runs = [run.late(first_step=first_step) for horizon in fitted for run in by_horizon[horizon]]
+            law = fit(form, runs, alpha_log_sd=log_sd)
             shorter = [horizon for horizon in horizons if horizon < left_out]
-            for form in forms.values():
-                for first_step in first_steps[:1] if form.ends_only else first_steps:
-                    runs = [run.late(first_step=first_step) for horizon in fitted for run in by_horizon[horizon]]
-                    law = fit(form, runs)
-                    yield {"cell": cell, "split": split, "fitted_horizons": "+".join(map(str, fitted)),
-                           "horizon": left_out, "form": form.name, "first_step": first_step,
-                           "rms_log_loss": law.rms_log_loss, "at_bound": " ".join(law.at_bound),
-                           **errors(law, by_horizon[left_out], shorter and by_horizon[shorter[-1]])}
+            yield {"cell": cell, "split": split, "fitted_horizons": "+".join(map(str, fitted)), "horizon": left_out,
+                   "form": form.name, "prior": log_sd == ALPHA_LOG_SD, "first_step": first_step,
+                   "rms_log_loss": law.rms_log_loss, "at_bound": " ".join(law.at_bound),
+                   **errors(law, by_horizon[left_out], shorter and by_horizon[shorter[-1]])}
 
 
 @command

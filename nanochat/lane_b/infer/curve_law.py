@@ -7,7 +7,7 @@ Huber loss on log L, several fixed starts, nothing random. Which law is used is 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,7 +21,7 @@ ALPHA, ALPHA_LOG_SD = 0.4, 0.25  # prior of every law's exponent: 0.25 to 0.61 i
 _RUN_LOG_SD = 0.001  # a seed moves a whole curve by so much of L; what the prior is weighed with
 _PIECES = 64  # the decrease of a schedule in so many pieces
 _HUBER_LOG_LOSS = 0.002  # about the scatter of seeds: what lies further out counts linearly
-_REFERENCE = 1000.0  # S at which amplitudes are taken, steps: parameters of ordinary size
+REFERENCE_STEPS = 1000.0  # S at which amplitudes are taken, steps: parameters of ordinary size
 _SMALL = 1e-9
 
 
@@ -102,74 +102,50 @@ class Form:
     ends_only: bool = False
 
 
-def _power(progress, amplitude, alpha):
-    return amplitude * (progress.total / _REFERENCE) ** -alpha
+def power(progress, amplitude, alpha):
+    """The progress made, whatever the landing: amplitude (S / 1000 steps)^-alpha."""
+    return amplitude * (progress.total / REFERENCE_STEPS) ** -alpha
 
 
 def _annealing(progress, floor, amplitude, alpha, gain):
-    return floor + _power(progress, amplitude, alpha) - gain * progress.drop
-
-
-def _lagged(progress, floor, amplitude, alpha, gain, lag_steps):
-    size, _, since = progress.landing
-    return floor + _power(progress, amplitude, alpha) - gain * ((1 - np.exp(-since[0] / lag_steps)) @ size)
+    """arXiv:2408.11029, without momentum: the gain of the landing is in proportion to the drop."""
+    return floor + power(progress, amplitude, alpha) - gain * progress.drop
 
 
 def _relaxing(progress, floor, amplitude, alpha, gain, rate):
+    """The noise of the steps follows the multiplier with a lag: at a rate in proportion to its root."""
     size, _, since = progress.landing
-    return floor + _power(progress, amplitude, alpha) - gain * ((1 - np.exp(-rate / _REFERENCE * since[0.5])) @ size)
+    landed = 1 - np.exp(-rate / REFERENCE_STEPS * since[0.5])
+    return floor + power(progress, amplitude, alpha) - gain * (landed @ size)
 
 
 def _multi_power(progress, floor, amplitude, alpha, gain, rate, beta, gamma):
+    """arXiv:2503.12811, its exponents bounded."""
     size, after, since = progress.landing
-    landed = 1 - (1 + rate / _REFERENCE * after**-gamma * since[1]) ** -beta
-    return floor + _power(progress, amplitude, alpha) - gain * (landed @ size)
-
-
-def _fading_gain(progress, floor, amplitude, alpha, gain, delta, shape):
-    return (floor + _power(progress, amplitude, alpha)
-            - _power(progress, gain, delta) * progress.drop**shape)
-
-
-def _landing_shape(progress, floor, amplitude, alpha, steeper, curved, growth):
-    drop, log_horizon = progress.drop, np.log(progress.horizon / _REFERENCE)
-    log_landed = -drop * (steeper + growth * log_horizon) - curved * drop**2
-    return floor + _power(progress, amplitude, alpha) * np.exp(log_landed)
-
-
-def _self_similar(progress, floor, amplitude, alpha, slope, curve, bend, growth):
-    late = progress.steps / progress.horizon - 0.7
-    log_excess = late * (slope + late * (curve + late * bend))
-    exponent = alpha + growth * late
-    return floor + amplitude * np.exp(log_excess) * (progress.total / _REFERENCE) ** -exponent
+    landed = 1 - (1 + rate / REFERENCE_STEPS * after**-gamma * since[1]) ** -beta
+    return floor + power(progress, amplitude, alpha) - gain * (landed @ size)
 
 
 def _ends(progress, floor, amplitude, alpha):
-    return floor + amplitude * (progress.horizon / _REFERENCE) ** -alpha + 0 * progress.steps
+    return floor + amplitude * (progress.horizon / REFERENCE_STEPS) ** -alpha + 0 * progress.steps
 
 
 _CURVE = {"floor": (0.0, 5.0), "amplitude": (1e-4, 20.0), "alpha": (0.05, 1.5)}
 _STARTS = ((1.0, 1.0, 0.25), (1.5, 0.5, 0.5), (1.7, 0.3, 1.0))
 
 
-def _starts(*rest):
-    return tuple((*start, *more) for start in _STARTS for more in rest)
+def curve_form(name, loss, rest, *starts):
+    """A Form whose first parameters are floor, amplitude and alpha; `rest` and `starts` are of those after them."""
+    return Form(name, _CURVE | rest, tuple((*start, *more) for start in _STARTS for more in starts or ((),)), loss)
 
 
 FORMS = {form.name: form for form in (
-    Form("ends", _CURVE, _STARTS, _ends, ends_only=True),
-    Form("annealing", _CURVE | {"gain": (0.0, 2.0)}, _starts((0.1,)), _annealing),
-    Form("lagged", _CURVE | {"gain": (0.0, 2.0), "lag_steps": (1.0, 500.0)},
-         _starts((0.1, 20.0), (0.1, 150.0)), _lagged),
-    Form("relaxing", _CURVE | {"gain": (0.0, 2.0), "rate": (0.5, 1e3)}, _starts((0.1, 5.0), (0.1, 50.0)), _relaxing),
-    Form("multi_power", _CURVE | {"gain": (0.0, 2.0), "rate": (0.01, 1e3), "beta": (0.1, 1.5), "gamma": (0.0, 1.5)},
-         _starts((0.2, 5.0, 0.5, 0.5), (0.2, 50.0, 0.5, 0.5)), _multi_power),
-    Form("fading_gain", _CURVE | {"gain": (0.0, 2.0), "delta": (-0.5, 1.5), "shape": (0.5, 3.0)},
-         _starts((0.1, 0.0, 1.0), (0.1, 0.4, 1.0)), _fading_gain),
-    Form("landing_shape", _CURVE | {"steeper": (-1.0, 3.0), "curved": (-1.5, 1.5), "growth": (-0.5, 0.5)},
-         _starts((0.2, 0.0, 0.0)), _landing_shape),
-    Form("self_similar", _CURVE | {"slope": (-3.0, 3.0), "curve": (-5.0, 5.0), "bend": (-10.0, 10.0),
-                                   "growth": (-0.5, 0.5)}, _starts((0.0, 0.0, 0.0, 0.0)), _self_similar),
+    replace(curve_form("ends", _ends, {}), ends_only=True),
+    curve_form("annealing", _annealing, {"gain": (0.0, 2.0)}, (0.1,)),
+    curve_form("multi_power", _multi_power,
+               {"gain": (0.0, 2.0), "rate": (0.01, 1e3), "beta": (0.1, 1.5), "gamma": (0.0, 1.5)},
+               (0.2, 5.0, 0.5, 0.5), (0.2, 50.0, 0.5, 0.5)),
+    curve_form("relaxing", _relaxing, {"gain": (0.0, 2.0), "rate": (0.5, 1e3)}, (0.1, 5.0), (0.1, 50.0)),
 )}
 
 
@@ -192,7 +168,7 @@ class Law:
                 if min(value - lo, hi - value) < 1e-3 * (hi - lo)]
 
 
-def fit(form, runs, start=None, alpha=ALPHA):
+def fit(form, runs, start=None, alpha=ALPHA, alpha_log_sd=ALPHA_LOG_SD):
     """Fit a Form to all evaluations of `runs`; from `start` alone where it is given (values of an earlier fit).
 
     The exponent has a log-normal prior around `alpha`: within a run the curve bends less than the ends of several
@@ -205,7 +181,7 @@ def fit(form, runs, start=None, alpha=ALPHA):
         raise Refusal(f"{n} evaluations of {len({run.horizon for run in runs})} horizons do not determine the "
                       f"{len(form.parameters)} parameters of {form.name}; add calibration runs")
     observed = np.log(np.concatenate([run.loss for run in runs]))
-    prior_weight = _RUN_LOG_SD * np.sqrt(n / len(runs)) / ALPHA_LOG_SD
+    prior_weight = _RUN_LOG_SD * np.sqrt(n / len(runs)) / alpha_log_sd
     alpha_at = list(form.parameters).index("alpha")
 
     def residual(values):
