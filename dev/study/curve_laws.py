@@ -24,7 +24,8 @@ from nanochat.lane_b.infer.curve_law import ALPHA_LOG_SD, FORMS, Progress, Run, 
 from nanochat.training.schedule import lr_multiplier
 
 COLUMNS = ("cell", "split", "fitted_horizons", "horizon", "form", "prior", "first_step", "rms_log_loss",
-           "end_error_bpb", "late_rms_bpb", "crossing_own_error_pct", "crossing_shorter_error_pct", "shortest_whole_error_pct", "at_bound")
+           "end_error_bpb", "late_rms_bpb", "crossing_own_error_pct", "crossing_shorter_error_pct",
+           "shortest_whole_error_pct", "at_bound")
 MAX_EXTRAPOLATION, SHORTEST_STEPS = 1.5, 300
 PRIORS = (ALPHA_LOG_SD, 1e6)  # with the exponent's prior and without
 

@@ -174,33 +174,36 @@ class Prediction:
     """A law with its uncertainty: the fit repeated on copies of the runs with the residual curves of whole runs.
 
     A copy's noise is the residual curve of a run drawn at random, its sign and size too: evaluations of a run are not
-    independent, whole runs nearly are. Every predicted run has such noise of its own, so intervals are of runs to come.
+    independent, whole runs nearly are. A copy's runs to come share one such noise, whatever their horizon (a seed's
+    runs see the same text), so intervals are of one run, and horizons are compared within a seed.
     """
 
     def __init__(self, form, runs, schedule, copies=200, seed=0):
         self.law, self.runs, self.schedule = fit(form, runs), runs, schedule
-        self._rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
         fitted = [np.log(self.law.at(run.progress)) for run in runs]
-        self._residuals = [(run.shares, np.log(run.loss) - log_loss)
-                           for run, log_loss in zip(runs, fitted, strict=True)]
+        residuals = [(run.shares, np.log(run.loss) - log_loss) for run, log_loss in zip(runs, fitted, strict=True)]
         freedom = max(_NUMBERS_PER_RUN * len(runs) - len(self.law.values), 1)
-        self._scales = np.sqrt(_NUMBERS_PER_RUN * len(runs) / self._rng.chisquare(freedom, copies))
-        self.copies = [fit(form, [replace(run, loss=np.exp(log_loss + self._noise(run.shares, scale)))
-                                  for run, log_loss in zip(runs, fitted, strict=True)], self.law.values,
-                           ALPHA * math.exp(ALPHA_LOG_SD * self._rng.standard_normal()))
-                       for scale in self._scales]
 
-    def _noise(self, shares, scale):
-        at, residual = self._residuals[self._rng.integers(len(self._residuals))]
-        return scale * self._rng.standard_normal() * np.interp(shares, at, residual)
+        def noise(scale):
+            """A curve of log L over the share of the horizon, drawn anew."""
+            at, residual = residuals[rng.integers(len(residuals))]
+            size = scale * rng.standard_normal()
+            return lambda shares: size * np.interp(shares, at, residual)
+
+        self.copies = []  # (law, noise of its runs to come)
+        for scale in np.sqrt(_NUMBERS_PER_RUN * len(runs) / rng.chisquare(freedom, copies)):
+            noisy = [replace(run, loss=np.exp(log_loss + noise(scale)(run.shares)))
+                     for run, log_loss in zip(runs, fitted, strict=True)]
+            alpha = ALPHA * math.exp(ALPHA_LOG_SD * rng.standard_normal())
+            self.copies.append((fit(form, noisy, self.law.values, alpha), noise(scale)))
 
     def horizon(self, steps, threshold):
         """The Horizon of `steps` steps, and the crossings of its copies."""
         progress = Progress(self.schedule(steps), curve_steps(steps))
         at = progress.steps
-        curves = [copy.at(progress) * np.exp(self._noise(at / steps, scale))
-                  for copy, scale in zip(self.copies, self._scales, strict=True)]
-        times = np.array([first_crossing(at, curve, threshold) for curve in curves])
+        times = np.array([first_crossing(at, law.at(progress) * np.exp(noise(at / steps)), threshold)
+                          for law, noise in self.copies])
         point = first_crossing(at, self.law.at(progress), threshold)
         return Horizon(steps, point, *central_interval(times), float(np.isfinite(times).mean())), times
 
@@ -210,16 +213,17 @@ class Prediction:
         grid = np.unique(np.geomspace(shortest, MAX_EXTRAPOLATION * longest, _HORIZONS).astype(int))
         found = [self.horizon(int(steps), threshold) for steps in grid]
         horizons, times = [horizon for horizon, _ in found], np.array([times for _, times in found])
-        progress = [Progress(self.schedule(int(steps)), np.array([steps])) for steps in grid]
+        ends = [Progress(self.schedule(int(steps)), np.array([steps])) for steps in grid]
 
-        def d_star(law):
-            return first_crossing(grid, np.array([law.at(end)[0] for end in progress]), threshold)
+        def whole(law, log_noise):
+            return first_crossing(grid, np.exp(log_noise) * np.array([law.at(end)[0] for end in ends]), threshold)
 
-        whole = d_star(self.law)
-        chosen = choose(horizons, whole)
-        quickest = grid[times.argmin(0)]
-        return Quickest(whole, *central_interval([d_star(copy) for copy in self.copies]), chosen,
-                        *central_interval(quickest), tuple(horizons))
+        d_star = whole(self.law, 0.0)
+        wholes = [whole(law, noise(1.0)) for law, noise in self.copies]
+        reached = np.isfinite(times).any(0)
+        quickest = np.where(reached, grid[times.argmin(0)], np.inf)
+        return Quickest(d_star, *central_interval(wholes), choose(horizons, d_star), *central_interval(quickest),
+                        tuple(horizons))
 
 
 def choose(horizons, whole):
