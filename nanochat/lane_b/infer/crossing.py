@@ -2,7 +2,8 @@
 
 All in optimizer steps. A schedule is a function from a horizon to its learning-rate multipliers: its form is fixed, the
 horizon alone is free. To first order a slightly longer horizon crosses sooner exactly where the slope of the ends,
--dL_end/d ln D, is steeper than a run's own landing, -dL/d ln t at its end (`slope_test`).
+-dL_end/d ln D, is steeper than a run's own landing, -dL/d ln t at its end (`slope_test`); how much longer, and what it
+gains (2 % or 20 %), only the law says.
 """
 
 import math
@@ -17,7 +18,7 @@ from nanochat.lane_b.infer.calibration import central_interval
 from nanochat.lane_b.infer.curve_law import ALPHA, ALPHA_LOG_SD, Progress, fit
 
 CONFIDENCE = 0.95
-MAX_EXTRAPOLATION = 1.5  # times the longest calibration run; at 2 times the errors triple
+MAX_EXTRAPOLATION = 1.5  # times the longest calibration run: further out too little has been measured
 LONGEST_OVER_SHORTEST = 2.0  # H* is looked for up to this many D*
 MIN_REACHES = 0.9  # of the copies of a horizon that may be chosen
 FLAT = 0.01  # horizons within this share of the quickest count as equally quick; the shortest of them is taken
@@ -107,7 +108,7 @@ def slope_test(runs):
     groups = by_horizon(runs)
     if len(groups) < 2:
         raise Refusal("one horizon gives no slope of the ends; add calibration runs with another")
-    (first, second), log_ratio = list(groups)[-2:], 0.0
+    first, second = list(groups)[-2:]
     log_ratio = math.log(second / first)
     ends = {horizon: [run.loss[-1] for run in group] for horizon, group in groups.items()}
     landings = {horizon: [landing_slope(run) for run in group] for horizon, group in groups.items()}

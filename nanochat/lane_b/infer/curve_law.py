@@ -3,7 +3,8 @@
 S(t) is the sum of the multipliers so far (so warm-ups count as the progress they make), d(t) the sum of their decrease,
 the drop. Every law is a formula with bounded parameters, fitted to all evaluations of all calibration runs at once:
 Huber loss on log L, several fixed starts, nothing random. Which law is used is decided by errors on runs left out
-(dev/study/curve_laws.py), not by fit. `ends` is the lane's older law of schedule ends alone, kept to be compared with.
+(dev/study/curve_laws.py), not by fit: that is `relaxing`, with a prior of the exponent and without the first 300 steps;
+these two matter more than the form. `ends` is the lane's older law of schedule ends alone, to be compared with.
 """
 
 from collections.abc import Callable
