@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # All set-up, then a small model trained on real text that is already here: Python's own library. No download of data.
+# The learning rates are the recipe's times 16: they are scaled by (batch / 524,288)^0.5, which is 1/16 at 2,048 tokens a
+# step, and a sweep found that much too low (dev/LOG.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
@@ -10,4 +12,5 @@ python -m nanochat.dataset --dataset stdlib
 python -m scripts.tok_train --dataset stdlib --vocab-size 8192 --tokenizer-dir "$TOKENIZER"
 python -m scripts.base_train --dataset stdlib --tokenizer-dir "$TOKENIZER" --model-tag quickstart \
     --depth 4 --head-dim 64 --max-seq-len 256 --window-pattern L --device-batch-size 8 --total-batch-size 2048 \
+    --matrix-lr 0.32 --embedding-lr 4.8 --unembedding-lr 0.128 \
     --num-iterations 500 --eval-every 100 --eval-tokens 65536 --core-metric-every -1 --sample-every 500

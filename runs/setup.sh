@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Make .venv with everything this project needs; does nothing when it is there and up to date.
-# Sourced by the other scripts. PYTHON chooses the interpreter (3.10 to 3.12); EXTRAS defaults to dev,report.
+# Sourced by the other scripts. PYTHON chooses the interpreter (3.10 to 3.13); EXTRAS defaults to dev,report.
 PYTHON="${PYTHON:-python3}"
 EXTRAS="${EXTRAS:-dev,report}"
 WANTED="$EXTRAS $(cksum < pyproject.toml)"
 if [ "$(cat .venv/.installed 2>/dev/null)" != "$WANTED" ]; then
     "$PYTHON" -c 'import sys; v = sys.version_info[:2]; v >= (3, 10) or sys.exit(
-        f"error: Python {v[0]}.{v[1]} is too old; install 3.10, 3.11 or 3.12 and run again with PYTHON=python3.11, say")'
+        f"error: Python {v[0]}.{v[1]} is too old; install 3.10 to 3.13 and run again with PYTHON=python3.11, say")'
     echo "setting up .venv (a few minutes the first time) ..."
     "$PYTHON" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$EXTRAS]"
