@@ -40,7 +40,7 @@ MEASURED = (*COLUMNS, "seed", "measured_steps", "median_step_ms")
 PIECE_CHARS, TEXT_CHARS, VOCABULARY, STEP_TOKENS = 300, 16_000_000, 2048, 2048
 TARGET_SEED, CALIBRATION_SEEDS, TEST_SEEDS = 9, (0, 1), (10, 11, 12)
 DEFAULT_RATIO, NEIGHBOUR, EVALUATIONS = 12, 1.05, 28
-CALIBRATION = (1 / 2, 2 / 3)  # of the target's horizon
+CALIBRATION = (1 / 2, 3 / 4)  # of the target's horizon: the law is then asked for up to 1.125 of it
 # width and layers; scaling parameters follow
 SIZES = {"d2w64": ("2", "32", "32"), "d3w96": ("3", "32", "32")}
 PARAMS = {"d2w64": 229_400, "d3w96": 528_456}
