@@ -1,10 +1,13 @@
 """The change log, dev/LOG.md: entries newest first under its title line."""
 
 import re
+import textwrap
 from pathlib import Path
 
 from nanochat.errors import UserError
 from nanochat.files import locked, write_text
+
+WIDTH = 120  # of a line of prose
 
 
 def verdict_entry(date, experiment_name, miniseries, facts, verdicts):
@@ -18,7 +21,8 @@ def verdict_entry(date, experiment_name, miniseries, facts, verdicts):
         lines += [f"**{verdict.candidate}** (`{verdict.flags}`): **{verdict.decision}**, decided by "
                   f"{verdict.decided_by}.", ""]
         lines += [f"- gate {gate.name}: {gate.outcome}. {gate.detail}" for gate in verdict.gates] + [""]
-    return "\n".join(lines)
+    return "\n".join(line if line.startswith("#") else textwrap.fill(
+        line, WIDTH, subsequent_indent="  " if line.startswith("- ") else "", break_on_hyphens=False) for line in lines)
 
 
 def add_entry(path, entry):
