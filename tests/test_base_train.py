@@ -287,18 +287,9 @@ def test_a_run_whose_folder_was_taken_over_saves_nothing_more(corpus, base_dir, 
 
 # --- the console -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("output", ["| head -n 1", "> /dev/full", ">&-", "2>&- >&-"])
+@pytest.mark.parametrize("output", ["| head -n 1", "> /dev/full", "2>&- >&-"])
 def test_a_console_that_goes_away_does_not_end_the_run(corpus, output):
-    words = shlex.join([sys.executable, "-m", "scripts.base_train", *flags(corpus, 12), "--sample-every", "12"])
+    words = shlex.join([sys.executable, "-m", "scripts.base_train", *flags(corpus, 6), "--sample-every", "6"])
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {words} {output}"], timeout=120, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     assert read_run(runs_dir() / "run").status == "ok"
-
-
-def test_an_ascii_terminal_shows_what_it_can(corpus):
-    tmp = Path(corpus).parent / "umlauts"
-    write_corpus(tmp)
-    done = subprocess.run([sys.executable, "-m", "scripts.base_train", *flags(str(tmp), 4), "--sample-every", "4"],
-                          capture_output=True, timeout=120,
-                          env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"})
-    assert done.returncode == 0 and b"sample" in done.stdout, done.stderr

@@ -1,3 +1,8 @@
+import os
+import shlex
+import subprocess
+import sys
+
 import pytest
 
 from nanochat.errors import UserError, command
@@ -55,3 +60,17 @@ def test_result_and_arguments_pass_through():
 def test_wrapped_main_keeps_its_name_and_docstring():
     main = main_that(0)
     assert (main.__name__, main.__doc__) == ("main", "What it does.")
+
+
+def test_an_ascii_terminal_shows_what_it_can():
+    code = ("from nanochat.errors import command\n@command\ndef main(argv=None):\n    print('Stra\\xdfe \\u4e2d')\nmain()")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.stdout == b"Stra\\xdfe \\u4e2d\n"
+
+
+def test_output_that_cannot_be_written_is_said_once_and_then_goes_nowhere():
+    code = "from nanochat.errors import say\nfor i in range(3):\n    say('line', i)"
+    done = subprocess.run(["bash", "-c", f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} > /dev/full"],
+                          capture_output=True, check=True)
+    assert done.stderr.count(b"warning: the output cannot be written") == 1 == done.stderr.count(b"\n")
