@@ -63,7 +63,7 @@ def test_wrapped_main_keeps_its_name_and_docstring():
 
 
 def test_an_ascii_terminal_shows_what_it_can():
-    code = ("from nanochat.errors import command\n@command\ndef main(argv=None):\n    print('Stra\\xdfe \\u4e2d')\nmain()")
+    code = "from nanochat.errors import command\ncommand(lambda argv: print('Stra\\xdfe \\u4e2d'))()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True,
                           env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.stdout == b"Stra\\xdfe \\u4e2d\n"
