@@ -64,8 +64,8 @@ def packed_by_brute_force(order, n_rows, row_tokens, buffer_size, crop):
                     break
             space = row_tokens - len(row)
             fitting = [document for document in buffer if len(document) <= space]
-            longest_or_shortest = max if fitting or crop == "carry" else min  # both take the first among equals
-            chosen = longest_or_shortest(fitting or buffer, key=len)
+            chosen = (max(fitting, key=len) if fitting  # the first among equals
+                      else buffer[0] if crop == "carry" else min(buffer, key=len))
             buffer.remove(chosen)
             shard, document, first = chosen[0]
             rest = chosen[space:]

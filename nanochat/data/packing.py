@@ -6,7 +6,8 @@ on nothing else.
 
 import hashlib
 from array import array
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
 from itertools import accumulate
 
 import numpy as np
@@ -21,10 +22,10 @@ class RowPlanner:
     """Packs documents into rows of `row_tokens` tokens (at least 2), looking at lengths only.
 
     A row takes, again and again, the longest buffered document that fits into what is left of it; when none fits, one
-    is cropped to fill it. crop="drop": the shortest, and its rest is lost for this epoch. "carry": the longest, so that
-    neighbouring rows are of many documents, and its rest goes back into the buffer with BOS in front; an epoch serves
-    every token once. Among equals the oldest goes first. The buffer holds BUFFER_DOCUMENTS documents, or all there are,
-    and is refilled after every document taken, under "carry" with those of one epoch at a time.
+    is cropped to fill it. crop="drop": the shortest, and its rest is lost for this epoch. "carry": the oldest, so that
+    rows of one document lie far apart, and its rest goes back into the buffer, the youngest there, with BOS in front;
+    an epoch serves every token once. Among equals the oldest goes first. The buffer holds BUFFER_DOCUMENTS documents,
+    or all there are, and is refilled after every document taken, under "carry" with those of one epoch at a time.
     """
 
     def __init__(self, shards, row_tokens, seed, shuffle, crop="drop", state=None):
@@ -37,6 +38,7 @@ class RowPlanner:
         self._marks = None  # drop: the most tokens ever served of each document, once a second epoch has begun
         # (length, -arrival, shard, document, start), sorted: shortest first, the oldest last among equals
         self._buffer = []
+        self._queue = deque()  # carry: the same entries by arrival, some of them gone from the buffer
         self._arrivals = 0
         if state is None:
             self._refill()
@@ -51,8 +53,8 @@ class RowPlanner:
         buffer, row, space, carries, n_added_bos = self._buffer, [], self.row_tokens, self.crop == "carry", 0
         while space:
             at = bisect_right(buffer, (space, 1)) - 1  # arrivals are negated, so 1 lies after all of length `space`
-            if at < 0 and not carries:
-                at = bisect_right(buffer, (buffer[0][0], 1)) - 1
+            if at < 0:
+                at = self._oldest() if carries else bisect_right(buffer, (buffer[0][0], 1)) - 1
             whole, _, shard, document, start = buffer.pop(at)
             length = min(whole, space)
             row.append((shard, document, start, length))
@@ -111,8 +113,21 @@ class RowPlanner:
     def _draw(self):
         self._put(*self.order.draw())
 
+    def _oldest(self):
+        """Where in the buffer the entry is that has been there longest."""
+        while True:
+            entry = self._queue.popleft()
+            at = bisect_left(self._buffer, entry)
+            if at < len(self._buffer) and self._buffer[at] == entry:
+                return at
+
     def _put(self, length, shard, document, start=0):
-        insort(self._buffer, (length, -self._arrivals, shard, document, start))
+        entry = length, -self._arrivals, shard, document, start
+        insort(self._buffer, entry)
+        if self.crop == "carry":
+            self._queue.append(entry)
+            if len(self._queue) > 4 * self.buffer_size:  # most are gone from the buffer
+                self._queue = deque(sorted(self._buffer, key=lambda entry: -entry[1]))
         self._arrivals += 1
 
     def _mark(self, row):
