@@ -2,8 +2,9 @@
 
     python -m dev.study.lane_b_cells --books FOLDER --work FOLDER [--cells NAME ...]
 
-A cell: a run of another seed sets the target (its end); two seeds of two horizons calibrate; what the law says of H*,
-its neighbour, D* and the default ratio is appended to dev/lane_b_study_predictions.csv, and only then are they run,
+A cell: a run of another seed sets the target (its end); two seeds of two horizons calibrate, and of a third, a third
+longer, where the law's quickest horizon is the longest that it may be asked for; what the law says of H*, its
+neighbour, D* and the default ratio is appended to dev/lane_b_study_predictions.csv, and only then are they run,
 with three new seeds. Results: dev/lane_b_study.csv, one run a row. Everything that is finished is kept: the same
 command goes on. --books: parquet shards of English text, split here by how much of it is dialogue.
 """
@@ -167,11 +168,23 @@ def multipliers(horizon):
     return np.array([lr_multiplier(step, horizon) for step in range(horizon)])
 
 
-def predict(cell, calibration, threshold):
-    """Rows of what the law says of each horizon that will be run."""
+def calibrate(args, cell, pool, steps):
+    """(seed, record) of the calibration runs of these horizons."""
+    jobs = [(seed, pool.submit(train, args, cell, horizon, seed)) for horizon in reversed(steps)
+            for seed in CALIBRATION_SEEDS]
+    return [(seed, job.result()) for seed, job in jobs]
+
+
+def law_of(calibration, threshold):
+    """(the runs, the Prediction, what it says is Quickest)."""
     runs = [curve(record, seed).late() for seed, record in calibration]
     prediction = Prediction(FORMS["relaxing"], runs, multipliers)
-    quickest = prediction.quickest(threshold)
+    return runs, prediction, prediction.quickest(threshold)
+
+
+def predict(cell, calibration, threshold):
+    """Rows of what the law says of each horizon that will be run."""
+    runs, prediction, quickest = law_of(calibration, threshold)
     head = {"cell": cell.name, "target_ratio": cell.target_ratio, "threshold": threshold,
             "n_scaling_params": calibration[0][1].config["n_scaling_params"], "slopes": slope_test(runs).says,
             "lack_of_fit_p": lack_of_fit(prediction.law, runs).p,
@@ -192,14 +205,15 @@ def predict(cell, calibration, threshold):
 def study(args, cell, pool):
     """The cell's prediction, written before the runs that test it, then their rows."""
     target_steps = cell.steps(cell.target_ratio)
-    jobs = [pool.submit(train, args, cell, target_steps, TARGET_SEED),
-            *(pool.submit(train, args, cell, round(share * target_steps), seed)
-              for share in reversed(CALIBRATION) for seed in CALIBRATION_SEEDS)]
-    target, *records = [job.result() for job in jobs]
-    threshold = target.summary["final_val_bpb"]
-    calibration = list(zip([*CALIBRATION_SEEDS] * len(CALIBRATION), records, strict=True))
+    target = pool.submit(train, args, cell, target_steps, TARGET_SEED)
+    horizons = [round(share * target_steps) for share in CALIBRATION]
+    calibration = calibrate(args, cell, pool, horizons)
+    threshold = target.result().summary["final_val_bpb"]
     known = [row for row in rows_of(PREDICTIONS) if row["cell"] == cell.name]
     if not known:
+        looked_at = law_of(calibration, threshold)[2].horizons
+        if min(looked_at, key=lambda horizon: horizon.time) is looked_at[-1]:
+            calibration += calibrate(args, cell, pool, [round(horizons[-1] * 4 / 3)])
         append(PREDICTIONS, COLUMNS, predict(cell, calibration, threshold))
         known = [row for row in rows_of(PREDICTIONS) if row["cell"] == cell.name]
     if any(row["cell"] == cell.name for row in rows_of(RESULTS)):
