@@ -3,7 +3,7 @@
     python -m dev.study.lane_b_cells --books FOLDER --work FOLDER [--cells NAME ...]
 
 A cell: a run of another seed sets the target (its end); two seeds of two horizons calibrate, and of a third, a third
-longer, where the law's quickest horizon is the longest that it may be asked for; what the law says of H*, its
+longer, where the law's quickest horizon is the longest that it may be asked for or none is sure to get there; what the law says of H*, its
 neighbour, D* and the default ratio is appended to dev/lane_b_study_predictions.csv, and only then are they run,
 with three new seeds. Results: dev/lane_b_study.csv, one run a row. Everything that is finished is kept: the same
 command goes on. --books: parquet shards of English text, split here by how much of it is dialogue.
@@ -211,8 +211,8 @@ def study(args, cell, pool):
     threshold = target.result().summary["final_val_bpb"]
     known = [row for row in rows_of(PREDICTIONS) if row["cell"] == cell.name]
     if not known:
-        looked_at = law_of(calibration, threshold)[2].horizons
-        if min(looked_at, key=lambda horizon: horizon.time) is looked_at[-1]:
+        quickest = law_of(calibration, threshold)[2]
+        if quickest.chosen is None or min(quickest.horizons, key=lambda h: h.time) is quickest.horizons[-1]:
             calibration += calibrate(args, cell, pool, [round(horizons[-1] * 4 / 3)])
         append(PREDICTIONS, COLUMNS, predict(cell, calibration, threshold))
         known = [row for row in rows_of(PREDICTIONS) if row["cell"] == cell.name]
