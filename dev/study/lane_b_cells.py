@@ -3,10 +3,10 @@
     python -m dev.study.lane_b_cells --books FOLDER --work FOLDER [--cells NAME ...]
 
 A cell: a run of another seed sets the target (its end); two seeds of two horizons calibrate, and of a third, a third
-longer, where the law's quickest horizon is the longest that it may be asked for or none is sure to get there; what the law says of H*, its
-neighbour, D* and the default ratio is appended to dev/lane_b_study_predictions.csv, and only then are they run,
-with three new seeds. Results: dev/lane_b_study.csv, one run a row. Everything that is finished is kept: the same
-command goes on. --books: parquet shards of English text, split here by how much of it is dialogue.
+longer, where the law's quickest horizon is the longest that it may be asked for or none is sure to get there; what the
+law says of H*, its neighbour, D* and the default ratio is appended to dev/lane_b_study_predictions.csv, and only then
+are they run, with three new seeds. Results: dev/lane_b_study.csv, one run a row. Everything that is finished is kept:
+the same command goes on. --books: parquet shards of English text, split here by how much of it is dialogue.
 """
 
 import argparse
