@@ -187,6 +187,12 @@ def test_the_flags_are_frozen():
     assert {name: repr(value) for name, value in vars(parse_args([])).items()} == expected
 
 
+@pytest.mark.parametrize(("dataset", "rule"), [("stdlib", "drop"), ("climbmix", "drop"), ("my_folder", "carry")])
+def test_all_of_ones_own_text_is_trained_on_unless_asked_otherwise(dataset, rule):
+    assert parse_args(["--dataset", dataset]).crop == rule
+    assert parse_args(["--dataset", dataset, "--crop", "drop"]).crop == "drop"
+
+
 @pytest.mark.parametrize(("change", "words"), [
     (["--depth", "0"], "--depth"),
     (["--head-dim", "15"], "--head-dim"),
@@ -200,6 +206,7 @@ def test_the_flags_are_frozen():
     (["--resume-from-step", "latest"], "no checkpoint"),
     (["--target-metric-threshold", "-1"], "--target-metric-threshold"),
     (["--target-metric-name", "loss", "--target-metric-threshold", "1"], "--target-metric-name"),
+    (["--crop", "keep"], "--crop keep must be carry or drop"),
     (["--stop-at-target"], "--target-metric-threshold"),
     (["--num-iterations", "-1", "--target-param-data-ratio", "-1"], "--target-param-data-ratio"),
 ])

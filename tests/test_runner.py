@@ -384,7 +384,7 @@ def test_a_threshold_and_a_candidate_follow_the_profile_in_the_plan():
                        extra_flags=("--run", "mine"))
     [planned] = plan(asked)
     assert planned.flags[0] == "--depth=2" and planned.flags[-13:] == [
-        "--run=dummy", "--crop=carry", f"--tokenizer-dir={runs_dir().parent / 'tokenizer_stdlib'}", "--run", "mine",
+        "--run=dummy", "--crop=drop", f"--tokenizer-dir={runs_dir().parent / 'tokenizer_stdlib'}", "--run", "mine",
         "--matrix-lr", "0.1", "--dataset=stdlib", "--seed=0", "--target-metric-name=val_bpb",
         "--target-metric-threshold=0.9", "--run-id=b.mine.d2.s0", "--model-tag=b.mine.d2.s0"]
 

@@ -21,6 +21,7 @@ DOWNLOADS = {
     "climbmix": Download("karpathy/climbmix-400b-shuffle", 6542),
     "fineweb-edu": Download("karpathy/fineweb-edu-100b-shuffle", 1822),
 }
+NAMED_DATASETS = ("stdlib", *DOWNLOADS)
 
 
 @dataclass(frozen=True)

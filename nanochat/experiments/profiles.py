@@ -60,12 +60,12 @@ PROFILES = {
     "cpu": Profile(
         "the same shape of protocol on a CPU: d4, 300 steps of 2048 tokens", 4, "stdlib",
         f"{_CPU} --max-seq-len=256 --device-batch-size=8 --total-batch-size=2048 --num-iterations=300 --eval-every=50 "
-        f"--eval-tokens=65536 {_ENDS_ALONE}", pinned=("--crop=carry",), series="cpu"),
+        f"--eval-tokens=65536 {_ENDS_ALONE}", pinned=PROTOCOL_FLAGS, series="cpu"),
     "cpu-short": Profile(
         "the same shape in miniature, d2, 60 steps of 512 tokens: lane C's kernels run in the Triton interpreter there",
         2, "stdlib",
         f"{_CPU} --max-seq-len=128 --device-batch-size=4 --total-batch-size=512 --num-iterations=60 --eval-every=10 "
-        f"--eval-tokens=8192 {_ENDS_ALONE}", pinned=("--crop=carry",), series="cpu-short"),
+        f"--eval-tokens=8192 {_ENDS_ALONE}", pinned=PROTOCOL_FLAGS, series="cpu-short"),
     "miniseries": Profile(
         "whole schedules at each depth: horizon and batch follow from the depth", 12, "climbmix",
         f"--target-param-data-ratio=12 --eval-every=250 {_ENDS_ALONE}", vocab_size=32768, n_train_files=8,

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from nanochat.data.packing import CROPS
+from nanochat.data.sources import NAMED_DATASETS
 from nanochat.errors import UserError
 from nanochat.target import check_metric_name, check_target
 
@@ -40,8 +41,8 @@ class TrainingConfig:
 
     dataset: str = _data("climbmix", "stdlib, climbmix, fineweb-edu, or a folder of text", "NAME")
     tokenizer_dir: str = _data("", "folder of the tokenizer; empty: <cache>/tokenizer", "FOLDER")
-    crop: str = _data("carry", "a document that fits no row: carry puts its rest into a later row, drop leaves it out",
-                      "RULE", choices=CROPS, on_resume=True)
+    crop: str = _data("", "a document that fits no row: carry puts its rest into a later row, drop leaves it out; "
+                      "empty: drop for the named datasets, carry for a folder", "RULE", choices=CROPS, on_resume=True)
     seed: int = _data(DEFAULT_SEED, "seed of the initial values and of the data order", "SEED", at_least=0)
 
     depth: int = _model(20, "layers", "LAYERS", at_least=1)
@@ -82,6 +83,8 @@ class TrainingConfig:
     stop_at_target: bool = _events(False, "end the run at the first evaluation that reaches the target")
 
     def __post_init__(self):
+        if not self.crop:  # what is recorded is the rule itself
+            object.__setattr__(self, "crop", "drop" if self.dataset in NAMED_DATASETS else "carry")
         for flag in dataclasses.fields(self):
             value, name = getattr(self, flag.name), f"--{flag.name.replace('_', '-')}"
             low, high = flag.metadata.get("at_least"), flag.metadata.get("at_most", math.inf)
