@@ -1,4 +1,4 @@
-"""Whole curves of calibration runs -> infer.json: the target-param-data ratio that reaches a target first, or a refusal.
+"""Whole curves of calibration runs -> infer.json: the ratio that reaches a target first, with intervals, or a refusal.
 
 python -m scripts.lane_b_infer_ratio --calibration-run cal-480-s0 cal-480-s1 cal-640-s0 cal-640-s1 \\
     --target-metric-threshold 1.49 --stats-json stats.json --out infer.json --plot infer.png

@@ -146,7 +146,7 @@ def lack_of_fit(law, runs, bins=3):
         cells += list(np.array(means).T)
     variance, freedom = pooled_variance(cells)
     misfit_freedom = len(cells) - len(law.values)
-    if not freedom or misfit_freedom < 1:
+    if not freedom or not variance or misfit_freedom < 1:
         return LackOfFit(math.nan, math.nan)
     misfit = sum(len(cell) * np.mean(cell) ** 2 for cell in cells) / misfit_freedom
     ratio = float(misfit / variance)

@@ -77,17 +77,17 @@ class Inference:
     def warnings(self):
         """What a reader of the inference must know, in words."""
         horizons, law = list(by_horizon(self.runs)), self.prediction.law
-        found = [f"a calibration horizon of {horizon} steps is short: the fixed warm-ups weigh on it; use {SHORT_STEPS} "
-                 "or more" for horizon in horizons if horizon < SHORT_STEPS]
+        found = [f"a calibration horizon of {horizon} steps is short, the fixed warm-ups weigh on it; use "
+                 f"{SHORT_STEPS} or more" for horizon in horizons if horizon < SHORT_STEPS]
         if self.horizon_left_out:
             found.append(f"the horizon of {self.horizon_left_out} steps is left out: with it the law does not fit")
         if math.isnan(self.misfit.p):
-            found.append("one seed a horizon: neither the law's fit nor the slopes can be tested")
+            found.append("no two seeds of a horizon that differ: neither the law's fit nor the slopes can be tested")
         found += [f"the law's {name} is at the edge of its range" for name in law.at_bound]
         if law.values[0] < 1e-3:
             found.append("L_inf is at 0: the curves do not show a floor")
         if self.quickest.whole <= (shortest := min(run.horizon for run in self.prediction.runs)):
-            found.append(f"the shortest calibration runs, {shortest} steps, reach the target already: a shorter horizon "
+            found.append(f"the shortest calibration runs, {shortest} steps, reach the target already; a shorter one "
                          "may be quicker")
         last = self.quickest.horizons[-1]
         if last.time == min(horizon.time for horizon in self.quickest.horizons):
@@ -110,8 +110,8 @@ def infer_horizon(runs, threshold, schedule, default_steps, copies=200, seed=0):
     """
     shortest, longest = (pick(run.horizon for run in runs) for pick in (min, max))
     if shortest < FIRST_STEP:
-        raise Refusal(f"a calibration horizon of {shortest} steps: the law reads curves from step {FIRST_STEP} on, before "
-                      f"it the warm-ups rule; leave it out, and use horizons of {SHORT_STEPS} steps or more")
+        raise Refusal(f"a calibration horizon of {shortest} steps: the law reads curves from step {FIRST_STEP} "
+                      f"on, after the warm-ups; leave it out, and use horizons of {SHORT_STEPS} steps or more")
     slopes = slope_test(runs)
     fitted, misfit, left_out = _runs_that_fit([run.late() for run in runs])
     prediction = Prediction(FORM, fitted, schedule, copies, seed)
@@ -122,11 +122,12 @@ def infer_horizon(runs, threshold, schedule, default_steps, copies=200, seed=0):
     if chosen is None:
         far = max(round(UNREACHABLE_FACTOR * default_steps), reach)
         if end_of(prediction.law, schedule, far) > threshold:
-            raise Refusal(f"likely_unreachable: by the law no schedule up to {far} steps ends at {threshold:.4f} bits per "
-                          f"byte (L_inf {prediction.law.values[0]:.4f}); raise the threshold, train a larger model, or "
-                          "take the default ratio with --fallback")
-        raise TooShort(f"no horizon up to {reach} steps, {MAX_EXTRAPOLATION} times the longest calibration run, is sure "
-                       f"to reach {threshold:.4f} bits per byte", longest)
+            floor = prediction.law.values[0]
+            raise Refusal(f"likely_unreachable: by the law no schedule up to {far} steps ends at {threshold:.4f} bits "
+                          f"per byte (L_inf {floor:.4f}); raise the threshold, train a larger model, or take "
+                          "the default ratio with --fallback")
+        raise TooShort(f"no horizon up to {reach} steps, {MAX_EXTRAPOLATION} times the longest calibration run, is "
+                       f"sure to reach {threshold:.4f} bits per byte", longest)
     steps = {"neighbour": round(CONFIRMATION_FACTOR * chosen.steps), "default": round(default_steps),
              "shortest_whole": math.ceil(quickest.whole)}
     predicted = {name: prediction.horizon(at, threshold)[0] if at <= reach else None for name, at in steps.items()}

@@ -14,7 +14,8 @@ def draw_inference(inference, setting, path):
     _draw_times(times, inference)
     curves.set_title("Calibration runs and the law", **TITLE)
     chosen = inference.chosen
-    times.set_title(f"H* {chosen.steps} steps (ratio {setting.ratio(chosen.steps):.3g}): target at {chosen.time:.0f}", **TITLE)
+    ratio = setting.ratio(chosen.steps)
+    times.set_title(f"H* {chosen.steps} steps (ratio {ratio:.3g}): target at {chosen.time:.0f}", **TITLE)
     for axes in (curves, times):
         dress(axes)
     save(figure, path)

@@ -12,6 +12,7 @@ from nanochat.lane_b.infer.record import DECISIONS
 VERSION = 2
 _ROWS = {"quickest": "quickest H*", "neighbour": f"{CONFIRMATION_FACTOR} H*", "shortest_whole": "shortest whole D*",
          "default": "default"}
+_SLOPES_SAY = {"longer": "longer than D* is quicker", "shorter": "D* is the quickest", "undecided": "undecided"}
 
 
 def inference_document(inference, setting, default_ratio):
@@ -70,8 +71,8 @@ def describe(document):
             f"L_inf {law['floor']:.4f}, rms {law['rms_log_loss']:.2g} of log L, lack of fit {p}",
             f"alpha {_numbers(document['alpha'])}; the statistics say {_numbers(document['alpha_theory'])}, "
             "which enters nothing",
-            f"slopes per ln: ends {slopes['envelope']:.3f}, landing {slopes['landing']:.3f}: quickest beside D* "
-            f"{slopes['says']}",
+            f"slope test: ends fall {slopes['envelope']:.3f} per ln of steps, runs land at {slopes['landing']:.3f}: "
+            f"{_SLOPES_SAY[slopes['says']]}",
             f"{'horizon':<18}{'steps':>7}{'ratio':>8}  steps to target (95 %)       seconds"]
         lines += [_row(title, document["predicted"][name]) for name, title in _ROWS.items()]
         lines.append(f"calibration: {cost['tokens']:.3g} tokens, {cost['share_of_chosen_run']:.2f} of a chosen run")

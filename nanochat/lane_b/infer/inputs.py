@@ -180,8 +180,8 @@ def threshold_of_baseline(runs, setting):
                                    ("tokens a step", "total_batch_size_tokens", setting.step_tokens)):
             found = recorded(run, "config", name, type(wanted))
             if found != wanted:
-                raise Refusal(f"baseline run {run.run_id} has {what} {found}, the calibration {wanted}; give a baseline "
-                              "of what was calibrated")
+                raise Refusal(f"baseline run {run.run_id} has {what} {found}, the calibration {wanted}; give a "
+                              "baseline of what was calibrated")
         lowest.append(recorded(run, "summary", "min_val_bpb", *NUMBER_OR_NONE))
         if lowest[-1] is None:
             raise Refusal(f"run {run.run_id} has no validation (min_val_bpb); repeat it with --eval-every")
