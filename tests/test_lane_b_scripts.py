@@ -1,8 +1,11 @@
 import contextlib
 import json
 import math
+import re
+import shlex
 import sys
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from nanochat.runlog import RunLog
 from nanochat.training.schedule import lr_multiplier
 from scripts import lane_b_infer_ratio, lane_b_log_run
 
+WORKSHEET = (Path(__file__).parents[1] / "ideas" / "lane_b_inference_worksheet.md").read_text()
 PARAMS = 1_000_000
 STEP_TOKENS = 20_000
 STEP_SEC = 0.2
@@ -261,6 +265,30 @@ def test_malformed_statistics_are_named_by_file_and_place(tmp_path, stats_json, 
     code, line = refused(tmp_path, capsys, "--stats-json", stats_json, "--calibration-run", *calibration,
                          "--target-metric-threshold", "2.2")
     assert (code, fault in line, "make the file again" in line) == (2, True, True), line
+
+
+def test_the_worksheet_s_example_is_what_the_tool_prints(tmp_path, stats_json, calibration, monkeypatch, capsys):
+    """Word by word; figures within 2 %, as another release of the optimizer may find them."""
+    command, expected = (re.search(rf"```{kind}\n(.*?)```", WORKSHEET, re.DOTALL)[1] for kind in ("sh", "text"))
+    monkeypatch.chdir(tmp_path)
+    lane_b_infer_ratio.main(shlex.split(command.replace("\\\n", " "))[3:])
+    number = re.compile(r"\d[\d.]*(?:e[+-]\d+)?")
+    printed = capsys.readouterr().out
+    assert number.sub("N", " ".join(printed.split())) == number.sub("N", " ".join(expected.split()))
+    found, wanted = ([float(text.rstrip(".")) for text in number.findall(page)] for page in (printed, expected))
+    assert found == pytest.approx(wanted, rel=0.02)
+
+
+def test_the_worksheet_s_arithmetic_is_right():
+    """The figures in bold, worked out by the steps of the page."""
+    first, second = (2.3814 + 2.3815) / 2, (2.2702 + 2.2676) / 2
+    slope = (first - second) / math.log(640 / 480)
+    for figure in (f"{first:.5f}", f"{second:.5f}", f"= **{slope:.3f}** bits",
+                   f"**{640 * math.exp((second - 2.18) / slope):.0f}** steps", f"**{1.5 * 640:.0f}** steps",
+                   f"**{12 * PARAMS / STEP_TOKENS:.0f}** steps", f"**{939 * STEP_TOKENS / PARAMS:.2f}**;",
+                   f"**{1.05 * 18.78:.2f}**.", f"= **{(758.5 - 11) * STEP_SEC:.1f}**",
+                   f"**{2 * (480 + 640) / 939:.2f}** chosen"):
+        assert figure in WORKSHEET, figure
 
 
 # --- scripts.lane_b_log_run ------------------------------------------------------------------------------------------

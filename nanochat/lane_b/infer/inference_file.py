@@ -86,6 +86,8 @@ def describe(document):
 def _row(title, predicted):
     if predicted is None:
         return f"{title:<18}beyond {MAX_EXTRAPOLATION} times the longest calibration run: not predicted"
+    if predicted["time_steps"]["value"] is None:
+        return f"{title:<18}{predicted['steps']:>7}{predicted['ratio']:>8.4g}  ends short of the target"
     return (f"{title:<18}{predicted['steps']:>7}{predicted['ratio']:>8.4g}  {_numbers(predicted['time_steps']):<28} "
             f"{_numbers(predicted['time_sec'])}")
 
