@@ -1,88 +1,83 @@
-"""Corpus statistics and calibration runs -> infer.json: the target-param-data ratio with an interval, or a refusal.
+"""Whole curves of calibration runs -> infer.json: the ratio that reaches a target first, with intervals, or a refusal.
 
-python -m scripts.lane_b_infer_ratio --stats-json stats.json --calibration-run cal-1-s0 cal-1-s1 cal-2-s0 ... \\
-    --baseline-run base-s0 base-s1 --out infer.json --plot infer.png
+python -m scripts.lane_b_infer_ratio --calibration-run cal-480-s0 cal-480-s1 cal-640-s0 cal-640-s1 \\
+    --target-metric-threshold 1.49 --stats-json stats.json --out infer.json --plot infer.png
 """
 
 import argparse
+from dataclasses import asdict
+from functools import cache
 
-from nanochat.errors import UserError, command
+import numpy as np
+
+from nanochat.errors import command
 from nanochat.files import check_output, write_json
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.figure import check_plot
 from nanochat.lane_b.infer import inputs
-from nanochat.lane_b.infer.calibration import BitsPerByte
-from nanochat.lane_b.infer.horizon import ALPHA_SOURCES, DEFAULT_RATIO, infer_horizon
+from nanochat.lane_b.infer.horizon import DEFAULT_RATIO, infer_horizon
 from nanochat.lane_b.infer.horizon_figure import draw_inference
-from nanochat.lane_b.infer.inference_file import VERSION, describe, inference_document
+from nanochat.lane_b.infer.inference_file import VERSION, describe, inference_document, refused_document
 from nanochat.paths import runs_dir
 from nanochat.provenance import utc_now
 from nanochat.runlog import find_run
+from nanochat.target import check_target
+from nanochat.training.schedule import lr_multiplier
 
-MIN_RESAMPLES = 100  # a 95 % interval of fewer is its extremes
+MIN_RESAMPLES = 40  # a 95 % interval of fewer is their extremes
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stats-json", required=True, help="from scripts.lane_b_stats")
-    parser.add_argument("--alpha-source", choices=ALPHA_SOURCES, default="auto",
-                        help="theory: gamma/(2 beta); calibration: fitted; auto: theory where its premises hold")
-    points = parser.add_mutually_exclusive_group(required=True)
-    points.add_argument("--calibration-run", nargs="+", metavar="RUN", help="run ids or folders, whole schedules")
-    points.add_argument("--calibration", nargs="+", metavar="TOKENS:METRIC", help="by hand, in bits per byte")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--calibration-run", nargs="+", required=True, metavar="RUN",
+                        help="run ids or folders: whole schedules of two horizons or more, two seeds each")
     threshold = parser.add_mutually_exclusive_group(required=True)
     threshold.add_argument("--target-metric-threshold", type=float, metavar="BITS_PER_BYTE")
     threshold.add_argument("--baseline-run", nargs="+", metavar="RUN", help="threshold: median of their min val_bpb")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--n-scaling-params", type=int, help="default: the calibration runs'")
-    size.add_argument("--depth", type=int, help="or the parameters of the model of this depth")
-    parser.add_argument("--aspect-ratio", type=int, default=64, help="with --depth")
-    parser.add_argument("--head-dim", type=int, default=128, help="with --depth")
-    parser.add_argument("--context-tokens", type=int, help="default: the calibration runs', else the statistics'")
+    parser.add_argument("--stats-json", help="from scripts.lane_b_stats: its alpha is printed beside the fit's")
     parser.add_argument("--default-ratio", type=float, default=DEFAULT_RATIO)
     parser.add_argument("--fallback", action="store_true",
                         help="where the inference refuses, write the default ratio with decision=fallback instead")
-    parser.add_argument("--resamples", type=int, default=2000)
+    parser.add_argument("--resamples", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the resampling")
     parser.add_argument("--out", "--output-json", required=True, metavar="FILE.json")
     parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args(argv)
-    for name, least in (("n_scaling_params", 1), ("depth", 1), ("aspect_ratio", 1), ("head_dim", 1),
-                        ("context_tokens", 1), ("resamples", MIN_RESAMPLES), ("seed", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    for name, least in (("resamples", MIN_RESAMPLES), ("seed", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}")
+    if not 0 < args.default_ratio < float("inf"):
+        parser.error(f"--default-ratio {args.default_ratio:g} must be positive and finite")
     return args
 
 
-def params_of_depth(args, vocab_size):
-    """Scaling parameters of the model that scripts.base_train would build."""
-    from nanochat.model.gpt import GPTConfig, scaling_params
-    from nanochat.training.schedule import model_shape
+def threshold_of(args, setting):
+    """(bits per byte, where they are from)."""
+    if args.baseline_run is None:
+        check_target("val_bpb", args.target_metric_threshold)
+        return args.target_metric_threshold, "given"
+    baseline = [find_run(name, runs_dir()) for name in args.baseline_run]
+    return (inputs.threshold_of_baseline(baseline, setting),
+            f"median min val_bpb of {', '.join(run.run_id for run in baseline)}")
 
-    shape = model_shape(args.depth, args.aspect_ratio, args.head_dim)
-    return scaling_params(GPTConfig(vocab_size=vocab_size, n_layer=shape.n_layer, n_head=shape.n_head,
-                                    n_kv_head=shape.n_head, n_embd=shape.n_embd))
+
+def statistics_of(args, setting):
+    """The corpus' statistics where they are given. Errors: Refusal when they are of another text than the runs'."""
+    corpus = inputs.read_statistics(args.stats_json) if args.stats_json else None
+    for name in ("dataset_id", "tokenizer_id") if corpus else ():
+        if getattr(corpus, name) != getattr(setting, name):
+            raise Refusal(f"the calibration runs have {name} {getattr(setting, name)}, the statistics are of "
+                          f"{getattr(corpus, name)}; make the statistics again, or leave out --stats-json")
+    return corpus
 
 
-def gather(args, corpus):
-    """(points, threshold, where the threshold is from, scaling parameters, context length) as the flags say."""
-    runs = [find_run(name, runs_dir()) for name in args.calibration_run or ()]
-    points = [inputs.point_of_run(run, corpus) for run in runs] or list(map(inputs.parse_point, args.calibration))
-    params, step_tokens, context_tokens = inputs.common_model(runs) if runs else (None, None, None)
-    given = params_of_depth(args, corpus.vocab_size) if args.depth else args.n_scaling_params
-    if given is not None and params not in (None, given):
-        raise Refusal(f"{given} scaling parameters asked for, the calibration runs have {params}; "
-                      "calibrate with the model that is to be trained")
-    if (given or params) is None:
-        raise UserError("give --n-scaling-params or --depth: points by hand do not say how big the model is")
-    if args.baseline_run:
-        baseline = [find_run(name, runs_dir()) for name in args.baseline_run]
-        threshold = inputs.threshold_of_baseline(baseline, corpus)
-        inputs.check_baseline(baseline, given or params, step_tokens)
-        source = f"median min val_bpb of {', '.join(run.run_id for run in baseline)}"
-    else:
-        threshold, source = BitsPerByte(args.target_metric_threshold), "given"
-    return points, threshold, source, given or params, args.context_tokens or context_tokens
+def schedule_of(flags):
+    """The multipliers of a horizon of so many steps, as the runs' flags have them."""
+    @cache
+    def schedule(horizon):
+        return np.array([lr_multiplier(step, horizon, **flags) for step in range(horizon)])
+    return schedule
 
 
 @command
@@ -90,27 +85,31 @@ def main(argv=None):
     args = parse_args(argv)
     check_output("--out", args.out)
     check_plot(args.plot)
-    corpus = inputs.read_statistics(args.stats_json)
-    points, threshold, threshold_source, params, context_tokens = gather(args, corpus)
-    inference, reason = None, None
+    records = [find_run(name, runs_dir()) for name in args.calibration_run]
+    setting = inputs.common_setting(records)
+    corpus, (threshold, source) = statistics_of(args, setting), threshold_of(args, setting)
+    schedule = schedule_of(setting.schedule)
+    runs = [inputs.curve_of_run(record, schedule) for record in records]
+    default_steps = args.default_ratio * setting.n_scaling_params / setting.step_tokens
+    inference = None
     try:
-        inference = infer_horizon(points, threshold, params, corpus, alpha_source=args.alpha_source,
-                                  default_ratio=args.default_ratio, context_tokens=context_tokens,
-                                  resamples=args.resamples, seed=args.seed)
-        reason = inference.refusal
+        inference = infer_horizon(runs, threshold, schedule, default_steps, args.resamples, args.seed)
+        found = inference_document(inference, setting, args.default_ratio)
     except Refusal as refusal:
-        reason = str(refusal)
-    if reason and not args.fallback:
-        raise Refusal(reason)
-    document = {"schema_version": VERSION, "created_utc": utc_now(),
-                "settings": vars(args), "dataset_id": corpus.dataset_id, "tokenizer_id": corpus.tokenizer_id,
-                "target_metric_name": "val_bpb", "target_metric_threshold": threshold.value,
-                "threshold_source": threshold_source, "n_scaling_params": params,
-                **inference_document(inference, args.default_ratio, reason)}
+        if not args.fallback:
+            raise
+        found = refused_document(refusal, args.default_ratio)
+    planned_tokens = found["chosen_ratio"] * setting.n_scaling_params
+    found["warnings"] += [*(corpus.warnings if corpus else ()), *inputs.repeated_text(records, planned_tokens)]
+    document = {"schema_version": VERSION, "created_utc": utc_now(), "settings": vars(args),
+                "dataset_id": setting.dataset_id, "tokenizer_id": setting.tokenizer_id, "target_metric_name": "val_bpb",
+                "target_metric_threshold": threshold, "threshold_source": source,
+                "n_scaling_params": setting.n_scaling_params, "total_batch_size_tokens": setting.step_tokens,
+                "alpha_theory": asdict(corpus.alpha) if corpus else None, **found}
     write_json(args.out, document)
     print(describe(document))
-    if args.plot and inference is not None:
-        draw_inference(inference, args.plot)
+    if args.plot and inference:
+        draw_inference(inference, setting, args.plot)
 
 
 if __name__ == "__main__":

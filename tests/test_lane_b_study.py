@@ -9,21 +9,24 @@ from scripts import base_train, experiment, lane_b, lane_b_infer_ratio, lane_b_l
 
 PARSERS = {"scripts.experiment": experiment, "scripts.lane_b_stats": lane_b_stats, "scripts.report": report,
            "scripts.lane_b_infer_ratio": lane_b_infer_ratio, "scripts.lane_b_log_run": lane_b_log_run}
-INFERENCE = {"chosen_ratio": 9.5, "confirmation_ratio": 9.975, "target_metric_threshold": 1.25}
+INFERENCE = {"chosen_ratio": 9.5, "confirmation_ratio": 9.975, "target_metric_threshold": 1.25, "decision": "inferred",
+             "fallback_reason": None, "next_num_iterations": None}
+WIDE, TOO_SHORT = ({**INFERENCE, "next_num_iterations": 853, **more} for more in (
+    {}, {"decision": "fallback", "fallback_reason": "no horizon up to 960 steps"}))
 
 
 @pytest.fixture
 def run(monkeypatch):
-    """Runs lane B with stages that only leave their files; returns what they were."""
-    def run(*argv):
-        ran = []
+    """Runs lane B with stages that only leave their files; returns what they were. inferences: in their order."""
+    def run(*argv, inferences=()):
+        ran, coming = [], iter(inferences)
 
         def stage(module, flags):
             args = PARSERS[module].parse_args(list(map(str, flags)))
             ran.append((module, args))
             if module in ("scripts.lane_b_stats", "scripts.lane_b_infer_ratio"):
                 with open(args.out, "w") as file:
-                    json.dump(INFERENCE, file)
+                    json.dump(next(coming, INFERENCE) if "infer" in module else {}, file)
 
         monkeypatch.setattr(lane_b, "run_module", stage)
         lane_b.main(argv)
@@ -48,7 +51,26 @@ def test_every_stage_is_a_command_that_exists_and_the_trainings_are_of_flags_tha
     assert {base_train.parse_args(run.flags).target_param_data_ratio for run in plan(proof)} >= {9.5, 9.975}
     stats, inference, log = ran[2][1], ran[3][1], ran[5][1]
     named = {*stats.position_losses, *inference.calibration_run, *inference.baseline_run, *log.runs}
-    assert named <= made and len(inference.calibration_run) == 4 * len(proof.seeds)
+    assert named <= made and len(inference.calibration_run) == 2 * len(proof.seeds)
+    assert all(base_train.parse_args(run.flags).position_losses for one in asked for run in plan(one))
+
+
+@pytest.mark.parametrize("first", [WIDE, TOO_SHORT])
+def test_the_calibration_gets_another_horizon_while_the_inference_asks_for_one(run, first):
+    for ran in (run(inferences=[first, INFERENCE]), run(inferences=[first, INFERENCE])):  # and when it goes on
+        inferences = [args for module, args in ran if module == "scripts.lane_b_infer_ratio"]
+        assert [len(args.calibration_run) for args in inferences] == [4, 6] and inferences[0].out != inferences[1].out
+        assert "lane_b_cpu_calibration.h853.d2.s0" in inferences[1].calibration_run
+        assert ran[-1][1].inference_json == inferences[1].out
+
+
+def test_a_calibration_that_has_cost_enough_goes_on_with_what_it_has_or_stops_and_says_so(run, capsys):
+    wider = {**WIDE, "next_num_iterations": 1137}
+    assert "scripts.report" in [module for module, _ in run(inferences=[WIDE, wider])]
+    with pytest.raises(SystemExit) as stop:
+        run("--name", "other", inferences=[TOO_SHORT, {**TOO_SHORT, "next_num_iterations": 1137}])
+    assert stop.value.code == 2
+    assert "after a calibration of 2.06 baseline runs a seed: no horizon up to 960" in capsys.readouterr().err
 
 
 def test_statistics_that_are_there_are_not_made_again(run):

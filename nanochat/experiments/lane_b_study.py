@@ -9,8 +9,7 @@ from nanochat.experiments.profiles import BASELINE, Profile, find_profile
 from nanochat.files import read_json
 from nanochat.runlog import check_run_id
 
-FRACTIONS = (16, 8, 4, 2)  # of the baseline's steps: the calibration's horizons, shortest first
-WITH_LOSSES = FRACTIONS[-2:]  # those whose losses by position give gamma: on P/2 and P tokens
+MAX_CALIBRATION = 1.5  # baseline runs that the calibration may have cost, a seed, before it is given another horizon
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,8 @@ class Setting:
     flags: tuple[str, ...] = ()
 
 
-SETTINGS = {"cpu": Setting(2, 960, 256, ("--warmup-steps=10", "--eval-every=60")), "d12": Setting(12, 1500, 512)}
+SETTINGS = {"cpu": Setting(2, 960, 256, ("--warmup-steps=10", "--eval-every=30")),
+            "d12": Setting(12, 1500, 512, ("--eval-every=25",))}
 
 
 @dataclass(frozen=True)
@@ -58,36 +58,52 @@ class Study:
         setting = self.setting
         return ("scripts.experiment", [
             "--name", name, "--profile", self.profile_name, "--depths", setting.depth, "--seeds", *self.seeds, *more,
-            "--candidates", *candidates, "--", f"--num-iterations={setting.steps}", *setting.flags])
+            "--candidates", *candidates, "--", f"--num-iterations={setting.steps}", "--position-losses",
+            *setting.flags])
 
 
 def commands(study):
     """Yield (module, its flags) of the stages that are not done: run each before the next is asked for.
 
-    Ends early where the inference is not there yet, as in a dry run. A stage that was stopped goes on by itself.
+    The calibration starts at a half and two thirds of the baseline's steps and gets the next horizon as long as its
+    inference asks for one. Ends early where an inference is not there yet, as in a dry run. A stage that was stopped
+    goes on by itself. Errors: UserError where the calibration is spent without a horizon.
     """
-    stats, inference = study.folder / "stats.json", study.folder / "infer.json"
-    figures = [path.with_suffix(".png") for path in (stats, inference)]
+    stats, steps = study.folder / "stats.json", study.setting.steps
     baseline, calibration = f"{study.name}_baseline", f"{study.name}_calibration"
+    horizons = [steps // 2, 2 * steps // 3]
     yield study.training(baseline, [BASELINE])
-    yield study.training(calibration, [
-        f"h{part}=--num-iterations {study.setting.steps // part} --position-losses" for part in FRACTIONS])
+    yield study.training(calibration, map(_candidate, horizons))
     if not stats.exists():
         yield "scripts.lane_b_stats", [
             "--dataset", study.profile.dataset, "--tokenizer-dir", study.profile.tokenizer_dir(),
-            "--context-tokens", study.setting.context_tokens, "--out", stats, "--plot", figures[0],
-            "--position-losses", *study.run_ids(calibration, *(f"h{part}" for part in WITH_LOSSES))]
-    yield "scripts.lane_b_infer_ratio", [
-        "--stats-json", stats, "--out", inference, "--plot", figures[1],
-        "--calibration-run", *study.run_ids(calibration, *(f"h{part}" for part in FRACTIONS)),
-        "--baseline-run", *study.run_ids(baseline, BASELINE)]
-    if inference.exists():
-        yield from _proof(study, inference, figures)
+            "--context-tokens", study.setting.context_tokens, "--out", stats, "--plot", stats.with_suffix(".png"),
+            "--position-losses", *study.run_ids(calibration, f"h{horizons[0]}"), *study.run_ids(baseline, BASELINE)]
+    while True:
+        inference = study.folder / f"infer_{horizons[-1]}.json"
+        yield "scripts.lane_b_infer_ratio", [
+            "--stats-json", stats, "--out", inference, "--plot", inference.with_suffix(".png"), "--fallback",
+            "--calibration-run", *study.run_ids(calibration, *(f"h{horizon}" for horizon in horizons)),
+            "--baseline-run", *study.run_ids(baseline, BASELINE)]
+        if not inference.exists():
+            return
+        found = read_json(inference, "delete it and run again")
+        if found["next_num_iterations"] is None or sum(horizons) > MAX_CALIBRATION * steps:
+            break
+        horizons.append(found["next_num_iterations"])
+        yield study.training(calibration, [_candidate(horizons[-1])])
+    if found["decision"] != "inferred":
+        raise UserError(f"no horizon to prove after a calibration of {sum(horizons) / steps:.2f} baseline runs a seed: "
+                        f"{found['fallback_reason']}")
+    yield from _proof(study, inference, found, [stats.with_suffix(".png"), inference.with_suffix(".png")])
 
 
-def _proof(study, inference, figures):
-    """The stages that train at the ratios of infer.json, write their rows and say who won."""
-    found = read_json(inference, "delete it and run again")
+def _candidate(horizon):
+    return f"h{horizon}=--num-iterations {horizon}"
+
+
+def _proof(study, inference, found, figures):
+    """The stages that train at the ratios found, write their rows and say who won."""
     ratios = {"inferred": found["chosen_ratio"], "confirmation": found["confirmation_ratio"]}
     yield study.training(study.name, [BASELINE, *(
         f"{decision}=--num-iterations -1 --target-param-data-ratio {ratio}" for decision, ratio in ratios.items())],

@@ -14,7 +14,6 @@ from scipy.stats import f as f_distribution
 from scipy.stats import t as t_distribution
 
 from nanochat.lane_b import Refusal
-from nanochat.lane_b.infer.calibration import central_interval
 from nanochat.lane_b.infer.curve_law import ALPHA, ALPHA_LOG_SD, Progress, fit
 
 CONFIDENCE = 0.95
@@ -37,6 +36,13 @@ def first_crossing(steps, loss, threshold):
         return float(steps[0])
     share = (loss[at - 1] - threshold) / (loss[at - 1] - loss[at])
     return float(steps[at - 1] + share * (steps[at] - steps[at - 1]))
+
+
+def central_interval(values):
+    """(lo, hi) holding the middle CONFIDENCE of the values; infinite ones keep their place in the order."""
+    tail = (1 - CONFIDENCE) / 2
+    lo, hi = np.quantile(values, [tail, 1 - tail], method="inverted_cdf")
+    return float(lo), float(hi)
 
 
 def curve_steps(horizon):
@@ -140,7 +146,7 @@ def lack_of_fit(law, runs, bins=3):
         cells += list(np.array(means).T)
     variance, freedom = pooled_variance(cells)
     misfit_freedom = len(cells) - len(law.values)
-    if not freedom or misfit_freedom < 1:
+    if not freedom or not variance or misfit_freedom < 1:
         return LackOfFit(math.nan, math.nan)
     misfit = sum(len(cell) * np.mean(cell) ** 2 for cell in cells) / misfit_freedom
     ratio = float(misfit / variance)
@@ -222,7 +228,7 @@ class Prediction:
         d_star = whole(self.law, 0.0)
         wholes = [whole(law, noise(1.0)) for law, noise in self.copies]
         reached = np.isfinite(times).any(0)
-        quickest = np.where(reached, grid[times.argmin(0)], np.inf)
+        quickest = np.where(reached, grid[(times <= (1 + FLAT) * times.min(0)).argmax(0)], np.inf)
         return Quickest(d_star, *central_interval(wholes), choose(horizons, d_star), *central_interval(quickest),
                         tuple(horizons))
 

@@ -4,69 +4,78 @@ import math
 from dataclasses import asdict, dataclass
 
 from nanochat.errors import UserError
+from nanochat.lane_b.infer.crossing import MAX_EXTRAPOLATION
+from nanochat.lane_b.infer.horizon import CONFIRMATION_FACTOR, next_horizon
 from nanochat.lane_b.infer.inputs import Fields
 from nanochat.lane_b.infer.record import DECISIONS
 
-VERSION = 1
+VERSION = 2
+_ROWS = {"quickest": "quickest H*", "neighbour": f"{CONFIRMATION_FACTOR} H*", "shortest_whole": "shortest whole D*",
+         "default": "default"}
+_SLOPES_SAY = {"longer": "longer than D* is quicker", "shorter": "D* is the quickest", "undecided": "undecided"}
 
 
-def inference_document(inference, default_ratio, fallback_reason=None):
-    """The part of infer.json that the inference decides; `inference` None and a reason: it was refused.
-
-    decision is `inferred`, or `fallback` to the default ratio where a reason for that is given; alpha_source
-    is that of the alpha beside it, `default` only without one.
-    """
-    nothing = dict.fromkeys(("alpha", "alpha_theory", "alpha_calibration", "calibration", "target_tokens",
-                             "target_param_data_ratio", "confirmation_ratio", "regime"))
+def inference_document(inference, setting, default_ratio):
+    """The part of infer.json that an Inference decides, in the units of a Setting."""
+    quickest, chosen, law = inference.quickest, inference.chosen, inference.prediction.law
+    horizons = (chosen.steps, quickest.chosen_lo, quickest.chosen_hi)
+    ratios = [setting.ratio(steps) for steps in horizons]
+    tokens = sum(run.horizon for run in inference.runs) * setting.step_tokens
     return _finite({
-        "state": "low_quality", "decision": "fallback" if fallback_reason else "inferred",
-        "fallback_reason": fallback_reason, "alpha_source": "default", "policy": None, **nothing,
-        "default_ratio": default_ratio, "chosen_ratio": default_ratio if fallback_reason else inference.ratio.value,
-        "faults": [], "warnings": [], **(_of(inference) if inference else {})})
+        "state": "ok", "decision": "inferred", "fallback_reason": None, "alpha_source": "curves",
+        "next_num_iterations": next_horizon(max(run.horizon for run in inference.runs)) if inference.is_wide else None,
+        "alpha": _interval(*inference.alpha),
+        "law": {"form": law.form.name, "rms_log_loss": law.rms_log_loss, "at_bound": law.at_bound,
+                **dict(zip(law.form.parameters, map(float, law.values), strict=True)),
+                "lack_of_fit_f": inference.misfit.ratio, "lack_of_fit_p": inference.misfit.p},
+        "slopes": asdict(inference.slopes) | {"says": inference.slopes.says},
+        "target_tokens": _interval(*(steps * setting.step_tokens for steps in horizons)),
+        "target_param_data_ratio": _interval(*ratios), "confirmation_ratio": CONFIRMATION_FACTOR * ratios[0],
+        "default_ratio": default_ratio, "chosen_ratio": ratios[0],
+        "shortest_whole_steps": _interval(quickest.whole, quickest.whole_lo, quickest.whole_hi),
+        "predicted": {name: horizon and _predicted(horizon, setting) for name, horizon in inference.predicted.items()},
+        "calibration": {"horizons_steps": sorted({run.horizon for run in inference.runs}), "runs": len(inference.runs),
+                        "horizon_left_out": inference.horizon_left_out, "step_sec_median": setting.step_sec,
+                        "tokens": tokens, "share_of_chosen_run": tokens / (chosen.steps * setting.step_tokens)},
+        "warnings": inference.warnings})
 
 
-def _of(inference):
-    own, fit = inference.own, inference.calibration
-    return {
-        "state": inference.state, "alpha_source": inference.alpha_source, "policy": inference.policy,
-        "alpha": asdict(inference.alpha), "alpha_theory": asdict(inference.alpha_theory),
-        "alpha_calibration": own and {"value": own.curve.alpha, "lo": own.alpha_lo, "hi": own.alpha_hi},
-        "calibration": {
-            "L_inf_bits_per_byte": fit.curve.asymptote, "A_bits_per_byte": fit.curve.scale, "alpha": fit.curve.alpha,
-            "rms_residual_bits_per_byte": fit.rms_residual_bits_per_byte, "degrees_of_freedom": fit.degrees_of_freedom,
-            "points": [{"tokens": point.tokens, "bits_per_byte": point.metric.value, "source": point.source}
-                       for point in inference.points]},
-        "target_tokens": inference.target_tokens and asdict(inference.target_tokens),
-        "target_param_data_ratio": inference.ratio and asdict(inference.ratio),
-        "confirmation_ratio": inference.confirmation_ratio,
-        "regime": inference.regime and asdict(inference.regime),
-        "faults": list(inference.faults), "warnings": list(inference.warnings)}
+def refused_document(refusal, default_ratio):
+    """The same where the inference gave no horizon and --fallback goes on with the default ratio."""
+    nothing = dict.fromkeys(("alpha", "law", "slopes", "target_tokens", "target_param_data_ratio", "confirmation_ratio",
+                             "shortest_whole_steps", "predicted", "calibration"))
+    longer = getattr(refusal, "next_num_iterations", None)
+    return {"state": "refused" if longer is None else "too_short", "decision": "fallback",
+            "fallback_reason": str(refusal), "alpha_source": "default", "next_num_iterations": longer, **nothing,
+            "default_ratio": default_ratio, "chosen_ratio": default_ratio, "warnings": []}
+
+
+def _interval(value, lo, hi):
+    return {"value": value, "lo": lo, "hi": hi}
+
+
+def _predicted(horizon, setting):
+    times = (horizon.time, horizon.lo, horizon.hi)
+    return {"steps": horizon.steps, "ratio": setting.ratio(horizon.steps), "reaches": horizon.reaches,
+            "time_steps": _interval(*times), "time_sec": _interval(*map(setting.seconds, times))}
 
 
 def describe(document):
     """The summary of an infer.json for the console."""
-    lines = []
-    if document["alpha"]:
-        lines.append(f"alpha {_numbers(document['alpha'])} from the {document['alpha_source']} ({document['policy']})")
-        lines.append(f"  the statistics say {_numbers(document['alpha_theory'])}, "
-                     f"the calibration alone {_numbers(document['alpha_calibration'])}")
-        fit = document["calibration"]
-        lines.append(f"calibration: L(D) = {fit['L_inf_bits_per_byte']:.4f} + {fit['A_bits_per_byte']:.4g} D^-"
-                     f"{fit['alpha']:.4f} bits per byte, {len(fit['points'])} points, "
-                     f"rms residual {fit['rms_residual_bits_per_byte']:.4f}")
-    lines.append(f"threshold: val_bpb {document['target_metric_threshold']:.4f} ({document['threshold_source']})")
-    if document["target_tokens"]:
-        lines.append(f"target: {_numbers(document['target_tokens'])} tokens, "
-                     f"ratio {_numbers(document['target_param_data_ratio'])}, "
-                     f"confirmation {document['confirmation_ratio']:.4g}")
-    if document["regime"]:
-        regime = document["regime"]
-        usable = regime["usable_context_tokens"]
-        reach = "all lags" if usable is None else f"lags up to {usable:.3g}"
-        lines.append(f"regime: {regime['data_tokens']:.3g} tokens resolve {reach}, context "
-                     f"{regime['context_tokens'] or 'not given'}: {regime['name']}"
-                     + (" (extrapolated past the measured lags)" if regime["beyond_measured_lags"] else ""))
-    lines += [f"low quality: {fault}" for fault in document["faults"]]
+    lines = [f"threshold: val_bpb {document['target_metric_threshold']:.4f} ({document['threshold_source']})"]
+    if document["law"]:
+        law, slopes, cost = document["law"], document["slopes"], document["calibration"]
+        p = "not tested" if law["lack_of_fit_p"] is None else f"p {law['lack_of_fit_p']:.2g}"
+        lines += [
+            f"curves of {cost['runs']} runs ({' '.join(map(str, cost['horizons_steps']))} steps): {law['form']}, "
+            f"L_inf {law['floor']:.4f}, rms {law['rms_log_loss']:.2g} of log L, lack of fit {p}",
+            f"alpha {_numbers(document['alpha'])}; the statistics say {_numbers(document['alpha_theory'])}, "
+            "which enters nothing",
+            f"slope test: ends fall {slopes['envelope']:.3f} per ln of steps, runs land at {slopes['landing']:.3f}: "
+            f"{_SLOPES_SAY[slopes['says']]}",
+            f"{'horizon':<18}{'steps':>7}{'ratio':>8}  steps to target (95 %)       seconds"]
+        lines += [_row(title, document["predicted"][name]) for name, title in _ROWS.items()]
+        lines.append(f"calibration: {cost['tokens']:.3g} tokens, {cost['share_of_chosen_run']:.2f} of a chosen run")
     lines += [f"warning: {warning}" for warning in document["warnings"]]
     if document["fallback_reason"]:
         lines.append(f"falling back to the default ratio: {document['fallback_reason']}")
@@ -74,13 +83,22 @@ def describe(document):
     return "\n".join(lines)
 
 
-def _numbers(estimate):
+def _row(title, predicted):
+    if predicted is None:
+        return f"{title:<18}beyond {MAX_EXTRAPOLATION} times the longest calibration run: not predicted"
+    if predicted["time_steps"]["value"] is None:
+        return f"{title:<18}{predicted['steps']:>7}{predicted['ratio']:>8.4g}  ends short of the target"
+    return (f"{title:<18}{predicted['steps']:>7}{predicted['ratio']:>8.4g}  {_numbers(predicted['time_steps']):<28} "
+            f"{_numbers(predicted['time_sec'])}")
+
+
+def _numbers(interval):
     """value (lo to hi) of a dict of those; what is not known is left out."""
-    if estimate is None or (estimate["value"] is None and estimate["lo"] is None):
+    if interval is None or interval["value"] is interval["lo"] is None:
         return "nothing"
-    value, lo, hi = (None if estimate[part] is None else f"{estimate[part]:.4g}" for part in ("value", "lo", "hi"))
+    value, lo, hi = (None if interval[part] is None else f"{interval[part]:.4g}" for part in ("value", "lo", "hi"))
     if value is None:
-        return f"{lo} to {hi}"
+        return f"{lo} to {hi or 'no bound'}"
     return value if lo is None else f"{value} ({lo} to {hi or 'no bound'})"
 
 
@@ -101,19 +119,15 @@ class RecordedInference:
     target_param_data_ratio: float | None
     confirmation_ratio: float | None
     default_ratio: float
-    asymptote: float | None
-    curve_alpha: float | None
+    envelope: float | None
 
     def horizon_factor(self, metric):
         """How many times longer a schedule that ended at `metric` (bits per byte) must be to end at the threshold.
 
-        By the calibration curve; None without one, or where the curve does not reach the threshold.
+        By the slope of the calibration's ends; None without one, and for more than a factor e.
         """
-        if self.asymptote is None or not self.asymptote < min(metric, self.target_metric_threshold):
-            return None
-        gaps = (metric - self.asymptote) / (self.target_metric_threshold - self.asymptote)
-        log_factor = math.log(gaps) / self.curve_alpha
-        return math.exp(log_factor) if log_factor < 700 else None
+        log_factor = (metric - self.target_metric_threshold) / self.envelope if self.envelope else math.inf
+        return math.exp(log_factor) if abs(log_factor) <= 1 else None
 
     def ratio_of(self, decision):
         """The ratio that a run of this decision trains at. Errors: UserError when the inference gave none."""
@@ -132,7 +146,6 @@ def read_inference(path):
             raise file.fault(f"{name} is {file.get(name, str)!r}, not {' or '.join(known)}")
     texts = ("dataset_id", "tokenizer_id", "target_metric_name", "decision", "state", "alpha_source")
     nullable = ("alpha", "target_tokens", "target_param_data_ratio")
-    fitted = file.get("calibration", dict, type(None)) is not None
     return RecordedInference(
         **{name: file.get(name, str) for name in texts},
         **{name: None if file.get(name, dict, type(None)) is None else file.number(f"{name}.value")
@@ -140,8 +153,7 @@ def read_inference(path):
         target_metric_threshold=file.number("target_metric_threshold"),
         n_scaling_params=file.get("n_scaling_params", int),
         confirmation_ratio=file.optional("confirmation_ratio"), default_ratio=file.number("default_ratio"),
-        asymptote=file.number("calibration.L_inf_bits_per_byte") if fitted else None,
-        curve_alpha=file.number("calibration.alpha", above=0) if fitted else None)
+        envelope=None if file.get("slopes", dict, type(None)) is None else file.number("slopes.envelope", above=0))
 
 
 def _finite(value):

@@ -1,18 +1,25 @@
-"""What lane B's inference reads: stats.json, and runs as calibration points or as the baseline."""
+"""What lane B's inference reads: stats.json, and runs as calibration curves or as the baseline."""
 
 import math
 import statistics
+from dataclasses import dataclass
+
+import numpy as np
 
 from nanochat.errors import UserError
 from nanochat.files import read_json
 from nanochat.lane_b import Refusal
-from nanochat.lane_b.exponents import Estimate
-from nanochat.lane_b.infer.calibration import BitsPerByte, CalibrationPoint
-from nanochat.lane_b.infer.horizon import CorpusStatistics, CorrelationLaw
+from nanochat.lane_b.exponents import Estimate, alpha_of
+from nanochat.lane_b.infer.curve_law import Progress, Run
+from nanochat.runlog import UNTIMED_STEPS
+from nanochat.target import evaluations_of
 
 STATISTICS_VERSION = 1
-NUMBER_OR_NONE = (int, float, type(None))
-_OF_ONE_MODEL = (("models", "n_scaling_params", int), ("models", "model_config", dict),
+NUMBER, NUMBER_OR_NONE = (int, float), (int, float, type(None))
+SCHEDULE = ("warmup_steps", "warmdown_ratio", "final_lr_frac")
+_RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay")
+_OF_ONE_MODEL = (("datasets", "dataset_id", str), ("tokenizers", "tokenizer_id", str),
+                 ("models", "n_scaling_params", int), ("models", "model_config", dict),
                  ("batch sizes", "total_batch_size_tokens", int))
 
 
@@ -63,100 +70,122 @@ class Fields:
         return UserError(f"{self.path}: {what}; make the file again with {self.maker}")
 
 
+@dataclass(frozen=True)
+class CorpusStatistics:
+    """What lane B's inference takes from stats.json; `alpha` is the theory's."""
+
+    dataset_id: str
+    tokenizer_id: str
+    alpha: Estimate
+    warnings: tuple[str, ...]
+
+
 def read_statistics(path):
     """CorpusStatistics from the stats.json of scripts.lane_b_stats. Errors: UserError naming file and field."""
     file = Fields(path, "scripts.lane_b_stats", STATISTICS_VERSION)
     file.number("beta.value")  # never a bracket alone
-    return CorpusStatistics(
-        dataset_id=file.get("dataset_id", str), tokenizer_id=file.get("tokenizer_id", str),
-        vocab_size=file.get("vocab_size", int), beta=file.estimate("beta"),
-        beta_max_data_tokens=file.number("beta.max_data_tokens", above=0), gamma=file.estimate("gamma"),
-        gamma_refusal=file.get("gamma.refusal", str, type(None)), law=_correlation_law(file),
-        context_tokens=file.get("context_tokens", int, type(None)),
-        warnings=tuple(map(str, file.get("warnings", list))))
+    return CorpusStatistics(file.get("dataset_id", str), file.get("tokenizer_id", str),
+                            alpha_of(file.estimate("gamma"), file.estimate("beta")),
+                            tuple(map(str, file.get("warnings", list))))
 
 
-def _correlation_law(file):
-    lags = [lag.get("lag") if isinstance(lag, dict) else None for lag in file.get("lags", list)]
-    if not lags or not all(type(lag) is int for lag in lags):
-        raise file.fault("lags is not a list of lags")
-    law = {"null_coefficient": file.number("null_coefficient", above=0), "longest_lag": max(lags)}
-    fit = "fits.op.single"
-    if file.optional("n_break") is None:
-        return CorrelationLaw(file.number(f"{fit}.log_intercept"), file.number(f"{fit}.slope"), None, None, **law)
-    fit = "fits.op.broken"
-    return CorrelationLaw(file.number(f"{fit}.log_intercept"), file.number(f"{fit}.slope_before"),
-                          file.number("n_break", above=0), file.number(f"{fit}.slope_after"), **law)
+@dataclass(frozen=True)
+class Setting:
+    """What all calibration runs share: text, model and batch, their schedule's flags, and the clock of a step."""
+
+    dataset_id: str
+    tokenizer_id: str
+    n_scaling_params: int
+    step_tokens: int
+    step_sec: float | None  # median over the runs of their median; None: not known
+    schedule: dict[str, float]
+
+    def ratio(self, steps):
+        """Tokens per scaling parameter of a horizon."""
+        return steps * self.step_tokens / self.n_scaling_params
+
+    def seconds(self, steps):
+        """On the training clock, which a run's first steps are not on; None: not known."""
+        return None if self.step_sec is None else self.step_sec * max(steps - UNTIMED_STEPS, 0)
 
 
-def parse_point(text):
-    """A CalibrationPoint from TOKENS:METRIC as typed on the command line, the metric in bits per byte."""
-    tokens, _, metric = text.partition(":")
-    try:
-        tokens, metric = float(tokens), float(metric)
-        if not tokens.is_integer():
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise UserError(f"--calibration {text!r} is neither a run nor TOKENS:METRIC, like 8388608:1.0372") from None
-    return CalibrationPoint(int(tokens), BitsPerByte(metric), "given")
+def common_setting(runs):
+    """The Setting of calibration runs. Errors: Refusal when they differ in it, or one is given twice."""
+    check_different([run.run_id for run in runs])
+    for run in runs:
+        flags = recorded(run, "config", "flags", dict)
+        for name in SCHEDULE:
+            if type(flags.get(name)) not in NUMBER:
+                raise UserError(f"{run.folder}/config.json: flags.{name} is {flags.get(name)!r}; mend the record or "
+                                "repeat the run")
+        first = runs[0].config["flags"]
+        pairs = [(name, flags.get(name), first.get(name)) for name in SCHEDULE + _RATES]
+        pairs += [(what, recorded(run, "config", name, kind), recorded(runs[0], "config", name, kind))
+                  for what, name, kind in _OF_ONE_MODEL]
+        for what, value, wanted in pairs:
+            if value != wanted:
+                raise Refusal(f"runs {runs[0].run_id} and {run.run_id} are of different {what}; calibrate with one")
+    config = runs[0].config
+    dts_ms = [ms for run in runs if (ms := (run.summary or {}).get("dt_median_ms")) is not None]
+    if any(type(ms) not in NUMBER for ms in dts_ms):
+        raise UserError(f"dt_median_ms is {dts_ms} in the calibration runs' summaries; mend the records")
+    return Setting(config["dataset_id"], config["tokenizer_id"], config["n_scaling_params"],
+                   config["total_batch_size_tokens"], statistics.median(dts_ms) / 1e3 if dts_ms else None,
+                   {name: config["flags"][name] for name in SCHEDULE})
 
 
-def point_of_run(run, corpus):
-    """A CalibrationPoint: the val_bpb at the end of a run's complete schedule.
+def curve_of_run(run, schedule):
+    """A whole run's evaluations as the laws read them; schedule: from its horizon to its multipliers.
 
-    Errors: Refusal for a run that did not end well, stopped or was last evaluated before its schedule's
-    end, or was trained on another dataset or tokenizer than the statistics of `corpus`.
+    Errors: Refusal for a run that did not end well, stopped or was last evaluated before its schedule's end.
     """
-    _check_run(run, corpus)
-    tokens, target = recorded(run, "summary", "tokens", int), recorded(run, "config", "target_tokens", int)
-    if tokens != target:
-        raise Refusal(f"run {run.run_id} ended after {tokens} of {target} tokens: not the end of its schedule; "
-                      "finish it or leave it out")
-    evaluations = run.of("val")
-    steps, metric = recorded(run, "summary", "steps", int), recorded(run, "summary", "final_val_bpb", *NUMBER_OR_NONE)
-    if metric is None or not evaluations or evaluations[-1].get("step") != steps:
-        raise Refusal(f"run {run.run_id} was not evaluated at the end of its schedule (step {steps}); "
-                      "repeat it with --eval-every")
-    return CalibrationPoint(tokens, BitsPerByte(metric), run.run_id)
+    _check_status(run)
+    horizon, steps = recorded(run, "config", "num_iterations", int), recorded(run, "summary", "steps", int)
+    if steps != horizon:
+        raise Refusal(f"run {run.run_id} ended after {steps} of {horizon} steps: not the end of its schedule; finish "
+                      "it or leave it out")
+    found = [e for e in evaluations_of(run.events, "val_bpb") if e.step > 0]
+    if not found or found[-1].step != horizon:
+        raise Refusal(f"run {run.run_id} was not evaluated at the end of its schedule (step {horizon}); repeat it with "
+                      "--eval-every")
+    for e in found:
+        if e.metric is None or not 0 < e.metric < math.inf:
+            raise Refusal(f"run {run.run_id} has a val_bpb of {e.metric} at step {e.step}; repeat it or leave it out")
+    return Run(Progress(schedule(horizon), np.array([e.step for e in found])), np.array([e.metric for e in found]))
 
 
-def threshold_of_baseline(runs, corpus):
-    """The default threshold: the median over seeds of the baseline runs' lowest val_bpb, as BitsPerByte.
+def repeated_text(runs, planned_tokens):
+    """Warnings where calibration or plan read the same text again: that measures repetition, not data."""
+    found = [f"run {run.run_id} read its text {epochs:.2f} times: its curve is of repetition too"
+             for run in runs if (epochs := (run.summary or {}).get("epochs") or 0) > 1]
+    train_tokens = runs[0].config.get("train_tokens")
+    if train_tokens and planned_tokens > train_tokens:
+        found.append(f"the plan of {planned_tokens:.3g} tokens is longer than the text of {train_tokens:.3g}: it will "
+                     "read it again, which no calibration run shows")
+    return found
 
-    Errors: Refusal for one run given twice, a run without validation, or one that point_of_run would refuse.
+
+def threshold_of_baseline(runs, setting):
+    """The default threshold: the median over seeds of the baseline runs' lowest val_bpb.
+
+    Errors: Refusal for one run given twice, without validation, not ended well, or of another text, model or batch.
     """
     check_different([run.run_id for run in runs])
     lowest = []
     for run in runs:
-        _check_run(run, corpus)
+        _check_status(run)
+        for what, name, wanted in (("dataset", "dataset_id", setting.dataset_id),
+                                   ("tokenizer", "tokenizer_id", setting.tokenizer_id),
+                                   ("scaling parameters", "n_scaling_params", setting.n_scaling_params),
+                                   ("tokens a step", "total_batch_size_tokens", setting.step_tokens)):
+            found = recorded(run, "config", name, type(wanted))
+            if found != wanted:
+                raise Refusal(f"baseline run {run.run_id} has {what} {found}, the calibration {wanted}; give a "
+                              "baseline of what was calibrated")
         lowest.append(recorded(run, "summary", "min_val_bpb", *NUMBER_OR_NONE))
         if lowest[-1] is None:
             raise Refusal(f"run {run.run_id} has no validation (min_val_bpb); repeat it with --eval-every")
-    return BitsPerByte(statistics.median(lowest))
-
-
-def common_model(runs):
-    """(scaling parameters, tokens a step, context length in tokens) of runs of one model. Errors: Refusal when they
-    differ in that, or one run is given twice."""
-    check_different([run.run_id for run in runs])
-    found = [[recorded(run, "config", name, kind) for _, name, kind in _OF_ONE_MODEL] for run in runs]
-    for run, values in zip(runs, found, strict=True):
-        for (what, *_), value, first in zip(_OF_ONE_MODEL, values, found[0], strict=True):
-            if value != first:
-                raise Refusal(f"runs {runs[0].run_id} and {run.run_id} are of different {what}; calibrate with one")
-    params, config, step_tokens = found[0]
-    return params, step_tokens, config.get("sequence_len")
-
-
-def check_baseline(runs, n_scaling_params, step_tokens):
-    """Errors: Refusal for a baseline of another size of model or batch (None: not known) than the calibration's."""
-    for run in runs:
-        for what, name, wanted in (("scaling parameters", "n_scaling_params", n_scaling_params),
-                                   ("tokens a step", "total_batch_size_tokens", step_tokens)):
-            found = recorded(run, "config", name, int)
-            if wanted is not None and found != wanted:
-                raise Refusal(f"baseline run {run.run_id} has {found} {what}, the calibration {wanted}; "
-                              "give a baseline of the model that was calibrated")
+    return statistics.median(lowest)
 
 
 def check_different(names):
@@ -176,11 +205,6 @@ def recorded(run, part, name, *kinds):
     return values[name]
 
 
-def _check_run(run, corpus):
+def _check_status(run):
     if run.status != "ok":
         raise Refusal(f"run {run.run_id} did not end well (status {run.status}); repeat it or leave it out")
-    for name, found in (("dataset", corpus.dataset_id), ("tokenizer", corpus.tokenizer_id)):
-        trained_on = recorded(run, "config", f"{name}_id", str)
-        if trained_on != found:
-            raise Refusal(f"run {run.run_id} was trained on {name} {trained_on}, the statistics are of {found}; "
-                          f"make the statistics again with that {name}")

@@ -45,7 +45,7 @@ class LaneBRecord:
         if self.lane_b_decision not in DECISIONS:
             raise UserError(f"lane_b_decision is {self.lane_b_decision!r}, not one of {', '.join(DECISIONS)}")
         if "alpha_source=" not in self.notes:
-            raise UserError("notes lack alpha_source= (theory, calibration or default)")
+            raise UserError("notes lack alpha_source= (curves or default)")
 
 
 read_records = partial(csv_ledger.read_rows, row_type=LaneBRecord)
