@@ -8,7 +8,8 @@ from scipy import stats
 from synthetic_runs import make_trial
 
 from nanochat.errors import UserError
-from nanochat.experiments.gates import Rules, judge
+from nanochat.experiments.comparison import Rules
+from nanochat.experiments.gates import judge
 from nanochat.experiments.paired import paired
 from nanochat.experiments.probe import Probe
 from nanochat.experiments.trials import load_trials
