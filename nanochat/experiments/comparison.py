@@ -45,8 +45,8 @@ class Rules:
             f"all runs, in at least {self.horizon_min_seeds} seeds, at a recorded target that is no end of the "
             "baseline's own seeds; 2 it reaches the target in every seed; 4 the same at each depth with a horizon and "
             "a target of its own, and no systematic regression of time",
-            "decision: reject when a gate fails; not judged when times are the Triton interpreter's, which fail no "
-            "gate then (of a candidate that sets more than the horizon); insufficient when a gate lacks runs, optional when "
+            "decision: reject when a gate fails; not judged when times are the Triton interpreter's (of a candidate "
+            "that sets more than the horizon; they fail no gate); insufficient when a gate lacks runs, optional when "
             "all pass but the gain is not shown, promote otherwise",
         ]
 
