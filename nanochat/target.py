@@ -20,6 +20,7 @@ CONFIDENCE = 0.9
 MIN_EVALUATIONS = 6  # three parameters and at least three degrees of freedom for the noise
 WARMUP_FRACTION = 0.1  # evaluations in the first tenth of the tokens are not on the curve
 MAX_EXTRAPOLATION = 10.0  # times the tokens seen so far
+BEFORE_THE_CLOCK = "before the clock starts"  # in place of 0 s: a run's first steps are not timed
 _EXPONENTS = (0.02, 2.0)
 _CROSSINGS = 41
 _KINDS = {"val_bpb": ("val", "val_bpb"), "core": ("core", "core_metric")}
@@ -41,6 +42,7 @@ class TimeToTarget:
 
     extrapolated_hi_sec None beside a finite extrapolated_sec means that the data give no upper bound within
     MAX_EXTRAPOLATION times the tokens seen. linear_sec is the straight line of the last three evaluations.
+    step_interpolated: where the straight line between the two evaluations of bracket_steps crosses the threshold.
     """
 
     metric_name: str
@@ -56,6 +58,8 @@ class TimeToTarget:
     asymptote: float | None = None
     linear_sec: float | None = None
     reason: str | None = None
+    step_interpolated: float | None = None
+    bracket_steps: tuple[int, int] | None = None  # the last evaluation above, the first at the target
 
     @property
     def method(self):
@@ -78,7 +82,8 @@ class TimeToTarget:
         sign = "<=" if METRICS[self.metric_name] == "lower" else ">="
         head = f"time to {self.metric_name} {sign} {self.threshold:g}"
         if self.measured_sec is not None:
-            return f"{head}: {self.measured_sec:.1f} s of training, measured at step {self.measured_step}"
+            when = f"{self.measured_sec:.1f} s of training, measured" if self.measured_sec else BEFORE_THE_CLOCK
+            return f"{head}: {when} at step {self.measured_step}, interpolated: step {self.step_interpolated:.1f}"
         line = "" if self.linear_sec is None else f"; straight line of the last three: {self.linear_sec:.1f} s"
         if self.extrapolated_sec is None:
             return f"{head}: {self.reason}{line}"
@@ -130,24 +135,38 @@ def evaluations_of(events: Iterable[dict], metric_name: str) -> list[Evaluation]
     return found
 
 
+def first_crossing(steps, metric, threshold):
+    """The step at which a falling metric first is at most `threshold`, linear between evaluations; infinity: never."""
+    below = np.flatnonzero(np.asarray(metric) <= threshold)
+    if not len(below):
+        return math.inf
+    at = below[0]
+    if at == 0:
+        return float(steps[0])
+    share = (metric[at - 1] - threshold) / (metric[at - 1] - metric[at])
+    return float(steps[at - 1] + share * (steps[at] - steps[at - 1]))
+
+
 def time_to_target(evaluations: Sequence[Evaluation], metric_name: str, threshold: float,
                    confidence: float = CONFIDENCE) -> TimeToTarget:
     """Training seconds until `metric_name` (val_bpb: at most, core: at least) reaches `threshold`.
 
-    Measured: the clock at the first evaluation that reaches it. Otherwise the power law in tokens, fitted by least
-    squares, times the median seconds per token; the interval holds every crossing point that an F test of the curve
-    forced through it does not refuse.
+    Measured: the clock at the first evaluation that reaches it, and the crossing's step, interpolated. Otherwise the
+    power law in tokens, fitted by least squares, times the median seconds per token; the interval holds every crossing
+    point that an F test of the curve forced through it does not refuse.
     """
     check_target(metric_name, threshold)
     finite = [e for e in evaluations if e.metric is not None and math.isfinite(e.metric)]
-    lower = METRICS[metric_name] == "lower"
-    for e in finite:
-        if reaches(metric_name, e.metric, threshold):
-            return TimeToTarget(metric_name, threshold, e.train_time_sec, e.step, confidence=confidence)
+    sign = 1.0 if METRICS[metric_name] == "lower" else -1.0  # times it: the metric falls towards the threshold
+    crossing = first_crossing([e.step for e in finite], [sign * e.metric for e in finite], sign * threshold)
+    if math.isfinite(crossing):
+        at = next(i for i, e in enumerate(finite) if reaches(metric_name, e.metric, threshold))
+        bracket = (finite[at - 1].step if at else 0, finite[at].step)
+        return TimeToTarget(metric_name, threshold, finite[at].train_time_sec, finite[at].step, confidence=confidence,
+                            step_interpolated=crossing, bracket_steps=bracket)
 
     if finite and finite[-1] is not evaluations[-1]:
         return _refused(metric_name, threshold, "the last evaluation is not finite")
-    sign = 1.0 if lower else -1.0  # from here on: the metric falls towards the threshold
     tokens = np.array([e.tokens for e in finite], dtype=np.float64)
     metric = sign * np.array([e.metric for e in finite], dtype=np.float64)
     clock_sec = np.array([e.train_time_sec for e in finite], dtype=np.float64)

@@ -13,7 +13,7 @@ from functools import partial
 from nanochat.data.sources import download_shards
 from nanochat.errors import UserError, command
 from nanochat.experiments import runner
-from nanochat.experiments.gates import Rules
+from nanochat.experiments.comparison import RULES
 from nanochat.experiments.launch import run_module
 from nanochat.experiments.probe import probe_candidates
 from nanochat.experiments.profiles import BASELINE, CANDIDATES, PROFILES, candidate_flags, find_profile
@@ -95,7 +95,7 @@ def main(argv=None):
     changed = ", ".join([*changed, *([shlex.join(args.extra_flags)] if args.extra_flags else [])])
     print0(f"{experiment.name}: profile {args.profile}, {experiment.profile.description}"
            + (f", but with {changed}" if changed else "") + f"; {len(runs)} runs, {len(finished)} of them done")
-    print0("The rules, before the runs:\n  " + "\n  ".join(Rules().describe()))
+    print0("The rules, before the runs:\n  " + "\n  ".join(RULES.describe()))
     if args.dry_run:
         for run in runs:
             print(("# done: " if run.run_id in finished else "") + shlex.join(training(run.flags)))

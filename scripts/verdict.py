@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nanochat.errors import UserError, command
 from nanochat.experiments.change_log import add_entry, verdict_entry
-from nanochat.experiments.gates import Rules
+from nanochat.experiments.comparison import RULES
 from nanochat.experiments.trials import facts_of, load_trials
 from nanochat.experiments.verdicts import judge_experiment
 from nanochat.files import check_output
@@ -41,7 +41,7 @@ def main(argv=None):
             raise UserError(f"{missing}; judge them with --log where they were made (NANOCHAT_BASE_DIR)")
         print(f"note: {missing}\n")
     verdicts = judge_experiment(args.ledger, args.experiment, runs_dir(), args.miniseries, args.candidates)
-    print("\n".join(Rules().describe()), end="\n\n")
+    print("\n".join(RULES.describe()), end="\n\n")
     for verdict in verdicts:
         print("\n".join(verdict.describe()), end="\n\n")
     if args.log:

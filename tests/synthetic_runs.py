@@ -65,7 +65,7 @@ def make_trial(ledger, experiment, *, candidate="baseline", depth=4, seed=0, thr
     made = ExperimentRow(
         timestamp="2026-11-23T12:00:00Z", git_commit="0" * 40, experiment_name=experiment, seed=seed, depth=depth,
         target_metric_name="val_bpb", target_metric_threshold=threshold, status=summary.get("status", "failed"),
-        candidate_flags=CANDIDATES[candidate], dataset_id=record.config["dataset_id"],
+        candidate_flags=CANDIDATES.get(candidate, candidate), dataset_id=record.config["dataset_id"],
         total_tokens=summary.get("tokens"), device=record.config["device"]["name"], run_id=run_id, **cells)
     append_experiment(ledger, dataclasses.replace(made, **(row or {})))
 

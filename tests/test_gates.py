@@ -8,7 +8,8 @@ from scipy import stats
 from synthetic_runs import make_trial
 
 from nanochat.errors import UserError
-from nanochat.experiments.gates import Rules, judge
+from nanochat.experiments.comparison import Rules
+from nanochat.experiments.gates import judge
 from nanochat.experiments.paired import paired
 from nanochat.experiments.probe import Probe
 from nanochat.experiments.trials import load_trials
@@ -206,6 +207,37 @@ def test_runs_of_another_tokenizer_are_not_compared(bench):
         bench.verdict(miniseries=False)
 
 
+@pytest.mark.parametrize(("worse", "decision"), [({}, "not judged"), ({"nan_at": 120}, "reject"),
+                                                 ({"bpb_shift": 0.05}, "reject")])
+def test_an_interpreters_times_are_not_judged_but_its_numbers_are(bench, worse, decision):
+    """A kernel six times slower in the interpreter: gates 1 and 4 say neither that it is slower nor that it is not."""
+    device = {"device": "CPU, Triton interpreted"}
+    for seed in range(3):
+        bench.pair(seed, step_ms=600.0, baseline=device, **device, **worse)
+    bench.miniseries(step_ms=600.0, baseline=device, **device)
+    verdict = bench.verdict()
+    assert verdict.decision == decision and outcomes(verdict)[0] == outcomes(verdict)[3] == "insufficient"
+    if not worse:
+        assert outcomes(verdict) == ["insufficient", "pass", "pass", "insufficient"]
+        assert "not judged on this device" in verdict.decided_by and "Triton" in verdict.gates[0].detail
+
+
+def test_a_kernel_whose_bits_per_byte_rise_over_the_depths_fails_in_the_interpreter_too(bench):
+    device = {"device": "CPU, Triton interpreted"}
+    for seed in range(3):
+        bench.pair(seed, baseline=device, **device)
+    bench.miniseries(bpb_shift=0.05, threshold=2.5, baseline={"threshold": 2.5, **device}, **device)
+    assert (bench.verdict().decision, bench.verdict().decided_by) == ("reject", "gate 4 generalisation")
+
+
+def test_a_target_reached_before_the_clock_is_said_to_be_that(bench):
+    row = {"time_to_target_sec_measured": 0.0, "time_to_target_sec_extrapolated": None}
+    bench.pair(0, row=row, baseline={"row": row}), bench.pair(1)
+    gate = bench.verdict(miniseries=False).gates[0]
+    assert gate.outcome == "insufficient"
+    assert gate.detail.startswith("target reached before the clock starts in seed 0; gain n=1")
+
+
 def test_a_nan_run_is_rejected_by_gate_3(bench):
     bench.pair(0), bench.pair(1, nan_at=120), bench.pair(2)
     bench.miniseries()
@@ -300,6 +332,8 @@ def test_noise_at_the_size_of_the_gain_is_optional(bench):
     verdict = bench.verdict()
     assert outcomes(verdict) == ["pass"] * 4
     assert verdict.decision == "optional" and "interval reaches zero" in verdict.decided_by
+    assert [gate.standing for gate in verdict.gates] == ["not shown", *["pass"] * 3]
+    assert "1 time           not shown" in "\n".join(verdict.describe())
 
 
 def test_extrapolated_times_are_at_most_optional(bench):

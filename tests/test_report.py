@@ -184,6 +184,27 @@ def test_markdown_has_the_same_verdicts_and_runs(matrix):
     assert "| 4 generalisation | pass |" in text and "&" not in text.replace("&&", "")
 
 
+def test_a_gain_that_is_not_shown_carries_no_tick(ledger):
+    """Its interval reaches zero, or it was extrapolated; the same gain with an interval above zero carries one."""
+    cases = {"noisy": ((99.0, 80.0), {}), "shown": ((90.0, 90.5), {}),
+             "extrapolated": ((90.0, 90.5), {"time_to_target_sec_measured": None})}
+    for name, (times_ms, row) in cases.items():
+        for seed, step_ms in enumerate(times_ms):
+            make_trial(ledger, name, seed=seed, step_ms=100.0, **SMALL)
+            make_trial(ledger, name, candidate="both", seed=seed, step_ms=step_ms, **SMALL,
+                       row=row and {**row, "time_to_target_sec_extrapolated": 5 + 0.01 * seed})
+        page = experiment_report(ledger, name, runs_dir()).html()
+        assert ("✓ 1 time" in page) == ("✓ pass" in page.split("1 time</td>")[1][:60]) == (name == "shown")
+        assert ("~ 1 time" in page) == (name != "shown") and "✓ 2 quality" in page
+
+
+def test_a_target_reached_before_the_clock_is_shown_as_that(ledger):
+    make_trial(ledger, "x", **SMALL, row={"time_to_target_sec_measured": 0.0})
+    report = experiment_report(ledger, "x", runs_dir())
+    assert report.markdown().count("before the clock starts") == 1
+    assert report.html().count("before the clock starts") == 2  # the table and the figure
+
+
 def test_experiment_without_candidates_or_target_is_still_a_page(ledger):
     for seed in (0, 1):
         make_trial(ledger, "base", seed=seed, row={"target_metric_threshold": None, "time_to_target_sec_measured": None,

@@ -41,6 +41,23 @@ def test_core_is_reached_from_below():
     assert found.measured_sec == 2.0
 
 
+@pytest.mark.parametrize(("metric", "threshold", "step", "bracket"), [
+    ([2.0, 1.6, 1.2], 1.5, 2.25, (2, 3)), ([2.0, None, 1.2], 1.6, 2.0, (1, 3)), ([1.4, 1.3, 1.2], 1.5, 1.0, (0, 1)),
+])
+def test_a_crossing_is_interpolated_between_the_evaluations_that_bracket_it(metric, threshold, step, bracket):
+    points = [Evaluation(i, i, value, float(i)) for i, value in enumerate(metric, start=1)]
+    mirrored = [dataclasses.replace(e, metric=None if e.metric is None else 1 - e.metric) for e in points]
+    for found in (time_to_target(points, "val_bpb", threshold), time_to_target(mirrored, "core", 1 - threshold)):
+        assert found.step_interpolated == pytest.approx(step) and found.bracket_steps == bracket
+        assert found.measured_step == bracket[1]
+
+
+def test_a_target_reached_on_untimed_steps_is_said_to_be_that():
+    points = [Evaluation(10, 10, 1.4, 0.0), Evaluation(20, 20, 1.2, 9.0)]
+    words = time_to_target(points, "val_bpb", 1.5).describe()
+    assert "before the clock starts at step 10" in words and "0.0 s" not in words
+
+
 def test_exact_power_law_is_extrapolated_exactly():
     tokens = even_tokens()
     found = time_to_target(evaluations(tokens, power_law(tokens)), "val_bpb", float(power_law(3 * LAST_TOKENS)))
@@ -208,4 +225,5 @@ def test_summary_fields_carry_the_ledgers_names():
     fields = TimeToTarget("val_bpb", 0.9, measured_sec=12.5, measured_step=100).summary_fields()
     assert fields["target_metric_name"] == "val_bpb" and fields["target_metric_threshold"] == 0.9
     assert fields["time_to_target_sec_measured"] == 12.5 and fields["time_to_target_sec_extrapolated"] is None
+    assert fields["time_to_target_step_interpolated"] is None and fields["time_to_target_bracket_steps"] is None
     assert fields["time_to_target_measured_step"] == 100 and fields["time_to_target_method"] == "measured"

@@ -27,11 +27,11 @@ import numpy as np
 from nanochat.data.shards import list_shards, read_documents
 from nanochat.data.stdlib_corpus import corpus_documents
 from nanochat.errors import UserError, command
-from nanochat.lane_b.infer.crossing import MAX_EXTRAPOLATION, Prediction, first_crossing, lack_of_fit, slope_test
+from nanochat.lane_b.infer.crossing import MAX_EXTRAPOLATION, Prediction, lack_of_fit, slope_test
 from nanochat.lane_b.infer.curve_law import FORMS, Progress, Run
 from nanochat.paths import base_dir
 from nanochat.runlog import read_run
-from nanochat.target import evaluations_of
+from nanochat.target import evaluations_of, first_crossing
 from nanochat.training.schedule import lr_multiplier
 
 PREDICTIONS, RESULTS = Path("dev/lane_b_study_predictions.csv"), Path("dev/lane_b_study.csv")

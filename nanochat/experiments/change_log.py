@@ -20,7 +20,7 @@ def verdict_entry(date, experiment_name, miniseries, facts, verdicts):
     for verdict in verdicts:
         lines += [f"**{verdict.candidate}** (`{verdict.flags}`): **{verdict.decision}**, decided by "
                   f"{verdict.decided_by}.", ""]
-        lines += [f"- gate {gate.name}: {gate.outcome}. {gate.detail}" for gate in verdict.gates] + [""]
+        lines += [f"- gate {gate.name}: {gate.standing}. {gate.detail}" for gate in verdict.gates] + [""]
     return "\n".join(line if line.startswith("#") else textwrap.fill(
         line, WIDTH, subsequent_indent="  " if line.startswith("- ") else "", break_on_hyphens=False) for line in lines)
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from nanochat.errors import UserError
 from nanochat.experiments.paired import paired
+from nanochat.target import BEFORE_THE_CLOCK
 
 # Stand-ins that matplotlib draws with; the page's variables take their place, so that light and dark both fit.
 INK, MUTED, GRID, PANEL = "#010101", "#020202", "#030303", "#040404"
@@ -71,8 +72,9 @@ def time_bars(groups, confidence):
     largest = 0.0
     for row, (colour, (_, trials)) in enumerate(zip(cycle(SERIES), timed.items(), strict=False)):
         seconds = [trial.time_to_target_sec for trial in trials]
-        if not seconds:
-            axes.annotate("no time to target", (0, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        if not any(seconds):
+            axes.annotate(f"reached {BEFORE_THE_CLOCK}" if seconds else "no time to target", (0, row), (4, 0),
+                          textcoords="offset points", va="center", fontsize=8)
             continue
         mean = paired(seconds, confidence)
         axes.barh(row, mean.mean, height=0.56, color=colour, alpha=0.35, lw=0)

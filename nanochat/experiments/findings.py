@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from nanochat.experiments.paired import Paired
+from nanochat.target import BEFORE_THE_CLOCK
 
 
 def listed(numbers):
@@ -15,7 +16,9 @@ def _each(form):
 
 
 _DOUBTS = {"no interval": "the gain has no interval", "zero": "the gain's interval reaches zero",
-           "extrapolated": "a time to target was extrapolated, not measured"}
+           "extrapolated": "a time to target was extrapolated, not measured",
+           "interpreted": "the times are the Triton interpreter's and say nothing of a kernel's; not judged on this "
+                          "device, run it on a GPU"}
 _WORDS = {  # by the figure's name: a form that it is put into, or a function
     "absent": _each("no run of the {} at depth {} seed {}"),
     "failed": _each("{} ended as {!r}"),
@@ -23,11 +26,18 @@ _WORDS = {  # by the figure's name: a form that it is put into, or a function
     # 1 time
     "slower_seeds": lambda seeds: f"not lower in seed {listed(seeds)}",
     "untimed_seeds": lambda seeds: f"no time to target in seed {listed(seeds)}",
+    "before_clock_seeds": lambda seeds: f"target reached {BEFORE_THE_CLOCK} in seed {listed(seeds)}",
     "no_times": "no seed has both times",
+    "interpreted": "times not judged on this device: Triton was interpreted",
+    "no_target": lambda labels: f"no target recorded of {'; '.join(labels)}: give one from outside",
+    "own_ends": _each("the threshold {:.6g} at depth {} is an end of the baseline's own seeds: give one from outside"),
+    "batches": lambda sizes: f"batches of {listed(sizes)} tokens: steps are not alike; give --total-batch-size",
     "gain_percent": lambda gain: f"gain {gain.describe('%')}",
     "gain_sec": lambda gain: gain.describe("s", 1),
     "extrapolated": lambda extrapolated: "extrapolated" if extrapolated else "measured",
     # 2 quality
+    "missed": lambda labels: f"target not reached: {'; '.join(labels)}",
+    "reached_seeds": "target reached in all {} seeds",
     "no_margin": "the margin needs two baseline seeds that ended well",
     "no_val_bpb": "no seed has both val_bpb",
     "no_curves": "the runs' curves are not here",
@@ -69,6 +79,21 @@ class Gate:
         forms = [(_WORDS[name], value) for name, value in self.figures.items()]
         return "; ".join(form.format(value) if isinstance(form, str) else form(value) for form, value in forms)
 
+    @property
+    def doubt(self):
+        """Why the gain among the figures is not shown: no interval, zero, extrapolated; None: it is, or is not here."""
+        gain = self.figures.get("gain_percent")
+        if gain is None:
+            return None
+        if gain.lo is None or gain.lo <= 0:
+            return "no interval" if gain.lo is None else "zero"
+        return "extrapolated" if self.figures["extrapolated"] else None
+
+    @property
+    def standing(self):
+        """The outcome; a pass whose gain is in doubt is not shown."""
+        return "not shown" if self.outcome == "pass" and self.doubt else self.outcome
+
 
 @dataclass(frozen=True)
 class Change:
@@ -95,9 +120,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A candidate's decision: promote, optional, reject, insufficient.
+    """A candidate's decision: promote, optional, reject, insufficient, not judged.
 
-    deciding: the gates that failed or lack runs. doubt: why the gain is not shown (no interval, zero, extrapolated).
+    deciding: the gates that failed or lack runs. doubt: why the gain is not shown (as Gate.doubt, or interpreted).
     """
 
     candidate: str
@@ -121,4 +146,4 @@ class Verdict:
     def describe(self):
         """Lines for the console."""
         lines = [f"{self.candidate}: {self.decision.upper()} ({self.decided_by})"]
-        return lines + [f"  {gate.name:<16} {gate.outcome:<13} {gate.detail}" for gate in self.gates]
+        return lines + [f"  {gate.name:<16} {gate.standing:<13} {gate.detail}" for gate in self.gates]

@@ -3,80 +3,29 @@
 Gates give figures by name; findings.py words them.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
-from scipy import stats
 
 from nanochat.errors import UserError
-from nanochat.experiments.findings import Change, Gate, Verdict, listed
+from nanochat.experiments import horizon_gates
+from nanochat.experiments.comparison import (
+    FAIL,
+    INSUFFICIENT,
+    PASS,
+    RULES,
+    SPIKE_WINDOW,
+    Comparison,
+    found,
+    relative_change,
+    series_fault,
+)
+from nanochat.experiments.findings import Gate, Verdict, listed
 from nanochat.experiments.paired import paired
-from nanochat.experiments.trials import check_comparable, check_same_world, split
-
-PASS, FAIL, INSUFFICIENT = "pass", "fail", "insufficient"
-SPIKE_WINDOW = 50  # losses
+from nanochat.experiments.trials import INTERPRETED, check_comparable, check_same_world, split
 
 
-@dataclass(frozen=True)
-class Rules:
-    """Every number the gates use. Changing one after a run makes the run's verdict worthless."""
-
-    confidence: float = 0.95  # of every interval
-    min_seeds: int = 2
-    quality_sds: float = 2.0  # standard deviations of the baseline's repeats
-    quality_floor_bpb: float = 0.0005
-    spike_nats: float = 1.0  # above the median of the SPIKE_WINDOW losses before
-    resume_tolerance_nats: float = 0.002
-    min_depths: int = 3
-    depth_time_tolerance: float = 0.01  # relative
-
-    def describe(self):
-        """The rules in words, one line each."""
-        return [
-            f"1 time: lower time to target in every seed, at least {self.min_seeds} seeds; the gain is shown when its "
-            f"paired {self.confidence:.0%} interval lies above zero and every time was measured",
-            f"2 quality: mean excess of min val_bpb at most {self.quality_sds:g} sd of the baseline's seeds or "
-            f"{self.quality_floor_bpb:g}, whichever is more (the margin); at every evaluation, mean excess at most "
-            f"twice the larger of the margin and {self.quality_sds:g} sd of the baseline's seeds at that step",
-            f"3 stability: every run ends well, no train loss {self.spike_nats:g} nats above the median of the "
-            f"{SPIKE_WINDOW} before it where the baseline has none (shorter runs are not checked: insufficient), no "
-            f"graph break, losses after a resume within {self.resume_tolerance_nats:g} nats",
-            f"4 generalisation: over at least {self.min_depths} depths no systematic regression, which is a mean "
-            f"relative change of val_bpb above gate 2's margin, or of time above {self.depth_time_tolerance:.0%}, that "
-            "is worse at every depth or has its interval above zero",
-            "decision: reject when a gate fails, insufficient when one lacks runs, optional when all pass but the gain "
-            "is not shown, promote otherwise",
-        ]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The baseline's and a candidate's trials of one experiment, each by (depth, seed)."""
-
-    baseline: dict
-    tried: dict
-
-    @property
-    def trials(self):
-        return [*self.baseline.values(), *self.tried.values()]
-
-    @property
-    def pairs(self):
-        """(baseline, candidate) wherever both ended well."""
-        return [(b, self.tried[key]) for key, b in self.baseline.items()
-                if key in self.tried and b.ok and self.tried[key].ok]
-
-    @property
-    def missing(self):
-        """Figures of what keeps the seeds from pairing; empty when nothing does."""
-        absent = [(other, *key) for group, rest, other in (
-            (self.tried, self.baseline, "baseline"), (self.baseline, self.tried, "candidate"))
-            for key in group if key not in rest]
-        failed = [(trial.label, trial.row.status) for trial in self.trials if not trial.ok]
-        return _found(absent=absent, failed=failed)
-
-
-def judge(candidate, trials, miniseries=(), probe=None, rules=Rules()):
+def judge(candidate, trials, miniseries=(), probe=None, rules=RULES):
     """The verdict on one candidate against the baseline.
 
     trials: those of the experiment, at one depth. miniseries: those of gate 4's experiment. probe: the candidate's
@@ -98,44 +47,55 @@ def judge(candidate, trials, miniseries=(), probe=None, rules=Rules()):
     if len(depths) > 1:
         raise UserError(f"this experiment has depths {listed(depths)}; a candidate is judged at one depth, "
                         "several depths are gate 4's miniseries")
-    gates = (time_gate(runs, rules), quality_gate(runs, rules), stability_gate(runs, probe, rules),
-             generalisation_gate(series, quality_margin(baseline, rules), rules))
+    gates = _gates(runs, series, probe, rules)
     return Verdict(candidate, next(iter(runs.tried.values())).row.candidate_flags, gates, *decide(gates))
+
+
+def _gates(runs, series, probe, rules):
+    """The four gates, by the rules for horizons where the candidate sets nothing else."""
+    stability = stability_gate(runs, probe, rules)
+    if all(trial.horizon_only for trial in runs.tried.values()):
+        rules = replace(rules, min_seeds=rules.horizon_min_seeds)
+        runs, series = horizon_gates.on_one_clock(runs), horizon_gates.on_one_clock(series)
+        return (time_gate(runs, rules, horizon_gates.unfit(runs)), horizon_gates.reach_gate(runs, rules), stability,
+                horizon_gates.generalisation_gate(series, rules))
+    void = found(interpreted=any(INTERPRETED in t.row.device for t in runs.trials) or None)
+    return (time_gate(runs, rules, void), quality_gate(runs, rules), stability,
+            generalisation_gate(series, quality_margin(runs.baseline, rules), rules, void))
 
 
 def decide(gates):
     """(decision, the gates that decided, the doubt about gate 1's gain)."""
     for outcome, decision in ((FAIL, "reject"), (INSUFFICIENT, "insufficient")):
         deciding = tuple(gate.name for gate in gates if gate.outcome == outcome)
+        if deciding and outcome == INSUFFICIENT and "interpreted" in gates[0].figures:
+            return "not judged", (), "interpreted"
         if deciding:
             return decision, deciding, None
-    gain, extrapolated = (gates[0].figures[name] for name in ("gain_percent", "extrapolated"))
-    doubt = "no interval" if gain.lo is None else "zero" if gain.lo <= 0 else "extrapolated" if extrapolated else None
+    doubt = gates[0].doubt
     return "optional" if doubt else "promote", (), doubt
 
 
-def _found(**figures):
-    """The figures that there are: what is empty or None is left out."""
-    return {name: value for name, value in figures.items() if value is not None and value != []}
-
-
-def time_gate(runs, rules):
-    """Gate 1: the paired gain, and the seeds in which there is none."""
+def time_gate(runs, rules, void=None):
+    """Gate 1: the paired gain, and the seeds in which there is none. void: figures of why times say nothing."""
     name, pairs = "1 time", runs.pairs
     timed = [(b, c) for b, c in pairs if b.time_to_target_sec and c.time_to_target_sec]
     slower = [c.row.seed for b, c in pairs if c.time_to_target_sec is None and b.time_to_target_sec is not None
               and c.training_sec is not None and c.training_sec >= b.time_to_target_sec]
     slower += [c.row.seed for b, c in timed if c.time_to_target_sec >= b.time_to_target_sec]
-    untimed = [b.row.seed for b, c in pairs if (b, c) not in timed]
+    before = [b.row.seed for b, c in pairs if 0 in (b.time_to_target_sec, c.time_to_target_sec)]
+    untimed = [b.row.seed for b, c in pairs if (b, c) not in timed and b.row.seed not in before]
     figures = {"no_times": True}
     if timed:
         times = [(b.time_to_target_sec, c.time_to_target_sec) for b, c in timed]
         figures = {"gain_percent": paired([100 * (1 - after / before) for before, after in times], rules.confidence),
                    "gain_sec": paired([before - after for before, after in times], rules.confidence),
                    "extrapolated": any(t.is_extrapolated for pair in timed for t in pair)}
+    if void:
+        return Gate(name, INSUFFICIENT, {**void, **figures})
     if slower:
         return Gate(name, FAIL, {"slower_seeds": slower, **figures})
-    lacks = runs.missing or _found(untimed_seeds=untimed)
+    lacks = runs.missing or found(before_clock_seeds=before, untimed_seeds=untimed)
     if not lacks and len(timed) < rules.min_seeds:
         lacks = {"seeds": (len(timed), rules.min_seeds)}
     return Gate(name, INSUFFICIENT if lacks else PASS, {**lacks, **figures})
@@ -160,7 +120,7 @@ def quality_gate(runs, rules):
     if not excesses:
         return Gate(name, INSUFFICIENT, runs.missing or {"no_val_bpb": True})
     excess, worst = paired(excesses, rules.confidence), _worst_excess(runs, margin, rules)
-    figures = _found(excess_and_margin_bpb=(excess, margin), worst_bpb=worst)
+    figures = found(excess_and_margin_bpb=(excess, margin), worst_bpb=worst)
     if excess.mean > margin or (worst is not None and worst[0] > worst[1]):
         return Gate(name, FAIL, figures)
     lacks, n_needed = runs.missing, max(rules.min_seeds, len(pairs))
@@ -200,8 +160,8 @@ def stability_gate(runs, probe, rules):
     failed = [(t.row.seed, t.row.status) for t in runs.tried.values() if not t.ok]
     steps = {key: spikes(t, rules) - (spikes(runs.baseline[key], rules) if key in runs.baseline else set())
              for key, t in runs.tried.items()}
-    faults = _found(failed_seeds=failed, spikes=[(seed, min(at)) for (_, seed), at in steps.items() if at])
-    gaps = _found(losses_not_enough=[(t.row.seed, len(t.loss_curve)) for t in runs.tried.values()
+    faults = found(failed_seeds=failed, spikes=[(seed, min(at)) for (_, seed), at in steps.items() if at])
+    gaps = found(losses_not_enough=[(t.row.seed, len(t.loss_curve)) for t in runs.tried.values()
                                      if t.ok and len(t.loss_curve) <= SPIKE_WINDOW])
     if probe is None:
         gaps["no_probe"] = True
@@ -229,45 +189,21 @@ def spikes(trial, rules):
     return set(trial.loss_curve[SPIKE_WINDOW:, 0][loss[SPIKE_WINDOW:] > before + rules.spike_nats].astype(int).tolist())
 
 
-def generalisation_gate(series, margin_bpb, rules):
-    """Gate 4: the relative change of val_bpb and of time at each depth, mean over its seeds."""
-    name = "4 generalisation"
-    if not series.tried or not series.baseline:
-        return Gate(name, INSUFFICIENT, {"no_miniseries": True})
-    check_comparable(series.trials)
-    failed = [(t.label, t.row.status) for t in series.tried.values() if not t.ok]
-    if failed:
-        return Gate(name, FAIL, {"failed": failed})
-    pairs = series.pairs
-    n_depths = len({b.row.depth for b, _ in pairs})
-    lacks = series.missing
-    if not lacks and n_depths < rules.min_depths:
-        lacks = {"depths": (n_depths, rules.min_depths)}
-    elif not lacks and margin_bpb is None:
-        lacks = {"no_margin_of_gate_2": True}
-    if lacks:
-        return Gate(name, INSUFFICIENT, lacks)
+def generalisation_gate(series, margin_bpb, rules, void=None):
+    """Gate 4: the relative change of val_bpb and of time (not where it is void) at each depth, mean over its seeds."""
+    name, pairs, fault = "4 generalisation", series.pairs, series_fault(series, rules)
+    if fault or margin_bpb is None:
+        return fault or Gate(name, INSUFFICIENT, {"no_margin_of_gate_2": True})
     level = float(np.mean([b.row.min_val_bpb for b, _ in pairs if b.row.min_val_bpb is not None]))
     # time to target where every run has one, else the time of a step: the steps are equally many
     what, value_of = (("time to target", lambda t: t.time_to_target_sec)
                       if all(t.time_to_target_sec for pair in pairs for t in pair)
                       else ("step time", lambda t: t.row.dt_median_ms))
-    changes = [_change("val_bpb", pairs, lambda t: t.row.min_val_bpb, margin_bpb / level, rules),
-               _change(what, pairs, value_of, rules.depth_time_tolerance, rules)]
+    changes = [relative_change("val_bpb", pairs, lambda t: t.row.min_val_bpb, margin_bpb / level, rules)]
+    if not void:
+        changes.append(relative_change(what, pairs, value_of, rules.depth_time_tolerance, rules))
     if None in changes:
         return Gate(name, INSUFFICIENT, {"no_figures": True})
-    return Gate(name, FAIL if any(change.is_regression for change in changes) else PASS, {"changes": changes})
-
-
-def _change(what, pairs, value_of, tolerance, rules):
-    """The Change of one figure, or None when a value is missing."""
-    by_depth = {}
-    for b, c in pairs:
-        before, after = value_of(b), value_of(c)
-        if before is None or after is None:
-            return None
-        by_depth.setdefault(b.row.depth, []).append(after / before - 1)
-    changes = [float(np.mean(by_depth[depth])) for depth in sorted(by_depth)]
-    n_worse, n_moved = sum(change > 0 for change in changes), sum(change != 0 for change in changes)
-    sign_p = stats.binomtest(n_worse, n_moved, alternative="greater").pvalue if n_moved else 1.0
-    return Change(what, paired(changes, rules.confidence), tolerance, n_worse, float(sign_p))
+    if any(change.is_regression for change in changes):
+        return Gate(name, FAIL, {"changes": changes})
+    return Gate(name, INSUFFICIENT if void else PASS, {**(void or {}), "changes": changes})

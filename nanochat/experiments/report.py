@@ -10,14 +10,16 @@ from markupsafe import Markup  # marks the figures as markup: matplotlib escapes
 
 from nanochat.errors import UserError
 from nanochat.experiments import figures
-from nanochat.experiments.gates import Rules, quality_margin
+from nanochat.experiments.comparison import RULES
+from nanochat.experiments.gates import quality_margin
 from nanochat.experiments.ledger import ExperimentRow
 from nanochat.experiments.profiles import BASELINE
 from nanochat.experiments.trials import Trial, check_same_world, device_of, facts_of, load_trials, split
 from nanochat.experiments.verdicts import judge_experiment
 from nanochat.runlog import find_run
+from nanochat.target import BEFORE_THE_CLOCK
 
-MARKS = {"pass": "✓", "fail": "✗", "insufficient": "?"}
+MARKS = {"pass": "✓", "fail": "✗", "insufficient": "?", "not shown": "~"}
 _IMAGE_TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 
 
@@ -40,7 +42,7 @@ class Report:
     verdicts: list
     sections: list
     marks = MARKS
-    rules = Rules().describe()
+    rules = RULES.describe()
 
     @property
     def records(self):
@@ -87,7 +89,7 @@ def experiment_report(ledger, experiment_name, runs_dir, miniseries=None, images
     verdicts = judge_experiment(ledger, experiment_name, runs_dir, miniseries) if judged else []
     overview = _overview(groups)
     if verdicts:
-        drawn = figures.excess(groups, BASELINE, quality_margin(baseline, Rules()))
+        drawn = figures.excess(groups, BASELINE, quality_margin(baseline, RULES))
         overview.append(("Quality", "val_bpb minus the baseline's, same seed and step; band: gate 2's margin",
                          Markup(drawn)))
     sections = [Section("Overview", overview), *_curve_sections(groups),
@@ -204,4 +206,5 @@ def _template(name, autoescape):
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=autoescape,
                                      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["number"] = lambda value, digits=0: "·" if value is None else f"{value:,.{digits}f}"
+    environment.filters["seconds"] = lambda sec: BEFORE_THE_CLOCK if sec == 0 else environment.filters["number"](sec, 1)
     return environment.get_template(name)

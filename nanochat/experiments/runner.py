@@ -20,9 +20,10 @@ from nanochat.files import read_json
 from nanochat.provenance import utc_now
 from nanochat.ranks import print0
 from nanochat.runlog import CONFIG, check_run_id, read_run
-from nanochat.target import check_target
+from nanochat.target import BEFORE_THE_CLOCK, check_target
 
 TRAIN = "scripts.base_train"
+SLACK_BPB = 0.001  # above the worst of a baseline's ends, so that each of its seeds reaches the threshold
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def threshold_in_use(ledger, experiment_name):
     return next(iter(found), None)
 
 
-def threshold_from(ledger, experiment_name, runs_dir, slack_bpb=0.001):
+def threshold_from(ledger, experiment_name, runs_dir):
     """A val_bpb that every baseline seed of a finished experiment reached: the worst of their ends, plus a slack.
 
     Errors: UserError with fewer than two baseline runs that ended well, or at several depths.
@@ -191,7 +192,7 @@ def threshold_from(ledger, experiment_name, runs_dir, slack_bpb=0.001):
     if len(ends) < 2 or len({depth for depth, _ in baseline}) > 1:
         raise UserError(f"a threshold needs two baseline seeds of {experiment_name!r} that ended well, at one depth; "
                         f"it has {len(ends)}")
-    return max(ends) + slack_bpb
+    return max(ends) + SLACK_BPB
 
 
 def _train_flags(experiment, run_id, candidate_flags, depth, seed):
@@ -255,7 +256,7 @@ def _describe(row):
     reached = ("not known" if row.time_to_target_sec_extrapolated is None
                else f"{row.time_to_target_sec_extrapolated:.1f} s extrapolated")
     if row.time_to_target_sec_measured is not None:
-        reached = f"{row.time_to_target_sec_measured:.1f} s"
+        reached = f"{row.time_to_target_sec_measured:.1f} s" if row.time_to_target_sec_measured else BEFORE_THE_CLOCK
     figures = [f"val_bpb {row.min_val_bpb:.5f}" if row.min_val_bpb is not None else "no val_bpb",
                f"time to target {reached}",
                f"{row.tok_per_sec_median:,.0f} tokens/s" if row.tok_per_sec_median is not None else "no rate"]

@@ -10,7 +10,9 @@ from nanochat.errors import UserError
 from nanochat.experiments.ledger import ExperimentRow, read_experiments
 from nanochat.experiments.profiles import BASELINE, candidate_name
 from nanochat.runlog import CONFIG, UNTIMED_STEPS, RunRecord, read_run
+from nanochat.target import evaluations_of, time_to_target
 
+INTERPRETED = "Triton interpreted"  # in a device's name
 HORIZON_FLAGS = ("--num-iterations", "--target-flops", "--target-param-data-ratio")
 
 
@@ -43,6 +45,21 @@ class Trial:
     def own_horizon(self):
         """Whether the candidate's flags set how long it trains."""
         return any(flag in self.row.candidate_flags for flag in HORIZON_FLAGS)
+
+    @property
+    def horizon_only(self):
+        """Whether the candidate's flags set how long it trains and nothing else."""
+        names = {word.partition("=")[0] for word in self.row.candidate_flags.split() if word.startswith("--")}
+        return bool(names) and names <= set(HORIZON_FLAGS)
+
+    @cached_property
+    def crossing_step(self):
+        """The step, interpolated between evaluations, that first reaches the row's target; None: none, or unknown."""
+        row = self.row
+        if row.target_metric_threshold is None or self.record is None or not self.ok:
+            return None
+        evaluations = evaluations_of(self.record.events, row.target_metric_name)
+        return time_to_target(evaluations, row.target_metric_name, row.target_metric_threshold).step_interpolated
 
     @property
     def time_to_target_sec(self):
@@ -91,7 +108,8 @@ def load_trials(ledger, experiment_name, runs_dir):
     """The trials of an experiment, in the ledger's order.
 
     Errors: UserError for a ledger that does not read (with the line), an unknown experiment, two runs of one
-    candidate, depth and seed, one name for two sets of flags, and two names for one.
+    candidate, depth and seed, one name for two sets of flags (horizons of several depths are one candidate's), and two
+    names for one.
     """
     rows = read_experiments(ledger)
     names = list(dict.fromkeys(row.experiment_name for row in rows))
@@ -105,23 +123,29 @@ def load_trials(ledger, experiment_name, runs_dir):
         if first is not trial:
             raise UserError(f"{ledger}: {first.row.run_id} and {trial.row.run_id} are both {trial.label}; "
                             "remove one of the two lines")
-        for value in ((trial.candidate,), (None, trial.row.candidate_flags)):
+        name, flags, depth = trial.candidate, trial.row.candidate_flags, trial.row.depth
+        for value in ((name,), (name, depth), (None, flags), (None, flags, depth)):
             other = seen.setdefault(value, trial)
-            if (other.candidate, other.row.candidate_flags) != (trial.candidate, trial.row.candidate_flags):
+            by_depth = other.horizon_only and trial.horizon_only and other.row.depth != depth
+            if (other.candidate, other.row.candidate_flags) != (name, flags) and not by_depth:
                 raise UserError(f"{ledger}: {other.row.run_id} has candidate {other.candidate!r} with flags "
-                                f"{other.row.candidate_flags!r}, {trial.row.run_id} has {trial.candidate!r} with "
-                                f"{trial.row.candidate_flags!r}; keep the lines of one")
+                                f"{other.row.candidate_flags!r}, {trial.row.run_id} has {name!r} with "
+                                f"{flags!r}; keep the lines of one")
     return trials
 
 
 def check_comparable(trials):
     """Raise UserError unless the trials share data, device and target, and at each depth the horizon in tokens.
 
-    A candidate whose own flags set the horizon may differ from the others in it.
+    A candidate whose own flags set the horizon may differ from the others in it; one that sets nothing else has a
+    target at each depth.
     """
     check_same_world(trials)
-    _same("target", trials, lambda t: (t.row.target_metric_name, t.row.target_metric_threshold))
-    for depth in {t.row.depth for t in trials}:
+    depths = {t.row.depth for t in trials}
+    for scope in [{depth} for depth in depths] if any(t.horizon_only for t in trials) else [depths]:
+        _same("target", [t for t in trials if t.row.depth in scope],
+              lambda t: (t.row.target_metric_name, t.row.target_metric_threshold))
+    for depth in depths:
         _same(f"horizon at depth {depth}", [t for t in trials if t.row.depth == depth and t.ok and not t.own_horizon],
               lambda t: t.row.total_tokens)
 
@@ -139,7 +163,7 @@ def device_of(config):
     device = config["device"]
     ranks = device.get("world_size", 1)
     return (device["name"] + (f" ({ranks} ranks)" if ranks > 1 else "")
-            + (", Triton interpreted" if device.get("triton_interpreted") else ""))
+            + (f", {INTERPRETED}" if device.get("triton_interpreted") else ""))
 
 
 def split(trials):

@@ -15,6 +15,7 @@ from scipy.stats import t as t_distribution
 
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.infer.curve_law import ALPHA, ALPHA_LOG_SD, Progress, fit
+from nanochat.target import first_crossing
 
 CONFIDENCE = 0.95
 MAX_EXTRAPOLATION = 1.5  # times the longest calibration run: further out too little has been measured
@@ -24,18 +25,6 @@ FLAT = 0.01  # horizons within this share of the quickest count as equally quick
 _HORIZONS = 33
 _CURVE_POINTS = 200
 _NUMBERS_PER_RUN = 2  # independent numbers that a run's curve is worth: a level and a slope
-
-
-def first_crossing(steps, loss, threshold):
-    """The step at which `loss` first is at most `threshold`, linear between evaluations; infinity where it never is."""
-    below = np.flatnonzero(np.asarray(loss) <= threshold)
-    if not len(below):
-        return math.inf
-    at = below[0]
-    if at == 0:
-        return float(steps[0])
-    share = (loss[at - 1] - threshold) / (loss[at - 1] - loss[at])
-    return float(steps[at - 1] + share * (steps[at] - steps[at - 1]))
 
 
 def central_interval(values):
