@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -142,6 +143,7 @@ def train(args, cell, steps, seed, *more, what=""):
     run_id = f"study.{cell.name}.h{steps}{what}.s{seed}"
     folder = base_dir() / "runs" / run_id
     if not (folder / "summary.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed study left
         depth, head_dim, aspect_ratio = SIZES[cell.size]
         rates = [f"{flag}={rate * RATES[cell.rates]}" for flag, rate in RECIPE.items()]
         with open(args.work / f"{run_id}.log", "w") as console:
