@@ -182,3 +182,17 @@ def test_docstrings_are_short():
     long = {name: len(text.splitlines()) for name, node in documented()
             if (text := ast.get_docstring(node)) and len(text.splitlines()) > LONGEST_DOCSTRING}
     assert not long
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+def test_prose_is_at_most_120_characters_wide():
+    """Code blocks, tables, and headings that a verdict makes may be wider."""
+    wide = []
+    for page in (ROOT / "README.md", *(ROOT / "ideas").glob("*.md"), *(ROOT / "dev").glob("*.md")):
+        is_code = False
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+            is_code ^= line.startswith("```")
+            if len(line) > 120 and not is_code and not line.startswith(("|", "#", "    ")):
+                wide.append(f"{page.name}, line {number}")
+    assert not wide
