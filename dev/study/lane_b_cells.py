@@ -5,8 +5,8 @@
 A cell: a run of another seed sets the target (its end); two seeds of two horizons calibrate, and of a third, a third
 longer, where the law's quickest horizon is the longest that it may be asked for or none is sure to get there; what the
 law says of H*, its neighbour, D* and the default ratio is appended to dev/lane_b_study_predictions.csv, and only then
-are they run, with three new seeds. Results: dev/lane_b_study.csv, one run a row. Everything that is finished is kept:
-the same command goes on. --books: parquet shards of English text, split here by how much of it is dialogue.
+are they run, with three new seeds; --predict ends before that, for a commit of the predictions. Results:
+dev/lane_b_study.csv, one run a row. Everything that is finished is kept: the same command goes on. --books: parquet shards of English text, split here by how much of it is dialogue.
 """
 
 import argparse
@@ -79,6 +79,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--books", type=Path, required=True, help="folder of parquet shards")
     parser.add_argument("--work", type=Path, required=True, help="folder of the texts and consoles")
+    parser.add_argument("--predict", action="store_true", help="only calibrate and write the predictions")
     parser.add_argument("--cells", nargs="+", choices=[cell.name for cell in CELLS], help="all when left out")
     return parser.parse_args(argv)
 
@@ -206,6 +207,8 @@ def predict(cell, calibration, threshold):
 
 def study(args, cell, pool):
     """The cell's prediction, written before the runs that test it, then their rows."""
+    if any(row["cell"] == cell.name for row in rows_of(RESULTS)):
+        return
     target_steps = cell.steps(cell.target_ratio)
     target = pool.submit(train, args, cell, target_steps, TARGET_SEED)
     horizons = [round(share * target_steps) for share in CALIBRATION]
@@ -218,7 +221,7 @@ def study(args, cell, pool):
             calibration += calibrate(args, cell, pool, [round(horizons[-1] * 4 / 3)])
         append(PREDICTIONS, COLUMNS, predict(cell, calibration, threshold))
         known = [row for row in rows_of(PREDICTIONS) if row["cell"] == cell.name]
-    if any(row["cell"] == cell.name for row in rows_of(RESULTS)):
+    if args.predict:
         return
     test = partial(train, args, cell)
     asked = [(row, int(row["horizon_steps"]), seed) for seed in TEST_SEEDS for row in known if row["horizon_steps"]]
