@@ -102,15 +102,15 @@ def test_a_horizon_that_the_law_does_not_fit_is_left_out_once_and_said_to_be():
     assert found.horizon_left_out == 480 and found.misfit.p > 0.05
     assert "the horizon of 480 steps is left out: with it the law does not fit" in found.warnings
     assert found.chosen.steps == pytest.approx(infer().chosen.steps, rel=0.1)
-    with pytest.raises(TooShort, match=r"does not fit the calibration's curves \(p = .* --num-iterations 853"):
-        infer_horizon(runs[:4], threshold_at(700), schedule, DEFAULT_STEPS, copies=40)
 
 
-def test_curves_that_no_law_fits_are_refused_after_one_horizon_is_left_out():
-    runs = [replace(run, loss=run.loss * (1 + 0.02 * (index // 2 % 2))) for index, run in enumerate(
+def test_curves_that_no_law_fits_are_all_kept_said_to_be_missed_and_widen_the_interval():
+    runs = [replace(run, loss=run.loss * (1 + 0.01 * (index // 2 % 2))) for index, run in enumerate(
         made_runs(horizons=(480, 560, 640, 853)))]
-    with pytest.raises(TooShort, match="without the 480 steps too"):
-        infer_horizon(runs, threshold_at(900), schedule, DEFAULT_STEPS, copies=40)
+    found = infer_horizon(runs, threshold_at(800), schedule, DEFAULT_STEPS, copies=40)
+    assert found.horizon_left_out is None and found.misfit.p < 0.05 and len(found.prediction.runs) == 8
+    assert any("misses the curves by more than the scatter of seeds" in warning for warning in found.warnings)
+    assert found.is_wide and not infer(whole=800).is_wide
 
 
 @pytest.mark.parametrize("change, warning", [
@@ -132,7 +132,9 @@ def test_a_wide_interval_asks_for_one_horizon_more():
     wide = replace(infer(), predicted={"quickest": Horizon(900, 800.0, 700.0, 900.0, 1.0)})
     assert wide.is_wide and "wider than a factor of 1.25; extend the calibration: --num-iterations 1137" in str(
         wide.warnings)
-    assert not infer().is_wide
+    assert not infer().is_wide and infer(NEAR_BEST).next_num_iterations is None
+    at_reach = infer(horizons=(480, 640), whole=800)
+    assert at_reach.is_at_reach and at_reach.next_num_iterations == 853
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

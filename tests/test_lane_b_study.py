@@ -11,8 +11,8 @@ PARSERS = {"scripts.experiment": experiment, "scripts.lane_b_stats": lane_b_stat
            "scripts.lane_b_infer_ratio": lane_b_infer_ratio, "scripts.lane_b_log_run": lane_b_log_run}
 INFERENCE = {"chosen_ratio": 9.5, "confirmation_ratio": 9.975, "target_metric_threshold": 1.25, "decision": "inferred",
              "fallback_reason": None, "next_num_iterations": None}
-WIDE, TOO_SHORT = ({**INFERENCE, "next_num_iterations": 853, **more} for more in (
-    {}, {"decision": "fallback", "fallback_reason": "no horizon up to 960 steps"}))
+WIDE, TOO_SHORT = ({**INFERENCE, "next_num_iterations": 960, **more} for more in (
+    {}, {"decision": "fallback", "fallback_reason": "no horizon up to 1080 steps"}))
 
 
 @pytest.fixture
@@ -46,12 +46,14 @@ def test_every_stage_is_a_command_that_exists_and_the_trainings_are_of_flags_tha
     for one in asked:
         for planned in plan(one):
             base_train.parse_args(planned.flags)
-    proof = asked[2]
+    target, calibration, proof = asked
+    seeds = [{*one.seeds} for one in asked]
+    assert len(set.union(*seeds)) == sum(map(len, seeds)) and len(calibration.seeds) == len(target.seeds) == 2
     assert proof.target_metric_threshold == 1.25 and list(proof.candidates) == ["baseline", "inferred", "confirmation"]
     assert {base_train.parse_args(run.flags).target_param_data_ratio for run in plan(proof)} >= {9.5, 9.975}
     stats, inference, log = ran[2][1], ran[3][1], ran[5][1]
     named = {*stats.position_losses, *inference.calibration_run, *inference.baseline_run, *log.runs}
-    assert named <= made and len(inference.calibration_run) == 2 * len(proof.seeds)
+    assert named <= made and len(inference.calibration_run) == 2 * 2
     assert all(base_train.parse_args(run.flags).position_losses for one in asked for run in plan(one))
 
 
@@ -60,17 +62,25 @@ def test_the_calibration_gets_another_horizon_while_the_inference_asks_for_one(r
     for ran in (run(inferences=[first, INFERENCE]), run(inferences=[first, INFERENCE])):  # and when it goes on
         inferences = [args for module, args in ran if module == "scripts.lane_b_infer_ratio"]
         assert [len(args.calibration_run) for args in inferences] == [4, 6] and inferences[0].out != inferences[1].out
-        assert "lane_b_cpu_calibration.h853.d2.s0" in inferences[1].calibration_run
+        assert "lane_b_cpu_calibration.h960.d2.s3" in inferences[1].calibration_run
         assert ran[-1][1].inference_json == inferences[1].out
 
 
 def test_a_calibration_that_has_cost_enough_goes_on_with_what_it_has_or_stops_and_says_so(run, capsys):
-    wider = {**WIDE, "next_num_iterations": 1137}
+    wider = {**WIDE, "next_num_iterations": 1280}
     assert "scripts.report" in [module for module, _ in run(inferences=[WIDE, wider])]
     with pytest.raises(SystemExit) as stop:
-        run("--name", "other", inferences=[TOO_SHORT, {**TOO_SHORT, "next_num_iterations": 1137}])
+        run("--name", "other", inferences=[TOO_SHORT, {**TOO_SHORT, "next_num_iterations": 1280}])
     assert stop.value.code == 2
-    assert "after a calibration of 2.06 baseline runs a seed: no horizon up to 960" in capsys.readouterr().err
+    assert "after a calibration of 2.25 baseline runs a seed: no horizon up to 1080" in capsys.readouterr().err
+
+
+def test_a_target_from_outside_takes_the_place_of_the_run_that_would_set_it(run):
+    ran = run("--target-metric-threshold", "1.3")
+    assert [args.name for module, args in ran if module == "scripts.experiment"] == ["lane_b_cpu_calibration",
+                                                                                     "lane_b_cpu"]
+    inference = next(args for module, args in ran if module == "scripts.lane_b_infer_ratio")
+    assert inference.target_metric_threshold == 1.3 and inference.baseline_run is None
 
 
 def test_statistics_that_are_there_are_not_made_again(run):
@@ -86,6 +96,7 @@ def test_a_dry_run_prints_what_is_known_and_runs_nothing(run, base_dir, capsys):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
+    (["--target-metric-threshold", "-1"], "bits per byte are above 0"),
     (["--profile", "miniseries"], "use one of cpu, d12"), (["--name", "a/b"], "cannot name a folder")])
 def test_a_study_that_cannot_be_is_refused_in_one_line(argv, message, capsys, base_dir):
     with pytest.raises(SystemExit) as stop:

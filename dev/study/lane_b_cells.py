@@ -2,11 +2,11 @@
 
     python -m dev.study.lane_b_cells --books FOLDER --work FOLDER [--cells NAME ...]
 
-A cell: a run of another seed sets the target (its end); two seeds of two horizons calibrate, and of a third, a third
-longer, where the law's quickest horizon is the longest that it may be asked for or none is sure to get there; what the
-law says of H*, its neighbour, D* and the default ratio is appended to dev/lane_b_study_predictions.csv, and only then
-are they run, with three new seeds; --predict ends before that, for a commit of the predictions. Results:
-dev/lane_b_study.csv, one run a row. Everything that is finished is kept: the same command goes on. --books: parquet shards of English text, split here by how much of it is dialogue.
+A cell: a run of another seed sets the target (its end); two seeds of two horizons calibrate, and of a third where the
+inference asks for one; what it says of H*, its neighbour, D* and the default ratio is appended to
+dev/lane_b_study_predictions.csv, and only then are they run, with three new seeds (--predict ends before that, for a
+commit of the predictions). Results: dev/lane_b_study.csv, one run a row. Everything that is finished is kept: the same
+command goes on. --books: parquet shards of English text, split here by how much of it is dialogue.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,25 +28,28 @@ import numpy as np
 from nanochat.data.shards import list_shards, read_documents
 from nanochat.data.stdlib_corpus import corpus_documents
 from nanochat.errors import UserError, command
-from nanochat.lane_b.infer.crossing import MAX_EXTRAPOLATION, Prediction, lack_of_fit, slope_test
-from nanochat.lane_b.infer.curve_law import FORMS, Progress, Run
+from nanochat.experiments.lane_b_study import CALIBRATION_SHARES, MAX_CALIBRATION
+from nanochat.lane_b import Refusal
+from nanochat.lane_b.infer.curve_law import Progress, Run
+from nanochat.lane_b.infer.horizon import CONFIRMATION_FACTOR, DEFAULT_RATIO, infer_horizon
 from nanochat.paths import base_dir
 from nanochat.runlog import read_run
 from nanochat.target import evaluations_of, first_crossing
 from nanochat.training.schedule import lr_multiplier
 
 PREDICTIONS, RESULTS = Path("dev/lane_b_study_predictions.csv"), Path("dev/lane_b_study.csv")
-COLUMNS = ("cell", "target_ratio", "threshold", "n_scaling_params", "horizon", "horizon_steps", "predicted_steps",
-           "predicted_lo", "predicted_hi", "reaches", "slopes", "lack_of_fit_p", "calibration_steps")
-MEASURED = (*COLUMNS, "seed", "measured_steps", "median_step_ms")
+COLUMNS = ("cell", "target_ratio", "threshold", "n_scaling_params", "decision", "horizon", "horizon_steps",
+           "predicted_steps", "predicted_lo", "predicted_hi", "reaches", "slopes", "envelope", "lack_of_fit_p",
+           "calibration_steps")
+MEASURED = (*COLUMNS, "seed", "measured_steps", "last_val_bpb", "median_step_ms")  # last: where it crossed, or its end
 PIECE_CHARS, TEXT_CHARS, VOCABULARY, STEP_TOKENS = 300, 16_000_000, 2048, 2048
 TARGET_SEED, CALIBRATION_SEEDS, TEST_SEEDS = 9, (0, 1), (10, 11, 12)
-DEFAULT_RATIO, NEIGHBOUR, EVALUATIONS = 12, 1.05, 28
-CALIBRATION = (1 / 2, 3 / 4)  # of the target's horizon: the law is then asked for up to 1.125 of it
+EVALUATIONS = 28  # a run
 # width and layers; scaling parameters follow
 SIZES = {"d2w64": ("2", "32", "32"), "d3w96": ("3", "32", "32")}
 PARAMS = {"d2w64": 229_400, "d3w96": 528_456}
 RATES = {"auto": 1, "tuned": 8}  # times the recipe's, which the automatic scale makes too low at 2,048 tokens a step
+HORIZONS = ("shortest_whole", "quickest", "neighbour", "default")
 RECIPE = {"--matrix-lr": 0.02, "--embedding-lr": 0.3, "--unembedding-lr": 0.008}
 
 
@@ -167,6 +170,7 @@ def curve(record, seed=0):
                np.array([e.metric for e in found]), seed)
 
 
+@cache
 def multipliers(horizon):
     return np.array([lr_multiplier(step, horizon) for step in range(horizon)])
 
@@ -178,31 +182,33 @@ def calibrate(args, cell, pool, steps):
     return [(seed, job.result()) for seed, job in jobs]
 
 
-def law_of(calibration, threshold):
-    """(the runs, the Prediction, what it says is Quickest)."""
-    runs = [curve(record, seed).late() for seed, record in calibration]
-    prediction = Prediction(FORMS["relaxing"], runs, multipliers)
-    return runs, prediction, prediction.quickest(threshold)
+def infer(cell, calibration, threshold):
+    """(the Inference or None, the horizon by which it asks to extend the calibration or None)."""
+    runs = [curve(record, seed) for seed, record in calibration]
+    try:
+        found = infer_horizon(runs, threshold, multipliers, cell.steps(DEFAULT_RATIO))
+        return found, found.next_num_iterations
+    except Refusal as refusal:
+        return None, getattr(refusal, "next_num_iterations", None)
 
 
-def predict(cell, calibration, threshold):
-    """Rows of what the law says of each horizon that will be run."""
-    runs, prediction, quickest = law_of(calibration, threshold)
-    head = {"cell": cell.name, "target_ratio": cell.target_ratio, "threshold": threshold,
-            "n_scaling_params": calibration[0][1].config["n_scaling_params"], "slopes": slope_test(runs).says,
-            "lack_of_fit_p": lack_of_fit(prediction.law, runs).p,
-            "calibration_steps": sum(run.horizon for run in runs)}
-    longest = max(run.horizon for run in runs)
-    named = {"shortest whole": round(quickest.whole) if np.isfinite(quickest.whole) else None,
-             "quickest": quickest.chosen and quickest.chosen.steps}
-    named["neighbour"] = named["quickest"] and round(NEIGHBOUR * named["quickest"])
-    named["default"] = cell.steps(DEFAULT_RATIO)
-    for name, steps in named.items():
-        row = {**head, "horizon": name, "horizon_steps": steps}
-        if steps and steps <= MAX_EXTRAPOLATION * longest:
-            at, _ = prediction.horizon(steps, threshold)
-            row |= {"predicted_steps": at.time, "predicted_lo": at.lo, "predicted_hi": at.hi, "reaches": at.reaches}
-        yield row
+def predictions(cell, calibration, threshold):
+    """Rows of what lane B says of each horizon that will be run; the default ratio takes H*'s place where none is."""
+    inference, _ = infer(cell, calibration, threshold)
+    head = {"cell": cell.name, "target_ratio": cell.target_ratio, "threshold": threshold, "decision": "fallback",
+            "n_scaling_params": calibration[0][1].config["n_scaling_params"],
+            "calibration_steps": sum(record.config["num_iterations"] for _, record in calibration)}
+    if inference is None:
+        yield from ({**head, "horizon": name, "horizon_steps": cell.steps(DEFAULT_RATIO)} for name in HORIZONS)
+        return
+    head |= {"decision": "inferred", "lack_of_fit_p": inference.misfit.p, "slopes": inference.slopes.says,
+             "envelope": inference.slopes.envelope}
+    beyond = {"neighbour": round(CONFIRMATION_FACTOR * inference.chosen.steps), "default": cell.steps(DEFAULT_RATIO)}
+    for name in HORIZONS:
+        at = inference.predicted[name]
+        yield {**head, "horizon": name, "horizon_steps": at.steps if at else beyond[name]} | (
+            {"predicted_steps": at.time, "predicted_lo": at.lo, "predicted_hi": at.hi, "reaches": at.reaches}
+            if at else {})
 
 
 def study(args, cell, pool):
@@ -211,15 +217,17 @@ def study(args, cell, pool):
         return
     target_steps = cell.steps(cell.target_ratio)
     target = pool.submit(train, args, cell, target_steps, TARGET_SEED)
-    horizons = [round(share * target_steps) for share in CALIBRATION]
+    horizons = [round(share * target_steps) for share in CALIBRATION_SHARES]
     calibration = calibrate(args, cell, pool, horizons)
     threshold = target.result().summary["final_val_bpb"]
     known = [row for row in rows_of(PREDICTIONS) if row["cell"] == cell.name]
     if not known:
-        quickest = law_of(calibration, threshold)[2]
-        if quickest.chosen is None or min(quickest.horizons, key=lambda h: h.time) is quickest.horizons[-1]:
-            calibration += calibrate(args, cell, pool, [round(horizons[-1] * 4 / 3)])
-        append(PREDICTIONS, COLUMNS, predict(cell, calibration, threshold))
+        longer = infer(cell, calibration, threshold)[1]
+        while longer and sum(horizons) <= MAX_CALIBRATION * target_steps:
+            horizons.append(longer)
+            calibration += calibrate(args, cell, pool, [longer])
+            longer = infer(cell, calibration, threshold)[1]
+        append(PREDICTIONS, COLUMNS, predictions(cell, calibration, threshold))
         known = [row for row in rows_of(PREDICTIONS) if row["cell"] == cell.name]
     if args.predict:
         return
@@ -234,6 +242,7 @@ def study(args, cell, pool):
     for row, steps, seed in asked:
         run = curve(made[steps, seed])
         measured.append({**row, "seed": seed, "median_step_ms": made[steps, seed].summary["dt_median_ms"],
+                         "last_val_bpb": run.loss[-1],
                          "measured_steps": first_crossing(run.progress.steps, run.loss, threshold)})
     append(RESULTS, MEASURED, measured)
 

@@ -74,6 +74,18 @@ class Inference:
         return self.chosen.hi > MAX_TIME_FACTOR * self.chosen.lo
 
     @property
+    def is_at_reach(self):
+        """Whether the quickest of all horizons looked at is the longest: a longer one may be quicker still."""
+        horizons = self.quickest.horizons
+        return horizons[-1].time == min(horizon.time for horizon in horizons)
+
+    @property
+    def next_num_iterations(self):
+        """The horizon that the calibration should be extended by, steps; None where it is enough."""
+        longest = max(run.horizon for run in self.runs)
+        return next_horizon(longest) if self.is_wide or self.is_at_reach else None
+
+    @property
     def warnings(self):
         """What a reader of the inference must know, in words."""
         horizons, law = list(by_horizon(self.runs)), self.prediction.law
@@ -81,6 +93,9 @@ class Inference:
                  f"{SHORT_STEPS} or more" for horizon in horizons if horizon < SHORT_STEPS]
         if self.horizon_left_out:
             found.append(f"the horizon of {self.horizon_left_out} steps is left out: with it the law does not fit")
+        if self.misfit.p < MIN_FIT_P:
+            found.append(f"the law misses the curves by more than the scatter of seeds (p {self.misfit.p:.2g}); the "
+                         "intervals hold such misses")
         if math.isnan(self.misfit.p):
             found.append("no two seeds of a horizon that differ: neither the law's fit nor the slopes can be tested")
         found += [f"the law's {name} is at the edge of its range" for name in law.at_bound]
@@ -89,12 +104,12 @@ class Inference:
         if self.quickest.whole <= (shortest := min(run.horizon for run in self.prediction.runs)):
             found.append(f"the shortest calibration runs, {shortest} steps, reach the target already; a shorter one "
                          "may be quicker")
-        last = self.quickest.horizons[-1]
-        if last.time == min(horizon.time for horizon in self.quickest.horizons):
-            found.append(f"a horizon beyond {last.steps} steps, the calibration's reach, may be quicker still")
+        extend = f"; extend the calibration: --num-iterations {self.next_num_iterations}"
+        if self.is_at_reach:
+            found.append(f"a horizon beyond {self.quickest.horizons[-1].steps} steps, the calibration's reach, may be "
+                         f"quicker still{extend}")
         if self.is_wide:
-            found.append(f"the interval of the time to target is wider than a factor of {MAX_TIME_FACTOR}; extend the "
-                         f"calibration: --num-iterations {next_horizon(horizons[-1])}")
+            found.append(f"the interval of the time to target is wider than a factor of {MAX_TIME_FACTOR}{extend}")
         return found
 
 
@@ -106,7 +121,7 @@ def infer_horizon(runs, threshold, schedule, default_steps, copies=200, seed=0):
     """The horizon whose run first crosses `threshold` (bits per byte), from all evaluations of whole `runs`.
 
     schedule: from a horizon to its learning-rate multipliers. Errors: Refusal for runs that carry no answer, TooShort
-    for a target beyond their reach, and where no law fits them.
+    for a target beyond their reach.
     """
     shortest, longest = (pick(run.horizon for run in runs) for pick in (min, max))
     if shortest < FIRST_STEP:
@@ -136,14 +151,10 @@ def infer_horizon(runs, threshold, schedule, default_steps, copies=200, seed=0):
 
 
 def _runs_that_fit(runs):
-    """(the runs that the law describes, its lack of fit, the shortest horizon where it had to be left out)."""
-    left_out = None
-    while (misfit := lack_of_fit(fit(FORM, runs), runs)).p < MIN_FIT_P:
-        horizons = list(by_horizon(runs))
-        if left_out or len(horizons) < 3:
-            without = f", without the {left_out} steps too" if left_out else ""
-            raise TooShort(f"the law does not fit the calibration's curves (p = {misfit.p:.2g} against the scatter of "
-                           f"seeds{without})", horizons[-1])
-        left_out = horizons[0]
-        runs = [run for run in runs if run.horizon > left_out]
-    return runs, misfit, left_out
+    """(the runs for the law, its lack of fit, the shortest horizon where the law fits without that alone)."""
+    misfit, horizons = lack_of_fit(fit(FORM, runs), runs), list(by_horizon(runs))
+    if misfit.p < MIN_FIT_P and len(horizons) > 2:
+        longer = [run for run in runs if run.horizon > horizons[0]]
+        if (without := lack_of_fit(fit(FORM, longer), longer)).p >= MIN_FIT_P:
+            return longer, without, horizons[0]
+    return runs, misfit, None

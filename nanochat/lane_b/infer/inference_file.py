@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from nanochat.errors import UserError
 from nanochat.lane_b.infer.crossing import MAX_EXTRAPOLATION
-from nanochat.lane_b.infer.horizon import CONFIRMATION_FACTOR, next_horizon
+from nanochat.lane_b.infer.horizon import CONFIRMATION_FACTOR
 from nanochat.lane_b.infer.inputs import Fields
 from nanochat.lane_b.infer.record import DECISIONS
 
@@ -23,7 +23,7 @@ def inference_document(inference, setting, default_ratio):
     tokens = sum(run.horizon for run in inference.runs) * setting.step_tokens
     return _finite({
         "state": "ok", "decision": "inferred", "fallback_reason": None, "alpha_source": "curves",
-        "next_num_iterations": next_horizon(max(run.horizon for run in inference.runs)) if inference.is_wide else None,
+        "next_num_iterations": inference.next_num_iterations,
         "alpha": _interval(*inference.alpha),
         "law": {"form": law.form.name, "rms_log_loss": law.rms_log_loss, "at_bound": law.at_bound,
                 **dict(zip(law.form.parameters, map(float, law.values), strict=True)),
