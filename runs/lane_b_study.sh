@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The study of lane B: what it names in each cell, tried, and its page.   bash runs/lane_b_study.sh BOOKS [cells]
+# BOOKS: folder of parquet shards of English text. Stop it at any time; the same command goes on.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source runs/setup.sh
+
+BOOKS="${1:?a folder of parquet shards of English text}"
+WORK="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/lane_b_study"
+python -m dev.study.lane_b_cells --books "$BOOKS" --work "$WORK" ${2:+--cells "${@:2}"}
+python -m dev.study.lane_b_results
