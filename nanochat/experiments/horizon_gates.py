@@ -38,7 +38,7 @@ def on_one_clock(runs):
     """The runs as StepTimed, at the median over all of a depth of their median step times."""
     times_ms = {}
     for trial in runs.trials:
-        if trial.ok and trial.row.dt_median_ms is not None:
+        if trial.row.dt_median_ms is not None:
             times_ms.setdefault(trial.row.depth, []).append(trial.row.dt_median_ms)
     step_sec = {depth: float(np.median(values)) / 1000 for depth, values in times_ms.items()}
     return Comparison(*({key: StepTimed(trial.row, trial.record, step_sec.get(key[0])) for key, trial in group.items()}
