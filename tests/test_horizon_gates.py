@@ -104,6 +104,21 @@ def test_a_seed_that_misses_the_target_fails_gate_2(bench):
     assert verdict.decision == "reject"
 
 
+def test_a_run_that_did_not_end_well_missed_nothing(bench):
+    bench.pairs(SEEDS[:2])
+    bench.run("baseline", 2), bench.run("shorter", 2, flags="--target-param-data-ratio 9", steps=182, nan_at=20)
+    verdict = bench.verdict()
+    assert verdict.gates[1].outcome == "insufficient" and verdict.gates[2].outcome == "fail"
+
+
+def test_a_depth_that_misses_its_target_fails_gate_4_before_the_other_depths_are_run(bench):
+    bench.pairs()
+    bench.run("baseline", 0, experiment="series", depth=2)
+    bench.run("shorter", 0, experiment="series", depth=2, steps=150, bpb_shift=0.2)
+    gate = bench.verdict().gates[3]
+    assert gate.outcome == "fail" and "target not reached: shorter, depth 2, seed 0" in gate.detail
+
+
 def test_a_run_that_went_on_past_the_baselines_crossing_is_not_lower(bench):
     """In steps: by its own clock the short run took longer than the baseline did."""
     bench.pairs(SEEDS[:2])
@@ -134,8 +149,8 @@ def test_an_end_of_the_baselines_own_is_no_outside_target(bench, own):
 def test_a_target_that_was_not_recorded_is_no_target(bench):
     row = {"target_metric_threshold": None}
     bench.pairs(row=row, baseline={"row": row})
-    gate = bench.verdict().gates[0]
-    assert gate.outcome == "insufficient" and "no target recorded of baseline, depth 4, seed 0" in gate.detail
+    for gate in bench.verdict().gates[:2]:
+        assert gate.outcome == "insufficient" and "no target recorded of baseline, depth 4, seed 0" in gate.detail
 
 
 def test_steps_of_other_batches_are_not_compared(bench):

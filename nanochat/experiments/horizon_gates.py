@@ -51,7 +51,6 @@ def unfit(runs):
     No threshold was recorded; it is an end of the baseline's own seeds (one of them, their mean or median, the worst
     plus the slack that the runner adds), which half of them miss by construction; the batches differ.
     """
-    no_target = [t.label for t in runs.trials if t.row.target_metric_threshold is None]
     own = []
     for depth in dict.fromkeys(depth for depth, _ in runs.baseline):
         there = [t.row for (at, _), t in runs.baseline.items() if at == depth and t.row.target_metric_name == "val_bpb"]
@@ -62,7 +61,12 @@ def unfit(runs):
             own += [(threshold, depth)] if min(abs(threshold - end) for end in known) < SAME_BPB else []
     batches = {(t.row.depth, t.record.config.get("total_batch_size_tokens")) for t in runs.trials if t.record}
     several = sorted({size for _, size in batches}) if len(batches) > len({depth for depth, _ in batches}) else []
-    return found(no_target=no_target, own_ends=own, batches=several)
+    return found(no_target=without_target(runs), own_ends=own, batches=several)
+
+
+def without_target(runs):
+    """The labels of the runs that were not trained for a target."""
+    return [t.label for t in runs.trials if t.row.target_metric_threshold is None]
 
 
 def reach_gate(runs, rules):
@@ -70,7 +74,7 @@ def reach_gate(runs, rules):
     name, missed = "2 quality", missed_by(runs.tried)
     if missed:
         return Gate(name, FAIL, {"missed": missed})
-    lacks, n_seeds = runs.missing, len(runs.pairs)
+    lacks, n_seeds = runs.missing or found(no_target=without_target(runs)), len(runs.pairs)
     if not lacks and n_seeds < rules.min_seeds:
         lacks = {"seeds": (n_seeds, rules.min_seeds)}
     return Gate(name, INSUFFICIENT if lacks else PASS, lacks or {"reached_seeds": n_seeds})
