@@ -1,4 +1,4 @@
-"""A CSV file that people edit by hand and tools append to; a dataclass names and types its columns, `run_id` among them.
+"""A CSV file that people edit by hand and tools append to; a dataclass with a `run_id` names and types its columns.
 
 Tools only add rows at the end. What is already there stays byte for byte: CRLF, a byte-order mark,
 quoted newlines, blank lines, spaces around numbers; a missing final newline is added before the new

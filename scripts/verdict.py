@@ -9,8 +9,8 @@ from pathlib import Path
 from nanochat.errors import UserError, command
 from nanochat.experiments.change_log import add_entry, verdict_entry
 from nanochat.experiments.comparison import RULES
+from nanochat.experiments.gates import judge_all
 from nanochat.experiments.trials import facts_of, load_trials
-from nanochat.experiments.verdicts import judge_experiment
 from nanochat.files import check_output
 from nanochat.paths import runs_dir
 from nanochat.provenance import utc_now
@@ -40,7 +40,8 @@ def main(argv=None):
         if args.log:
             raise UserError(f"{missing}; judge them with --log where they were made (NANOCHAT_BASE_DIR)")
         print(f"note: {missing}\n")
-    verdicts = judge_experiment(args.ledger, args.experiment, runs_dir(), args.miniseries, args.candidates)
+    series = load_trials(args.ledger, args.miniseries, runs_dir()) if args.miniseries else []
+    verdicts = judge_all(trials, series, runs_dir(), args.candidates)
     print("\n".join(RULES.describe()), end="\n\n")
     for verdict in verdicts:
         print("\n".join(verdict.describe()), end="\n\n")

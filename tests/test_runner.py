@@ -13,6 +13,7 @@ import time
 import pytest
 
 from nanochat.errors import UserError
+from nanochat.experiments.gates import judge_all
 from nanochat.experiments.ledger import ExperimentRow, read_experiments
 from nanochat.experiments.probe import GRAPH_BREAK, Probe, probe_candidates, read_probe
 from nanochat.experiments.profiles import CANDIDATES, PROFILES, Profile, candidate_flags, candidate_name, find_profile
@@ -26,7 +27,6 @@ from nanochat.experiments.runner import (
     training_command,
 )
 from nanochat.experiments.trials import load_trials
-from nanochat.experiments.verdicts import judge_experiment
 from nanochat.paths import runs_dir
 
 # A stand-in for scripts.base_train: parses the flags it needs and writes a record as the real one does.
@@ -347,7 +347,7 @@ def test_a_candidate_of_ones_own_has_its_probe_and_its_name(ledger, fake):
     asked = Experiment("own", PROFILE, {"baseline": "", "hot": "--matrix-lr 0.1"}, (0, 1), (4,), "val_bpb", 1.2)
     run(asked, ledger, fake)
     probe_candidates(asked, runs_dir(), fake, lambda line: None)
-    [verdict] = judge_experiment(ledger, "own", runs_dir(), candidates=["hot"])
+    [verdict] = judge_all(load_trials(ledger, "own", runs_dir()), [], runs_dir(), candidates=["hot"])
     assert (verdict.candidate, verdict.flags) == ("hot", "--matrix-lr 0.1")
     assert "no save/resume probe" not in verdict.gates[2].detail
 

@@ -22,6 +22,7 @@ from nanochat.experiments.comparison import (
 )
 from nanochat.experiments.findings import Gate, Verdict, listed
 from nanochat.experiments.paired import paired
+from nanochat.experiments.probe import read_probe
 from nanochat.experiments.trials import INTERPRETED, check_comparable, check_same_world, split
 
 
@@ -49,6 +50,12 @@ def judge(candidate, trials, miniseries=(), probe=None, rules=RULES):
                         "several depths are gate 4's miniseries")
     gates = _gates(runs, series, probe, rules)
     return Verdict(candidate, next(iter(runs.tried.values())).row.candidate_flags, gates, *decide(gates))
+
+
+def judge_all(trials, miniseries, runs_dir, candidates=None):
+    """A Verdict for each candidate (all that the trials have, when None), in the ledger's order. Errors: as judge."""
+    return [judge(name, trials, miniseries, read_probe(runs_dir, trials[0].row.experiment_name, name))
+            for name in candidates or split(trials)[1]]
 
 
 def _gates(runs, series, probe, rules):

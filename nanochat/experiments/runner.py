@@ -13,9 +13,9 @@ from pathlib import Path
 
 from nanochat.errors import UserError
 from nanochat.experiments.launch import PLANNED, experiment_lock, run_training
-from nanochat.experiments.ledger import ExperimentRow, append_experiment, read_experiments
+from nanochat.experiments.ledger import append_experiment, read_experiments
 from nanochat.experiments.profiles import CANDIDATES, Profile, candidate_name
-from nanochat.experiments.trials import device_of, load_trials, split
+from nanochat.experiments.trials import load_trials, row_of, split
 from nanochat.files import read_json
 from nanochat.provenance import utc_now
 from nanochat.ranks import print0
@@ -130,25 +130,13 @@ def run_experiment(experiment, ledger, runs_dir, command=training_command, repor
             if not _ended_well(folder):
                 run_training(folder, command(run.flags), lock, f"[{number}/{len(runs)}] {run.run_id}", flags=run.flags)
                 made += 1
-            row = ledger_row(experiment, run, read_run(folder))
+            row = row_of(
+                read_run(folder), timestamp=utc_now(), experiment_name=experiment.name, seed=run.seed, depth=run.depth,
+                candidate_flags=run.candidate_flags, target_metric_name=experiment.target_metric_name,
+                target_metric_threshold=experiment.target_metric_threshold)
             append_experiment(ledger, row)
             report(f"[{number}/{len(runs)}] {_describe(row)}")
     return made
-
-
-def ledger_row(experiment, run, record):
-    """The ledger's row of a run: status `failed` when it left no summary."""
-    summary = record.summary or {}
-    cells = {name: summary.get(name) for name in (
-        "time_to_target_sec_measured", "time_to_target_sec_extrapolated", "tok_per_sec_median", "dt_median_ms",
-        "wall_time_sec", "min_val_bpb", "peak_memory_mib")}
-    return ExperimentRow(
-        timestamp=utc_now(),
-        git_commit=record.config.get("git_commit") or "", experiment_name=experiment.name, seed=run.seed,
-        depth=run.depth, target_metric_name=experiment.target_metric_name,
-        target_metric_threshold=experiment.target_metric_threshold, status=summary.get("status", "failed"),
-        candidate_flags=run.candidate_flags, dataset_id=record.config["dataset_id"],
-        total_tokens=summary.get("tokens"), device=device_of(record.config), run_id=run.run_id, **cells)
 
 
 def check_asked(folder, flags):

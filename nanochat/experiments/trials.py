@@ -157,7 +157,22 @@ def check_same_world(trials):
         _same(what, [t for t in trials if value_of(t)], value_of)
 
 
-def device_of(config):
+def row_of(record, **cells):
+    """The ledger's row of a RunRecord, status `failed` without a summary; `cells` stand in place of what it says."""
+    config, summary = record.config, record.summary or {}
+    measured = {name: summary.get(name) for name in (
+        "target_metric_threshold", "time_to_target_sec_measured", "time_to_target_sec_extrapolated",
+        "tok_per_sec_median", "dt_median_ms", "wall_time_sec", "min_val_bpb", "peak_memory_mib")}
+    return ExperimentRow(**{
+        "timestamp": config.get("created_utc", ""), "git_commit": config.get("git_commit") or "",
+        "experiment_name": "", "candidate_flags": record.run_id, "seed": config.get("seed"),
+        "depth": config.get("flags", {}).get("depth"), "status": summary.get("status", "failed"),
+        "target_metric_name": summary.get("target_metric_name") or "val_bpb", "dataset_id": config["dataset_id"],
+        "total_tokens": summary.get("tokens"), "device": _device_of(config), "run_id": record.run_id,
+        **measured, **cells})
+
+
+def _device_of(config):
     """The device as ledgers and comparisons name it, from a record's config: its name, the ranks if several, and
     whether Triton was interpreted, since such times say nothing of a GPU's."""
     device = config["device"]
