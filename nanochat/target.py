@@ -241,8 +241,6 @@ def _line_crossing(tokens, metric, threshold):
 
 def _clock(tokens, clock_sec):
     """A function from tokens still to come to the training clock, at the median seconds per token so far."""
-    if len(tokens) < 2:
-        return lambda target: None
     spans = np.diff(tokens)
     pace = float(np.median(np.diff(clock_sec)[spans > 0] / spans[spans > 0])) if (spans > 0).any() else 0.0
     return lambda target: float(clock_sec[-1] + (target - tokens[-1]) * pace)

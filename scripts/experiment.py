@@ -99,7 +99,7 @@ def main(argv=None):
     if args.dry_run:
         for run in runs:
             print(("# done: " if run.run_id in finished else "") + shlex.join(training(run.flags)))
-        return 0
+        return
     check_output("--ledger", args.ledger)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if len(finished) < len(runs):
@@ -108,8 +108,7 @@ def main(argv=None):
     if args.probe:
         probe_candidates(experiment, runs_dir(), training)
     print(f"{made} runs made; rows in {args.ledger}, records in {runs_dir()}")
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -46,8 +46,7 @@ def main(argv=None):
                 run_module(module, flags)
     finally:
         signal.signal(signal.SIGTERM, ended)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -38,8 +38,7 @@ def main(argv=None):
               if args.experiment else runs_report(args.runs, runs_dir(), args.lane_b_figures))
     write_text(out, report.markdown() if args.markdown else report.html())
     print(f"written: {out} ({out.stat().st_size / 1024:.0f} KiB)")
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -49,8 +49,7 @@ def main(argv=None):
         entry = verdict_entry(utc_now()[:10], args.experiment, args.miniseries, facts_of(trials), verdicts)
         added = add_entry(args.log, entry)
         print(f"added to {args.log}" if added else f"{args.log}: its newest entry says the same, nothing added")
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

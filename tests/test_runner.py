@@ -409,9 +409,9 @@ def test_every_evaluation_interval_leaves_enough_points_to_extrapolate():
     (lambda: Experiment("b", find_profile("d12"), {"baseline": ""}, (0,), (12,)), "a protocol run needs 2 seeds"),
     (lambda: plan(experiment(name="a b")), "cannot name a folder"),
     (lambda: candidate_flags("hot='--matrix-lr"), "'hot': its flags .* do not parse"),
-    (lambda: of_candidates(a="--x 1", b="--x 1"), "'a' and 'b' have the same flags"),
-    (lambda: of_candidates(mine="--chunked-ce"), "'mine' has the flags of 'chunked-ce'"),
-    (lambda: of_candidates(both="--x 1"), "'both' always has the flags"),
+    (lambda: of_candidates(a="--x 1", b="--x 1"), "'a' has the flags '--x 1', 'b' has '--x 1'"),
+    (lambda: of_candidates(mine="--chunked-ce"), "'mine' has the flags '--chunked-ce', 'chunked-ce' has"),
+    (lambda: of_candidates(both="--x 1"), "'both' has the flags '--x 1', 'both' has '--fused-rmsnorm "),
 ])
 def test_unknown_and_impossible_requests_are_refused(ask, message):
     with pytest.raises(UserError, match=message):

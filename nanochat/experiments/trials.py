@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -117,20 +118,17 @@ def load_trials(ledger, experiment_name, runs_dir):
         there = f"it has {', '.join(names)}" if names else "it has no rows yet"
         raise UserError(f"no experiment {experiment_name!r} in {ledger}; {there}")
     trials = [Trial(row, _record(runs_dir, row)) for row in rows if row.experiment_name == experiment_name]
-    seen = {}
-    for trial in trials:
-        first = seen.setdefault((trial.row.candidate_flags, trial.row.depth, trial.row.seed), trial)
-        if first is not trial:
-            raise UserError(f"{ledger}: {first.row.run_id} and {trial.row.run_id} are both {trial.label}; "
+    for one, other in combinations(trials, 2):
+        same_name, same_flags = one.candidate == other.candidate, one.row.candidate_flags == other.row.candidate_flags
+        same_depth = one.row.depth == other.row.depth
+        if same_flags and same_depth and one.row.seed == other.row.seed:
+            raise UserError(f"{ledger}: {one.row.run_id} and {other.row.run_id} are both {other.label}; "
                             "remove one of the two lines")
-        name, flags, depth = trial.candidate, trial.row.candidate_flags, trial.row.depth
-        for value in ((name,), (name, depth), (None, flags), (None, flags, depth)):
-            other = seen.setdefault(value, trial)
-            by_depth = other.horizon_only and trial.horizon_only and other.row.depth != depth
-            if (other.candidate, other.row.candidate_flags) != (name, flags) and not by_depth:
-                raise UserError(f"{ledger}: {other.row.run_id} has candidate {other.candidate!r} with flags "
-                                f"{other.row.candidate_flags!r}, {trial.row.run_id} has {name!r} with "
-                                f"{flags!r}; keep the lines of one")
+        by_depth = one.horizon_only and other.horizon_only and not same_depth
+        if same_name != same_flags and not by_depth:
+            raise UserError(f"{ledger}: {one.row.run_id} has candidate {one.candidate!r} with flags "
+                            f"{one.row.candidate_flags!r}, {other.row.run_id} has {other.candidate!r} with "
+                            f"{other.row.candidate_flags!r}; keep the lines of one")
     return trials
 
 
