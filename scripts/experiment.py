@@ -23,8 +23,7 @@ from nanochat.ranks import print0
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="experiment", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="the experiment's name in the ledger and in its run ids")
     parser.add_argument("--profile", required=True, help=f"training protocol: {', '.join(PROFILES)}")
     parser.add_argument("--candidates", nargs="+", default=[BASELINE], metavar="NAME",
