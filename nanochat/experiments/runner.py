@@ -138,7 +138,7 @@ def check_asked(folder, flags):
     before, asked = ({"crop": "drop", **_parsed(words)} for words in (given, flags))  # before --crop, all dropped
     for name in {**asked, **before}:
         was, now = before.get(name, "not given"), asked.get(name, "not given")
-        if _number(was) != _number(now):
+        if was != now and _number(was) != _number(now):
             raise UserError(f"{folder}: this run was made with --{name} {was}, now it is {now}; "
                             "choose another --name (with the scripts in runs/: TAG=...)")
 

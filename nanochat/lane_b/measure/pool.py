@@ -52,9 +52,9 @@ def _run_own(documents, tasks, processes, ranks):
     with _single_threads(), ProcessPoolExecutor(processes, spawn, _take_corpus, (documents,)) as pool:
         futures = [pool.submit(_work, *task) for task in tasks]
         try:
-            for _ in tqdm(as_completed(futures), total=len(tasks), desc="statistics", unit="task",
-                          disable=not ranks.is_main):
-                pass
+            for future in tqdm(as_completed(futures), total=len(tasks), desc="statistics", unit="task",
+                               disable=not ranks.is_main):
+                future.result()  # what failed is raised at once
             return [future.result() for future in futures]
         except BrokenProcessPool:
             raise UserError("a worker process was killed, most likely for lack of memory; use fewer --processes "
