@@ -1,4 +1,4 @@
-"""A CSV file that people edit by hand and tools append to; one dataclass names and types its columns.
+"""A CSV file that people edit by hand and tools append to; a dataclass with a `run_id` names and types its columns.
 
 Tools only add rows at the end. What is already there stays byte for byte: CRLF, a byte-order mark,
 quoted newlines, blank lines, spaces around numbers; a missing final newline is added before the new
@@ -27,13 +27,13 @@ def columns(row_type):
     return [field.name for field in dataclasses.fields(row_type)]
 
 
-def read_rows(path, row_type, key="run_id"):
+def read_rows(path, row_type):
     """Every row of the ledger, typed, in the file's order.
 
     Errors: UserError with file and line for another header, a cell or row that does not parse (or that
-    the dataclass refuses) and a `key` that is empty or there twice.
+    the dataclass refuses) and a `run_id` that is empty or there twice.
     """
-    return [row for _, row in _parse(Path(path), _read(Path(path)), row_type, key)]
+    return [row for _, row in _parse(path, _read(path), row_type).values()]
 
 
 def parse_cell(cell, field):
@@ -56,46 +56,40 @@ def parse_cell(cell, field):
     return value
 
 
-def append_row(path, row, key="run_id"):
+def append_row(path, row):
     """Add `row` (a dataclass) at the end, atomically and under a lock; a missing or empty file gets the header.
 
-    Errors: UserError as read_rows, and when the ledger already has the row's `key` or CSV cannot hold
+    Errors: UserError as read_rows, and when the ledger already has the row's `run_id` or CSV cannot hold
     the row (NaN, text that is not UTF-8). The file is then untouched.
     """
     path = Path(path).resolve()  # a symlink stays one: what it points to is replaced
-    line = _format(row, key)
+    line = _format(row)
     try:
         with locked(path):
             data = _read(path) if path.exists() else b""
-            longer = _longer(path, data, row, line, key)
+            there = _parse(path, data, type(row)) if data else {}
+            if row.run_id.strip() in there:
+                number, _ = there[row.run_id.strip()]
+                raise UserError(f"{path}, line {number}: run_id {row.run_id.strip()!r} is already there; "
+                                "remove that line to log it again")
+            data = data or (",".join(columns(type(row))) + "\n").encode()
+            eol = b"\r\n" if data.partition(b"\n")[0].endswith(b"\r") else b"\n"
+            joint = b"" if data.endswith(b"\n") else eol
             with atomic_path(path) as temporary:
-                temporary.write_bytes(longer)
+                temporary.write_bytes(data + joint + line.encode() + eol)
     except OSError as error:
         raise UserError(f"cannot write the ledger {path} ({error.strerror})") from None
 
 
-def _longer(path, data, row, line, key):
-    """The ledger's bytes with the row's line added, after checking every line that is there."""
-    for number, old in _parse(path, data, type(row), key) if data else ():
-        if _name(old, key) == _name(row, key):
-            raise UserError(f"{path}, line {number}: {key} {_name(row, key)!r} is already there; "
-                            "remove that line to log it again")
-    if not data:
-        data = (",".join(columns(type(row))) + "\n").encode()
-    eol = b"\r\n" if data.partition(b"\n")[0].endswith(b"\r") else b"\n"
-    joint = b"" if data.endswith(b"\n") else eol
-    return data + joint + line.encode() + eol
-
-
 def _read(path):
     try:
-        return path.read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the ledger {path} ({error.strerror})") from None
 
 
-def _parse(path, data, row_type, key):
-    """[(line number, row)] of a ledger's bytes."""
+def _parse(path, data, row_type):
+    """{run id: (line number, row)} of a ledger's bytes, in their order."""
     try:
         text = data.decode().removeprefix(_BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
@@ -106,19 +100,16 @@ def _parse(path, data, row_type, key):
     if [cell.strip() for cell in header] != columns(row_type):
         raise UserError(f"{path}, line {line}: another header than this ledger's, which is "
                         f"{','.join(columns(row_type))}; restore it or use another file")
-    rows = []
-    seen = {}
+    rows = {}
     for line, cells in records:
         try:
             row = _typed(cells, row_type)
+            run_id = row.run_id.strip()
+            if run_id in rows:
+                raise ValueError(f"run_id {run_id!r} is on line {rows[run_id][0]} too")
         except ValueError as error:  # UserError too: the dataclass's own refusals get their line
             raise UserError(f"{path}, line {line}: {error}; mend or remove that line") from None
-        name = _name(row, key)
-        if not name or name in seen:
-            fault = f"{key} {name!r} is on line {seen[name]} too" if name else f"{key} is empty"
-            raise UserError(f"{path}, line {line}: {fault}; mend or remove that line")
-        seen[name] = line
-        rows.append((line, row))
+        rows[run_id] = line, row
     return rows
 
 
@@ -139,10 +130,13 @@ def _typed(cells, row_type):
     fields = dataclasses.fields(row_type)
     if len(cells) != len(fields):
         raise ValueError(f"{len(cells)} cells where the header has {len(fields)}")
-    return row_type(**{field.name: parse_cell(cell, field) for cell, field in zip(cells, fields, strict=True)})
+    row = row_type(*map(parse_cell, cells, fields))
+    if not row.run_id.strip():
+        raise ValueError("run_id is empty")
+    return row
 
 
-def _format(row, key):
+def _format(row):
     """The row as one CSV record without its line ending, checked to read back as it is."""
     buffer = io.StringIO(newline="")
     # "\r\n" as terminator so that a cell with either character gets its quotes
@@ -153,8 +147,6 @@ def _format(row, key):
         back = [_typed(cells, type(row)) for _, cells in _records("the row", line)]
     except ValueError as error:
         raise UserError(f"the ledger cannot hold this row: {error}") from None
-    if not _name(row, key):
-        raise UserError(f"the ledger cannot hold this row: {key} is empty")
     if back != [row]:
         raise UserError(f"the ledger cannot hold this row: {row} would read back as {back}")
     return line
@@ -165,7 +157,3 @@ def _cell(row, field):
     if value is None or isinstance(value, str):
         return value or ""
     return repr(float(value)) if float in (get_args(field.type) or (field.type,)) else str(value)
-
-
-def _name(row, key):
-    return str(getattr(row, key)).strip()

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.stats import f as f_distribution
 
 from nanochat import power_law
@@ -22,7 +23,6 @@ WARMUP_FRACTION = 0.1  # evaluations in the first tenth of the tokens are not on
 MAX_EXTRAPOLATION = 10.0  # times the tokens seen so far
 BEFORE_THE_CLOCK = "before the clock starts"  # in place of 0 s: a run's first steps are not timed
 _EXPONENTS = (0.02, 2.0)
-_CROSSINGS = 41
 _KINDS = {"val_bpb": ("val", "val_bpb"), "core": ("core", "core_metric")}
 
 
@@ -191,7 +191,8 @@ def _fit(tokens, metric, threshold, confidence):
     """(tokens where the fitted falling power law crosses the threshold, lo, hi, exponent, asymptote), or why not.
 
     The curves that cross at `c` are metric - threshold = a * (tokens^-b - c^-b): again a closed form for a and a
-    search for b give the smallest residual. Tokens are in units of those seen so far.
+    search for b give the smallest residual. Tokens are in units of those seen so far; hi is infinite where it would be
+    above MAX_EXTRAPOLATION of them.
     """
     scale = tokens[-1]
     t = tokens / scale
@@ -204,41 +205,29 @@ def _fit(tokens, metric, threshold, confidence):
     if crossing > MAX_EXTRAPOLATION:
         return f"the fitted curve needs {crossing:.1f} times the tokens seen so far, more than {MAX_EXTRAPOLATION:g}"
 
-    freedom = len(metric) - 3
+    freedom, distance = len(metric) - 3, metric - threshold
     residual = ((metric - asymptote - slope * t**-exponent) ** 2).sum()
     floor = residual + 1e-12 * ((metric - metric.mean()) ** 2).sum()  # rounding is not evidence
     allowed = floor * (1 + f_distribution.ppf(confidence, 1, freedom) / freedom)
     crossing = max(crossing, 1.0)  # the target was not reached so far
-    lo, hi = _accepted_range(lambda c: _forced_squares(t, metric - threshold, c) <= allowed, crossing)
-    return crossing * scale, lo * scale, hi * scale, exponent, asymptote
 
+    def excess(at):
+        """By how much the squares that the best falling curve through the threshold at `at` leaves are above those
+        allowed."""
+        def squares(exponents):
+            forced = t ** -exponents[:, None] - at ** -exponents[:, None]
+            product, square = forced @ distance, (forced**2).sum(-1)
+            return np.where(product > 0, (distance**2).sum() - product**2 / square, np.inf)
+        return squares(power_law.best_exponent(squares, _EXPONENTS)[None])[0] - allowed
 
-def _forced_squares(t, distance, crossings):
-    """Sum of squares left by the best falling curve that crosses the threshold at each of `crossings`."""
+    def end(limit):
+        """The accepted crossing that is furthest from the estimate towards `limit`."""
+        if excess(limit) <= 0:
+            return limit
+        return brentq(excess, crossing, limit, rtol=1e-6) if excess(crossing) < 0 else crossing
 
-    def squares(exponents):
-        forced = t ** -exponents[..., None] - (crossings[:, None] ** -exponents)[..., None]
-        product, square = forced @ distance, (forced**2).sum(-1)
-        left = ((distance - (product / square)[..., None] * forced) ** 2).sum(-1)
-        return np.where(product > 0, left, np.inf)
-
-    best = power_law.best_exponent(squares, _EXPONENTS, crossings.shape)
-    return squares(best[:, None])[:, 0]
-
-
-def _accepted_range(accepts, estimate):
-    """Ends of the accepted crossings around the estimate, from 1 up; infinity above MAX_EXTRAPOLATION."""
-    grid = np.geomspace(1.0, MAX_EXTRAPOLATION, _CROSSINGS)
-    accepted = [estimate, *grid[accepts(grid)]]
-    inside = np.array([min(accepted), max(accepted)])
-    outside = np.array([max(grid[grid < inside[0]], default=1.0), min(grid[grid > inside[1]], default=math.inf)])
-    if math.isinf(outside[1]):
-        outside[1] = inside[1]
-    for _ in range(8):  # bisection of both ends at once, to 0.02 % of the time
-        middle = np.sqrt(inside * outside)
-        kept = accepts(middle)
-        inside, outside = np.where(kept, middle, inside), np.where(kept, outside, middle)
-    return float(inside[0]), math.inf if inside[1] == MAX_EXTRAPOLATION else float(inside[1])
+    lo, hi = end(1.0), end(MAX_EXTRAPOLATION)
+    return crossing * scale, lo * scale, math.inf if hi == MAX_EXTRAPOLATION else hi * scale, exponent, asymptote
 
 
 def _line_crossing(tokens, metric, threshold):
@@ -252,8 +241,6 @@ def _line_crossing(tokens, metric, threshold):
 
 def _clock(tokens, clock_sec):
     """A function from tokens still to come to the training clock, at the median seconds per token so far."""
-    if len(tokens) < 2:
-        return lambda target: None
     spans = np.diff(tokens)
     pace = float(np.median(np.diff(clock_sec)[spans > 0] / spans[spans > 0])) if (spans > 0).any() else 0.0
     return lambda target: float(clock_sec[-1] + (target - tokens[-1]) * pace)

@@ -23,8 +23,7 @@ from nanochat.ranks import print0
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="experiment", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="the experiment's name in the ledger and in its run ids")
     parser.add_argument("--profile", required=True, help=f"training protocol: {', '.join(PROFILES)}")
     parser.add_argument("--candidates", nargs="+", default=[BASELINE], metavar="NAME",
@@ -99,7 +98,7 @@ def main(argv=None):
     if args.dry_run:
         for run in runs:
             print(("# done: " if run.run_id in finished else "") + shlex.join(training(run.flags)))
-        return 0
+        return
     check_output("--ledger", args.ledger)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if len(finished) < len(runs):
@@ -108,8 +107,7 @@ def main(argv=None):
     if args.probe:
         probe_candidates(experiment, runs_dir(), training)
     print(f"{made} runs made; rows in {args.ledger}, records in {runs_dir()}")
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -17,8 +17,7 @@ from nanochat.target import check_target
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="lane_b", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="cpu", help=f"training protocol: {', '.join(SETTINGS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2],
                         help="of the proof (0 1 2); the gates ask for three. Target and calibration have others")
@@ -46,8 +45,7 @@ def main(argv=None):
                 run_module(module, flags)
     finally:
         signal.signal(signal.SIGTERM, ended)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

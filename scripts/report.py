@@ -13,8 +13,7 @@ from nanochat.paths import runs_dir
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run ids or folders, instead of --experiment")
     parser.add_argument("--experiment", help="the experiment's name in the ledger")
     parser.add_argument("--miniseries", help="the experiment over depths that gate 4 judges by")
@@ -38,8 +37,7 @@ def main(argv=None):
               if args.experiment else runs_report(args.runs, runs_dir(), args.lane_b_figures))
     write_text(out, report.markdown() if args.markdown else report.html())
     print(f"written: {out} ({out.stat().st_size / 1024:.0f} KiB)")
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

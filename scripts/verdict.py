@@ -9,16 +9,15 @@ from pathlib import Path
 from nanochat.errors import UserError, command
 from nanochat.experiments.change_log import add_entry, verdict_entry
 from nanochat.experiments.comparison import RULES
+from nanochat.experiments.gates import judge_all
 from nanochat.experiments.trials import facts_of, load_trials
-from nanochat.experiments.verdicts import judge_experiment
 from nanochat.files import check_output
 from nanochat.paths import runs_dir
 from nanochat.provenance import utc_now
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="verdict", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", required=True, help="the experiment's name in the ledger")
     parser.add_argument("--miniseries", help="the experiment over depths that gate 4 judges by")
     parser.add_argument("--candidates", nargs="+", metavar="NAME", help="all of the experiment's when left out")
@@ -40,7 +39,8 @@ def main(argv=None):
         if args.log:
             raise UserError(f"{missing}; judge them with --log where they were made (NANOCHAT_BASE_DIR)")
         print(f"note: {missing}\n")
-    verdicts = judge_experiment(args.ledger, args.experiment, runs_dir(), args.miniseries, args.candidates)
+    series = load_trials(args.ledger, args.miniseries, runs_dir()) if args.miniseries else []
+    verdicts = judge_all(trials, series, runs_dir(), args.candidates)
     print("\n".join(RULES.describe()), end="\n\n")
     for verdict in verdicts:
         print("\n".join(verdict.describe()), end="\n\n")
@@ -48,8 +48,7 @@ def main(argv=None):
         entry = verdict_entry(utc_now()[:10], args.experiment, args.miniseries, facts_of(trials), verdicts)
         added = add_entry(args.log, entry)
         print(f"added to {args.log}" if added else f"{args.log}: its newest entry says the same, nothing added")
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

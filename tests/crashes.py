@@ -99,11 +99,13 @@ def kill_at_every_call(folder):
     assert n_kills > 40, n_kills
 
 
-def save_for_ever(folder, numel):
+def save_for_ever(folder, numel, saved):
+    """Save step after step, writing a byte to the pipe `saved` after each."""
     step = find_checkpoint(folder)
     while True:
         step += 1
         save(folder, step, float(step), numel)
+        os.write(saved, b".")
         for path in folder.glob(f"*_{step - 2:06d}*"):
             path.unlink()
 
@@ -112,14 +114,17 @@ def kill_at_random_moments(folder, n_kills=15, numel=1_000_000):
     save(folder, 1, 1.0)
     latest = 1
     for _ in range(n_kills):
-        process = child(save_for_ever, folder, numel)
+        reader, writer = os.pipe()
+        process = child(save_for_ever, folder, numel, writer)
+        os.close(writer)
+        assert os.read(reader, 1), "the child ended before it saved anything"
         time.sleep(random.uniform(0.01, 0.15))
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
+        os.close(reader)
         assert os.WIFSIGNALED(status), "the child ended by itself"
         before, latest = latest, find_checkpoint(folder)
-        assert latest >= before and read(folder, latest) == latest
-    assert latest > 1, "no child saved anything"
+        assert latest > before and read(folder, latest) == latest
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Made run records and ledger rows with known figures, for the tests of experiments, gates and report."""
 
-import dataclasses
 import math
 
 import numpy as np
 
-from nanochat.experiments.ledger import ExperimentRow, append_experiment
+from nanochat.experiments.ledger import append_experiment
 from nanochat.experiments.profiles import CANDIDATES
+from nanochat.experiments.trials import row_of
 from nanochat.paths import runs_dir
 from nanochat.runlog import RunLog, find_run
 from nanochat.target import evaluations_of, time_to_target
@@ -58,16 +58,9 @@ def make_trial(ledger, experiment, *, candidate="baseline", depth=4, seed=0, thr
     """A made run and its ledger row; `row` overrides cells of the row."""
     run_id = f"{experiment}.{candidate}.d{depth}.s{seed}"
     record = make_run(run_id, candidate=candidate, depth=depth, seed=seed, threshold=threshold, **run)
-    summary = record.summary or {}
-    cells = {name: summary.get(name) for name in (
-        "time_to_target_sec_measured", "time_to_target_sec_extrapolated", "tok_per_sec_median", "dt_median_ms",
-        "wall_time_sec", "min_val_bpb", "peak_memory_mib")}
-    made = ExperimentRow(
-        timestamp="2026-11-23T12:00:00Z", git_commit="0" * 40, experiment_name=experiment, seed=seed, depth=depth,
-        target_metric_name="val_bpb", target_metric_threshold=threshold, status=summary.get("status", "failed"),
-        candidate_flags=CANDIDATES.get(candidate, candidate), dataset_id=record.config["dataset_id"],
-        total_tokens=summary.get("tokens"), device=record.config["device"]["name"], run_id=run_id, **cells)
-    append_experiment(ledger, dataclasses.replace(made, **(row or {})))
+    append_experiment(ledger, row_of(record, **{
+        "experiment_name": experiment, "candidate_flags": CANDIDATES.get(candidate, candidate),
+        "target_metric_threshold": threshold, **(row or {})}))
 
 
 def _bpb(step, steps, depth):

@@ -1,7 +1,8 @@
 import json
 import os
 import pickle
-import pydoc_data.topics
+import random
+import string
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,9 +30,11 @@ from scripts.lane_b_stats import main, parse_args
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A folder of text (the Python reference, cut into pages) and a tokenizer for it."""
+    """A folder of text (words that repeat what is near, cut into pages) and a tokenizer for it."""
     folder = tmp_path_factory.mktemp("corpus")
-    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    spell = random.Random(0)
+    words = ["".join(spell.choices(string.ascii_lowercase, k=2 + rank % 6)) for rank in range(300)]
+    text = " ".join(words[rank] for rank in Copying(1.2, q=0.9, vocab_size=300).sample(120_000, seed=0))
     pages = [text[start:start + 2500] for start in range(0, len(text), 2500)]
     (folder / "text").mkdir()
     (folder / "text" / "pages.jsonl").write_text("".join(json.dumps({"text": page}) + "\n" for page in pages))

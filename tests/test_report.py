@@ -15,8 +15,9 @@ import pytest
 from synthetic_runs import make_run, make_trial
 
 from nanochat.errors import UserError
+from nanochat.experiments.gates import judge_all
 from nanochat.experiments.report import experiment_report, runs_report
-from nanochat.experiments.verdicts import judge_experiment
+from nanochat.experiments.trials import load_trials
 from nanochat.files import write_json
 from nanochat.paths import runs_dir
 from nanochat.training.config import TrainingConfig
@@ -68,7 +69,8 @@ def page_text(page):
 
 def test_page_shows_the_verdicts_that_the_gates_give(matrix):
     text = " ".join(page_text(matrix.page).split())
-    for verdict in judge_experiment(matrix.ledger, "lane_c", matrix.runs, "depths"):
+    trials, series = (load_trials(matrix.ledger, name, matrix.runs) for name in ("lane_c", "depths"))
+    for verdict in judge_all(trials, series, matrix.runs):
         assert f"{verdict.candidate} {verdict.decision}" in text and f"decided by {verdict.decided_by}" in text
         for gate in verdict.gates:
             assert " ".join(gate.detail.split()) in text

@@ -86,6 +86,11 @@ def found(**figures):
     return {name: value for name, value in figures.items() if value is not None and value != []}
 
 
+def fewer(what, n, least):
+    """The figure of too few seeds or depths; empty when there are enough."""
+    return {what: (n, least)} if n < least else {}
+
+
 def series_fault(series, rules):
     """Gate 4 where the runs over depths do not let it judge, or None."""
     name = "4 generalisation"
@@ -95,10 +100,7 @@ def series_fault(series, rules):
     failed = [(t.label, t.row.status) for t in series.tried.values() if not t.ok]
     if failed:
         return Gate(name, FAIL, {"failed": failed})
-    n_depths = len({b.row.depth for b, _ in series.pairs})
-    lacks = series.missing
-    if not lacks and n_depths < rules.min_depths:
-        lacks = {"depths": (n_depths, rules.min_depths)}
+    lacks = series.missing or fewer("depths", len({b.row.depth for b, _ in series.pairs}), rules.min_depths)
     return Gate(name, INSUFFICIENT, lacks) if lacks else None
 
 

@@ -44,7 +44,8 @@ def curves(groups, value, x_axis):
         low = min([low, *targets])
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-9)
     axes.set_xlim(left=0)
-    _titles(axes, x_label, "val_bpb, bits per byte" if value == "val_bpb" else "train loss, nats per token")
+    y_label = "val_bpb, bits per byte" if value == "val_bpb" else "train loss, nats per token"
+    axes.set(xlabel=x_label, ylabel=y_label)
     return _svg(figure, f"{value}-{x_axis}")
 
 
@@ -61,7 +62,7 @@ def excess(groups, baseline, margin):
     axes.axhline(0, color=MUTED, lw=1)
     if margin is not None:
         axes.axhspan(-margin, margin, color=MUTED, alpha=0.15, lw=0)
-    _titles(axes, "step", "val_bpb minus the baseline's")
+    axes.set(xlabel="step", ylabel="val_bpb minus the baseline's")
     return _svg(figure, "excess")
 
 
@@ -88,9 +89,7 @@ def time_bars(groups, confidence):
                 axes.plot([low, high or 10 * low], [row + offset] * 2, color=colour, lw=1)
         largest = max(largest, *seconds)
     axes.set_yticks(range(len(timed)), list(timed))
-    axes.set_ylim(len(timed) - 0.4, -0.6)
-    axes.set_xlim(0, 1.3 * largest or 1.0)
-    _titles(axes, "training time to target, s", None)
+    axes.set(xlim=(0, 1.3 * largest or 1.0), ylim=(len(timed) - 0.4, -0.6), xlabel="training time to target, s")
     return _svg(figure, "time-to-target")
 
 
@@ -106,8 +105,7 @@ def step_times(groups):
             axes.plot([median, median], [row - 0.25, row + 0.25], color=INK, lw=2)
             axes.annotate(f"{median:,.1f} ms", (median, row - 0.3), ha="center", va="bottom", fontsize=8, color=INK)
     axes.set_yticks(range(len(groups)), list(groups))
-    axes.set_ylim(len(groups) - 0.4, -0.8)
-    _titles(axes, "step time, ms", None)
+    axes.set(ylim=(len(groups) - 0.4, -0.8), xlabel="step time, ms")
     return _svg(figure, "step-times")
 
 
@@ -125,7 +123,7 @@ def over_depths(groups, value_of, label, baseline=None):
     if baseline:
         axes.axhline(0, color=MUTED, lw=1)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _titles(axes, "depth", label)
+    axes.set(xlabel="depth", ylabel=label)
     return _svg(figure, "change-" + label.split()[0] if baseline else "miniseries")
 
 
@@ -144,14 +142,14 @@ def _smooth(curve):
     return curve[::max(1, len(curve) // _MAX_POINTS)]
 
 
-def _figure(width=4.3, height=2.9):
+def _figure(height=2.9):
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("the report's figures need matplotlib: pip install 'nanochat[report]'") from None
     with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(4.3, height), layout="constrained")
         axes = figure.add_subplot()
     figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
@@ -161,12 +159,9 @@ def _figure(width=4.3, height=2.9):
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(GRID)
     axes.tick_params(colors=MUTED, labelcolor=INK, length=0, labelsize=8.5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set_color(MUTED)
     return figure, axes
-
-
-def _titles(axes, x_label, y_label):
-    axes.set_xlabel(x_label, color=MUTED)
-    axes.set_ylabel(y_label or "", color=MUTED)
 
 
 def _svg(figure, name):

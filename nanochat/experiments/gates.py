@@ -16,12 +16,14 @@ from nanochat.experiments.comparison import (
     RULES,
     SPIKE_WINDOW,
     Comparison,
+    fewer,
     found,
     relative_change,
     series_fault,
 )
 from nanochat.experiments.findings import Gate, Verdict, listed
 from nanochat.experiments.paired import paired
+from nanochat.experiments.probe import read_probe
 from nanochat.experiments.trials import INTERPRETED, check_comparable, check_same_world, split
 
 
@@ -49,6 +51,12 @@ def judge(candidate, trials, miniseries=(), probe=None, rules=RULES):
                         "several depths are gate 4's miniseries")
     gates = _gates(runs, series, probe, rules)
     return Verdict(candidate, next(iter(runs.tried.values())).row.candidate_flags, gates, *decide(gates))
+
+
+def judge_all(trials, miniseries, runs_dir, candidates=None):
+    """A Verdict for each candidate (all that the trials have, when None), in the ledger's order. Errors: as judge."""
+    return [judge(name, trials, miniseries, read_probe(runs_dir, trials[0].row.experiment_name, name))
+            for name in candidates or split(trials)[1]]
 
 
 def _gates(runs, series, probe, rules):
@@ -95,9 +103,8 @@ def time_gate(runs, rules, void=None):
         return Gate(name, INSUFFICIENT, {**void, **figures})
     if slower:
         return Gate(name, FAIL, {"slower_seeds": slower, **figures})
-    lacks = runs.missing or found(before_clock_seeds=before, untimed_seeds=untimed)
-    if not lacks and len(timed) < rules.min_seeds:
-        lacks = {"seeds": (len(timed), rules.min_seeds)}
+    lacks = (runs.missing or found(before_clock_seeds=before, untimed_seeds=untimed)
+             or fewer("seeds", len(timed), rules.min_seeds))
     return Gate(name, INSUFFICIENT if lacks else PASS, {**lacks, **figures})
 
 
@@ -123,11 +130,9 @@ def quality_gate(runs, rules):
     figures = found(excess_and_margin_bpb=(excess, margin), worst_bpb=worst)
     if excess.mean > margin or (worst is not None and worst[0] > worst[1]):
         return Gate(name, FAIL, figures)
-    lacks, n_needed = runs.missing, max(rules.min_seeds, len(pairs))
-    if not lacks and len(excesses) < n_needed:
-        lacks = {"seeds": (len(excesses), n_needed)}
-    elif not lacks and worst is None and not any(c.own_horizon for _, c in pairs):
-        lacks = {"no_curves": True}
+    no_curves = worst is None and not any(c.own_horizon for _, c in pairs)
+    lacks = (runs.missing or fewer("seeds", len(excesses), max(rules.min_seeds, len(pairs)))
+             or found(no_curves=no_curves or None))
     return Gate(name, INSUFFICIENT if lacks else PASS, {**lacks, **figures})
 
 

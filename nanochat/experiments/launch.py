@@ -84,24 +84,13 @@ def _wait(child, until_end):
 def _follow(child, folder, bar):
     """Wait for the process, showing the run's steps; returns its exit code."""
     while True:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             return child.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            bar.total = bar.total or _total_steps(folder)
-            bar.update(_last_step(folder, bar.n) - bar.n)
-
-
-def _total_steps(folder):
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("num_iterations")
-
-
-def _last_step(folder, known):
-    """The step of the newest whole event near the end of the file; `known` when there is none."""
-    with contextlib.suppress(OSError, ValueError, KeyError, IndexError), open(folder / METRICS, "rb") as file:
-        file.seek(max(0, (folder / METRICS).stat().st_size - 8192))
-        return json.loads(file.read().split(b"\n")[-2])["step"]
-    return known
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):  # no event yet, or half of one
+            bar.total = bar.total or json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("num_iterations")
+            with open(folder / METRICS, "rb") as file:
+                file.seek(max(0, (folder / METRICS).stat().st_size - 8192))
+                bar.update(json.loads(file.read().split(b"\n")[-2])["step"] - bar.n)
 
 
 def _last_line(console):

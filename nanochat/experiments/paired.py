@@ -1,6 +1,5 @@
 """Paired differences over seeds: size, spread, interval and p of a gain."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +40,5 @@ def paired(differences, confidence):
     sd = float(d.std(ddof=1))
     if sd <= 1e-12 * float(np.abs(d).max()):  # every pair alike but for rounding: t is infinite, or 0/0
         return Paired(n, mean, 0.0)
-    error = sd / math.sqrt(n)
-    reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
-    return Paired(n, mean, sd, mean - reach, mean + reach, float(stats.t.sf(mean / error, n - 1)))
+    lo, hi = map(float, stats.ttest_1samp(d, 0).confidence_interval(confidence))
+    return Paired(n, mean, sd, lo, hi, float(stats.ttest_1samp(d, 0, alternative="greater").pvalue))

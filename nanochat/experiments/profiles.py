@@ -15,17 +15,15 @@ CANDIDATES = {
     "chunked-ce": "--chunked-ce",
     "both": "--fused-rmsnorm --chunked-ce",
 }
-
-
-PROTOCOL_FLAGS = ("--crop=drop",)  # upstream's packing rule
+PINNED = ("--run=dummy", "--crop=drop")  # of every profile: no wandb, and upstream's packing rule
 
 
 @dataclass(frozen=True)
 class Profile:
     """A training protocol: everything but candidate, seed, depth and target is fixed by it.
 
-    pinned: flags after those of the protocol's text, which base_train's defaults must not change. n_train_files: what
-    is downloaded of the dataset (None: it is made here). series, series_depths: what gate 4 judges by.
+    n_train_files: what is downloaded of the dataset (None: it is made here). series, series_depths: what gate 4 judges
+    by.
     """
 
     description: str
@@ -35,13 +33,12 @@ class Profile:
     vocab_size: int = 8192
     n_train_files: int | None = None
     min_seeds: int = 1
-    pinned: tuple[str, ...] = ()
     series: str = ""
     series_depths: tuple[int, ...] = (2, 3, 4)
 
     def command_flags(self, depth):
         """The base_train flags of a run at `depth`, in the protocol's order."""
-        return [f"--depth={depth}", *shlex.split(self.flags), "--run=dummy", *self.pinned]
+        return [f"--depth={depth}", *shlex.split(self.flags), *PINNED]
 
     def tokenizer_dir(self):
         """The folder of the tokenizer of this vocabulary and dataset."""
@@ -57,21 +54,21 @@ PROFILES = {
         "the d12 baseline protocol: 1500 steps of 16384 tokens, on one GPU", 12, "climbmix",
         "--head-dim=128 --window-pattern=L --max-seq-len=512 --device-batch-size=16 --total-batch-size=16384 "
         "--eval-every=100 --eval-tokens=524288 --core-metric-every=-1 --sample-every=-1 --save-every=-1 "
-        "--num-iterations=1500", vocab_size=32768, n_train_files=8, min_seeds=2, pinned=PROTOCOL_FLAGS,
-        series="miniseries", series_depths=(8, 10, 12, 14)),
+        "--num-iterations=1500", vocab_size=32768, n_train_files=8, min_seeds=2, series="miniseries",
+        series_depths=(8, 10, 12, 14)),
     "cpu": Profile(
         "the same shape of protocol on a CPU: d4, 300 steps of 2048 tokens", 4, "stdlib",
         f"{_CPU} --max-seq-len=256 --device-batch-size=8 --total-batch-size=2048 --num-iterations=300 --eval-every=50 "
-        f"--eval-tokens=65536 {_UNSCALED_2048} {_ENDS_ALONE}", pinned=PROTOCOL_FLAGS, series="cpu"),
+        f"--eval-tokens=65536 {_UNSCALED_2048} {_ENDS_ALONE}", series="cpu"),
     "cpu-short": Profile(
         "the same shape in miniature, d2, 60 steps of 512 tokens: lane C's kernels run in the Triton interpreter there",
         2, "stdlib",
         f"{_CPU} --max-seq-len=128 --device-batch-size=4 --total-batch-size=512 --num-iterations=60 --eval-every=10 "
-        f"--eval-tokens=8192 {_ENDS_ALONE}", pinned=PROTOCOL_FLAGS, series="cpu-short"),
+        f"--eval-tokens=8192 {_ENDS_ALONE}", series="cpu-short"),
     "miniseries": Profile(
         "whole schedules at each depth: horizon and batch follow from the depth", 12, "climbmix",
         f"--target-param-data-ratio=12 --eval-every=250 {_ENDS_ALONE}", vocab_size=32768, n_train_files=8,
-        pinned=PROTOCOL_FLAGS, series="miniseries", series_depths=(8, 10, 12, 14)),
+        series="miniseries", series_depths=(8, 10, 12, 14)),
 }
 
 

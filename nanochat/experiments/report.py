@@ -11,11 +11,9 @@ from markupsafe import Markup  # marks the figures as markup: matplotlib escapes
 from nanochat.errors import UserError
 from nanochat.experiments import figures
 from nanochat.experiments.comparison import RULES
-from nanochat.experiments.gates import quality_margin
-from nanochat.experiments.ledger import ExperimentRow
+from nanochat.experiments.gates import judge_all, quality_margin
 from nanochat.experiments.profiles import BASELINE
-from nanochat.experiments.trials import Trial, check_same_world, device_of, facts_of, load_trials, split
-from nanochat.experiments.verdicts import judge_experiment
+from nanochat.experiments.trials import Trial, check_same_world, facts_of, load_trials, row_of, split
 from nanochat.runlog import find_run
 from nanochat.target import BEFORE_THE_CLOCK
 
@@ -79,14 +77,13 @@ class Report:
 
 
 def experiment_report(ledger, experiment_name, runs_dir, miniseries=None, images=()):
-    """The Report of an experiment: verdicts, curves, times, miniseries. Errors: UserError as judge_experiment."""
+    """The Report of an experiment: verdicts, curves, times, miniseries. Errors: UserError as judge."""
     trials = load_trials(ledger, experiment_name, runs_dir)
     series = load_trials(ledger, miniseries, runs_dir) if miniseries else []
     check_same_world([*trials, *series])
     groups, (baseline, others) = _groups(trials), split(trials)
     one_depth = len({trial.row.depth for trial in trials}) == 1
-    judged = others and baseline and one_depth
-    verdicts = judge_experiment(ledger, experiment_name, runs_dir, miniseries) if judged else []
+    verdicts = judge_all(trials, series, runs_dir) if others and baseline and one_depth else []
     overview = _overview(groups)
     if verdicts:
         drawn = figures.excess(groups, BASELINE, quality_margin(baseline, RULES))
@@ -102,7 +99,7 @@ def runs_report(names, runs_dir, images=()):
 
     Errors: UserError for a run that is not there, two runs with one id, and runs of other datasets or devices.
     """
-    trials = [_trial_of(find_run(name, runs_dir)) for name in names]
+    trials = [Trial(row_of(record), record) for record in (find_run(name, runs_dir) for name in names)]
     seen = {}
     for trial in trials:
         first = seen.setdefault(trial.row.run_id, trial)
@@ -158,20 +155,6 @@ def _groups(trials, labels=()):
     for trial in trials:
         groups.setdefault(trial.candidate, []).append(trial)
     return groups
-
-
-def _trial_of(record):
-    """A run's record as a trial: each run is a candidate of its own."""
-    summary, config = record.summary or {}, record.config
-    cells = {name: summary.get(name) for name in (
-        "target_metric_threshold", "time_to_target_sec_measured", "time_to_target_sec_extrapolated",
-        "tok_per_sec_median", "dt_median_ms", "wall_time_sec", "min_val_bpb", "peak_memory_mib")}
-    return Trial(ExperimentRow(
-        timestamp=config.get("created_utc", ""), git_commit=config.get("git_commit") or "", experiment_name="",
-        seed=config.get("seed"), depth=config.get("flags", {}).get("depth"), status=summary.get("status", "failed"),
-        target_metric_name=summary.get("target_metric_name") or "val_bpb", candidate_flags=record.run_id,
-        dataset_id=config["dataset_id"], total_tokens=summary.get("tokens"), device=device_of(config),
-        run_id=record.run_id, **cells), record)
 
 
 def _flags(record):

@@ -5,17 +5,17 @@ every row is there. One lock an experiment, inherited by the training process, k
 even when the first was killed and its training goes on.
 """
 
-import math
 import shlex
 import sys
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 from nanochat.errors import UserError
 from nanochat.experiments.launch import PLANNED, experiment_lock, run_training
-from nanochat.experiments.ledger import ExperimentRow, append_experiment, read_experiments
-from nanochat.experiments.profiles import CANDIDATES, Profile, candidate_name
-from nanochat.experiments.trials import device_of, load_trials, split
+from nanochat.experiments.ledger import append_experiment, read_experiments
+from nanochat.experiments.profiles import CANDIDATES, Profile
+from nanochat.experiments.trials import load_trials, row_of, split
 from nanochat.files import read_json
 from nanochat.provenance import utc_now
 from nanochat.ranks import print0
@@ -48,15 +48,11 @@ class Experiment:
                 raise UserError(f"give each {what} once, and at least one: {list(values)}")
         if len(self.seeds) < self.profile.min_seeds:
             raise UserError(f"a protocol run needs {self.profile.min_seeds} seeds, as with --seeds 0 1")
-        first = {}
-        for name, flags in self.candidates.items():
-            if first.setdefault(flags, name) != name:
-                raise UserError(f"candidates {first[flags]!r} and {name!r} have the same flags {flags!r}; give one")
-            known = candidate_name(flags)
-            if known not in (name, flags):
-                raise UserError(f"candidate {name!r} has the flags of {known!r}; call it so")
-            if CANDIDATES.get(name, flags) != flags:
-                raise UserError(f"candidate {name!r} always has the flags {CANDIDATES[name]!r}; choose another name")
+        given = self.candidates.items()
+        for (name, flags), (other, others) in product(given, [*CANDIDATES.items(), *given]):
+            if (name == other) != (flags == others):
+                raise UserError(f"candidate {name!r} has the flags {flags!r}, {other!r} has {others!r}: one name for "
+                                "one set of flags; leave out or rename one")
 
     @property
     def has_own_data(self):
@@ -79,12 +75,9 @@ class PlannedRun:
 def plan(experiment):
     """Every run in its order: all candidates of a seed, then the next seed, then the next depth (A B A B ...)."""
     runs = []
-    for depth in experiment.depths:
-        for seed in experiment.seeds:
-            for name, flags in experiment.candidates.items():
-                run_id = check_run_id(f"{experiment.name}.{name}.d{depth}.s{seed}")
-                train_flags = _train_flags(experiment, run_id, flags, depth, seed)
-                runs.append(PlannedRun(run_id, name, flags, depth, seed, train_flags))
+    for depth, seed, (name, flags) in product(experiment.depths, experiment.seeds, experiment.candidates.items()):
+        run_id = check_run_id(f"{experiment.name}.{name}.d{depth}.s{seed}")
+        runs.append(PlannedRun(run_id, name, flags, depth, seed, _train_flags(experiment, run_id, flags, depth, seed)))
     return runs
 
 
@@ -130,46 +123,24 @@ def run_experiment(experiment, ledger, runs_dir, command=training_command, repor
             if not _ended_well(folder):
                 run_training(folder, command(run.flags), lock, f"[{number}/{len(runs)}] {run.run_id}", flags=run.flags)
                 made += 1
-            row = ledger_row(experiment, run, read_run(folder))
+            row = row_of(
+                read_run(folder), timestamp=utc_now(), experiment_name=experiment.name, seed=run.seed, depth=run.depth,
+                candidate_flags=run.candidate_flags, target_metric_name=experiment.target_metric_name,
+                target_metric_threshold=experiment.target_metric_threshold)
             append_experiment(ledger, row)
             report(f"[{number}/{len(runs)}] {_describe(row)}")
     return made
 
 
-def ledger_row(experiment, run, record):
-    """The ledger's row of a run: status `failed` when it left no summary."""
-    summary = record.summary or {}
-    cells = {name: summary.get(name) for name in (
-        "time_to_target_sec_measured", "time_to_target_sec_extrapolated", "tok_per_sec_median", "dt_median_ms",
-        "wall_time_sec", "min_val_bpb", "peak_memory_mib")}
-    return ExperimentRow(
-        timestamp=utc_now(),
-        git_commit=record.config.get("git_commit") or "", experiment_name=experiment.name, seed=run.seed,
-        depth=run.depth, target_metric_name=experiment.target_metric_name,
-        target_metric_threshold=experiment.target_metric_threshold, status=summary.get("status", "failed"),
-        candidate_flags=run.candidate_flags, dataset_id=record.config["dataset_id"],
-        total_tokens=summary.get("tokens"), device=device_of(record.config), run_id=run.run_id, **cells)
-
-
 def check_asked(folder, flags):
-    """Raise UserError, naming the first flag that differs, unless the record in `folder` was made with `flags`.
-
-    The record holds every flag with its value; planned.json, where the runner left one, those that were given.
-    """
-    config = read_json(folder / CONFIG, "delete that folder to train it again")
-    held = {"crop": "drop", **(config.get("flags") or {})}  # before there was --crop, all dropped
-    given = (read_json(folder / PLANNED, "delete that file").get("flags", []) if (folder / PLANNED).exists() else [])
-    # without a target the record's threshold is null, so a threshold never goes with another's time
-    asked, before = {"target_metric_threshold": "nan"} | _parsed(flags), _parsed(given)
-    differing = [name for name, word in asked.items() if name in held and not _is_value(held[name], word)]
-    differing += [name for name, value in held.items() if value is True and name not in asked]
-    differing += [name for name, word in before.items()
-                  if name not in asked or (name not in held and asked[name] != word)]
-    if differing:
-        name = differing[0]
-        was, now = held.get(name, before.get(name)), asked.get(name, "not given")
-        raise UserError(f"{folder}: this run was made with --{name.replace('_', '-')} {was}, now it is {now}; "
-                        "choose another --name (with the scripts in runs/: TAG=...)")
+    """Raise UserError, naming the first flag that differs, unless the run in `folder` was planned with `flags`."""
+    given = read_json(folder / PLANNED, "delete that folder to train it again").get("flags", [])
+    before, asked = ({"crop": "drop", **_parsed(words)} for words in (given, flags))  # before --crop, all dropped
+    for name in {**asked, **before}:
+        was, now = before.get(name, "not given"), asked.get(name, "not given")
+        if was != now and _number(was) != _number(now):
+            raise UserError(f"{folder}: this run was made with --{name} {was}, now it is {now}; "
+                            "choose another --name (with the scripts in runs/: TAG=...)")
 
 
 def threshold_in_use(ledger, experiment_name):
@@ -228,26 +199,23 @@ def _ended_well(folder):
 
 
 def _parsed(flags):
-    """{name as in records: its last value in words, or True} of a command line's flags."""
+    """{name: its last value in words, or True} of a command line's flags."""
     parsed, name = {}, None
     for word in flags:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
             parsed[name] = value if equals else True
         elif name is not None:
             parsed[name] = word
     return parsed
 
 
-def _is_value(held, word):
-    """Whether a record's value is what a command line says: null is nan, numbers compare as numbers."""
-    if isinstance(held, (bool, str)):
-        return held == word
+def _number(word):
+    """A flag's value as a number where it is one: 0.50 is 0.5."""
     try:
-        return math.isnan(float(word)) if held is None else float(word) == held
+        return float(word)
     except ValueError:
-        return False
+        return word
 
 
 def _describe(row):

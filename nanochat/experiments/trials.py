@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -117,20 +118,17 @@ def load_trials(ledger, experiment_name, runs_dir):
         there = f"it has {', '.join(names)}" if names else "it has no rows yet"
         raise UserError(f"no experiment {experiment_name!r} in {ledger}; {there}")
     trials = [Trial(row, _record(runs_dir, row)) for row in rows if row.experiment_name == experiment_name]
-    seen = {}
-    for trial in trials:
-        first = seen.setdefault((trial.row.candidate_flags, trial.row.depth, trial.row.seed), trial)
-        if first is not trial:
-            raise UserError(f"{ledger}: {first.row.run_id} and {trial.row.run_id} are both {trial.label}; "
+    for one, other in combinations(trials, 2):
+        same_name, same_flags = one.candidate == other.candidate, one.row.candidate_flags == other.row.candidate_flags
+        same_depth = one.row.depth == other.row.depth
+        if same_flags and same_depth and one.row.seed == other.row.seed:
+            raise UserError(f"{ledger}: {one.row.run_id} and {other.row.run_id} are both {other.label}; "
                             "remove one of the two lines")
-        name, flags, depth = trial.candidate, trial.row.candidate_flags, trial.row.depth
-        for value in ((name,), (name, depth), (None, flags), (None, flags, depth)):
-            other = seen.setdefault(value, trial)
-            by_depth = other.horizon_only and trial.horizon_only and other.row.depth != depth
-            if (other.candidate, other.row.candidate_flags) != (name, flags) and not by_depth:
-                raise UserError(f"{ledger}: {other.row.run_id} has candidate {other.candidate!r} with flags "
-                                f"{other.row.candidate_flags!r}, {trial.row.run_id} has {name!r} with "
-                                f"{flags!r}; keep the lines of one")
+        by_depth = one.horizon_only and other.horizon_only and not same_depth
+        if same_name != same_flags and not by_depth:
+            raise UserError(f"{ledger}: {one.row.run_id} has candidate {one.candidate!r} with flags "
+                            f"{one.row.candidate_flags!r}, {other.row.run_id} has {other.candidate!r} with "
+                            f"{other.row.candidate_flags!r}; keep the lines of one")
     return trials
 
 
@@ -157,7 +155,22 @@ def check_same_world(trials):
         _same(what, [t for t in trials if value_of(t)], value_of)
 
 
-def device_of(config):
+def row_of(record, **cells):
+    """The ledger's row of a RunRecord, status `failed` without a summary; `cells` stand in place of what it says."""
+    config, summary = record.config, record.summary or {}
+    measured = {name: summary.get(name) for name in (
+        "target_metric_threshold", "time_to_target_sec_measured", "time_to_target_sec_extrapolated",
+        "tok_per_sec_median", "dt_median_ms", "wall_time_sec", "min_val_bpb", "peak_memory_mib")}
+    return ExperimentRow(**{
+        "timestamp": config.get("created_utc", ""), "git_commit": config.get("git_commit") or "",
+        "experiment_name": "", "candidate_flags": record.run_id, "seed": config.get("seed"),
+        "depth": config.get("flags", {}).get("depth"), "status": summary.get("status", "failed"),
+        "target_metric_name": summary.get("target_metric_name") or "val_bpb", "dataset_id": config["dataset_id"],
+        "total_tokens": summary.get("tokens"), "device": _device_of(config), "run_id": record.run_id,
+        **measured, **cells})
+
+
+def _device_of(config):
     """The device as ledgers and comparisons name it, from a record's config: its name, the ranks if several, and
     whether Triton was interpreted, since such times say nothing of a GPU's."""
     device = config["device"]

@@ -66,14 +66,6 @@ class Slope:
         return self.value - half, self.value + half
 
 
-def r_squared(observed, fitted, weights=None):
-    """1 − Σw(observed − fitted)² / Σw(observed − mean)²; 0 where the observed values are all alike."""
-    observed, fitted = np.asarray(observed, float), np.asarray(fitted, float)
-    weights = np.ones_like(observed) if weights is None else np.asarray(weights, float)
-    total = weights @ (observed - np.average(observed, weights=weights)) ** 2
-    return float(1 - weights @ (observed - fitted) ** 2 / total) if total > 0 else 0.0
-
-
 def weights_of(y, y_se=None):
     """Weights of log y: 1 / (relative error² + 5 %²); the law's own inaccuracy bounds what any point can pull."""
     relative = 0.0 if y_se is None else np.asarray(y_se, float) / np.asarray(y, float)
@@ -91,13 +83,13 @@ def fit_power_law(x, y, weights=None):
     return PowerLaw(float(slope), float(np.sqrt(covariance[0, 0])), float(intercept), **summary)
 
 
-def fit_broken_power_law(x, y, weights=None, min_before=3, min_after=2):
-    """The best BrokenPowerLaw over breaks in 2.5..40, or None where no break leaves enough points on both sides."""
+def fit_broken_power_law(x, y, weights=None):
+    """The best BrokenPowerLaw over breaks in 2.5..40, or None where none leaves 3 points before it and 2 after."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     weights = weights_of(y) if weights is None else weights
     fits = []
     for n_break in np.geomspace(*BREAK_RANGE, 241):
-        if (x <= n_break).sum() >= min_before and (x > n_break).sum() >= min_after:
+        if (x <= n_break).sum() >= 3 and (x > n_break).sum() >= 2:
             after = np.log(np.maximum(x / n_break, 1))
             design = np.column_stack([after - np.log(x), -after, np.ones_like(x)])
             fits.append((n_break, *_least_squares(design, np.log(y), weights, n_parameters=5)))
@@ -150,9 +142,10 @@ def _least_squares(design, target, weights, n_parameters):
     coefficients = np.linalg.lstsq(design * root[:, None], target * root, rcond=None)[0]
     fitted = design @ coefficients
     chi_squared = float(weights @ (target - fitted) ** 2)
+    total = weights @ (target - np.average(target, weights=weights)) ** 2
     n = len(target)
     scale = max(1.0, chi_squared / n)
     return coefficients, chi_squared, {
         "rms_log_residual": float(np.sqrt(np.mean((target - fitted) ** 2))),
-        "r_squared": r_squared(target, fitted, weights),
+        "r_squared": float(1 - chi_squared / total) if total > 0 else 0.0,
         "bic": float(n * np.log(scale) + chi_squared / scale + n_parameters * np.log(n))}

@@ -38,8 +38,7 @@ class KneserNey:
         keys, _ = ngram_keys(documents, context + 1)
         self.orders = []  # from the longest n-grams to single tokens
         for length in range(context + 1, 0, -1):
-            keys.sort()
-            keys, counts = _run_lengths(keys)
+            keys, counts = np.unique(keys, return_counts=True)
             self.orders.append(_order(keys, counts))
             keys = keys & np.uint64((1 << 16 * (length - 1)) - 1)
 
@@ -54,10 +53,9 @@ class KneserNey:
         """(mean nats a token over the tokens that have a whole context before them, its standard error over
         documents)."""
         keys, document = ngram_keys(documents, self.context + 1)
-        order = np.argsort(keys)
-        different, counts = _run_lengths(keys[order])
-        nats = np.repeat(-np.log(self.probability(different)), counts)
-        sums, sizes = (np.bincount(document[order], weights) for weights in (nats, None))
+        different, which = np.unique(keys, return_inverse=True)
+        nats = -np.log(self.probability(different))[which]
+        sums, sizes = (np.bincount(document, weights) for weights in (nats, None))
         mean = sums.sum() / sizes.sum()
         return float(mean), float(np.linalg.norm(sums - sizes * mean) / sizes.sum())
 
@@ -81,7 +79,7 @@ def _order(keys, counts):
     if len(keys) == 0:
         return _Order(keys, np.empty(0), keys, np.empty(0))
     discounts = _discounts(counts)
-    contexts, sizes = _run_lengths(keys >> np.uint64(16))
+    contexts, sizes = np.unique(keys >> np.uint64(16), return_counts=True)
     starts = np.cumsum(sizes) - sizes
     totals = np.add.reduceat(counts, starts)
     discount = discounts.take(np.minimum(counts, 3))
@@ -97,14 +95,6 @@ def _discounts(counts):
     return np.array([0.0, *(
         np.clip(i - (i + 1) * n[1] / (n[1] + 2 * n[2]) * n[i + 1] / n[i], _MIN_DISCOUNT, i)
         if n[i] > 0 and n[1] > 0 else _UNKNOWN_DISCOUNT for i in (1, 2, 3))])
-
-
-def _run_lengths(keys):
-    """(the different values of sorted keys, how often each occurs)."""
-    changes = np.ones(len(keys), bool)
-    np.not_equal(keys[1:], keys[:-1], out=changes[1:])
-    starts = np.flatnonzero(changes)
-    return keys[starts], np.diff(starts, append=len(keys))
 
 
 def _find(keys, queries):

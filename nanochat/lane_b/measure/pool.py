@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import multiprocessing
 import os
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -15,7 +14,6 @@ from tqdm import tqdm
 
 from nanochat.errors import UserError
 from nanochat.files import atomic_path
-from nanochat.lane_b.measure.documents import Documents
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _corpus = None    # of a worker process
@@ -50,30 +48,24 @@ def run_tasks(documents, tasks, processes, ranks, shared_path):
 
 
 def _run_own(documents, tasks, processes, ranks):
-    results = [None] * len(tasks)
-    with tempfile.TemporaryDirectory(prefix="lane-b-") as folder, _single_threads():
-        for name in ("tokens", "offsets", "hashes"):
-            np.save(Path(folder) / f"{name}.npy", getattr(documents, name))
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, spawn, _open_corpus, (folder, documents.vocab_size)) as pool:
-            futures = {pool.submit(_work, *task): i for i, task in enumerate(tasks)}
-            progress = tqdm(as_completed(futures), total=len(tasks), desc="statistics", unit="task",
-                            disable=not ranks.is_main)
-            try:
-                for future in progress:
-                    results[futures[future]] = future.result()
-            except BrokenProcessPool:
-                raise UserError("a worker process was killed, most likely for lack of memory; use fewer --processes "
-                                "or a smaller --max-tokens") from None
-            finally:
-                pool.shutdown(cancel_futures=True)
-    return results
+    spawn = multiprocessing.get_context("spawn")
+    with _single_threads(), ProcessPoolExecutor(processes, spawn, _take_corpus, (documents,)) as pool:
+        futures = [pool.submit(_work, *task) for task in tasks]
+        try:
+            for future in tqdm(as_completed(futures), total=len(tasks), desc="statistics", unit="task",
+                               disable=not ranks.is_main):
+                future.result()  # what failed is raised at once
+            return [future.result() for future in futures]
+        except BrokenProcessPool:
+            raise UserError("a worker process was killed, most likely for lack of memory; use fewer --processes "
+                            "or a smaller --max-tokens") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _open_corpus(folder, vocab_size):
+def _take_corpus(documents):
     global _corpus
-    parts = [np.load(Path(folder) / f"{name}.npy") for name in ("tokens", "offsets", "hashes")]
-    _corpus = Documents(*parts, vocab_size)
+    _corpus = documents
 
 
 def _work(function, argument):
