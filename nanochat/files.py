@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -63,17 +64,25 @@ def json_bytes(value, indent=None):
     return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace")
 
 
+def parse_json(data):
+    """The value that UTF-8 JSON (bytes) spells. Errors: ValueError in a few words, whatever the bytes are."""
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_json(path, remedy):
     """The JSON object in a file. Errors: UserError that names file and line and ends with `remedy`, what to do."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parse_json(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); {remedy}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); {remedy}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8; {remedy}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not JSON that can be read ({error}); {remedy}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}, line 1: not a JSON object; {remedy}")
@@ -84,9 +93,11 @@ def read_json(path, remedy):
 def locked(path):
     """Hold an exclusive advisory lock on `<path>.lock`, across processes, for the block."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(path.name + ".lock"), "a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        with _writing_in(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = held.enter_context(open(path.with_name(path.name + ".lock"), "a"))
+            fcntl.flock(handle, fcntl.LOCK_EX)
         try:
             yield
         finally:
@@ -102,18 +113,19 @@ class Owned:
 
     def __init__(self, folder, lock, owner, remedy):
         self.folder, self.path, self.remedy = folder, Path(lock), remedy
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._entry = json_bytes({"owner": owner, "host": socket.gethostname(), "pid": os.getpid(),
                                   "key": secrets.token_hex(8)})
-        self._file = open(self.path, "a+b")  # noqa: SIM115 (held until release())
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise self._refusal() from None
-        self._file.truncate(0)
-        self._file.write(self._entry)
-        self._file.flush()
+        with _writing_in(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b")  # noqa: SIM115 (held until release())
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._file.close()
+                raise self._refusal() from None
+            self._file.truncate(0)
+            self._file.write(self._entry)
+            self._file.flush()
 
     def check(self):
         """Errors: UserError when another process owns the folder now (its lock file was removed, or is on a disk
@@ -139,13 +151,34 @@ class Owned:
         return UserError(f"{self.folder} is being written by {words}; {self.remedy}")
 
 
-def sha256_of(path):
-    """Hex SHA-256 of a file's bytes."""
+def sha256_of(path, start=0):
+    """Hex SHA-256 of a file's bytes from `start` on. Threads hash side by side: nearly all of it is outside Python."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
+        file.seek(start)
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sha256_once(path, start=0):
+    """The same, computed once a process for as long as the file's time, size and inode stay."""
+    found = os.stat(path)
+    return _sha256_of_version(path, start, (found.st_mtime_ns, found.st_size, found.st_ino))
+
+
+@functools.cache
+def _sha256_of_version(path, start, _version):
+    return sha256_of(path, start)
+
+
+@contextlib.contextmanager
+def _writing_in(folder):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write in {folder} ({error.strerror}); make it writable, or use another place (the "
+                        "cache is where NANOCHAT_BASE_DIR says)") from None
 
 
 def _fsync_folder(folder):

@@ -1,9 +1,25 @@
 """Where files are kept: the cache folder and what is directly in it."""
 
 import os
+import re
 from pathlib import Path
 
 from nanochat.errors import UserError
+
+NAME_LENGTH = 128
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*")
+
+
+def check_name(what, name):
+    """Return `name` if it can name a file or folder of the cache and lead nowhere else; `what` it names, for the error.
+
+    Every run id, model tag and dataset id goes through here. Errors: UserError.
+    """
+    if not isinstance(name, str) or len(name) > NAME_LENGTH or not _NAME.fullmatch(name):
+        shown = name if len(str(name)) <= 60 else f"{str(name)[:60]}..."
+        raise UserError(f"{what} {shown!r} cannot name a folder: use letters, digits and . _ + = - (at most "
+                        f"{NAME_LENGTH}, the first a letter, a digit or _)")
+    return name
 
 
 def base_dir():

@@ -5,20 +5,18 @@ checkpoint at step s holds everything up to s and a resume from it supersedes wh
 """
 
 import contextlib
-import json
 import math
 import os
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.errors import UserError, warn
-from nanochat.files import json_bytes, read_json, write_json
+from nanochat.files import json_bytes, parse_json, read_json, write_json
+from nanochat.paths import check_name
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 UNTIMED_STEPS = 11  # a run's first steps compile; they are not on the training clock
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")
 
 
 class RunLog:
@@ -42,12 +40,20 @@ class RunLog:
 
     @classmethod
     def resume(cls, runs_dir, run_id, step, sinks=(), owned=(), **fields):
-        """Add a segment to a run at `step`; a torn last line of a killed process is cut off first."""
+        """Add a segment to a run at `step`; a torn last line of a killed process is cut off first.
+
+        Errors: UserError when the record is missing or damaged, as `read_run`. A record that ends before `step` is
+        warned of."""
         folder = Path(runs_dir) / check_run_id(run_id)
         if not (folder / CONFIG).exists():
             raise UserError(f"run {run_id!r} has no record in {runs_dir}; start it without --resume-from-step")
-        _cut_torn_tail(folder / METRICS)
-        (folder / SUMMARY).unlink(missing_ok=True)
+        with _writing(folder):
+            (folder / SUMMARY).unlink(missing_ok=True)  # whatever it held
+            last = max((event.get("step", 0) for event in read_run(folder).of("train")), default=0)
+            _cut_torn_tail(folder / METRICS)
+        if last < step:
+            warn(f"{folder / METRICS} ends at step {last}, before the checkpoint of step {step}: what was recorded in "
+                 "between is lost, and the run's curves lack it")
         log = cls(folder, sinks, owned)
         log.event("resume", step=step, **fields)
         return log
@@ -65,16 +71,20 @@ class RunLog:
                 warn(f"{type(sink).__name__} failed ({' '.join(str(error).split())}) and is left out from here on; the "
                      f"run goes on, its record is {self.folder}")
 
-    def check_owned(self):
-        """Errors: UserError when another process has taken over a folder of this run."""
+    def before_checkpoint(self):
+        """Bring the events so far to the disk: no checkpoint is there without them.
+
+        Errors: UserError when that fails, or another process has taken over a folder of this run.
+        """
         for folder in self.owned:
             folder.check()
+        with _writing(self.folder):
+            os.fsync(self._file.fileno())
 
     def finish(self, **summary):
         """Write summary.json atomically: its presence says that the run ended, `status` says how."""
         with _writing(self.folder):
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            os.fsync(self._file.fileno())  # every event has left this process already
             write_json(self.folder / SUMMARY, _record(run_id=self.folder.name, **summary))
 
     def close(self):
@@ -143,9 +153,7 @@ def check_new_run(runs_dir, run_id):
 
 def check_run_id(run_id):
     """Return `run_id` if it can name a folder, else raise UserError."""
-    if not _RUN_ID.fullmatch(run_id):
-        raise UserError(f"run id {run_id!r} cannot name a folder: use letters, digits and . _ + = - (at most 128)")
-    return run_id
+    return check_name("run id", run_id)
 
 
 @contextlib.contextmanager
@@ -173,17 +181,25 @@ def _survives(event, resumed_step):
 
 
 def _read_events(path):
-    if not path.exists():
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
-    lines = path.read_bytes().split(b"\n")
-    events = []
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); mend or remove it") from None
+    events, last = [], 0
     for number, line in enumerate(lines[:-1], start=1):  # a line without its newline was torn by a kill
         try:
-            event = json.loads(line)
+            event = parse_json(line)
         except ValueError:
             event = None
         if not _is_event(event):
             raise UserError(f"{path}, line {number}: not an event; mend or remove that line")
+        step = event.get("step", last)
+        if step < last and event["kind"] != "resume":
+            raise UserError(f"{path}, line {number}: of step {step}, after step {last}: lines are missing or have "
+                            "changed places; mend or remove that line")
+        last = step
         events.append(event)
     return events
 
@@ -192,7 +208,7 @@ def _is_event(value):
     if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
         return False
     step = value.get("step", None if value["kind"] == "resume" else 0)  # only a resume must have one
-    return isinstance(step, int)
+    return type(step) is int and 0 <= step < 1 << 53
 
 
 def _cut_torn_tail(path):

@@ -2,6 +2,7 @@
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -27,7 +28,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="base_eval", description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--eval", default="bpb,sample", help=f"what to evaluate: {','.join(KINDS)}")
-    parser.add_argument("--model-tag", required=True, help="checkpoint folder: a name under <cache>, or a path")
+    parser.add_argument("--model-tag", required=True, help="checkpoints: a name under <cache>, or an absolute path")
     parser.add_argument("--step", default="latest", help="the checkpoint's step, or latest")
     parser.add_argument("--dataset", default="", help="stdlib, climbmix, fineweb-edu, or a folder of text; empty: what "
                                                       "the checkpoint says it was trained on, else climbmix")
@@ -57,7 +58,8 @@ def main(argv=None):
     keep_freed_memory(device)
     ranks = start_ranks(device)
     try:
-        folder = checkpoint.checkpoint_folder(args.model_tag)
+        path = Path(args.model_tag)
+        folder = path if path.is_absolute() else checkpoint.checkpoint_folder(args.model_tag)
         step = checkpoint.find_checkpoint(folder, args.step)
         trained_with = checkpoint.read_meta(folder, step).get("user_config") or {}
         tokenizer = load_tokenizer(args.tokenizer_dir or trained_with.get("tokenizer_dir")

@@ -141,7 +141,7 @@ def test_a_disk_that_is_full_leaves_the_ledger_as_it_was(tmp_path, monkeypatch):
 
 def test_a_ledger_that_cannot_be_there_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write the ledger"):
+    with pytest.raises(UserError, match="cannot write in"):
         append_row(tmp_path / "file" / "ledger.csv", ROW)
 
 

@@ -204,8 +204,8 @@ def test_prepared_folder_with_a_shard_removed_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("manifest", "message"), [
     ('{"dataset_id": "x", "sha', "not JSON"), ("", "not JSON"), ("[]", "not a JSON object"), ("{}", "other shards"),
-    ({"dataset_id": "../x"}, "not a plain name"), ({"dataset_id": ".."}, "not a plain name"),
-    ({"dataset_id": "a/b"}, "not a plain name"), ({"dataset_id": None}, "not a plain name"), ({}, "not a plain name"),
+    ({"dataset_id": "../x"}, "cannot name"), ({"dataset_id": ".."}, "cannot name"),
+    ({"dataset_id": "a/b"}, "cannot name"), ({"dataset_id": None}, "cannot name"), ({}, "cannot name"),
 ])
 def test_a_damaged_manifest_is_one_line_that_names_it(tmp_path, manifest, message):
     dataset = open_dataset(text_folder(tmp_path / "corpus", a="first text", b="second text"))
@@ -219,7 +219,7 @@ def test_a_damaged_manifest_is_one_line_that_names_it(tmp_path, manifest, messag
 def prepared(folder, texts):
     prepare_shards(folder, "x", lambda: iter(texts), sum(map(len, texts)))
     manifest = json.loads((folder / "dataset.json").read_text())
-    assert sorted(path.name for path in folder.iterdir()) == ["dataset.json", *manifest["shards"]]
+    assert sorted(path.name for path in folder.iterdir()) == ["dataset.json", "sha256.json", *manifest["shards"]]
     return manifest["dataset_id"], [list(read_documents(folder / name)) for name in manifest["shards"]]
 
 

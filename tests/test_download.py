@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import json
 import logging
 import re
 import threading
@@ -54,7 +55,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", "0" * 40)
         self.end_headers()
         if is_get:
-            self.wfile.write(data[start:start + 100_000] if fault == "drop" else data[start:])
+            sent = bytes([data[0], data[1], data[2], data[3], data[4] ^ 1]) + data[5:] if fault == "flip" else data
+            self.wfile.write(sent[start:start + 100_000] if fault == "drop" else sent[start:])
         self.close_connection = fault == "drop"
 
     def log_message(self, *_):
@@ -90,7 +92,7 @@ def shard_bytes(tmp_path_factory):
 def test_shards_arrive_whole_and_nothing_else_is_left(server, shard_bytes, tmp_path):
     server.files = dict.fromkeys(("a.parquet", "b.parquet"), shard_bytes)
     fetch_shards(REPO, ["a.parquet", "b.parquet"], tmp_path / "data")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == server.files
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").glob("[!s]*")} == server.files
 
 
 def test_shards_already_there_are_not_asked_for(server, tmp_path):
@@ -125,8 +127,17 @@ def test_a_shard_that_cannot_be_had_is_one_error_and_the_others_are_kept(server,
     assert [path.name for path in folder.glob("*.parquet")] == ["a.parquet"]
     server.files["b.parquet"] = shard_bytes
     fetch_shards(REPO, ["a.parquet", "b.parquet"], folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["a.parquet", "b.parquet"]
+    assert sorted(path.name for path in folder.iterdir()) == ["a.parquet", "b.parquet", "sha256.json"]
     assert sum(command == "GET" for command, _ in server.requests["a.parquet"]) == 1
+
+
+def test_bytes_that_changed_on_the_way_never_get_the_name(server, shard_bytes, tmp_path):
+    server.files["a.parquet"], server.faults["a.parquet"] = shard_bytes, ["flip"]
+    with pytest.raises(UserError, match=r"could not download a\.parquet .*not those of the host's SHA-256"):
+        fetch_shards(REPO, ["a.parquet"], tmp_path)
+    assert not list(tmp_path.rglob("*.parquet"))
+    fetch_shards(REPO, ["a.parquet"], tmp_path)
+    assert json.loads((tmp_path / "sha256.json").read_text()) == {"a.parquet": hashlib.sha256(shard_bytes).hexdigest()}
 
 
 def test_a_failure_leaves_out_what_was_not_begun(server, shard_bytes, tmp_path):

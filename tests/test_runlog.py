@@ -298,6 +298,39 @@ def test_resuming_a_run_that_left_no_events(tmp_path):
     assert without_time(read_run(tmp_path / "r").events) == [("resume", {"step": 5})]
 
 
+@pytest.mark.parametrize(("name", "content", "message"), [
+    (CONFIG, "{", "config.json, line 1: not JSON"), (CONFIG, "{}", "no run_id"), (METRICS, "{}\n", "line 1: not an event"),
+    (METRICS, "[" * 100_000 + "\n", "line 1: not an event"), (METRICS, '{"kind": "train", "step": 1e9}\n', "not an event"),
+    (METRICS, '{"kind": "train", "step": -1}\n', "not an event"),
+    (METRICS, '{"kind": "train", "step": 2}\n{"kind": "train", "step": 1}\n', r"line 2: of step 1, after step 2")])
+def test_resuming_a_damaged_record_is_refused_and_changes_nothing(tmp_path, name, content, message):
+    start(tmp_path).close()
+    (tmp_path / "r" / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        RunLog.resume(tmp_path, "r", 1)
+    assert (tmp_path / "r" / name).read_text() == content
+
+
+def test_resuming_beyond_the_records_end_is_warned_of(tmp_path, capsys):
+    log = start(tmp_path)
+    log.event("train", step=3)
+    log.close()
+    RunLog.resume(tmp_path, "r", 3).close()
+    assert "warning" not in capsys.readouterr().err
+    RunLog.resume(tmp_path, "r", 4).close()
+    assert "ends at step 3, before the checkpoint of step 4" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_never_there_without_the_events_before_it(tmp_path, monkeypatch):
+    synced = []
+    log = start(tmp_path)
+    log.event("train", step=1)
+    monkeypatch.setattr(files.os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+    log.before_checkpoint()
+    log.close()
+    assert synced == [(tmp_path / "r" / METRICS).stat().st_size]
+
+
 def test_resuming_what_has_no_record_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"'r' has no record.*without --resume-from-step"):
         RunLog.resume(tmp_path, "r", 5)

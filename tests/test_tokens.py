@@ -95,12 +95,24 @@ def damage_counts(path):
     path.write_bytes(path.read_bytes().replace(b'"n_docs": 4', b'"n_docs":-4'))
 
 
+def damage_low_bit(path):
+    """A token that is one all the same."""
+    data = bytearray(path.read_bytes())
+    data[HEADER_BYTES + 2] ^= 1
+    path.write_bytes(data)
+
+
+def damage_tokenizer_id(path):
+    path.write_bytes(path.read_bytes().replace(b'"tokenizer_id": "', b'"tokenizer_id": "0'))
+
+
 def damage_offsets(path):
     path.write_bytes(path.read_bytes()[:-16] + bytes(16))
 
 
 @pytest.mark.parametrize("damage", [damage_truncated, damage_emptied, damage_header, damage_header_of_another_kind,
-                                    damage_counts, damage_offsets])
+                                    damage_counts, damage_offsets, damage_low_bit,
+                                    damage_tokenizer_id])
 def test_a_damaged_cache_is_named_and_made_again(tmp_path, capsys, damage):
     dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
     path = token_shards(dataset, tokenizer)[0].path
@@ -111,6 +123,24 @@ def test_a_damaged_cache_is_named_and_made_again(tmp_path, capsys, damage):
     assert documents(token_shards(dataset, tokenizer)[0], tokenizer) == KEPT
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 and str(path) in printed and "damaged" in printed
+
+
+def test_bytes_are_read_once_a_process(tmp_path, monkeypatch):
+    dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
+    token_shards(dataset, tokenizer)
+    monkeypatch.setattr("nanochat.files.sha256_of", lambda *_: pytest.fail("hashed again"))
+    token_shards(dataset, tokenizer)
+
+
+def test_prepared_text_that_was_damaged_is_named_before_it_is_encoded(tmp_path):
+    """One bit of a page: it may decode to other text without any error."""
+    prepare_shards(tmp_path / "d", "d", lambda: ["abc " * 500, "xyz " * 500], 4000)
+    shards = tuple(sorted((tmp_path / "d").glob("*.parquet")))
+    data = bytearray(shards[0].read_bytes())
+    data[60] ^= 1
+    shards[0].write_bytes(data)
+    with pytest.raises(UserError, match=r"shard_00000\.parquet is damaged .*differ from those noted in sha256\.json"):
+        token_shards(Dataset("d", "d-1", shards), bytes_tokenizer())
 
 
 def test_another_text_under_the_same_name_is_encoded_anew(tmp_path):

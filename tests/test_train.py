@@ -61,7 +61,7 @@ class World:
         assert set_to_none
         self.weight.grad = None
 
-    def check_owned(self):
+    def before_checkpoint(self):
         self.n_owner_checks += 1
 
     def event(self, kind, **fields):

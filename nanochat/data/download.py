@@ -1,15 +1,16 @@
 """Fetch parquet shards of a Hugging Face dataset repository: in parallel, checked before they get their names."""
 
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
 
-from nanochat.data.shards import open_shard
+from nanochat.data.shards import note_digests, open_shard
 from nanochat.errors import UserError
-from nanochat.files import locked
+from nanochat.files import locked, sha256_of
 
 
 def fetch_shards(repo, names, folder, num_workers=4):
@@ -25,7 +26,8 @@ def fetch_shards(repo, names, folder, num_workers=4):
             fetches = [pool.submit(_fetch, repo, name, staging) for name in missing]
             try:
                 for fetch in tqdm(as_completed(fetches), desc=repo, total=len(missing), unit="shard"):
-                    path = fetch.result()
+                    path, digest = fetch.result()
+                    note_digests(folder, {path.name: digest})
                     path.rename(folder / path.name)
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -33,11 +35,16 @@ def fetch_shards(repo, names, folder, num_workers=4):
 
 
 def _fetch(repo, name, folder):
-    from huggingface_hub import hf_hub_download
+    """(path, hex SHA-256) of the file fetched; the hub gives the SHA-256 of large files as their etag."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
+    where = {"repo_type": "dataset", "endpoint": os.environ.get("HF_ENDPOINT")}
     try:
-        path = Path(hf_hub_download(repo, name, repo_type="dataset", local_dir=folder,
-                                    endpoint=os.environ.get("HF_ENDPOINT")))
+        path = Path(hf_hub_download(repo, name, local_dir=folder, **where))
+        digest, etag = sha256_of(path), get_hf_file_metadata(hf_hub_url(repo, name, **where)).etag or ""
+        if re.fullmatch("[0-9a-f]{64}", etag) and digest != etag:
+            path.unlink()
+            raise ValueError("its bytes are not those of the host's SHA-256")
     except Exception as error:  # the library's own, its HTTP client's, OSError
         reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
         raise UserError(f"could not download {name} of {repo} ({reason}); run the same command again: the shards "
@@ -48,4 +55,4 @@ def _fetch(repo, name, folder):
         path.unlink()
         raise UserError(f"could not download {name} of {repo}: what came is not a parquet file with a string column "
                         "`text`; try again later, or see whether a login page answers in the host's place") from None
-    return path
+    return path, digest

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from nanochat.data.shards import note_digests
 from nanochat.errors import UserError
-from nanochat.files import locked, write_json
+from nanochat.files import locked, sha256_of, write_json
 
 MANIFEST = "dataset.json"
 _VAL_SHARE, _VAL_MAX_BYTES = 0.05, 20e6  # validation: a twentieth of the text, but never more than 20 MB
@@ -40,7 +41,8 @@ def prepare_shards(folder, name, documents, expected_bytes):
             _write(documents(), temporary, name, expected_bytes)
             os.rename(temporary, folder)
         except OSError as error:
-            raise UserError(f"cannot prepare {folder}: {error}") from error
+            raise UserError(f"cannot prepare {folder} ({error.strerror or error}); make room there, or move the cache "
+                            "with NANOCHAT_BASE_DIR") from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -61,8 +63,10 @@ def _write(documents, folder, name, expected_bytes):
         raise UserError(f"{name} holds fewer than 2 distinct documents with text in them; at least 2 are needed, "
                         "one to train on and one to validate on")
     (folder / "validation").rename(folder / shard_name(n_train))  # the last in name order
+    shards = [shard_name(i) for i in range(n_train + 1)]
     write_json(folder / MANIFEST, {"dataset_id": f"{name}-{content.hexdigest()[:8]}",
-                                   "shards": [shard_name(i) for i in range(n_train + 1)]})
+                                   "shards": shards})
+    note_digests(folder, {name: sha256_of(folder / name) for name in shards})
 
 
 def shard_name(index):

@@ -2,6 +2,7 @@
 
 import filecmp
 import hashlib
+import os
 import re
 from collections import namedtuple
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from nanochat.data.shard_writer import MANIFEST, prepare_shards, shard_name
 from nanochat.data.shards import list_shards, open_shard, shard_fingerprint
 from nanochat.errors import UserError
 from nanochat.files import read_json
-from nanochat.paths import base_dir
+from nanochat.paths import NAME_LENGTH, base_dir, check_name
 
 # Hugging Face dataset repositories of shards 0 .. last_shard; the last one is validation.
 Download = namedtuple("Download", "repo last_shard")
@@ -56,11 +57,12 @@ def open_dataset(name):
     if name in DOWNLOADS:
         return _downloaded(name)
     folder = Path(name).expanduser()
-    if not folder.is_dir():
-        what = "is a file, name its folder instead" if folder.exists() else "is no folder"
+    if not os.path.isdir(folder):  # unlike Path.is_dir, no error for a name that is too long
+        what = "is a file, name its folder instead" if os.path.exists(folder) else "is no folder"
         raise UserError(f"--dataset {name!r} {what}; known names are stdlib, {', '.join(DOWNLOADS)}; "
                         "anything else must be a folder of .parquet, .txt, .md, .jsonl or .jsonl.gz files")
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name.removeprefix("base_data_")).strip("-.") or "folder"
+    slug = slug[:NAME_LENGTH - len("-12345678")]
     if len(list_shards(folder)) > 1:
         return _open_shards(slug, folder)
     if not text_folder.list_text_files(folder):
@@ -120,9 +122,10 @@ def _manifest_id(folder, shards):
     manifest = read_json(path, remedy)
     if manifest.get("shards") != [shard.name for shard in shards]:
         raise UserError(f"{path} names other shards than there are; {remedy}")
-    dataset_id = str(manifest.get("dataset_id") or "")
-    if not re.fullmatch(r"[\w+-][\w.+-]*", dataset_id):
-        raise UserError(f"{path}: the dataset_id {dataset_id!r} is not a plain name; {remedy}")
+    try:
+        dataset_id = check_name("dataset_id", manifest.get("dataset_id"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}; {remedy}") from None
     for shard in shards:
         open_shard(shard).close()
     return dataset_id

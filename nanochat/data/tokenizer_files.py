@@ -11,6 +11,7 @@ import operator
 import pickle
 
 from nanochat.errors import UserError
+from nanochat.files import parse_json
 
 _HEADER = "nanochat tokenizer, version 1"
 _MEND = "train the tokenizer again or copy the file again"
@@ -109,7 +110,7 @@ def _body(ranks, special_tokens, pattern):
 
 
 def _string(literal):
-    value = json.loads(literal)
+    value = parse_json(literal.encode())
     if not isinstance(value, str):
         raise ValueError(f"{literal} is not a string")
     return value

@@ -2,11 +2,12 @@
 
 A shard's file holds, in this order: one line of JSON padded to HEADER_BYTES, the token ids of all documents
 (each begins with BOS), zeros up to a multiple of 8 bytes, the documents' offsets. It is renamed into place
-when whole, so a file that is there is complete.
+when whole, so a file that is there is complete. `sha256` in the line is over all that follows it and the line's other
+values; files of earlier versions have none.
 """
 
 import contextlib
-import json
+import hashlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from nanochat.data.shards import read_documents, row_count, shard_key
 from nanochat.errors import UserError
-from nanochat.files import atomic_path, locked
+from nanochat.files import atomic_path, json_bytes, locked, parse_json, sha256_of, sha256_once
 from nanochat.paths import base_dir
 from nanochat.ranks import Ranks, print0
 
@@ -32,7 +33,7 @@ class TokenShard:
 
     tokens: (n_tokens,) uint16, or uint32 when the vocabulary has more than 65,536 entries.
     offsets: (n_docs + 1,) int64; document d is tokens[offsets[d]:offsets[d + 1]] and begins with BOS.
-    Errors: UserError when the file is missing or damaged.
+    Errors: UserError when the file is missing or damaged: a process reads all of it once, for its digest.
     """
 
     def __init__(self, path):
@@ -50,6 +51,8 @@ class TokenShard:
         self.offsets = raw[offsets_at:].view(np.int64)
         if self.offsets[0] != 0 or self.offsets[-1] != self.n_tokens or (np.diff(self.offsets) < 1).any():
             raise damaged(self.path, "its offsets do not fit its tokens")
+        if "sha256" in header and header["sha256"] != _digest(sha256_once(self.path, HEADER_BYTES), header):
+            raise damaged(self.path, "its bytes differ from those written")
 
 
 def token_shards(dataset, tokenizer, split="train", max_shards=None, num_threads=None):
@@ -62,24 +65,25 @@ def token_shards(dataset, tokenizer, split="train", max_shards=None, num_threads
     sources = {"train": dataset.train_shards, "val": dataset.val_shards}[split][:max_shards]
     folder, tokenizer_id = base_dir() / "tokens", tokenizer.tokenizer_id
     paths = {source: folder / tokenizer_id / shard_key(source) / f"{source.stem}.bin" for source in sources}
-    shards = dict.fromkeys(sources)
-    for source, path in paths.items():
+    ranks = Ranks.from_environment()
+    num_threads = num_threads or max(1, cpu_count() // ranks.world_size)
+
+    def kept(source):
+        path, by_dataset = paths[source], folder / dataset.dataset_id / tokenizer_id / paths[source].name
         try:
-            shards[source] = TokenShard(path)
+            return TokenShard(path)
         except UserError as error:
             if path.exists():
                 print0(f"tokenising again: {str(error).partition(';')[0]}")
-            with contextlib.suppress(UserError):
-                by_dataset = folder / dataset.dataset_id / tokenizer_id / path.name
-                shards[source] = _kept_by_dataset(by_dataset, source, tokenizer)
-    missing = [source for source in sources if shards[source] is None]
-    if missing:
-        ranks = Ranks.from_environment()
-        num_threads = num_threads or max(1, cpu_count() // ranks.world_size)
+        with contextlib.suppress(UserError):
+            return _kept_by_dataset(by_dataset, source, tokenizer)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        shards = dict(zip(sources, pool.map(kept, sources), strict=True))
+        missing = [source for source in sources if shards[source] is None]
         n_rows = {source: row_count(source) for source in missing}
-        bar = tqdm(total=sum(n_rows.values()), unit="doc", unit_scale=True, desc=f"tokenising {split}", mininterval=1,
-                   disable=not ranks.is_main)
-        with ThreadPoolExecutor(num_threads) as pool, bar:
+        with tqdm(total=sum(n_rows.values()), unit="doc", unit_scale=True, desc=f"tokenising {split}", mininterval=1,
+                  disable=not (missing and ranks.is_main)) as bar:
             encode_all = partial(_map_ahead, pool, partial(_encode, tokenizer), ahead=2 * num_threads)
             for source in _own_share_first(missing, ranks):
                 end = bar.n + n_rows[source]
@@ -109,9 +113,11 @@ def write_token_shard(path, groups, header):
         n_tokens = sum(lengths)
         file.write(bytes(_offsets_at(n_tokens, dtype) - file.tell()))
         file.write(np.cumsum([0, *lengths], dtype=np.int64))
-        line = json.dumps({"format": FORMAT, **header, "n_docs": len(lengths), "n_tokens": n_tokens}) + "\n"
+        file.flush()
+        header = {"format": FORMAT, **header, "n_docs": len(lengths), "n_tokens": n_tokens}
+        header["sha256"] = _digest(sha256_of(temporary, HEADER_BYTES), header)
         file.seek(0)
-        file.write(line.encode().ljust(HEADER_BYTES))
+        file.write((json_bytes(header) + b"\n").ljust(HEADER_BYTES))
 
 
 def damaged(path, reason):
@@ -148,10 +154,12 @@ def _header(source, tokenizer):
 def _read_header(path):
     try:
         with open(path, "rb") as file:
-            header = json.loads(file.read(HEADER_BYTES))
+            header = parse_json(file.read(HEADER_BYTES))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; token_shards makes it") from None
-    except (ValueError, RecursionError):
+    except OSError as error:
+        raise damaged(path, error.strerror) from None
+    except ValueError:
         raise damaged(path, "its header is not JSON") from None
     numbers = ("vocab_size", "bos_id", "n_docs", "n_tokens")
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -159,6 +167,12 @@ def _read_header(path):
     if any(type(header.get(name)) is not int or header[name] < 0 for name in numbers):
         raise damaged(path, f"its header lacks one of {', '.join(numbers)}")
     return header
+
+
+def _digest(content_sha256, header):
+    """Hex SHA-256 over the digest of the tokens and offsets and the header's other values."""
+    values = {name: value for name, value in header.items() if name != "sha256"}
+    return hashlib.sha256(content_sha256.encode() + json_bytes(values)).hexdigest()
 
 
 def _offsets_at(n_tokens, dtype):

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanochat.errors import UserError
-from nanochat.files import write_json
+from nanochat.files import parse_json, write_json
 from nanochat.ranks import print0
 from nanochat.runlog import CONFIG, METRICS, SUMMARY, check_run_id, read_run
 
@@ -87,10 +86,10 @@ def _follow(child, folder, bar):
         with contextlib.suppress(subprocess.TimeoutExpired):
             return child.wait(timeout=1.0)
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError):  # no event yet, or half of one
-            bar.total = bar.total or json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("num_iterations")
+            bar.total = bar.total or parse_json((folder / CONFIG).read_bytes()).get("num_iterations")
             with open(folder / METRICS, "rb") as file:
                 file.seek(max(0, (folder / METRICS).stat().st_size - 8192))
-                bar.update(json.loads(file.read().split(b"\n")[-2])["step"] - bar.n)
+                bar.update(parse_json(file.read().split(b"\n")[-2])["step"] - bar.n)
 
 
 def _last_line(console):

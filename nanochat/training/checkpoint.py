@@ -7,7 +7,6 @@ is false where weights or validation were not finite: `latest` passes over such 
 
 import contextlib
 import hashlib
-import json
 import os
 import pickle
 import time
@@ -17,15 +16,15 @@ import torch
 import torch.distributed as dist
 
 from nanochat.errors import UserError
-from nanochat.files import atomic_path, json_bytes, sha256_of, write_json
+from nanochat.files import atomic_path, json_bytes, parse_json, sha256_of, write_json
 from nanochat.model.gpt import GPT, GPTConfig
-from nanochat.paths import base_dir
+from nanochat.paths import base_dir, check_name
 from nanochat.ranks import Ranks, print0
 
 
 def checkpoint_folder(tag):
-    """<cache folder>/base_checkpoints/<tag>."""
-    return base_dir() / "base_checkpoints" / tag
+    """<cache folder>/base_checkpoints/<tag>. Errors: UserError for a tag that cannot name a folder."""
+    return base_dir() / "base_checkpoints" / check_name("--model-tag", tag)
 
 
 def checkpoint_steps(folder):
@@ -98,7 +97,7 @@ def read_meta(folder, step):
     """The checkpoint's meta as a dict. Errors: UserError when it is damaged or has no model_config."""
     try:
         return _parse_meta(Path(folder), step)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{_meta_path(folder, step)} is damaged ({_reason(error)}); "
                         f"{newest_usable(folder, step)}") from None
 
@@ -178,7 +177,7 @@ def _write_meta(folder, meta):
 
 
 def _parse_meta(folder, step):
-    meta = json.loads(_meta_path(folder, step).read_text(encoding="utf-8"))
+    meta = parse_json(_meta_path(folder, step).read_bytes())
     if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
         raise ValueError("it has no model_config")
     digest = meta.pop("meta_sha256", None)
@@ -213,7 +212,7 @@ def _is_bad(folder, step):
     """Whether the checkpoint says that its run had diverged. A damaged one is named when it is read."""
     try:
         return not _parse_meta(folder, step).get("good", True)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return False
 
 
@@ -230,7 +229,7 @@ def _is_usable(folder, step):
         digests = _parse_meta(folder, step).get("files_sha256") or {f"model_{step:06d}.pt": None}
         return all((folder / name).exists() and digest in (None, sha256_of(folder / name))
                    for name, digest in digests.items())
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return False
 
 

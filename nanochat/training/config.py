@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from nanochat.data.packing import CROPS
 from nanochat.data.sources import NAMED_DATASETS
 from nanochat.errors import UserError
+from nanochat.paths import check_name
 from nanochat.target import check_metric_name, check_target
 
 DEFAULT_SEED = 42
@@ -93,6 +94,9 @@ class TrainingConfig:
                 raise UserError(f"{name} {value} must be {bounds}")
             if value not in flag.metadata.get("choices", (value,)):
                 raise UserError(f"{name} {value} must be {' or '.join(flag.metadata['choices'])}")
+        check_name("--model-tag", self.tag)
+        if self.run_id:
+            check_name("--run-id", self.run_id)
         check_metric_name(self.target_metric_name)
         if self.target[1] is not None:
             check_target(*self.target)

@@ -251,7 +251,7 @@ class Trainer:
         return loss.item(), self._stop_signal
 
     def _save(self):
-        self.log.check_owned()
+        self.log.before_checkpoint()
         saved = self.hooks.save(self.loop_state())
         self.diverged |= not saved["good"]
         self.log.event("checkpoint", step=self.step, **saved)

@@ -27,13 +27,13 @@ class NoLog:
     def event(self, kind, **fields):
         pass
 
-    def check_owned(self):
+    def before_checkpoint(self):
         pass
 
 
 def new_run_id(tag, seed, ranks):
     """An id of tag, UTC time and seed, the same on every rank."""
-    ids = [f"{tag}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-s{seed}"]
+    ids = [f"{tag[:80]}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-s{seed}"]
     if ranks.world_size > 1:
         dist.broadcast_object_list(ids, src=0)
     return ids[0]
