@@ -15,10 +15,12 @@ from pathlib import Path
 from types import NoneType
 from typing import get_args
 
-from nanochat.errors import UserError
+from nanochat.errors import UserError, warn
 from nanochat.files import atomic_path, locked
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+# A spreadsheet would run a text that begins so; tools write an apostrophe before it, which reading takes off again.
+_FORMULA, _GUARDED = (re.compile(begin + r"[=+\-@\t\r].*", re.DOTALL) for begin in ("'*", "'+"))
 _BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -39,7 +41,7 @@ def read_rows(path, row_type):
 def parse_cell(cell, field):
     """The typed value of one cell of the column `field` (a dataclass field). Errors: UserError."""
     if field.type is str:
-        return cell
+        return cell[1:] if _GUARDED.fullmatch(cell) else cell
     kinds = get_args(field.type) or (field.type,)
     number = cell.strip()
     if not number and NoneType in kinds:
@@ -95,6 +97,8 @@ def _parse(path, data, row_type):
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
+    if not text.endswith("\n") and "\n" in text:
+        warn(f"{path}: the last line has no line end; if it was cut, mend its last cell")
     records = _records(path, text)
     line, header = next(records, (1, []))
     if [cell.strip() for cell in header] != columns(row_type):
@@ -155,5 +159,5 @@ def _format(row):
 def _cell(row, field):
     value = getattr(row, field.name)
     if value is None or isinstance(value, str):
-        return value or ""
+        return f"'{value}" if _FORMULA.fullmatch(value or "") else value or ""
     return repr(float(value)) if float in (get_args(field.type) or (field.type,)) else str(value)

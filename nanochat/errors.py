@@ -45,17 +45,42 @@ def _mend_streams():
 
 
 def command(main):
-    """Wrap a script's `main(argv=None)`: a UserError becomes one line on stderr and its exit code."""
+    """Wrap a script's `main(argv=None)`: a UserError, and what the machine refuses, become one line on stderr and an
+    exit code."""
 
     @functools.wraps(main)
     def run(argv=None):
         _mend_streams()
         try:
             return main(argv)
+        except KeyboardInterrupt:
+            line, exit_code = "interrupted; what was whole is kept", 130
         except UserError as error:
-            line = " ".join(str(error).split())
-            rank = os.environ.get("RANK", "0")  # under torchrun every rank may say the same
-            print(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}", file=sys.stderr)
-            raise SystemExit(error.exit_code) from None
+            line, exit_code = str(error), error.exit_code
+        except (OSError, MemoryError, RuntimeError) as error:
+            line, exit_code = _refused_by_the_machine(error), UserError.exit_code
+            if line is None:
+                raise
+        rank = os.environ.get("RANK", "0")  # under torchrun every rank may say the same
+        with contextlib.suppress(OSError):
+            print("error: " if rank == "0" else f"error (rank {rank}): ", " ".join(line.split()), sep="",
+                  file=sys.stderr)
+        raise SystemExit(exit_code)
 
     return run
+
+
+def _refused_by_the_machine(error):
+    """In words: a file, memory, or another rank that is gone; None for a fault of the program. torch reports the last
+    two as RuntimeErrors, known by their words."""
+    said = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said:
+        reason = (said.strip().splitlines() or ["no more is to be had"])[0][:200]
+        return (f"out of memory ({reason}); lower --device-batch-size, --max-seq-len or --depth, or end what else runs "
+                "here")
+    if isinstance(error, OSError):
+        return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}; mend that, or name another"
+    lost = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(word in said for word in lost):
+        return "another rank is gone: see what it said above; go on with --resume-from-step latest"
+    return None

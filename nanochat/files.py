@@ -14,6 +14,8 @@ from pathlib import Path
 
 from nanochat.errors import UserError
 
+DIGESTS = "sha256.json"  # in a folder of files that were written or downloaded once: {path in it: hex SHA-256}
+
 
 @contextlib.contextmanager
 def atomic_path(path):
@@ -159,6 +161,24 @@ def sha256_of(path, start=0):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def note_digests(folder, digests):
+    """Note the SHA-256 of files of a folder, {path within it: hex}, beside those noted before."""
+    path = Path(folder) / DIGESTS
+    write_json(path, {**(_noted(path) if path.exists() else {}), **digests})
+
+
+def is_as_noted(path, folder=None):
+    """Whether a file's bytes are those noted in `folder` (its own), or none are noted. All are read, once a process."""
+    path = Path(path)
+    notes = Path(folder or path.parent) / DIGESTS
+    noted = _noted(notes).get(path.relative_to(notes.parent).as_posix()) if notes.exists() else None
+    return noted is None or noted == sha256_once(path)
+
+
+def _noted(path):
+    return read_json(path, "delete it, and the files that it names are taken as they are")
 
 
 def sha256_once(path, start=0):

@@ -16,6 +16,7 @@ from nanochat.files import json_bytes, parse_json, read_json, write_json
 from nanochat.paths import check_name
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+_ALWAYS = ("step", "tokens", "train_time_sec")  # numbers that every event of a curve has
 UNTIMED_STEPS = 11  # a run's first steps compile; they are not on the training clock
 
 
@@ -132,6 +133,22 @@ def read_run(folder):
     if summary is not None and not isinstance(summary.get("status"), str):
         raise UserError(f"{folder / SUMMARY}: no status; delete the file or the run")
     return RunRecord(folder, config, _effective(_read_events(folder / METRICS)), summary)
+
+
+def numbers_of(events, kind, *names):
+    """The named numbers of each event of a kind: a list of tuples. None: not finite, or not known.
+
+    Errors: UserError naming the step and the name where there is something else, or no step, tokens or clock.
+    """
+    found = []
+    for event in (event for event in events if event["kind"] == kind):
+        for name in names:
+            value = event.get(name, "missing")
+            if not (value is None and name not in _ALWAYS) and (type(value) not in (int, float) or abs(value) > 1e300):
+                raise UserError(f"a run's {kind} event of step {event.get('step')}: {name} is {str(value)[:60]}, not a "
+                                "number; mend or remove that line of its metrics.jsonl")
+        found.append(tuple(event[name] for name in names))
+    return found
 
 
 def find_run(name, runs_dir):

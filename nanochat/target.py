@@ -15,6 +15,7 @@ from scipy.stats import f as f_distribution
 
 from nanochat import power_law
 from nanochat.errors import UserError
+from nanochat.runlog import numbers_of
 
 METRICS = {"val_bpb": "lower", "core": "higher"}  # the metric's name and the direction that is better
 CONFIDENCE = 0.9
@@ -122,17 +123,7 @@ def evaluations_of(events: Iterable[dict], metric_name: str) -> list[Evaluation]
     Errors: UserError naming the step of an event that lacks a number.
     """
     kind, field = _KINDS[metric_name]
-    found = []
-    for event in events:
-        if event["kind"] != kind:
-            continue
-        values = {name: event.get(name, "missing") for name in ("step", "tokens", field, "train_time_sec")}
-        for name, value in values.items():
-            if not isinstance(value, int | float) and not (name == field and value is None):
-                raise UserError(f"a run's {kind} event of step {values['step']}: {name} is {value}, not a number; "
-                                "mend or remove that line of its metrics.jsonl")
-        found.append(Evaluation(*values.values()))
-    return found
+    return [Evaluation(*numbers) for numbers in numbers_of(events, kind, "step", "tokens", field, "train_time_sec")]
 
 
 def first_crossing(steps, metric, threshold):

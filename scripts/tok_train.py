@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from nanochat.data.shards import row_count, sample_documents
 from nanochat.data.sources import open_dataset
-from nanochat.data.tokenizer import load_tokenizer, train_tokenizer
+from nanochat.data.tokenizer import TEXT_FILE, load_tokenizer, train_tokenizer
 from nanochat.errors import UserError, command
+from nanochat.files import check_output
 from nanochat.paths import base_dir
 
 _REPORT_CHARS = 1_000_000  # validation text for the compression figure
@@ -51,6 +52,8 @@ def main(argv=None):
     if args.max_chars < 1 or args.doc_cap < 1:
         raise UserError("--max-chars and --doc-cap must be at least 1")
     folder = args.tokenizer_dir or base_dir() / "tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
+    check_output("--tokenizer-dir", folder / TEXT_FILE)
     dataset = open_dataset(args.dataset)
     start = time.perf_counter()
     n_rows, tally = sum(map(row_count, dataset.train_shards)), Counter()

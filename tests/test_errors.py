@@ -45,11 +45,36 @@ def test_ranks_above_0_say_which_one_they_are(capsys, monkeypatch):
     assert capsys.readouterr().err == "error (rank 3): no shards; run x\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), AssertionError(), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), AssertionError(), RuntimeError("a bug")])
 def test_errors_that_are_not_the_users_pass_through(error):
     with pytest.raises(type(error)) as caught:
         main_that(error)()
     assert caught.value is error
+
+
+@pytest.mark.parametrize(("error", "said", "exit_code"), [
+    (KeyboardInterrupt(), "interrupted", 130),
+    (PermissionError(13, "Permission denied", "/cache/x"), "/cache/x: Permission denied", 2),
+    (OSError(28, "No space left on device"), "error: No space left on device", 2),
+    (MemoryError(), "out of memory (no more is to be had); lower --device-batch-size", 2),
+    (RuntimeError("CUDA out of memory. Tried 2 GiB\nmore"), "Tried 2 GiB); lower --device-batch-size", 2),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "lower --device-batch-size", 2)],
+    ids=lambda value: type(value).__name__)
+def test_what_the_machine_refuses_is_one_line(capsys, error, said, exit_code):
+    with pytest.raises(SystemExit) as stopped:
+        main_that(error)()
+    printed = capsys.readouterr().err
+    assert stopped.value.code == exit_code and said in printed and printed.count("\n") == 1
+
+
+def test_a_rank_that_is_gone_is_named_where_there_are_several(capsys, monkeypatch):
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:1234")
+    with pytest.raises(RuntimeError):
+        main_that(lost)()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        main_that(lost)()
+    assert "another rank is gone" in capsys.readouterr().err
 
 
 def test_result_and_arguments_pass_through():

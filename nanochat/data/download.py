@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanochat.data.shards import note_digests, open_shard
+from nanochat.data.shards import open_shard
 from nanochat.errors import UserError
-from nanochat.files import locked, sha256_of
+from nanochat.files import locked, note_digests, sha256_of
 
 
 def fetch_shards(repo, names, folder, num_workers=4):

@@ -14,9 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from nanochat.data.shards import note_digests
 from nanochat.errors import UserError
-from nanochat.files import locked, sha256_of, write_json
+from nanochat.files import locked, note_digests, sha256_of, write_json
 
 MANIFEST = "dataset.json"
 _VAL_SHARE, _VAL_MAX_BYTES = 0.05, 20e6  # validation: a twentieth of the text, but never more than 20 MB

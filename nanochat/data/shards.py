@@ -8,9 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.errors import UserError
-from nanochat.files import read_json, sha256_once, write_json
+from nanochat.files import DIGESTS, is_as_noted
 
-DIGESTS = "sha256.json"  # beside shards that we wrote or downloaded: {file name: hex SHA-256}
 _TEXT_TYPES = (pa.string(), pa.large_string())
 
 
@@ -36,28 +35,14 @@ def open_shard(path):
     return file
 
 
-def note_digests(folder, digests):
-    """Note the SHA-256 of shards of a folder, {name: hex}, beside those noted before, for `check_content`."""
-    path = Path(folder) / DIGESTS
-    write_json(path, {**(_digests(folder) if path.exists() else {}), **digests})
-
-
-def check_content(path):
-    """Errors: UserError when the bytes of a shard are not those noted; all are read, once a process."""
-    path = Path(path)
-    if path.with_name(DIGESTS).exists():
-        noted = _digests(path.parent).get(path.name)
-        if noted is not None and noted != sha256_once(path):
-            raise _damaged(path, f"its bytes differ from those noted in {DIGESTS}")
-
-
 def read_documents(path):
     """Yield the documents of a shard in order; null and blank ones are left out.
 
     Errors: UserError when the shard is damaged, has no string column `text`, or holds blank documents only.
     """
     found = False
-    check_content(path)
+    if not is_as_noted(path):
+        raise _damaged(path, f"its bytes differ from those noted in {DIGESTS}")
     with open_shard(path) as file:
         try:
             for batch in file.iter_batches(batch_size=1024, columns=["text"]):
@@ -112,10 +97,6 @@ def shard_key(path):
     fingerprint = shard_fingerprint(path)
     with open(path, "rb") as file:
         return hashlib.sha256(fingerprint.encode() + file.read(1 << 16)).hexdigest()[:16]
-
-
-def _digests(folder):
-    return read_json(Path(folder) / DIGESTS, "delete it, and the shards beside it are taken as they are")
 
 
 def _damaged(path, error):

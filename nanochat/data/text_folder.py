@@ -2,17 +2,17 @@
 
 import gzip
 import hashlib
-import json
 import zlib
 from collections import Counter
 from pathlib import Path
 
 from nanochat.data.shards import list_shards, read_documents
 from nanochat.errors import UserError
-from nanochat.files import sha256_of
+from nanochat.files import parse_json, sha256_of
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz")
 _PIECE_CHARS = 20_000  # longer text files are cut at a blank line into documents of about this size
+_MAX_LINE_BYTES, _MAX_GZIP_RATIO = 1 << 26, 300  # of JSON lines: what is beyond is no text but an attack on memory
 _RULES = "1"  # raise it when the documents change for the same files
 
 
@@ -71,10 +71,15 @@ def _visible_files(folder):
 
 
 def _lines_of_json(path):
-    number = 0
+    number = n_bytes = 0
+    most = max(_MAX_LINE_BYTES, _MAX_GZIP_RATIO * path.stat().st_size)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            while line := file.readline(_MAX_LINE_BYTES + 1):
+                number, n_bytes = number + 1, n_bytes + len(line)
+                if len(line) > _MAX_LINE_BYTES or n_bytes > most:
+                    raise UserError(f"{path}, line {number}: a line of more than {_MAX_LINE_BYTES >> 20} MiB, or a "
+                                    f"file that unpacks to more than {_MAX_GZIP_RATIO} times its size; split it")
                 if line.strip():
                     yield _text_of(line, path, number)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -83,8 +88,10 @@ def _lines_of_json(path):
 
 def _text_of(line, path, number):
     try:
-        value = json.loads(_decode(line, f"{path}, line {number}"))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = parse_json(_decode(line, f"{path}, line {number}").encode())
+    except UserError:
+        raise
+    except ValueError as error:
         raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove that line") from None
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise UserError(f'{path}, line {number}: no string under "text"; every line must be like {{"text": "..."}}')

@@ -24,10 +24,12 @@ SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in (
 ))
 BOS = SPECIAL_TOKENS[0]
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+MAX_VOCAB_SIZE = 1 << 24
 TEXT_FILE, PICKLE_FILE, TOKEN_BYTES_FILE = "tokenizer.txt", "tokenizer.pkl", "token_bytes.pt"
 
 # Both rustbpe and tiktoken panic on a million blanks in a row, so that longer texts go to them in parts.
 _PART_CHARS = 100_000
+_PROBE = "".join(map(chr, range(1, 256))) + " Straße, 漢字; x² = 12345 \t\n\r\n  🚆 "  # no text may be lost
 _WORD_END = re.compile(r"\S(?= )")
 
 
@@ -42,6 +44,8 @@ class Tokenizer:
                 "nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
         except ValueError as error:
             raise UserError(f"the split pattern is not a regular expression ({error})") from None
+        if self.decode(self.encode(_PROBE)) != _PROBE:
+            raise UserError(f"the split pattern {pattern[:80]!r} leaves out text")
         self._ranks = ranks
         self._vocabulary = (ranks, special_tokens, pattern)
         self.vocab_size = len(ranks) + len(special_tokens)
@@ -75,11 +79,16 @@ class Tokenizer:
         import torch
 
         folder = Path(folder)
-        with atomic_path(folder / PICKLE_FILE) as temporary:
-            temporary.write_bytes(pickle.dumps(self._encoding))
-        with atomic_path(folder / TOKEN_BYTES_FILE) as temporary:
-            torch.save(torch.from_numpy(self.token_bytes()), temporary)
-        write_text(folder / TEXT_FILE, to_text(*self._vocabulary))
+        try:
+            with atomic_path(folder / PICKLE_FILE) as temporary:
+                temporary.write_bytes(pickle.dumps(self._encoding))
+            with atomic_path(folder / TOKEN_BYTES_FILE) as temporary:
+                torch.save(torch.from_numpy(self.token_bytes()), temporary)
+            write_text(folder / TEXT_FILE, to_text(*self._vocabulary))
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the tokenizer cannot be saved in {folder} ({reason}); make room there, or give another "
+                            "--tokenizer-dir") from None
 
 
 def train_tokenizer(texts, vocab_size):
@@ -90,6 +99,8 @@ def train_tokenizer(texts, vocab_size):
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"a vocabulary of {vocab_size} is too small: the 256 bytes and {len(SPECIAL_TOKENS)} "
                         f"special tokens take {MIN_VOCAB_SIZE}; choose a larger one")
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise UserError(f"a vocabulary of {vocab_size} is too large: at most {MAX_VOCAB_SIZE} tokens")
     trainer = rustbpe.Tokenizer()
     parts = (part for text in texts for part in _parts(text))
     trainer.train_from_iterator(parts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
@@ -105,7 +116,7 @@ def load_tokenizer(folder):
     """The Tokenizer saved in a folder, ours or upstream's. Errors: UserError naming the file of what is wrong."""
     folder = Path(folder)
     readers = {TEXT_FILE: read_text_file, PICKLE_FILE: read_pickle_file}
-    there = [folder / name for name in readers if (folder / name).exists()]
+    there = [folder / name for name in readers if os.path.exists(folder / name)]  # no error for too long a name
     if not there:
         raise UserError(f"no tokenizer in {folder} (neither {TEXT_FILE} nor {PICKLE_FILE}); "
                         "train one with: python -m scripts.tok_train")

@@ -50,6 +50,8 @@ def read_text_file(path):
                 special_tokens[_string(name)] = int(token_id)
             else:
                 ranks[base64.b64decode(key, validate=True)] = int(value)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); {_MEND}") from None
     except ValueError as error:
         raise UserError(f"{path}, line {number}: damaged ({error}); {_MEND}") from None
     if pattern is None or identity != vocabulary_id(ranks, special_tokens, pattern):
@@ -62,8 +64,8 @@ def read_pickle_file(path):
 
     Errors: UserError when the pickle asks for anything but that one class, or is not what an Encoding saves.
     """
-    unpickler = _EncodingUnpickler(io.BytesIO(path.read_bytes()))
     try:
+        unpickler = _EncodingUnpickler(io.BytesIO(path.read_bytes()))
         found = unpickler.load()
     except _RefusedError as refused:
         raise UserError(f"{path} asks for {refused}, which no tokenizer needs and could run any program; refused: "

@@ -1,20 +1,21 @@
 """CORE's tasks on disk, in upstream's `eval_bundle` layout: fetch, read, check."""
 
 import csv
-import json
+import io
 import random
 import tempfile
 import zipfile
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import yaml
 
 from nanochat.errors import UserError
-from nanochat.files import locked
+from nanochat.files import DIGESTS, is_as_noted, locked, note_digests, parse_json, sha256_of
 from nanochat.paths import base_dir
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+MAX_BYTES, MAX_UNPACKED_BYTES, MAX_FILES, MAX_NAME_LENGTH = 1 << 29, 1 << 31, 10_000, 200  # of a download
 SHUFFLE_SEED = 1337
 # What an item of each task type must have; where there is a `gold`, it is an index into the second of them.
 ITEM_KEYS = {
@@ -47,7 +48,7 @@ def read_bundle(folder, max_per_task=-1):
     Errors: UserError naming the file and line of whatever is missing or damaged.
     """
     folder = Path(folder)
-    config, baselines = _read_config(folder / "core.yaml"), _read_baselines(folder / "eval_meta_data.csv")
+    config, baselines = _read_config(folder, "core.yaml"), _read_baselines(folder, "eval_meta_data.csv")
     tasks = []
     for entry in config:
         label, task_type, uri, (num_fewshot, *_) = (
@@ -57,7 +58,7 @@ def read_bundle(folder, max_per_task=-1):
                             f"known are {', '.join(ITEM_KEYS)}")
         if label not in baselines:
             raise UserError(f"{folder / 'eval_meta_data.csv'}: no random baseline for task {label}; add its row")
-        items = _read_items(folder / "eval_data" / uri, task_type)
+        items = _read_items(folder, f"eval_data/{uri}", task_type)
         random.Random(SHUFFLE_SEED).shuffle(items)
         items = items[:max_per_task] if max_per_task >= 0 else items
         if len(items) <= num_fewshot:
@@ -81,27 +82,56 @@ def download_bundle(url=BUNDLE_URL):
             with tempfile.TemporaryDirectory(prefix=".eval_bundle.", dir=folder.parent) as temporary:
                 archive = Path(temporary) / "eval_bundle.zip"
                 try:
-                    with open(archive, "wb") as file:
+                    with _BoundedFile(archive, "wb") as file:
                         http_get(url, file)
                     with zipfile.ZipFile(archive) as file:
+                        _check_members(file.infolist())
                         file.extractall(temporary)
                 except Exception as error:  # the library's own, its HTTP client's, OSError, BadZipFile
                     raise UserError(f"could not download {url} ({error}); run it again, or unpack eval_bundle.zip "
                                     f"as {folder}") from None
-                read_bundle(Path(temporary) / "eval_bundle")
-                (Path(temporary) / "eval_bundle").rename(folder)
+                unpacked = Path(temporary) / "eval_bundle"
+                read_bundle(unpacked)
+                note_digests(unpacked, {path.relative_to(unpacked).as_posix(): sha256_of(path)
+                                        for path in unpacked.rglob("*") if path.is_file()})
+                unpacked.rename(folder)
     return folder
 
 
-def _read_config(path):
+class _BoundedFile(io.FileIO):
+    def write(self, data):
+        if self.tell() + len(data) > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
+        return super().write(data)
+
+
+def _check_members(members):
+    """zipfile itself keeps every file inside the folder, and to the size that its entry names."""
+    if sum(member.file_size for member in members) > MAX_UNPACKED_BYTES or len(members) > MAX_FILES:
+        raise ValueError(f"it unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB or {MAX_FILES} files")
+    if any(len(member.filename) > MAX_NAME_LENGTH for member in members):
+        raise ValueError("it holds names that are too long")
+
+
+def _read_config(folder, name):
+    path = folder / name
     try:
-        entries = yaml.safe_load(_read_text(path))["icl_tasks"]
+        entries = yaml.safe_load(_read_text(folder, name))["icl_tasks"]
         for entry in entries:
             if not isinstance(entry["num_fewshot"][0], int) or entry["num_fewshot"][0] < 0:
                 raise TypeError("num_fewshot is a list of one count")
             if not all(isinstance(entry[key], str) for key in ("label", "icl_task_type", "dataset_uri")):
                 raise TypeError("label, icl_task_type and dataset_uri are texts")
-    except (yaml.YAMLError, KeyError, IndexError, TypeError) as error:
+            uri = PurePosixPath(entry["dataset_uri"])
+            if uri.is_absolute() or ".." in uri.parts or "\0" in entry["dataset_uri"]:
+                raise TypeError("dataset_uri leads out of the bundle")
+            if not isinstance(entry.get("continuation_delimiter", " "), str):
+                raise TypeError("continuation_delimiter is a text")
+        if len({entry["label"] for entry in entries}) < len(entries):
+            raise TypeError("two tasks have one label")
+    except UserError:
+        raise
+    except (yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a list of tasks under icl_tasks ({reason}); fetch the bundle again") from None
     if not entries:
@@ -109,21 +139,27 @@ def _read_config(path):
     return entries
 
 
-def _read_baselines(path):
+def _read_baselines(folder, name):
+    path = folder / name
     try:
-        rows = csv.DictReader(_read_text(path).splitlines())
-        return {row["Eval Task"]: float(row["Random baseline"]) for row in rows}
-    except (KeyError, ValueError, TypeError):
+        rows = csv.DictReader(_read_text(folder, name).splitlines())
+        baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in rows}
+        if not all(0 <= percent < 100 for percent in baselines.values()):
+            raise ValueError
+        return baselines
+    except UserError:
+        raise
+    except (KeyError, ValueError, TypeError, csv.Error):
         raise UserError(f"{path}: not a table with the columns `Eval Task` and `Random baseline` (percent); "
                         "fetch the bundle again") from None
 
 
-def _read_items(path, task_type):
-    items = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+def _read_items(folder, name, task_type):
+    items, path = [], folder / name
+    for number, line in enumerate(_read_text(folder, name).split("\n"), start=1):
         if line.strip():
             try:
-                items.append(_checked(json.loads(line), task_type))
+                items.append(_checked(parse_json(line.encode()), task_type))
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}, line {number}: not an item of a {task_type} task ({error}); "
                                 "fetch the bundle again") from None
@@ -135,6 +171,10 @@ def _checked(item, task_type):
     missing = [key for key in keys if key not in item]
     if missing:
         raise KeyError(f"without {', '.join(missing)}")
+    texts = [part for key in keys if key != "gold"
+             for part in (item[key] if isinstance(item[key], list) else [item[key]])]
+    if not all(isinstance(text, (str, int, float)) for text in texts):
+        raise TypeError("what is to be read is no text")
     if "gold" in keys:
         options = item[keys[1]]
         if not (isinstance(options, list) and type(item["gold"]) is int and 0 <= item["gold"] < len(options)):
@@ -144,11 +184,17 @@ def _checked(item, task_type):
     return item
 
 
-def _read_text(path):
+def _read_text(folder, name):
+    path = folder / name
     try:
+        if not is_as_noted(path, folder):
+            raise UserError(f"{path} is damaged (its bytes differ from those noted in {DIGESTS}); fetch the bundle "
+                            "again")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"CORE's tasks are not there: {path} is missing; fetch them with "
                         f"python -m nanochat.core_eval, or unpack eval_bundle.zip as {bundle_folder()}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); fetch the bundle again") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; fetch the bundle again") from None

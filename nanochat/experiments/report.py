@@ -1,6 +1,7 @@
 """The report of an experiment: one self-contained HTML page, or Markdown; the figures are in figures.py."""
 
 import base64
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,9 +186,16 @@ def _image(path):
         caption, _IMAGE_TYPES[path.suffix.lower()], data)
 
 
+def _without_markup(value):
+    """For Markdown: no text begins an HTML tag, ends a table's cell or its line."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(value.split("\n")).replace("|", "\\|")) \
+        if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _template(name, autoescape):
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=autoescape,
-                                     trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+                                     trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+                                     finalize=None if autoescape else _without_markup)
     environment.filters["number"] = lambda value, digits=0: "·" if value is None else f"{value:,.{digits}f}"
     environment.filters["seconds"] = lambda sec: BEFORE_THE_CLOCK if sec == 0 else environment.filters["number"](sec, 1)
     return environment.get_template(name)

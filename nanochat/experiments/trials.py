@@ -10,7 +10,7 @@ import numpy as np
 from nanochat.errors import UserError
 from nanochat.experiments.ledger import ExperimentRow, read_experiments
 from nanochat.experiments.profiles import BASELINE, candidate_name
-from nanochat.runlog import CONFIG, UNTIMED_STEPS, RunRecord, read_run
+from nanochat.runlog import CONFIG, UNTIMED_STEPS, RunRecord, numbers_of, read_run
 from nanochat.target import evaluations_of, time_to_target
 
 INTERPRETED = "Triton interpreted"  # in a device's name
@@ -95,14 +95,13 @@ class Trial:
     @cached_property
     def step_times_ms(self):
         """Milliseconds of the steps on the training clock; float64 [n]."""
-        events = self.record.of("train") if self.record else []
-        times = [e["dt_ms"] for e in events if e["step"] > UNTIMED_STEPS and e["dt_ms"] is not None]
-        return np.array(times, dtype=np.float64)
+        found = numbers_of(self.record.events, "train", "step", "dt_ms") if self.record else []
+        return np.array([ms for step, ms in found if step > UNTIMED_STEPS and ms is not None], dtype=np.float64)
 
     def _curve(self, kind, value):
-        events = self.record.of(kind) if self.record else []
-        points = [[e["step"], e["tokens"], e["train_time_sec"], e[value]] for e in events if e[value] is not None]
-        return np.array(points, dtype=np.float64).reshape(-1, 4)
+        names = "step", "tokens", "train_time_sec", value
+        found = numbers_of(self.record.events, kind, *names) if self.record else []
+        return np.array([point for point in found if point[-1] is not None], dtype=np.float64).reshape(-1, 4)
 
 
 def load_trials(ledger, experiment_name, runs_dir):

@@ -25,6 +25,8 @@ ROTARY_LENGTH_FACTOR = 10  # decoding may run this many times past the training 
 SMEAR_CHANNELS = 24
 VALUE_GATE_CHANNELS = 12
 SHORT_WINDOW_MULTIPLE = 128
+LARGEST = {"sequence_len": 1 << 24, "vocab_size": 1 << 30, "n_layer": 10_000, "n_head": 1 << 16, "n_kv_head": 1 << 16,
+           "n_embd": 1 << 20}  # of a GPTConfig: larger ones are mistakes that would hang
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class GPTConfig:
     window_pattern: str = "SSSL"
 
     def __post_init__(self):
+        for name, largest in LARGEST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= largest:
+                raise UserError(f"a model with {name} {str(value)[:40]} cannot be: use a whole number from 1 to "
+                                f"{largest:,}")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
             raise UserError(f"width {self.n_embd} cannot be split into {self.n_head} heads of an even size")
         if self.n_head % self.n_kv_head:

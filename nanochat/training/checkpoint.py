@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from nanochat.errors import UserError
 from nanochat.files import atomic_path, json_bytes, parse_json, sha256_of, write_json
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.gpt import GPT, GPTConfig, parameter_counts
 from nanochat.paths import base_dir, check_name
 from nanochat.ranks import Ranks, print0
 
@@ -111,13 +111,18 @@ def load_model_state(folder, step, meta, device):
 def load_model(folder, step, device, compute_dtype):
     """(model on `device`, meta) from a checkpoint of ours or of upstream. UserError when it cannot be."""
     meta = read_meta(folder, step)
+    state = load_model_state(folder, step, meta, device)
     try:  # upstream's configurations from before sliding windows have no pattern: full attention
-        model = GPT(GPTConfig.from_dict({"window_pattern": "L", **meta["model_config"]}), compute_dtype)
+        config = GPTConfig.from_dict({"window_pattern": "L", **meta["model_config"]})
+        stored = sum(value.numel() for value in state.values() if torch.is_tensor(value))
+        if (described := parameter_counts(config)["total"]) > stored:
+            raise TypeError(f"{described:,} parameters, and its file holds {stored:,}")
+        model = GPT(config, compute_dtype)
     except (TypeError, ArithmeticError) as error:
         raise UserError(f"{_meta_path(folder, step)} describes a model that cannot be ({_reason(error)}); "
                         f"{newest_usable(folder, step)}") from None
     model.to(device)
-    load_state(model, load_model_state(folder, step, meta, device), folder, step)
+    load_state(model, state, folder, step)
     return model, meta
 
 

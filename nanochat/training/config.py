@@ -46,7 +46,7 @@ class TrainingConfig:
                       "empty: drop for the named datasets, carry for a folder", "RULE", choices=CROPS, on_resume=True)
     seed: int = _data(DEFAULT_SEED, "seed of the initial values and of the data order", "SEED", at_least=0)
 
-    depth: int = _model(20, "layers", "LAYERS", at_least=1)
+    depth: int = _model(20, "layers", "LAYERS", at_least=1, at_most=10_000)
     aspect_ratio: int = _model(64, "width = depth * aspect ratio, rounded up to whole heads", "CHANNELS")
     head_dim: int = _model(128, "channels per attention head", "CHANNELS")
     max_seq_len: int = _model(2048, "context length", "TOKENS", at_least=1)
@@ -89,6 +89,8 @@ class TrainingConfig:
         for flag in dataclasses.fields(self):
             value, name = getattr(self, flag.name), f"--{flag.name.replace('_', '-')}"
             low, high = flag.metadata.get("at_least"), flag.metadata.get("at_most", math.inf)
+            if flag.type is int and abs(value) >= 1 << 53:
+                raise UserError(f"{name} {str(value)[:40]} is beyond what is counted here")
             if low is not None and not (low <= value <= high and value < math.inf):
                 bounds = f"at least {low}" + ("" if high == math.inf else f" and at most {high}")
                 raise UserError(f"{name} {value} must be {bounds}")
