@@ -56,7 +56,12 @@ class RunLog:
             warn(f"{folder / METRICS} ends at step {last}, before the checkpoint of step {step}: what was recorded in "
                  "between is lost, and the run's curves lack it")
         log = cls(folder, sinks, owned)
-        log.event("resume", step=step, **fields)
+        try:
+            log.event("resume", step=step, **fields)
+        except UserError:
+            with contextlib.suppress(OSError):
+                log._file.close()
+            raise
         return log
 
     def event(self, kind, **fields):
@@ -145,8 +150,8 @@ def numbers_of(events, kind, *names):
         for name in names:
             value = event.get(name, "missing")
             if not (value is None and name not in _ALWAYS) and (type(value) not in (int, float) or abs(value) > 1e300):
-                raise UserError(f"a run's {kind} event of step {event.get('step')}: {name} is {str(value)[:60]}, not a "
-                                "number; mend or remove that line of its metrics.jsonl")
+                raise UserError(f"a run's {kind} event of step {event.get('step', 'missing')}: {name} is "
+                                f"{str(value)[:60]}, not a number; mend or remove that line of its metrics.jsonl")
         found.append(tuple(event[name] for name in names))
     return found
 

@@ -4,6 +4,7 @@ python -m scripts.tok_train --dataset stdlib --vocab-size 8192
 """
 
 import argparse
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -52,8 +53,8 @@ def main(argv=None):
     if args.max_chars < 1 or args.doc_cap < 1:
         raise UserError("--max-chars and --doc-cap must be at least 1")
     folder = args.tokenizer_dir or base_dir() / "tokenizer"
-    folder.mkdir(parents=True, exist_ok=True)
-    check_output("--tokenizer-dir", folder / TEXT_FILE)
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    check_output("--tokenizer-dir", there / TEXT_FILE)  # before the work: the rest of its folders can be made
     dataset = open_dataset(args.dataset)
     start = time.perf_counter()
     n_rows, tally = sum(map(row_count, dataset.train_shards)), Counter()

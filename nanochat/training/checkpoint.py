@@ -114,9 +114,11 @@ def load_model(folder, step, device, compute_dtype):
     state = load_model_state(folder, step, meta, device)
     try:  # upstream's configurations from before sliding windows have no pattern: full attention
         config = GPTConfig.from_dict({"window_pattern": "L", **meta["model_config"]})
+        described = parameter_counts(config)["total"]
         stored = sum(value.numel() for value in state.values() if torch.is_tensor(value))
-        if (described := parameter_counts(config)["total"]) > stored:
-            raise TypeError(f"{described:,} parameters, and its file holds {stored:,}")
+        if described > stored:  # before memory is taken for it
+            raise UserError(f"the checkpoint of step {step} in {folder} is of another model: its meta describes "
+                            f"{described:,} parameters, its file holds {stored:,}")
         model = GPT(config, compute_dtype)
     except (TypeError, ArithmeticError) as error:
         raise UserError(f"{_meta_path(folder, step)} describes a model that cannot be ({_reason(error)}); "
