@@ -118,6 +118,13 @@ def test_library_reads_no_command_line():
     assert found == {f"nanochat.{command}" for command in COMMANDS}
 
 
+def test_json_has_one_reader():
+    """files.parse_json, which says in words what no JSON is; json.loads raises five kinds of errors."""
+    assert {name for name, tree in {**library(), **scripts()}.items()
+            if {"json.loads", "json.load"} & {ast.unparse(node.func) for node in ast.walk(tree)
+                                              if isinstance(node, ast.Call)}} == {"nanochat.files"}
+
+
 def is_main_guard(node):
     return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
 

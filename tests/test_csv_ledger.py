@@ -164,6 +164,25 @@ def test_a_missing_ledger_starts_with_the_header_and_cannot_be_read_before(tmp_p
     assert columns(Row) == ["run_id", "seed", "loss", "notes"]
 
 
+@pytest.mark.parametrize("text", ["=1+1", "+a", "-b", "@c", "'=d", "''-e", "\t=f", "--chunked-ce"])
+def test_no_cell_that_a_tool_writes_is_a_formula(tmp_path, text):
+    path = tmp_path / "ledger.csv"
+    append_row(path, replace(ROW, notes=text))
+    assert f",'{text}" in path.read_text()
+    assert read_rows(path, Row) == [replace(ROW, notes=text)]
+    path.write_text(HEADER + "a,1,0.5,--by-hand\n")
+    assert read_rows(path, Row) == [replace(ROW, notes="--by-hand")]
+
+
+def test_a_last_line_without_its_end_is_warned_of(tmp_path, capsys):
+    path = tmp_path / "ledger.csv"
+    append_row(path, replace(ROW, notes="whole"))
+    assert read_rows(path, Row) and not capsys.readouterr().err
+    path.write_bytes(path.read_bytes()[:-3])
+    assert read_rows(path, Row) == [replace(ROW, notes="who")]
+    assert "the last line has no line end; if it was cut, mend its last cell" in capsys.readouterr().err
+
+
 def test_a_symlinked_ledger_stays_a_symlink(tmp_path):
     (tmp_path / "real.csv").write_text(HEADER)
     (tmp_path / "link.csv").symlink_to("real.csv")

@@ -177,6 +177,7 @@ def test_text_from_the_ledger_is_escaped(ledger):
     make_trial(ledger, "x", seed=0, row={"experiment_name": evil, "device": evil, "dataset_id": evil})
     page = experiment_report(ledger, evil, runs_dir()).html()
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+    assert "<script" not in experiment_report(ledger, evil, runs_dir()).markdown()
 
 
 def test_markdown_has_the_same_verdicts_and_runs(matrix):

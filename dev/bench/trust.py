@@ -1,0 +1,114 @@
+"""What digests and locks cost: opening token files, reading shards, and what a checkpoint waits for besides.
+
+    python -m dev.bench.trust --million-tokens 64
+
+Every round measures each part once; medians, 20th and 80th percentiles are over rounds. All files are in the page
+cache: from a slower disk the reading hides the hashing. A step waits for none of it.
+"""
+
+import argparse
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dev.bench.loader import made_shard
+from dev.bench.measure import append_rows, percentiles, time_interleaved
+from nanochat import files
+from nanochat.data.shard_writer import prepare_shards
+from nanochat.data.shards import list_shards, read_documents
+from nanochat.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+from nanochat.data.tokens import HEADER_BYTES, TokenShard
+from nanochat.errors import command
+from nanochat.machine import device_name
+from nanochat.provenance import git_commit
+from nanochat.runlog import RunLog
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--million-tokens", type=float, default=64, help="in the token file, 2 bytes each")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", help="append the figures to this CSV file")
+    return parser.parse_args(argv)
+
+
+def without_digest(path):
+    """A copy as earlier versions wrote it."""
+    old = path.with_name(f"old_{path.name}")
+    data = bytearray(path.read_bytes())
+    line = files.parse_json(bytes(data[:HEADER_BYTES]))
+    del line["sha256"]
+    data[:HEADER_BYTES] = files.json_bytes(line).ljust(HEADER_BYTES)
+    old.write_bytes(data)
+    return old
+
+
+def parts_of(folder, n_tokens):
+    """{part: function} to be timed, the digests' memory of this process emptied before each."""
+    [shard] = made_shard(folder, 1000, int(n_tokens))
+    old, paths = without_digest(shard.path), [shard.path.with_name(f"{i}.bin") for i in range(os.cpu_count())]
+    for path in paths:
+        os.link(shard.path, path)
+    rng = np.random.default_rng(0)
+    words = ["".join(map(chr, rng.integers(97, 123, rng.integers(2, 9)))) for _ in range(3000)]
+    texts = [" ".join(rng.choice(words, 300)) for _ in range(1500)]
+    prepare_shards(folder / "d", "d", lambda: texts, sum(map(len, texts)))
+    shards = list_shards(folder / "d")
+    tokenizer = train_tokenizer(texts[:50], MIN_VOCAB_SIZE + 300)
+    log = RunLog.create(folder, "r", {}, owned=[files.Owned(folder, folder / "lock", "bench", "")])
+
+    def fresh(function):
+        def timed():
+            files._sha256_of_version.cache_clear()
+            return function()
+        return timed
+
+    def opened_in_threads():
+        with ThreadPoolExecutor(len(paths)) as pool:
+            list(pool.map(TokenShard, paths))
+
+    def read():
+        return [text for path in shards for text in read_documents(path)]
+
+    def read_unnoted():
+        notes = folder / "d" / files.DIGESTS
+        notes.rename(folder / "aside")
+        try:
+            read()
+        finally:
+            (folder / "aside").rename(notes)
+
+    def checkpoint():
+        log.event("train", step=1, loss=1.0)
+        log.before_checkpoint()
+
+    return {"open a token file": fresh(lambda: TokenShard(shard.path)),
+            "the same without digest": lambda: TokenShard(old),
+            f"open {len(paths)} of them in threads": fresh(opened_in_threads),
+            "read prepared shards": fresh(read), "the same without digests": read_unnoted,
+            "encode them on one core": lambda: [tokenizer.encode(text) for text in texts],
+            "owner check and fsync of the record before a checkpoint": checkpoint}
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        times = time_interleaved(parts_of(Path(folder), 1e6 * args.million_tokens), args.rounds, torch.device("cpu"))
+    rows = []
+    for part, milliseconds in times.items():
+        median, low, high = percentiles(milliseconds)
+        print(f"{part:<56} {median:8.1f} ms ({low:.1f} to {high:.1f})")
+        rows.append({"part": part, "ms_median": median, "ms_p20": low, "ms_p80": high,
+                     "mtokens": args.million_tokens, "device": device_name(torch.device("cpu")),
+                     "commit": git_commit()[0]})
+    if args.out:
+        append_rows(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()
