@@ -130,9 +130,10 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """Causal attention of one layer: rotary positions, QK-norm, value embeddings by gate, its window."""
 
-    def __init__(self, config, layer, fused):
+    def __init__(self, config, layer, fused, backend):
         super().__init__()
         self.qk_norm = rope_qk_norm if fused else plain_rope_qk_norm
+        self.backend = backend
         self.layer, self.window, self.head_dim = layer, config.windows[layer], config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, config.kv_dim)
@@ -149,7 +150,7 @@ class Attention(nn.Module):
         q, k = self.qk_norm(q, k, *cos_sin)
         if kv_cache is not None:
             k, v = kv_cache.extend(self.layer, k, v)
-        return self.c_proj(causal_attention(q, k, v, self.window).flatten(-2))
+        return self.c_proj(causal_attention(q, k, v, self.window, self.backend).flatten(-2))
 
     def _heads(self, channels):
         return channels.unflatten(-1, (-1, self.head_dim))
@@ -170,10 +171,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each on the normed residual and added to it."""
 
-    def __init__(self, config, layer, fused):
+    def __init__(self, config, layer, fused, attention):
         super().__init__()
         self.norm = fused_norm if fused else plain_rms_norm
-        self.attn = Attention(config, layer, fused)
+        self.attn = Attention(config, layer, fused, attention)
         self.mlp = MLP(config)
 
     def forward(self, x, value_embedding, cos_sin, kv_cache):
@@ -211,10 +212,10 @@ class GPT(nn.Module):
     """The model: build it, then `init_weights` or load a state dict.
 
     compute_dtype is the dtype of activations and embeddings. fused_rmsnorm and chunked_ce choose lane C's
-    kernels; they change neither the parameters nor, up to rounding, the results.
+    kernels, attention one of `attention.BACKENDS`; they change neither the parameters nor, up to rounding, the results.
     """
 
-    def __init__(self, config, compute_dtype=torch.float32, *, fused_rmsnorm=False, chunked_ce=False):
+    def __init__(self, config, compute_dtype=torch.float32, *, attention="auto", fused_rmsnorm=False, chunked_ce=False):
         super().__init__()
         self.config, self.compute_dtype, self.chunked_ce = config, compute_dtype, chunked_ce
         self.norm = fused_norm if fused_rmsnorm else plain_rms_norm
@@ -223,7 +224,7 @@ class GPT(nn.Module):
         embedding_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(vocab, d, dtype=embedding_dtype),
-            "h": nn.ModuleList(Block(config, i, fused_rmsnorm) for i in range(config.n_layer)),
+            "h": nn.ModuleList(Block(config, i, fused_rmsnorm, attention) for i in range(config.n_layer)),
         })
         self.value_embeds = nn.ModuleDict({
             str(i): nn.Embedding(vocab, config.kv_dim, dtype=embedding_dtype)
