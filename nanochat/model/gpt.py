@@ -17,7 +17,7 @@ from nanochat.errors import UserError
 from nanochat.kernels.linear_cross_entropy import SOFTCAP, linear_cross_entropy
 from nanochat.kernels.rms_norm import rms_norm, rope_qk_norm
 from nanochat.model.attention import causal_attention
-from nanochat.model.plain import plain_linear_cross_entropy, plain_rms_norm, plain_rope_qk_norm
+from nanochat.model.plain import plain_cross_entropy, plain_rms_norm, plain_rope_qk_norm
 
 VOCAB_MULTIPLE = 64
 ROTARY_BASE = 100_000.0
@@ -118,12 +118,15 @@ def fused_norm(x):
 
 
 class Linear(nn.Linear):
-    """A bias-free matmul whose fp32 master weight is cast to the activations' dtype."""
+    """A bias-free matmul whose fp32 master weight is cast to the activations' dtype; in training by `fp8`, if any."""
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features, bias=False)
+        self.fp8 = None  # an Fp8Weight with --fp8
 
     def forward(self, x):
+        if self.fp8 is not None and torch.is_grad_enabled():
+            return self.fp8(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -290,10 +293,11 @@ class GPT(nn.Module):
 
     def loss(self, x, targets, reduction):
         """Cross-entropy in nats of the head's softcapped logits; the padded columns never count."""
-        head = (x, self.lm_head.weight, targets, self.config.vocab_size, SOFTCAP, reduction)
+        kind = targets, self.config.vocab_size, SOFTCAP, reduction
         if self.chunked_ce:
-            return linear_cross_entropy(*head, implementation="triton" if x.is_cuda else "torch")
-        return plain_linear_cross_entropy(*head)
+            implementation = "triton" if x.is_cuda else "torch"
+            return linear_cross_entropy(x, self.lm_head.weight, *kind, implementation=implementation)
+        return plain_cross_entropy(self.lm_head(x), *kind)
 
     def _smear(self, x, kv_cache):
         """Mix the previous token's embedding into each position, by a gate of the position's own channels."""
