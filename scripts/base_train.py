@@ -65,7 +65,7 @@ def train(config, place, dtype, dtype_reason, started):
     facts = record.run_config(config, data, shape, horizon, ranks, device, dtype, dtype_reason)
     print0(record.describe(shape, horizon, accumulation, data))
 
-    compiled = build.compile_model(config, model)
+    compiled = build.compile_model(config, model, optimizer)
     loader = data.train_loader(config, ranks, device, resumed)
     meta = {"model_config": shape.to_dict(), "user_config": facts["flags"], "run_id": run_id,
             **build.identity(config, data, horizon)}

@@ -146,11 +146,17 @@ def test_a_dtype_that_cannot_train(corpus, capsys, monkeypatch, dtype, words):
     assert_nothing_begun()
 
 
-def test_kernels_that_the_device_cannot_run_are_refused_before_any_text_is_opened(capsys, monkeypatch):
+@pytest.mark.parametrize(("flag", "words"), [
+    (["--fused-rmsnorm"], "--fused-rmsnorm needs a CUDA device"),
+    (["--attention", "varlen"], "--attention varlen needs a CUDA device"),
+    (["--attention", "flash"], "--attention flash must be auto or varlen"),
+    (["--fp8", "--max-seq-len", "100", "--device-batch-size", "1"], "--fp8 takes micro-batches of a multiple of 16"),
+    (["--fp8-recipe", "rowwise"], "--fp8-recipe rowwise must be tensorwise"),
+])
+def test_kernels_that_the_device_cannot_run_are_refused_before_any_text_is_opened(capsys, monkeypatch, flag, words):
     monkeypatch.setattr("nanochat.training.build.open_data", lambda args: pytest.fail("text was opened first"))
     monkeypatch.setattr("nanochat.kernels.runtime.INTERPRETED", False)
-    line = refused(["--depth", "2", "--device-type", "cpu", "--fused-rmsnorm"], capsys)
-    assert "--fused-rmsnorm needs a CUDA device" in line
+    assert words in refused(["--depth", "2", "--device-type", "cpu", *flag], capsys)
     assert_nothing_begun()
 
 

@@ -1,4 +1,4 @@
-"""The kernels' common ground: refusals, life without Triton, compiling for a GPU without one."""
+"""The kernels' common ground: refusals, life without Triton, rounding."""
 
 import os
 import subprocess
@@ -44,44 +44,6 @@ assert torch.allclose(loss, plain_linear_cross_entropy(x, weight, targets, 60))
 def test_without_triton_the_torch_form_still_works():
     run = python(_WITHOUT_TRITON)
     assert run.returncode == 0, run.stderr
-
-
-_COMPILE = """
-import re, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from nanochat.kernels import linear_cross_entropy, rms_norm
-
-def compile_for_hopper(kernel, **constants):
-    kinds = {"targets": "*i64", "losses": "*fp32", "scale": "*fp32"}
-    pointers = ("logits", "x", "grad", "out", "cos", "sin")
-    signature = {name: "constexpr" if name in constants else kinds.get(name, "*bf16" if name in pointers else "i32")
-                 for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants}
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature=signature, constexprs=places, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
-
-rows = dict(VOCAB_SIZE=32700, N_COLUMNS=32768, CAP=15.0, INVERSE_CAP=1 / 15, CAP_LOG2_E=21.64, ROWS=1,
-            BLOCK=4096, INTERPRETED=False)
-norm = dict(EPS=1e-7, INTERPRETED=False)
-for gradient in (True, False):
-    for ptx in (
-        compile_for_hopper(linear_cross_entropy._rows_kernel, GRADIENT=gradient, APPROXIMATE=gradient, **rows),
-        compile_for_hopper(rms_norm._norm_kernel, WIDTH=768, ROWS=4, BLOCK=1024, BACKWARD=gradient, **norm),
-        compile_for_hopper(rms_norm._rope_norm_kernel, HEADS=6, HALF=64, SCALE=1.2, ROWS=64, BLOCK=64,
-                           BACKWARD=gradient, **norm)):
-        wide, local = "ld.global.v4.b32" in ptx, ".local" in ptx
-        print("wide" if wide else "narrow", "spills" if local else "registers")
-"""
-
-
-@pytest.mark.skipif(runtime.triton is None, reason="Triton is not installed")
-def test_the_kernels_compile_for_hopper_with_wide_loads_and_without_spills(tmp_path):
-    """No GPU is needed to compile for one; the interpreter takes programs that the compiler refuses."""
-    run = python(_COMPILE, TRITON_CACHE_DIR=str(tmp_path))
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["wide", "registers"] * 6
 
 
 def test_stores_round_to_nearest_even():

@@ -6,6 +6,7 @@ On a GPU: loss, RMSNorm and RoPE + QK-norm at training sizes. Without one: the c
 the unfused one, which is a measurement, and a dry run of the Triton kernels in the interpreter, which is not.
 Before its times are taken, each variant's result is compared with fp64. Variants are timed in turn;
 `share_of_floor` is the time the data or the FLOP would take at the rates measured here, over the median.
+Rows are written as they come, and the same command goes on where it was stopped; `--minutes` stops it.
 """
 
 import os
@@ -16,19 +17,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # has to be set before Triton is imported
 
 import argparse
-import csv
 import platform
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import triton
-from tqdm import tqdm
 
-from dev.bench.measure import peak_bytes, percentiles, rates, time_interleaved
+from dev.bench.measure import peak_bytes, percentiles, rates, run_jobs, time_interleaved
 from dev.bench.variants import Unavailable, interpreted_losses, losses, norms, qk_norms, sliced_loss
 from nanochat.errors import UserError, command
-from nanochat.files import atomic_path
 from nanochat.machine import choose_compute_dtype, choose_device, device_name, keep_freed_memory
 from nanochat.model.gpt import GPTConfig
 from nanochat.provenance import git_commit
@@ -72,6 +69,7 @@ def parse_args(argv):
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--tokens", type=int, nargs="+", help="numbers of tokens (default: 8192 32768 131072 on a GPU)")
     parser.add_argument("--vocab-size", type=int, default=32768, help="padded to a multiple of 64, which is masked")
+    parser.add_argument("--minutes", type=float, default=60, help="begin no shape after them; exit code 3: some left")
     parser.add_argument("--repeats", type=int, default=15 if torch.cuda.is_available() else 7)
     return parser.parse_args(argv)
 
@@ -84,48 +82,55 @@ def main(argv=None):
     dtype, reason = choose_compute_dtype(device)
     print(f"{device_name(device)}; {reason}")
     jobs = gpu_jobs(args, device, dtype) if device.type == "cuda" else cpu_jobs(args, device, dtype)
-    rows = []
-    for job in tqdm(jobs, unit="shape"):
-        for row in job():
-            rows.append(row)
-            tqdm.write(describe(row))
-    with atomic_path(args.out) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    print(f"{len(rows)} rows in {Path(args.out)}")
+    failures, left = run_jobs({name: partial(_reported, job) for name, job in jobs.items()}, args.out, args.minutes,
+                              lambda name, reason: asdict(Row(name, "", "", 0, 0, None, "", "", note=reason)))
+    for name, reason in failures.items():
+        print(f"{name}: {reason}")
+    print(f"{args.out}: {len(jobs) - len(left)} of {len(jobs)} shapes" + (f"; left: {', '.join(left)}" if left else ""))
+    return 3 if left else int(bool(failures))
+
+
+def _reported(job):
+    """The job's rows as dicts, printed on their way."""
+    for row in job():
+        print(describe(row), flush=True)
+        yield asdict(row)
 
 
 def gpu_jobs(args, device, dtype):
-    tokens = args.tokens or (8192, 32768, 131072)
-    jobs = []
-    for n in tokens:
-        for width in (768, 1536) if "loss" in args.kernels else ():
-            jobs.append(lambda n=n, d=width: bench_loss(losses(device), n, d, args.vocab_size, dtype, device,
-                                                     args.repeats))
-        if "norm" in args.kernels:
-            jobs.append(lambda n=n: bench_norm(norms(device), n, 768, dtype, device, args.repeats))
+    """{name: function that yields Rows}, the sizes of training first."""
+    jobs = {}
+    for n in args.tokens or (32768, 131072, 8192):
+        if "loss" in args.kernels:
+            for d in (768, 1536):
+                jobs[f"loss {n} x {d} x {args.vocab_size}"] = partial(
+                    bench_loss, losses(device), n, d, args.vocab_size, dtype, device, args.repeats)
         if "qk-norm" in args.kernels:
             if n % POSITIONS:
                 raise UserError(f"--tokens {n} is no multiple of {POSITIONS}, the context of the qk-norm benchmark")
-            jobs.append(lambda n=n: bench_qk_norm(n, 768, dtype, device, args.repeats))
+            jobs[f"qk-norm {n}"] = partial(bench_qk_norm, n, 768, dtype, device, args.repeats)
+        if "norm" in args.kernels:
+            jobs[f"norm {n}"] = partial(bench_norm, norms(device), n, 768, dtype, device, args.repeats)
     return jobs
 
 
 def cpu_jobs(args, device, dtype):
     """The loss in torch, measured; the Triton kernels at toy sizes, in the interpreter."""
     print("no CUDA device: GPU figures are not measured; Triton kernels get a dry run in the interpreter")
-    jobs = []
+    jobs = {}
     if "loss" in args.kernels:
         dtypes = dict.fromkeys((dtype, torch.float32))
         shapes = [(n, 256, args.vocab_size, kind) for n in args.tokens or (4096,) for kind in dtypes]
-        shapes += [(2048, 256, 8192, kind) for kind in dtypes] + [(2048, 256, 8150, dtype)]  # padded to 8192
-        jobs += [lambda s=shape: bench_loss(losses(device), *s, device, args.repeats) for shape in shapes]
-        jobs.append(lambda: bench_loss(interpreted_losses(), 64, 64, 256, dtype, device, 0, DRY_RUN))
+        if not args.tokens:
+            shapes += [(2048, 256, 8192, kind) for kind in dtypes] + [(2048, 256, 8150, dtype)]  # padded to 8192
+        for n, d, vocab, kind in shapes:
+            jobs[f"loss {n} x {d} x {vocab} {_name(kind)}"] = partial(
+                bench_loss, losses(device), n, d, vocab, kind, device, args.repeats)
+        jobs["loss, dry run"] = partial(bench_loss, interpreted_losses(), 64, 64, 256, dtype, device, 0, DRY_RUN)
     if "norm" in args.kernels:
-        jobs.append(lambda: bench_norm(norms(device), 64, 128, dtype, device, 0, DRY_RUN))
+        jobs["norm, dry run"] = partial(bench_norm, norms(device), 64, 128, dtype, device, 0, DRY_RUN)
     if "qk-norm" in args.kernels:
-        jobs.append(lambda: bench_qk_norm(64, 256, dtype, device, 0, DRY_RUN))
+        jobs["qk-norm, dry run"] = partial(bench_qk_norm, 64, 256, dtype, device, 0, DRY_RUN)
     return jobs
 
 
@@ -253,4 +258,4 @@ def describe(row):
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -10,13 +10,19 @@ from typing import NamedTuple
 
 import torch
 
+FLUSHED_BYTES = 256 << 20  # more than any GPU's L2 cache
+
 
 def time_interleaved(functions, repeats, device, warmup=1):
-    """{name: [milliseconds of each repeat]}: every repeat runs all functions in turn, so drift hits all alike."""
+    """{name: [milliseconds of each repeat]}: every repeat runs all functions in turn, so drift hits all alike.
+
+    On a GPU each begins with nothing of its own in the L2 cache.
+    """
     times = {name: [] for name in functions}
+    others = torch.empty(FLUSHED_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
     for repeat in range(warmup + repeats):
         for name, function in functions.items():
-            elapsed = _cuda_ms(function) if device.type == "cuda" else _cpu_ms(function)
+            elapsed = _cuda_ms(function, others) if device.type == "cuda" else _cpu_ms(function)
             if repeat >= warmup:
                 times[name].append(elapsed)
     return times
@@ -78,6 +84,28 @@ def append_rows(path, rows):
         writer.writerows(rows)
 
 
+def run_jobs(jobs, path, minutes, failed):
+    """Run {name: function that yields rows (dicts)}, each row added to the CSV at `path` as it comes.
+
+    What an earlier call finished is left out (their names stand in `path`.done), none begins after `minutes`, and one
+    that fails leaves the row `failed(name, reason)`. Returns {name: reason} of those, then the names still to run.
+    """
+    end, finished, failures = time.monotonic() + 60 * minutes, Path(f"{path}.done"), {}
+    done = finished.read_text(encoding="utf-8").splitlines() if finished.exists() else []
+    left = [name for name in jobs if name not in done]
+    while left and time.monotonic() < end:
+        name = left.pop(0)
+        try:
+            for row in jobs[name]():
+                append_rows(path, [row])
+        except Exception as error:  # the others are worth as much
+            failures[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            append_rows(path, [failed(name, failures[name])])
+        with open(finished, "a", encoding="utf-8") as file:
+            file.write(f"{name}\n")
+    return failures, left
+
+
 def _status_bytes(field):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
@@ -89,8 +117,9 @@ def _cpu_ms(function):
     return 1e3 * (time.perf_counter() - start)
 
 
-def _cuda_ms(function):
+def _cuda_ms(function, others):
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    others.zero_()
     torch.cuda._sleep(1_000_000)  # about 0.5 ms, in which the work is queued: the GPU's time, not Python's, is taken
     start.record()
     function()

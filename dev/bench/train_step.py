@@ -2,6 +2,7 @@
 
 Forward, backward and optimizer on one device, compiled, on random tokens. The default is the d12 baseline protocol's
 micro-batch; `--depth 4 --head-dim 64 --seq-len 256 --rows 8 --vocab-size 8192` is the quickstart's on a CPU.
+A candidate that fails leaves a row that says why; losses of the third step are compared.
 """
 
 import argparse
@@ -10,11 +11,13 @@ import time
 
 import torch
 
-from dev.bench.measure import peak_bytes, percentiles, time_interleaved
+from dev.bench.measure import append_rows, peak_bytes, percentiles, time_interleaved
 from nanochat.errors import UserError, command
 from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
 from nanochat.kernels.rms_norm import check_rms_norm, rms_norm
 from nanochat.machine import choose_compute_dtype, choose_device, device_name, keep_freed_memory
+from nanochat.model.attention import BACKENDS, why_not
+from nanochat.model.fp8 import check_fp8, train_in_fp8
 from nanochat.model.gpt import GPT, SOFTCAP, GPTConfig, flops_per_token
 from nanochat.model.optim import MuonAdamW, parameter_groups
 from nanochat.provenance import git_commit, versions
@@ -28,6 +31,11 @@ CANDIDATES = {
     "both": {"fused_rmsnorm": True, "chunked_ce": True},
     RESIDUAL_TOO: {"fused_rmsnorm": True},
 }
+LANE_C = tuple(CANDIDATES)
+CANDIDATES |= {f"attention-{name}": {"attention": name} for name in BACKENDS}
+CANDIDATES["fp8"] = {"fp8": True}
+COMPARED_STEP = 3  # its loss has seen two updates, and no candidate has drifted off
+DIFFERENT = 0.03  # relative difference of losses that no rounding makes
 
 
 def parse_args(argv=None):
@@ -37,16 +45,19 @@ def parse_args(argv=None):
                                 ("--seq-len", 512, "tokens per row"), ("--rows", 16, "rows per step"),
                                 ("--vocab-size", 32768, "vocabulary"), ("--repeats", 20, "timed steps of each"),
                                 ("--window-pattern", "L", "attention windows"), ("--device-type", "", "cuda or cpu"),
-                                ("--out", "", "CSV to write the rows to")):
+                                ("--out", "", "CSV to add the rows to")):
         parser.add_argument(name, type=type(default), default=default, help=text)
+    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=LANE_C, help="baseline is always there")
     parser.add_argument("--no-compile", action="store_true", help="uncompiled model and updates")
     parser.add_argument("--profile", action="store_true", help="print where the baseline's time goes, by operation")
     return parser.parse_args(argv)
 
 
 def make_step(candidate, config, dtype, device, args):
-    """A function that makes one whole training step of a candidate on fixed random tokens."""
-    model = GPT(config, dtype, **CANDIDATES[candidate])
+    """A function that makes one whole training step of a candidate on fixed random tokens and returns its loss."""
+    flags = dict(CANDIDATES[candidate])
+    fp8 = flags.pop("fp8", False)
+    model = GPT(config, dtype, **flags)
     if candidate == RESIDUAL_TOO:
         for module in (model, *model.transformer.h):
             module.norm = rms_norm
@@ -57,18 +68,27 @@ def make_step(candidate, config, dtype, device, args):
     tokens = torch.randint(config.vocab_size, (args.rows, args.seq_len + 1), device=device,
                            generator=torch.Generator(device).manual_seed(0))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    if fp8:
+        train_in_fp8(model, optimizer, compiled=not args.no_compile)
 
     def step():
-        compiled(inputs, targets).backward()
+        loss = compiled(inputs, targets)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
     return step
 
 
-def refusal(flags, config, dtype, device):
+def refusal(flags, config, dtype, device, args):
     """Why a candidate cannot run here, or None."""
+    heads = config.n_head, config.n_kv_head, config.head_dim
+    if reason := why_not(flags.get("attention", "auto"), device, dtype, heads, compiled=not args.no_compile):
+        return reason
     try:
+        if flags.get("fp8"):
+            check_fp8(device, dtype, config.n_embd, args.rows * args.seq_len)
         if flags.get("fused_rmsnorm"):
             check_rms_norm(device, dtype, config.n_embd, config.head_dim)
         if flags.get("chunked_ce"):
@@ -90,45 +110,60 @@ def main(argv=None):
                        args.window_pattern)
     name = device_name(device)
     print(f"{name}, {dtype} ({reason}), d{args.depth} width {config.n_embd}, {args.rows} x {args.seq_len} tokens")
-    steps = {}
-    for candidate, flags in CANDIDATES.items():
-        if why := refusal(flags, config, dtype, device):
+    steps, losses, failed = {}, {}, {}
+    for candidate in dict.fromkeys(("baseline", *args.candidates)):
+        if why := refusal(CANDIDATES[candidate], config, dtype, device, args):
             print(f"{candidate}: skipped: {why}")
             continue
-        steps[candidate] = make_step(candidate, config, dtype, device, args)
         start = time.perf_counter()
-        steps[candidate]()
-        print(f"{candidate}: first step {time.perf_counter() - start:.1f} s")
+        try:
+            step = make_step(candidate, config, dtype, device, args)
+            losses[candidate] = [step().item() for _ in range(COMPARED_STEP)][-1]
+        except Exception as error:  # the others are worth as much; without the baseline nothing is
+            if candidate == "baseline":
+                raise
+            failed[candidate] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            print(f"{candidate}: {failed[candidate]}")
+            continue
+        steps[candidate] = step
+        print(f"{candidate}: first {COMPARED_STEP} steps {time.perf_counter() - start:.1f} s, "
+              f"loss {losses[candidate]:.4f}")
+    for candidate, loss in losses.items():
+        if not abs(loss / losses["baseline"] - 1) < DIFFERENT:
+            failed[candidate] = f"failed: its loss is {loss:.4f}, the baseline's {losses['baseline']:.4f}"
+            print(f"{candidate}: {failed[candidate]}")
+            del steps[candidate]
     times = time_interleaved(steps, args.repeats, device)
     peaks = {candidate: peak_bytes(step, device) for candidate, step in steps.items()}
-    rows = [row(candidate, times, peaks, args, config, dtype, name) for candidate in steps]
+    rows = [row(candidate, times, peaks, losses, args, config, dtype, name) for candidate in steps]
     for line in rows:
         print(f"{line['candidate']:14} {line['median_ms']:9.2f} ms ({line['p20_ms']:.2f} to {line['p80_ms']:.2f}), "
               f"{line['tok_per_sec']:,.0f} tok/s, {line['ratio_to_baseline']:.3f} of the baseline's time, "
               f"peak {line['peak_mib']:,.0f} MiB above weights and state, "
               f"{line['tflop_per_sec']:.3f} TFLOP/s in the model")
+    if args.out:
+        blank = dict.fromkeys(rows[0])
+        append_rows(args.out, rows + [{**blank, "candidate": candidate, "depth": args.depth, "note": note}
+                                      for candidate, note in failed.items()])
+        print(f"rows: {args.out}")
     if args.profile:
         print_profile(steps["baseline"])
-    if args.out:
-        import pandas as pd
-
-        pd.DataFrame(rows).to_csv(args.out, index=False)
-        print(f"rows: {args.out}")
-    return 0
+    return int(bool(failed))
 
 
-def row(candidate, times, peaks, args, config, dtype, device_name):
+def row(candidate, times, peaks, losses, args, config, dtype, device_name):
     """One CSV row: medians with percentiles, the ratio to the baseline of the same run, provenance."""
     median, low, high = percentiles(times[candidate])
     tokens = args.rows * args.seq_len
     commit, dirty = git_commit()
     return {"candidate": candidate, "depth": args.depth, "n_embd": config.n_embd, "seq_len": args.seq_len,
-            "rows": args.rows, "vocab_size": args.vocab_size, "dtype": str(dtype).removeprefix("torch."),
+            "rows": args.rows, "vocab_size": args.vocab_size,
+            "window_pattern": args.window_pattern, "dtype": str(dtype).removeprefix("torch."),
             "compiled": not args.no_compile, "median_ms": median, "p20_ms": low, "p80_ms": high,
             "ratio_to_baseline": median / statistics.median(times["baseline"]), "tok_per_sec": 1e3 * tokens / median,
             "peak_mib": peaks[candidate] / 2**20,
-            "tflop_per_sec": flops_per_token(config) * tokens / median / 1e9, "device": device_name, "commit": commit,
-            "dirty": dirty, **versions()}
+            "tflop_per_sec": flops_per_token(config) * tokens / median / 1e9, "loss": losses[candidate],
+            "device": device_name, "commit": commit, "dirty": dirty, "note": "", **versions()}
 
 
 def print_profile(step, n_steps=3):

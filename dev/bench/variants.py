@@ -41,8 +41,8 @@ def torch_chunks(x, weight, targets, vocab_size):
     return linear_cross_entropy(x, weight, targets, vocab_size, implementation="torch")
 
 
-def triton_chunks(x, weight, targets, vocab_size):
-    return linear_cross_entropy(x, weight, targets, vocab_size, implementation="triton")
+def triton_chunks(x, weight, targets, vocab_size, implementation="triton"):
+    return linear_cross_entropy(x, weight, targets, vocab_size, implementation=implementation)
 
 
 def losses(device):
@@ -59,6 +59,7 @@ def losses(device):
         return table | dict.fromkeys(("liger", "cut-cross-entropy, exact", "quack (has no softcap)"), NEEDS_CUDA)
     return table | {
         "ours (triton)": triton_chunks,
+        "ours (triton-wide)": partial(triton_chunks, implementation="triton-wide"),
         "ours (triton), compiled around": _compiled(triton_chunks),
         "liger": _peer("liger_kernel.ops.fused_linear_cross_entropy", _liger_loss),
         "cut-cross-entropy, exact": _peer("cut_cross_entropy", partial(_cut_loss, filter_eps=None)),
@@ -86,7 +87,7 @@ def qk_norms():
 
 def interpreted_losses():
     """What the dry run without a GPU checks in the interpreter."""
-    return {"ours (triton)": triton_chunks}
+    return {"ours (triton)": triton_chunks, "ours (triton-wide)": partial(triton_chunks, implementation="triton-wide")}
 
 
 def _compiled(function):

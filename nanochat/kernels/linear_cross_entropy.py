@@ -9,6 +9,7 @@ maximum is needed. Order: kernels, chunk loop, ops, public functions.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
@@ -55,50 +56,67 @@ def _tanh(x, APPROXIMATE: tl.constexpr):
 def _rows_kernel(logits, targets, losses, scale, stride, n_rows, VOCAB_SIZE: tl.constexpr, N_COLUMNS: tl.constexpr,
                  CAP: tl.constexpr, INVERSE_CAP: tl.constexpr, CAP_LOG2_E: tl.constexpr, ROWS: tl.constexpr,
                  BLOCK: tl.constexpr, GRADIENT: tl.constexpr, APPROXIMATE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """ROWS rows a program: their losses, and with GRADIENT their logits replaced by scale * d loss / d logits."""
+    """ROWS rows a program: their losses, and with GRADIENT their logits replaced by scale * d loss / d logits.
+
+    A sweep over the columns is two loops: blocks that lie in the vocabulary as a whole need no masks, the rest does.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     is_row = row < n_rows
     column = tl.arange(0, BLOCK)[None, :]
+    whole: tl.constexpr = VOCAB_SIZE // BLOCK * BLOCK
     logits += row * stride
     target = tl.load(targets + row, mask=is_row, other=-1)
     ignored = target == -1
     in_range = (target >= 0) & (target < VOCAB_SIZE)
-    # Read before the reduction below: its barrier keeps other warps from overwriting the column first.
     at_target = tl.load(logits + target, mask=in_range, other=0.0).to(tl.float32)
     partial = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, N_COLUMNS, BLOCK):
-        here = start + column
-        a = tl.load(logits + here, mask=is_row & (here < N_COLUMNS), other=0.0).to(tl.float32)
-        partial += tl.where(here < VOCAB_SIZE, tl.exp2(_tanh(a * INVERSE_CAP, APPROXIMATE) * CAP_LOG2_E), 0.0)
+    for masked in tl.static_range(2):
+        for start in range(whole if masked else 0, N_COLUMNS if masked else whole, BLOCK):
+            here = start + column
+            a = tl.load(logits + here, mask=is_row & (here < N_COLUMNS) if masked else is_row, other=0.0)
+            e = tl.exp2(_tanh(a.to(tl.float32) * INVERSE_CAP, APPROXIMATE) * CAP_LOG2_E)
+            partial += tl.where(here < VOCAB_SIZE, e, 0.0) if masked else e
     total = tl.where(in_range | ignored, tl.sum(partial, axis=1, keep_dims=True), float("nan"))
     loss = tl.log(total) - CAP * _tanh(at_target * INVERSE_CAP, APPROXIMATE)
     tl.store(losses + row, tl.where(ignored, 0.0, loss), mask=is_row)
     if GRADIENT:
+        tl.debug_barrier()  # every warp has read the target's logit; from here on logits are overwritten
         one_hot = tl.load(scale)
         softmax = one_hot / total
         own_column = tl.where(in_range, target, -1).to(tl.int32)  # 64-bit comparisons cost two instructions
-        for start in range(0, N_COLUMNS, BLOCK):
-            here = start + column
-            inside = is_row & (here < N_COLUMNS)  # not VOCAB_SIZE: the columns' multiple of 64 keeps the loads wide
-            a = tl.load(logits + here, mask=inside, other=0.0).to(tl.float32)
-            t = _tanh(a * INVERSE_CAP, APPROXIMATE)
-            p = tl.exp2(t * CAP_LOG2_E) * softmax
-            gradient = tl.where(here == own_column, p - one_hot, p) * (1.0 - t * t)
-            gradient = tl.where((here < VOCAB_SIZE) & (target != -1), gradient, 0.0)
-            store_rounded(logits + here, gradient, inside, INTERPRETED)
+        for masked in tl.static_range(2):
+            for start in range(whole if masked else 0, N_COLUMNS if masked else whole, BLOCK):
+                here = start + column
+                inside = is_row & (here < N_COLUMNS) if masked else is_row
+                t = _tanh(tl.load(logits + here, mask=inside, other=0.0).to(tl.float32) * INVERSE_CAP, APPROXIMATE)
+                p = tl.exp2(t * CAP_LOG2_E) * softmax
+                gradient = tl.where(here == own_column, p - one_hot, p) * (1.0 - t * t)
+                wanted = (target != -1) & (here < VOCAB_SIZE) if masked else target != -1
+                store_rounded(logits + here, tl.where(wanted, gradient, 0.0), inside, INTERPRETED)
 
 
-def _rows_by_triton(logits, targets, losses, scale, vocab_size, softcap):
+def rows_tiling(n_rows, n_columns, wide=False):
+    """Tile of the rows kernel; `wide`: half as many rows in flight, which the second sweep may find in the L2 cache."""
+    elements = 8192 if wide else 4096
+    block = min(elements, triton.next_power_of_2(n_columns))
+    rows = min(max(elements, TILE_ELEMENTS) // block, triton.next_power_of_2(n_rows))
+    return {"ROWS": rows, "BLOCK": block, "num_warps": 16 if wide else 8}
+
+
+def _has_fast_tanh(device):
+    return (device.type == "cuda" and torch.version.hip is None
+            and torch.cuda.get_device_capability(device) >= (7, 5))
+
+
+def _rows_by_triton(logits, targets, losses, scale, vocab_size, softcap, wide=False):
     """Fill `losses` from a chunk's logits; unless `scale` is None, turn the logits into their scaled gradient."""
     n_rows, n_columns = logits.shape
-    block = min(4096, triton.next_power_of_2(n_columns))
-    rows = min(max(1, TILE_ELEMENTS // block), triton.next_power_of_2(n_rows))
-    gradient = scale is not None
-    approximate = gradient and logits.dtype == torch.bfloat16 and logits.is_cuda and torch.version.hip is None
-    _rows_kernel[(triton.cdiv(n_rows, rows),)](
+    gradient, tile = scale is not None, rows_tiling(n_rows, n_columns, wide)
+    approximate = gradient and logits.dtype == torch.bfloat16 and _has_fast_tanh(logits.device)
+    _rows_kernel[(triton.cdiv(n_rows, tile["ROWS"]),)](
         logits, targets, losses, scale if gradient else losses, logits.stride(0), n_rows,
         VOCAB_SIZE=vocab_size, N_COLUMNS=n_columns, CAP=softcap, INVERSE_CAP=1 / softcap, CAP_LOG2_E=softcap * _LOG2_E,
-        ROWS=rows, BLOCK=block, GRADIENT=gradient, APPROXIMATE=approximate, INTERPRETED=INTERPRETED, num_warps=8)
+        GRADIENT=gradient, APPROXIMATE=approximate, INTERPRETED=INTERPRETED, **tile)
 
 
 def _rows_by_torch(logits, targets, losses, scale, vocab_size, softcap):
@@ -160,7 +178,8 @@ def chunk_rows(n_rows, row_bytes, chunk_bytes):
 
 def _each_chunk(x, weight, targets, scale, vocab_size, softcap, implementation, chunk_bytes, dx=None, dweight=None):
     """Per-token fp32 losses of x (N, d); fills dx (x's dtype) and adds to dweight (fp32) where they are given."""
-    rows_by = {"triton": _rows_by_triton, "torch": _rows_by_torch}[implementation]
+    rows_by = {"triton": _rows_by_triton, "triton-wide": partial(_rows_by_triton, wide=True),
+               "torch": _rows_by_torch}[implementation]
     weight, targets = weight.to(x.dtype), targets.contiguous()
     n_rows, n_columns = len(x), len(weight)
     step = chunk_rows(n_rows, n_columns * x.element_size(), chunk_bytes)
@@ -264,7 +283,7 @@ def linear_cross_entropy(x, weight, targets, vocab_size, softcap=SOFTCAP, reduct
     out of range makes the loss NaN. mean and sum: fp32 scalar, differentiable once in x and weight;
     none: fp32 losses of targets' shape, without gradients. chunk_bytes bounds the logits alive at a time.
     """
-    assert reduction in ("mean", "sum", "none") and implementation in ("triton", "torch")
+    assert reduction in ("mean", "sum", "none") and implementation in ("triton", "triton-wide", "torch")
     if chunk_bytes is None:
         chunk_bytes = default_chunk_bytes(x.device, x.dtype)
     rows, flat_targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
@@ -291,7 +310,7 @@ def check_linear_cross_entropy(device, dtype, padded_vocab_size, softcap=SOFTCAP
                                chunk_bytes=None, flag="--chunked-ce"):
     """UserError when this loss cannot serve such a model; call it before building one."""
     device = torch.device(device)
-    if implementation == "triton":
+    if implementation != "torch":
         require_kernels(device, flag)
     require_dtype(dtype, DTYPES, flag)
     if not 0 < softcap <= MAX_SOFTCAP:

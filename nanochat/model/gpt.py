@@ -17,7 +17,7 @@ from nanochat.errors import UserError
 from nanochat.kernels.linear_cross_entropy import SOFTCAP, linear_cross_entropy
 from nanochat.kernels.rms_norm import rms_norm, rope_qk_norm
 from nanochat.model.attention import causal_attention
-from nanochat.model.plain import plain_linear_cross_entropy, plain_rms_norm, plain_rope_qk_norm
+from nanochat.model.plain import plain_cross_entropy, plain_rms_norm, plain_rope_qk_norm
 
 VOCAB_MULTIPLE = 64
 ROTARY_BASE = 100_000.0
@@ -125,21 +125,25 @@ def fused_norm(x):
 
 
 class Linear(nn.Linear):
-    """A bias-free matmul whose fp32 master weight is cast to the activations' dtype."""
+    """A bias-free matmul whose fp32 master weight is cast to the activations' dtype; in training by `fp8`, if any."""
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features, bias=False)
+        self.fp8 = None  # an Fp8Weight with --fp8
 
     def forward(self, x):
+        if self.fp8 is not None and torch.is_grad_enabled():
+            return self.fp8(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 
 class Attention(nn.Module):
     """Causal attention of one layer: rotary positions, QK-norm, value embeddings by gate, its window."""
 
-    def __init__(self, config, layer, fused):
+    def __init__(self, config, layer, fused, backend):
         super().__init__()
         self.qk_norm = rope_qk_norm if fused else plain_rope_qk_norm
+        self.backend = backend
         self.layer, self.window, self.head_dim = layer, config.windows[layer], config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, config.kv_dim)
@@ -156,7 +160,7 @@ class Attention(nn.Module):
         q, k = self.qk_norm(q, k, *cos_sin)
         if kv_cache is not None:
             k, v = kv_cache.extend(self.layer, k, v)
-        return self.c_proj(causal_attention(q, k, v, self.window).flatten(-2))
+        return self.c_proj(causal_attention(q, k, v, self.window, self.backend).flatten(-2))
 
     def _heads(self, channels):
         return channels.unflatten(-1, (-1, self.head_dim))
@@ -177,10 +181,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each on the normed residual and added to it."""
 
-    def __init__(self, config, layer, fused):
+    def __init__(self, config, layer, fused, attention):
         super().__init__()
         self.norm = fused_norm if fused else plain_rms_norm
-        self.attn = Attention(config, layer, fused)
+        self.attn = Attention(config, layer, fused, attention)
         self.mlp = MLP(config)
 
     def forward(self, x, value_embedding, cos_sin, kv_cache):
@@ -218,10 +222,10 @@ class GPT(nn.Module):
     """The model: build it, then `init_weights` or load a state dict.
 
     compute_dtype is the dtype of activations and embeddings. fused_rmsnorm and chunked_ce choose lane C's
-    kernels; they change neither the parameters nor, up to rounding, the results.
+    kernels, attention one of `attention.BACKENDS`; they change neither the parameters nor, up to rounding, the results.
     """
 
-    def __init__(self, config, compute_dtype=torch.float32, *, fused_rmsnorm=False, chunked_ce=False):
+    def __init__(self, config, compute_dtype=torch.float32, *, attention="auto", fused_rmsnorm=False, chunked_ce=False):
         super().__init__()
         self.config, self.compute_dtype, self.chunked_ce = config, compute_dtype, chunked_ce
         self.norm = fused_norm if fused_rmsnorm else plain_rms_norm
@@ -230,7 +234,7 @@ class GPT(nn.Module):
         embedding_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(vocab, d, dtype=embedding_dtype),
-            "h": nn.ModuleList(Block(config, i, fused_rmsnorm) for i in range(config.n_layer)),
+            "h": nn.ModuleList(Block(config, i, fused_rmsnorm, attention) for i in range(config.n_layer)),
         })
         self.value_embeds = nn.ModuleDict({
             str(i): nn.Embedding(vocab, config.kv_dim, dtype=embedding_dtype)
@@ -296,10 +300,11 @@ class GPT(nn.Module):
 
     def loss(self, x, targets, reduction):
         """Cross-entropy in nats of the head's softcapped logits; the padded columns never count."""
-        head = (x, self.lm_head.weight, targets, self.config.vocab_size, SOFTCAP, reduction)
+        kind = targets, self.config.vocab_size, SOFTCAP, reduction
         if self.chunked_ce:
-            return linear_cross_entropy(*head, implementation="triton" if x.is_cuda else "torch")
-        return plain_linear_cross_entropy(*head)
+            implementation = "triton" if x.is_cuda else "torch"
+            return linear_cross_entropy(x, self.lm_head.weight, *kind, implementation=implementation)
+        return plain_cross_entropy(self.lm_head(x), *kind)
 
     def _smear(self, x, kv_cache):
         """Mix the previous token's embedding into each position, by a gate of the position's own channels."""

@@ -25,16 +25,21 @@ def plain_rope_qk_norm(q, k, cos, sin):
 
 
 def plain_linear_cross_entropy(x, weight, targets, vocab_size, softcap=SOFTCAP, reduction="mean"):
+    """`plain_cross_entropy` of the logits of x (..., d) and weight (Vpad, d), which is cast to x's dtype."""
+    return plain_cross_entropy(F.linear(x, weight.to(x.dtype)), targets, vocab_size, softcap, reduction)
+
+
+def plain_cross_entropy(logits, targets, vocab_size, softcap=SOFTCAP, reduction="mean"):
     """The unfused loss in the form that compiles best: one pass over the columns forward, one backward.
 
-    x (..., d), weight (Vpad, d) cast to x's dtype, targets (...) int64 with -1 ignored, anything else out of range
-    NaN; logits and loss in fp32. The softcap bounds the logits, so it stands in for their maximum, and the target's
-    logit is a sum over the same columns: neither needs a pass of its own, as F.cross_entropy's would.
+    logits (..., Vpad), before the softcap; targets (...) int64 with -1 ignored, anything else out of range NaN; loss
+    in fp32. The softcap bounds the logits, so it stands in for their maximum, and the target's logit is a sum over
+    the same columns: neither needs a pass of its own, as F.cross_entropy's would.
     """
     targets_shape, targets = targets.shape, targets.reshape(-1)
-    logits = F.linear(x.reshape(-1, x.size(-1)), weight.to(x.dtype)).float()
+    logits = logits.reshape(-1, logits.size(-1)).float()
     below_cap = 2 * softcap * (torch.sigmoid(2 / softcap * logits) - 1)  # softcap * (tanh(logits / softcap) - 1)
-    column = torch.arange(weight.size(0), device=x.device)
+    column = torch.arange(logits.size(-1), device=logits.device)
     partition = torch.exp(below_cap).masked_fill(column >= vocab_size, 0.0).sum(dim=-1)
     of_target = torch.where(column == targets.unsqueeze(-1), below_cap, 0.0).sum(dim=-1)
     losses = partition.log() - of_target

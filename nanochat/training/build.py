@@ -15,6 +15,8 @@ from nanochat.evaluation.validation import evaluate_split, n_eval_batches, sampl
 from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
 from nanochat.kernels.rms_norm import check_rms_norm
 from nanochat.machine import choose_compute_dtype
+from nanochat.model.attention import plan_attention
+from nanochat.model.fp8 import check_fp8, train_in_fp8
 from nanochat.model.gpt import GPT, SOFTCAP, GPTConfig, flops_per_token, scaling_params
 from nanochat.model.optim import MuonAdamW, parameter_groups
 from nanochat.paths import base_dir
@@ -66,8 +68,12 @@ def model_config(config, vocab_size, depth=None):
 
 
 def check_kernels(config, device, dtype):
-    """Refuse lane C's flags where their kernels cannot run; before any text is tokenised."""
+    """Refuse flags whose kernels cannot run here, before any text is tokenised; say what computes attention."""
     model = model_config(config, vocab_size=1)  # the tokenizer is not known yet, and only the widths matter
+    for line in plan_attention(config.attention, device, dtype, model, compiled=not config.no_compile):
+        print0(line)
+    if config.fp8:
+        check_fp8(device, dtype, model.n_embd, config.device_batch_size * config.max_seq_len)
     if config.fused_rmsnorm:
         check_rms_norm(device, dtype, model.n_embd, model.head_dim)
     if config.chunked_ce:
@@ -86,7 +92,8 @@ def plan(config, model):
 
 def build_model(config, model, device, dtype):
     """A freshly initialised GPT of the GPTConfig `model` on `device`."""
-    built = GPT(model, dtype, fused_rmsnorm=config.fused_rmsnorm, chunked_ce=config.chunked_ce)
+    built = GPT(model, dtype, attention=config.attention, fused_rmsnorm=config.fused_rmsnorm,
+                chunked_ce=config.chunked_ce)
     built.init_weights(config.seed)
     return built.to(device)
 
@@ -100,8 +107,10 @@ def build_optimizer(config, model, horizon, ranks, dtype):
     return MuonAdamW(groups, ranks, matmul_dtype=dtype, compiled=not config.no_compile)
 
 
-def compile_model(config, model):
-    """The model compiled for its fixed shapes, or itself with --no-compile."""
+def compile_model(config, model, optimizer):
+    """The model, ready to train, compiled for its fixed shapes, or itself with --no-compile."""
+    if config.fp8:
+        train_in_fp8(model, optimizer, compiled=not config.no_compile)
     if config.no_compile:
         return model
     print0("compiling: up to a minute before the first step, less where the code is cached ...")

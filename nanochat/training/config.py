@@ -39,6 +39,10 @@ class TrainingConfig:
 
     device_type: str = _machine("", "cuda, mps or cpu; empty: the best there is", "KIND")
     no_compile: bool = _machine(False, "run the model uncompiled (slower; starts at once)")
+    attention: str = _machine("auto", "auto, varlen, flex, sdpa or blockwise: what computes attention", "BACKEND",
+                              choices=("auto", "varlen", "flex", "sdpa", "blockwise"))
+    fp8: bool = _machine(False, "the large matmuls of training in fp8, H100 or newer; a gain for large models alone")
+    fp8_recipe: str = _machine("tensorwise", "one scale for each tensor", "NAME", choices=("tensorwise",))
 
     dataset: str = _data("climbmix", "stdlib, climbmix, fineweb-edu, or a folder of text", "NAME")
     tokenizer_dir: str = _data("", "folder of the tokenizer; empty: <cache>/tokenizer", "FOLDER")
