@@ -85,11 +85,9 @@ class Counter(FakeTensorMode):
         """In torch.compile's place: lowers by Inductor, runs the graph itself on fake tensors."""
         if function is None:
             return functools.partial(self.compile, **options)
-        return torch._dynamo.optimize(backend=self._backend, dynamic=False, nopython=options.get("fullgraph", False),
-                                      )(function)
-
-    def _backend(self, graph, inputs):
-        return compile_fx.compile_fx(graph, inputs, inner_compile=self._lower)
+        backend = functools.partial(compile_fx.compile_fx, inner_compile=self._lower,
+                                    config_patches=options.get("options"))
+        return torch._dynamo.optimize(backend, dynamic=False, nopython=options.get("fullgraph", False))(function)
 
     def _lower(self, graph, inputs, **options):
         lowered = []
@@ -136,8 +134,8 @@ def generated_work(lowering, source):
 
 
 def _origin(node):
-    return ",".join(sorted({str(origin.target).removeprefix("aten.") for n in node.get_nodes() for origin in n.node.origins
-                            } if all(n.node is not None for n in node.get_nodes()) else [node.get_name()]))
+    origins = {str(origin.target) for part in node.get_nodes() for origin in getattr(part.node, "origins", ())}
+    return ", ".join(sorted(origin.removeprefix("aten.") for origin in origins))
 
 
 def graph_breaks():

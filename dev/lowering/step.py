@@ -40,7 +40,8 @@ def lowered(case, vocab_size, flags):
             model = GPT(config, torch.bfloat16, **flags)
             ids = torch.zeros(case.rows, case.seq_len, dtype=torch.int64)
         compiled = torch.compile(model, dynamic=False)
-        optimizer = MuonAdamW(parameter_groups(model), matmul_dtype=torch.bfloat16, compiled=True)
+        optimizer = MuonAdamW(parameter_groups(model), matmul_dtype=torch.bfloat16, compiled=True,
+                              casts=model.keep_casts())
         for counted in (False, True):  # the first compiles, and makes the optimizer's state
             forward, backward, update = (phase if counted else None for phase in PHASES)
             with counter.during(forward):
