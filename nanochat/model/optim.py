@@ -66,7 +66,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._fused = {}
         if compiled:
             self._fused = {function: torch.compile(function, dynamic=False, fullgraph=True)
-                           for function in (muon_direction, polar_express, muon_update)}
+                           for function in (muon_direction, muon_update)}
             self._fused[adamw_updates] = torch.compile(adamw_updates, dynamic=False, fullgraph=True,
                                                        options={"combo_kernels": True})
         super().__init__(groups, defaults={})
@@ -169,11 +169,11 @@ class MuonAdamW(torch.optim.Optimizer):
             state["second_moment"] = weights.new_zeros((n, rows, 1) if rows >= cols else (n, 1, cols))
         lr, momentum, beta2, decay = _scalars(
             group["lr"] * max(1.0, rows / cols) ** 0.5, group["momentum"], group["beta2"], group["weight_decay"])
-        # inductor 2.13 fails on matrices of one row; on a CPU, neither small ones nor matmuls gain by it
+        # inductor 2.13 fails on matrices of one row, and small ones gain nothing by it on a CPU
         fused = self._fused if rows > 1 and (weights.is_cuda or rows * cols >= SMALL_NUMEL) else {}
-        orthogonalised = fused.get(polar_express, polar_express) if weights.is_cuda else polar_express
         direction = fused.get(muon_direction, muon_direction)(grad, state["momentum"], momentum, self.matmul_dtype)
-        fused.get(muon_update, muon_update)(weights, casts, orthogonalised(direction), state["second_moment"], lr,
+        # between the two compiled parts: the matmuls, whose additions the BLAS calls already fuse
+        fused.get(muon_update, muon_update)(weights, casts, polar_express(direction), state["second_moment"], lr,
                                             beta2, decay)
 
     def _stacked(self, params):
