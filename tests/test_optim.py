@@ -1,4 +1,6 @@
+import copy
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -6,14 +8,10 @@ import torch
 from golden_figures import FACTS, arrays, batch, golden_model, relative_error
 from ranks import run_on_ranks
 
-from nanochat.model.optim import (
-    MuonAdamW,
-    adamw_update,
-    muon_direction,
-    muon_update,
-    parameter_groups,
-    polar_express,
-)
+from nanochat.model import optim
+from nanochat.model.gpt import Linear
+from nanochat.model.optim import MuonAdamW, parameter_groups
+from nanochat.model.updates import adamw_update, muon_direction, muon_update, polar_express
 from nanochat.ranks import Ranks
 
 
@@ -69,7 +67,8 @@ def test_adamw_agrees_with_torchs_own():
     m, v = torch.zeros(50), torch.zeros(50)
     for step in range(1, 20):
         grad = torch.randn(50, generator=generator)
-        adamw_update(ours, grad, m, v, *map(torch.tensor, (0.03, 0.8, 0.96, 1e-10, 0.1, 1 - 0.8**step, 1 - 0.96**step)))
+        numbers = (0.03, 0.8, 0.96, 1e-10, 0.1, 1 - 0.8**step, 1 - 0.96**step)
+        adamw_update(ours, None, grad, m, v, *map(torch.tensor, numbers))
         theirs.grad = grad.double()
         reference.step()
     torch.testing.assert_close(ours.double(), theirs.detach(), rtol=1e-5, atol=1e-6)
@@ -117,7 +116,7 @@ def test_muon_update_by_its_formulas(shape):
     for _ in range(3):
         u = rng.standard_normal(shape)
         u[3], u[:, 2], u[5, 5] = 1e-6 * u[3], 1e-6 * u[:, 2], 0.0
-        found = muon_update(found, torch.from_numpy(u[None]), found_moment, *map(torch.tensor, (lr, beta2, decay)))
+        muon_update(found, None, torch.from_numpy(u[None]), found_moment, *map(torch.tensor, (lr, beta2, decay)))
         u *= math.sqrt(min(shape)) / np.linalg.norm(u)
         norm = np.linalg.norm(u)
         moment = beta2 * moment + (1 - beta2) * (u**2).mean(axis, keepdims=True)
@@ -126,6 +125,111 @@ def test_muon_update_by_its_formulas(shape):
         p = p - lr * (u + decay * p * (u * p >= 0))
     np.testing.assert_allclose(found[0], p, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found_moment[0], moment, rtol=1e-4)
+
+
+# --- copies of the weights in the compute dtype ----------------------------------------------------------------------
+
+def bf16_trainer(keep_casts, ranks=None):
+    """(model, optimizer, function that takes a step of `n` micro-batches of a row each and returns its losses)."""
+    model = golden_model(compute_dtype=torch.bfloat16)
+    casts = model.keep_casts() if keep_casts else {}
+    optimizer = MuonAdamW(parameter_groups(model), ranks, torch.bfloat16, casts=casts)
+
+    def step(n=1, first=0):
+        losses = []
+        for idx, targets in list(zip(*batch(), strict=True))[first : first + n]:
+            loss = model(idx[None, :64], targets[None, :64])
+            (loss / n).backward()
+            if n > 1:
+                optimizer.accumulate()
+            losses.append(loss.item())
+        optimizer.schedule(1.0, 0.9, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return losses
+
+    return model, optimizer, step
+
+
+@pytest.mark.parametrize("n_micro_batches", [1, 3])
+def test_kept_casts_change_no_bit(n_micro_batches):
+    """Neither with the gradients of one backward pass, in bf16, nor with the sum of several, which is fp32."""
+    (plain, _, step), (kept, optimizer, step_kept) = bf16_trainer(False), bf16_trainer(True)
+    for _ in range(3):
+        assert step_kept(n_micro_batches) == step(n_micro_batches)
+    for (name, a), b in zip(plain.named_parameters(), kept.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert len(optimizer.casts) == sum(isinstance(module, Linear) for module in kept.modules())
+    assert all(torch.equal(cast, weight.to(cast.dtype)) for weight, cast in optimizer.casts.items())
+    assert {grad for grad in (p.grad for p in [*kept.parameters(), *optimizer.casts.values()])} == {None}
+
+
+def test_in_fp32_the_weights_need_no_copies():
+    assert golden_model().keep_casts() == {}
+
+
+def test_a_resumed_optimizer_goes_on_where_it_was():
+    model, optimizer, step = bf16_trainer(True)
+    step()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer_state = copy.deepcopy(optimizer.state_dict())
+    losses = step(first=1) + step()
+    resumed, other, step = bf16_trainer(True)
+    resumed.load_state_dict(state)
+    other.load_state_dict(optimizer_state)
+    other.write_casts()
+    assert step(first=1) + step() == losses
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+def test_the_weights_of_a_shape_are_views_of_one_tensor_and_stay_so():
+    model, _, step = bf16_trainer(True)
+    storages = {p.untyped_storage().data_ptr() for p in model.transformer.h.parameters()}
+    assert len(storages) == len({tuple(p.shape) for p in model.transformer.h.parameters()})
+    step()
+    assert {p.untyped_storage().data_ptr() for p in model.transformer.h.parameters()} == storages
+
+
+# --- several ranks ---------------------------------------------------------------------------------------------------
+
+def counted_step_of(rank, world_size):
+    """([collectives of a step: (name, bytes put in)], whether copies fit their weights, the weights)."""
+    model, optimizer, step = bf16_trainer(True, Ranks(rank, rank, world_size))
+    calls = []
+
+    def counted(function, which):
+        def call(*args, **options):
+            calls.append((function.__name__, args[which].nbytes))
+            return function(*args, **options)
+        return call
+
+    with (mock.patch.object(optim, "_reduce_scatter", counted(optim._reduce_scatter, 1)),
+          mock.patch.object(optim, "_all_gather", counted(optim._all_gather, 1)),
+          mock.patch.object(optim.dist, "all_reduce", counted(optim.dist.all_reduce, 0))):
+        step(first=rank)
+    optimizer.complete_weights()
+    consistent = all(torch.equal(cast, weight.to(cast.dtype)) for weight, cast in optimizer.casts.items())
+    return calls, consistent, {name: p.detach().float().numpy() for name, p in model.named_parameters()}
+
+
+def test_collectives_of_a_step():
+    """A reduce-scatter and an all-gather of each Muon shape and each large table, in bf16, and one all-reduce."""
+    ranks = run_on_ranks(2, counted_step_of)
+    model = golden_model()
+    small = sum(p.numel() for group in parameter_groups(model) if group["kind"] == "adamw" for p in group["params"]
+                if p.numel() < optim.SMALL_NUMEL)
+    groups = parameter_groups(model)
+    stacks = [len(g["params"]) + len(g["params"]) % 2 for g in groups if g["kind"] == "muon"]
+    shapes = [g["params"][0].numel() for g in groups if g["kind"] == "muon"]
+    tables = [p.numel() for g in groups if g["kind"] == "adamw" for p in g["params"] if p.numel() >= optim.SMALL_NUMEL]
+    sharded = [2 * n for n in tables] + [2 * k * n for k, n in zip(stacks, shapes, strict=True)]
+    for calls, consistent, weights in ranks:
+        assert consistent
+        assert [n for name, n in calls if name.startswith("reduce_scatter")] == sharded
+        assert [n for name, n in calls if name.startswith("all_gather")] == [n // 2 for n in sharded]
+        assert [n for name, n in calls if name == "all_reduce"] == [4 * small]
+        assert len(calls) == 2 * len(sharded) + 1
+        assert all((weights[name] == ranks[0][2][name]).all() for name in weights)
 
 
 def train_on_one_of(rank, world_size):

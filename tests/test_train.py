@@ -57,6 +57,9 @@ class World:
         self.gradients.append(self.weight.grad.item())
         self.n_updates += 1
 
+    def accumulate(self):
+        pass
+
     def zero_grad(self, set_to_none):
         assert set_to_none
         self.weight.grad = None
@@ -65,6 +68,7 @@ class World:
         self.n_owner_checks += 1
 
     def event(self, kind, **fields):
+        self.now += self.event_sec
         self.events.append({"kind": kind, **fields})
         self.happened.append((kind, fields["step"]))
 
@@ -88,13 +92,16 @@ class World:
         return {"path": "folder", "good": self.good}
 
     def trainer(self, num_iterations, cadence=None, loop_state=None, ranks=None, device_name="", flops_per_token=0,
-                stop_at=None):
+                stop_at=None, in_flight=0):
         self.n_updates = (loop_state or {}).get("step", 0)
         plan = Plan(Schedule(num_iterations), cadence or Cadence(-1, -1, -1, 0), self.accumulation, STEP_TOKENS,
                     flops_per_token, stop_at)
         place = Place(torch.device("cpu"), device_name, ranks or Ranks())
         hooks = Hooks(self.evaluate, self.save, self.bad_steps.append, self.core, self.sample)
-        return Trainer(self, self, self, plan, hooks, self, place, loop_state)
+        trainer = Trainer(self, self, self, plan, hooks, self, place, loop_state)
+        trainer._max_in_flight = in_flight
+        self.event_sec = 0.01 * in_flight  # steps in flight end one after the other
+        return trainer
 
     def of(self, kind, field):
         return [event[field] for event in self.events if event["kind"] == kind]
@@ -379,12 +386,12 @@ def test_all_ranks_stop_when_one_of_them_is_asked_to(start, monkeypatch):
     """The other rank's half of the collectives, played by hand: its loss is 4, its signal comes in step 3."""
     world = start()
 
-    def all_reduce(tensor, op=train.dist.ReduceOp.SUM):
-        if op == train.dist.ReduceOp.SUM:
-            tensor += 4.0 / 2
-        else:
-            assert op == train.dist.ReduceOp.MAX
-            tensor.clamp_(min=float(signal.SIGTERM) if world.n_updates == 3 else 0.0)
+    reduced = []
+
+    def all_reduce(outcome):
+        outcome[0] += 4.0 / 2
+        outcome[1 + STOP_SIGNALS.index(signal.SIGTERM)] += world.n_updates == 3
+        reduced.append(len(outcome))
 
     monkeypatch.setattr(train.dist, "all_reduce", all_reduce)
     trainer = world.trainer(10, Cadence(-1, -1, -1, -1), ranks=Ranks(1, 1, 2))
@@ -392,6 +399,41 @@ def test_all_ranks_stop_when_one_of_them_is_asked_to(start, monkeypatch):
     assert trainer.stop_signal == signal.SIGTERM
     assert world.of("train", "loss") == [3.0, 3.0, 3.0]
     assert world.happened[-1] == ("checkpoint", 3)
+    assert reduced == [1 + len(STOP_SIGNALS)] * 3  # one collective a step
+
+
+# --- a device that works while Python is a step ahead ----------------------------------------------------------------
+
+@pytest.mark.parametrize("cadence", [Cadence(3, 2, 4, 3), Cadence(-1, -1, -1, 0)], ids=["busy", "quiet"])
+def test_a_loss_read_late_changes_no_event_but_the_times(start, cadence):
+    events, times = [], ("dt_ms", "tok_per_sec", "train_time_sec")
+    for in_flight in (0, 1):
+        world = start(losses=lambda step: 3.0 + step)
+        assert world.trainer(7, cadence, in_flight=in_flight).run() == "ok"
+        events.append([{name: value for name, value in event.items() if name not in times}
+                       for event in world.events])
+    assert events[0] == events[1]
+
+
+def test_the_next_step_is_launched_before_a_loss_is_read(start):
+    world, read = start(), []
+    world.during = {step: lambda: read.append(len(world.of("train", "loss"))) for step in range(7)}
+    world.trainer(7, Cadence(eval_every=4, save_every=0), in_flight=1).run()
+    assert read == [0, 0, 1, 2, 4, 4, 5]  # at the evaluation of step 4 nothing is on its way
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_one_step_late_and_leaves_no_trace_of_it(start):
+    world = start(losses=lambda step: math.nan if step == 3 else 2.0)
+    trainer = world.trainer(10, Cadence(-1, -1, -1, -1), in_flight=1)
+    assert trainer.run() == "nan" and trainer.step == 4 and world.n_updates == 5
+    assert world.happened[-1] == ("train", 4) and not world.of("checkpoint", "step")
+
+
+def test_a_signal_ends_a_run_that_is_a_step_ahead_with_every_step_recorded(start):
+    world = start()
+    world.during[2] = lambda: signal.raise_signal(signal.SIGTERM)
+    assert world.trainer(10, Cadence(-1, -1, -1, -1), in_flight=1).run() == "interrupted"
+    assert world.happened[-2:] == [("train", 4), ("checkpoint", 4)] and world.n_updates == 4
 
 
 # --- the summary -----------------------------------------------------------------------------------------------------

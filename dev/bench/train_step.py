@@ -64,7 +64,8 @@ def make_step(candidate, config, dtype, device, args):
     model.init_weights(0)
     model.to(device)
     compiled = model if args.no_compile else torch.compile(model, dynamic=False)
-    optimizer = MuonAdamW(parameter_groups(model), matmul_dtype=dtype, compiled=not args.no_compile)
+    optimizer = MuonAdamW(parameter_groups(model), matmul_dtype=dtype, compiled=not args.no_compile,
+                          casts=model.keep_casts())
     tokens = torch.randint(config.vocab_size, (args.rows, args.seq_len + 1), device=device,
                            generator=torch.Generator(device).manual_seed(0))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

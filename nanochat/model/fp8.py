@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from nanochat.errors import UserError
+from nanochat.model.gpt import Linear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LEAST_SIDE = 128  # below it, quantising takes longer than the matmul gains
@@ -18,21 +19,22 @@ COMPUTE_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def train_in_fp8(model, optimizer, compiled):
-    """Give each large nn.Linear of a model an Fp8Weight as its `fp8`, to be used while gradients are recorded.
+    """Give each large Linear of a model an Fp8Weight as its `fp8`, to be used while gradients are recorded.
 
     The weights are quantised now and after every step of the optimizer, so call it when they are on their device and
-    hold the values that training starts from. `compiled` fuses the passes. The head is one of them, unless
+    hold the values that training starts from; of a weight with a copy the copy, which alone is whole on every rank.
+    `compiled` fuses the passes. The head is one of them, unless
     `model.chunked_ce`: that loss multiplies it by itself.
     """
     head = model.lm_head if model.chunked_ce else None
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head and all(
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear) and layer is not head and all(
         side >= LEAST_SIDE and side % SIDE_MULTIPLE == 0 for side in layer.weight.shape)]
     quantise = torch.compile(_quantise, dynamic=False, fullgraph=True) if compiled else _quantise
 
     @torch.no_grad()
     def quantise_all(*_):
         for layer in layers:
-            quantise(layer.weight, layer.fp8.rows, layer.fp8.columns, layer.fp8.scale)
+            quantise(layer.weight if layer.cast is None else layer.cast, layer.fp8.rows, layer.fp8.columns, layer.fp8.scale)
 
     for layer in layers:
         layer.fp8 = Fp8Weight(layer.weight)

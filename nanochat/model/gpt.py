@@ -1,7 +1,7 @@
 """The model: a decoder-only transformer with rotary attention, value embeddings, smear and backout.
 
-Master weights are fp32 and every matmul casts its weight to the activations' dtype; the embeddings
-are stored in the compute dtype. State-dict names are upstream nanochat's.
+Master weights are fp32 and every matmul casts its weight to the activations' dtype, or uses a cast that is kept
+(`GPT.keep_casts`); the embeddings are stored in the compute dtype. State-dict names are upstream nanochat's.
 """
 
 import math
@@ -125,16 +125,21 @@ def fused_norm(x):
 
 
 class Linear(nn.Linear):
-    """A bias-free matmul whose fp32 master weight is cast to the activations' dtype; in training by `fp8`, if any."""
+    """A bias-free matmul whose fp32 master weight is cast to the activations' dtype, unless a `cast` is kept of it; in
+    training by `fp8`, if any."""
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features, bias=False)
+        self.cast = None
         self.fp8 = None  # an Fp8Weight with --fp8
+
+    def weight_in(self, dtype):
+        return self.weight.to(dtype) if self.cast is None else self.cast
 
     def forward(self, x):
         if self.fp8 is not None and torch.is_grad_enabled():
-            return self.fp8(x, self.weight)
-        return F.linear(x, self.weight.to(x.dtype))
+            return self.fp8(x, self.weight if self.cast is None else self.cast)
+        return F.linear(x, self.weight_in(x.dtype))
 
 
 class Attention(nn.Module):
@@ -264,6 +269,19 @@ class GPT(nn.Module):
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it heeds 32 bits only
             parameter.copy_(fill(torch.empty(parameter.shape), low, high, generator=generator))
 
+    def keep_casts(self):
+        """Give each Linear a copy of its weight in the compute dtype, used in its place from now on, so that no step
+        casts weights or their gradients. Returns {weight: copy}; in fp32 none is needed.
+
+        Gradients arrive at the copies, and whoever changes a weight writes its copy too: MuonAdamW does both.
+        """
+        if self.compute_dtype == torch.float32:
+            return {}
+        linears = [module for module in self.modules() if isinstance(module, Linear)]
+        for linear in linears:
+            linear.cast = linear.weight.detach().to(self.compute_dtype).requires_grad_()
+        return {linear.weight: linear.cast for linear in linears}
+
     def forward(self, idx, targets=None, loss_reduction="mean", kv_cache=None):
         """Logits (B, T, vocab) in fp32, or with `targets` (B, T; -1 is ignored) the loss in nats.
 
@@ -303,7 +321,7 @@ class GPT(nn.Module):
         kind = targets, self.config.vocab_size, SOFTCAP, reduction
         if self.chunked_ce:
             implementation = "triton" if x.is_cuda else "torch"
-            return linear_cross_entropy(x, self.lm_head.weight, *kind, implementation=implementation)
+            return linear_cross_entropy(x, self.lm_head.weight_in(x.dtype), *kind, implementation=implementation)
         return plain_cross_entropy(self.lm_head(x), *kind)
 
     def _smear(self, x, kv_cache):

@@ -7,18 +7,10 @@ runs beside the arithmetic of another. With one rank the same code runs without 
 import torch
 import torch.distributed as dist
 
+from nanochat.model.updates import adamw_updates, muon_direction, muon_update, polar_express
 from nanochat.ranks import Ranks
 
-# Coefficients a, b, c of aX + (bA + cA^2)X, A = XX^T, one row an iteration (Polar Express, arXiv:2505.16932).
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-SMALL_NUMEL = 1024  # smaller tensors are updated by every rank, uncompiled
-TINY = 1e-10
+SMALL_NUMEL = 1024  # smaller tensors are updated by every rank
 
 # torch 2.13 warns about the names that 2.11 knows alone
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -61,20 +53,25 @@ def parameter_groups(model, *, embedding_lr=0.3, unembedding_lr=0.008, matrix_lr
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """The optimizer. `matmul_dtype` is that of Muon's orthogonalisation; `compiled` fuses the updates.
+    """The optimizer. `matmul_dtype` is that of Muon's orthogonalisation; `compiled` fuses the updates. `casts` are
+    GPT.keep_casts', {weight: copy}: a copied weight's gradient is its copy's, and `step` writes both.
 
     Gradients are averaged over ranks by `step`; backward must not reduce them. Each rank keeps the
     state of its share of the parameters alone, so a state dict belongs to one rank of one world size.
+    Muon's weights become views of one tensor a shape: a model goes to its device before.
     """
 
-    def __init__(self, groups, ranks=None, matmul_dtype=torch.float32, compiled=False):
-        self.ranks, self.matmul_dtype = ranks or Ranks(), matmul_dtype
+    def __init__(self, groups, ranks=None, matmul_dtype=torch.float32, compiled=False, casts=None):
+        self.ranks, self.matmul_dtype, self.casts = ranks or Ranks(), matmul_dtype, casts or {}
         self._fused = {}
-        if compiled:  # AdamW sees flat tensors of many lengths, Muon a handful of matrix shapes
-            self._fused = {adamw_update: torch.compile(adamw_update, dynamic=True, fullgraph=True),
-                           muon_direction: torch.compile(muon_direction, dynamic=False, fullgraph=True),
-                           muon_update: torch.compile(muon_update, dynamic=False, fullgraph=True)}
+        if compiled:
+            self._fused = {function: torch.compile(function, dynamic=False, fullgraph=True)
+                           for function in (muon_direction, muon_update)}
+            self._fused[adamw_updates] = torch.compile(adamw_updates, dynamic=False, fullgraph=True,
+                                                       options={"combo_kernels": True})
         super().__init__(groups, defaults={})
+        self._stacks = {group["params"][0]: self._stacked(group["params"])
+                        for group in self.param_groups if group["kind"] == "muon"}
 
     def schedule(self, lr_multiplier, muon_momentum, muon_decay_multiplier):
         """Set this step's learning rates, Muon's momentum and Muon's decay (as a factor of the initial one)."""
@@ -85,79 +82,119 @@ class MuonAdamW(torch.optim.Optimizer):
                 group["weight_decay"] = group["initial_weight_decay"] * muon_decay_multiplier
 
     @torch.no_grad()
+    def accumulate(self):
+        """Add the copies' gradients to fp32 ones of their weights. Where a step has several micro-batches, call it
+        after the backward pass of each: the copies' own sum would be of their dtype's precision."""
+        for weight, cast in self.casts.items():
+            weight.grad = cast.grad.to(weight.dtype) if weight.grad is None else weight.grad.add_(cast.grad)
+            cast.grad = None
+
+    @torch.no_grad()
     def step(self):
-        """One update from the parameters' `.grad` (which stay as they are)."""
-        start = {"adamw": self._reduce_adamw, "muon": self._reduce_muon}
-        finish = {"adamw": self._update_adamw, "muon": self._update_muon}
-        reduced = [start[group["kind"]](group) for group in self.param_groups]
-        gathered = [finish[group["kind"]](group, shards)
-                    for group, shards in zip(self.param_groups, reduced, strict=True)]
-        for finalize in gathered:
-            finalize()
-
-    def _reduce_adamw(self, group):
-        return [_mean_over_ranks(p.grad, self.ranks, self._is_sharded(p)) for p in group["params"]]
-
-    def _update_adamw(self, group, reduced):
+        """One update from the gradients, which stay as they are."""
+        muon = [group for group in self.param_groups if group["kind"] == "muon"]
+        adamw = [(p, group) for group in self.param_groups if group["kind"] == "adamw" for p in group["params"]]
+        sharded = [(p, group) for p, group in adamw if self._is_sharded(p)]
+        replicated = [(p, group) for p, group in adamw if not self._is_sharded(p)]
+        reduced = [_mean_over_ranks(self._grad(p), self.ranks, sharded=True) for p, _ in sharded]
+        reduced_stacks = [_mean_over_ranks(self._padded_stack([self._grad(p) for p in group["params"]]), self.ranks,
+                                           sharded=True) for group in muon]
+        means = _joint_means_over_ranks([self._grad(p) for p, _ in replicated], self.ranks)
         gathers = []
-        for p, grad in zip(group["params"], reduced, strict=True):
-            share = _own_rows(p.data, self.ranks) if self._is_sharded(p) else p.data
+        for (p, group), mean in zip(sharded, reduced, strict=True):
+            self._update_adamw([(p, group, mean())])
+            gathers.append(self._gather(p.data, self.casts.get(p)))
+        for group, mean in zip(muon, reduced_stacks, strict=True):
+            self._update_muon(group, mean())
+            if self.ranks.world_size > 1:
+                gathers.append(self._gather(*self._stacks[group["params"][0]]))
+        self._update_adamw([(p, group, mean) for (p, group), mean in zip(replicated, means(), strict=True)])
+        for gather in gathers:
+            gather.wait()
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        for cast in self.casts.values():
+            cast.grad = None
+
+    @torch.no_grad()
+    def write_casts(self):
+        """Make the copies anew: for whoever changes weights otherwise than by `step`, as a resume does."""
+        for weight, cast in self.casts.items():
+            cast.copy_(weight)
+
+    @torch.no_grad()
+    def complete_weights(self):
+        """Give this rank the others' shares of the copied weights: `step` sends their copies alone, which are what the
+        model uses. Every rank calls it before the weights are read."""
+        if self.ranks.world_size > 1:
+            whole = [*self._stacks.values(), *((p.data, cast) for p, cast in self.casts.items() if self._is_sharded(p))]
+            for gather in [self._gather(weights, None) for weights, casts in whole if casts is not None]:
+                gather.wait()
+
+    def _grad(self, p):
+        return self.casts[p].grad if p.grad is None else p.grad
+
+    def _is_sharded(self, p):
+        """Of AdamW's."""
+        return self.ranks.world_size > 1 and p.numel() >= SMALL_NUMEL and p.size(0) % self.ranks.world_size == 0
+
+    def _gather(self, weights, casts):
+        """Start to give all ranks the rows that each has updated: of the copy, where there is one."""
+        whole = weights if casts is None else casts
+        return _all_gather(whole, _own_rows(whole, self.ranks), async_op=True)
+
+    def _update_adamw(self, updates):
+        """updates: (parameter, group, this rank's share of the mean gradient) of each."""
+        tensors, numbers = [], []
+        for p, group, grad in updates:
+            share, cast = ((x if x is None or not self._is_sharded(p) else _own_rows(x, self.ranks))
+                           for x in (p.data, self.casts.get(p)))
             state = self.state[p]
             if not state:
                 state.update(step=0, exp_avg=torch.zeros_like(share), exp_avg_sq=torch.zeros_like(share))
             state["step"] += 1
             beta1, beta2 = group["betas"]
-            numbers = [torch.tensor(float(x)) for x in (
-                group["lr"], beta1, beta2, group["eps"], group["weight_decay"],
-                1 - beta1 ** state["step"], 1 - beta2 ** state["step"])]
-            update = self._kernel(adamw_update, share.numel())
-            update(share.view(-1), grad().view(-1), state["exp_avg"].view(-1),
-                   state["exp_avg_sq"].view(-1), *numbers)
-            if self._is_sharded(p):
-                gathers.append(_all_gather(p.data, share, async_op=True))
-        return lambda: [gather.wait() for gather in gathers]
+            tensors.append((share, cast, grad, state["exp_avg"], state["exp_avg_sq"]))
+            numbers.append(_scalars(group["lr"], beta1, beta2, group["eps"], group["weight_decay"],
+                                    1 - beta1 ** state["step"], 1 - beta2 ** state["step"]))
+        self._fused.get(adamw_updates, adamw_updates)(tensors, numbers)
 
-    def _is_sharded(self, p):
-        return self.ranks.world_size > 1 and p.numel() >= SMALL_NUMEL and p.size(0) % self.ranks.world_size == 0
-
-    def _reduce_muon(self, group):
-        return _mean_over_ranks(self._padded_stack([p.grad for p in group["params"]]), self.ranks, sharded=True)
-
-    def _update_muon(self, group, reduced):
-        params = group["params"]
-        stack = _own_rows(self._padded_stack([p.data for p in params]), self.ranks)
-        state = self.state[params[0]]
-        rows, cols = stack.shape[-2:]
+    def _update_muon(self, group, grad):
+        weights, casts = (x if x is None else _own_rows(x, self.ranks) for x in self._stacks[group["params"][0]])
+        state = self.state[group["params"][0]]
+        n, rows, cols = weights.shape
         if not state:
-            state["momentum"] = torch.zeros_like(stack)
-            state["second_moment"] = stack.new_zeros((len(stack), rows, 1) if rows >= cols else (len(stack), 1, cols))
-        lr, momentum, beta2, decay = (torch.tensor(float(x)) for x in (
-            group["lr"] * max(1.0, rows / cols) ** 0.5, group["momentum"], group["beta2"], group["weight_decay"]))
-        direction = self._kernel(muon_direction, rows * cols)(
-            reduced(), state["momentum"], momentum, self.matmul_dtype)
+            state["momentum"] = torch.zeros_like(weights)
+            state["second_moment"] = weights.new_zeros((n, rows, 1) if rows >= cols else (n, 1, cols))
+        lr, momentum, beta2, decay = _scalars(
+            group["lr"] * max(1.0, rows / cols) ** 0.5, group["momentum"], group["beta2"], group["weight_decay"])
+        # inductor 2.13 fails on matrices of one row, and small ones gain nothing by it on a CPU
+        fused = self._fused if rows > 1 and (weights.is_cuda or rows * cols >= SMALL_NUMEL) else {}
+        direction = fused.get(muon_direction, muon_direction)(grad, state["momentum"], momentum, self.matmul_dtype)
         # between the two compiled parts: the matmuls, whose additions the BLAS calls already fuse
-        new = self._kernel(muon_update, rows * cols)(
-            stack, polar_express(direction), state["second_moment"], lr, beta2, decay)
-        if self.ranks.world_size == 1:
-            torch._foreach_copy_([p.data for p in params], list(new))
-            return lambda: None
-        everyone = new.new_empty(len(new) * self.ranks.world_size, rows, cols)
-        gather = _all_gather(everyone, new.contiguous(), async_op=True)
+        fused.get(muon_update, muon_update)(weights, casts, polar_express(direction), state["second_moment"], lr,
+                                            beta2, decay)
 
-        def finalize():
-            gather.wait()
-            torch._foreach_copy_([p.data for p in params], list(everyone[: len(params)]))
+    def _stacked(self, params):
+        """(weights, copies or None), each (K, rows, cols); the parameters and their copies become views of them."""
+        return self._one_storage(params), self._one_storage([self.casts[p] for p in params]) if self.casts else None
 
-        return finalize
-
-    def _kernel(self, function, numel):
-        """`function` compiled, unless the tensor is too small to gain by it (inductor 2.13 fails on 1-row stacks)."""
-        return self._fused.get(function, function) if numel >= SMALL_NUMEL else function
+    def _one_storage(self, tensors):
+        stack = self._padded_stack([tensor.data for tensor in tensors])
+        for tensor, matrix in zip(tensors, stack, strict=False):
+            tensor.data = matrix
+        return stack
 
     def _padded_stack(self, tensors):
         """(K, rows, cols), with zero matrices added so that the ranks share K evenly."""
         missing = -len(tensors) % self.ranks.world_size
-        return torch.stack([*tensors, *[torch.zeros_like(tensors[0])] * missing])
+        return torch.stack([*tensors, *(torch.zeros_like(tensors[0]) for _ in range(missing))])
+
+
+def _scalars(*numbers):
+    """As the updates take them: 0-dim tensors, fp32, on the CPU."""
+    return [torch.tensor(float(number)) for number in numbers]
 
 
 def _mean_over_ranks(grad, ranks, sharded):
@@ -165,86 +202,27 @@ def _mean_over_ranks(grad, ranks, sharded):
     alone if `sharded`."""
     if ranks.world_size == 1:
         return lambda: grad
+    averages = dist.get_backend() == "nccl"  # gloo cannot
+    op = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
     share = torch.empty_like(_own_rows(grad, ranks)) if sharded else grad
-    work = _reduce_scatter(share, grad, async_op=True) if sharded else dist.all_reduce(grad, async_op=True)
+    work = _reduce_scatter(share, grad, op=op, async_op=True) if sharded else dist.all_reduce(grad, op, async_op=True)
 
     def wait():
         work.wait()
-        return share / ranks.world_size
+        return share if averages else share / ranks.world_size
 
     return wait
+
+
+def _joint_means_over_ranks(grads, ranks):
+    """The same for several gradients in one collective, in fp32, each of them whole on every rank."""
+    if ranks.world_size == 1:
+        return lambda: grads
+    mean = _mean_over_ranks(torch.cat([grad.flatten().float() for grad in grads]), ranks, sharded=False)
+    sizes = [grad.numel() for grad in grads]
+    return lambda: [flat.view_as(grad) for flat, grad in zip(mean().split(sizes), grads, strict=True)]
 
 
 def _own_rows(tensor, ranks):
     share = len(tensor) // ranks.world_size
     return tensor[ranks.rank * share : (ranks.rank + 1) * share]
-
-
-def adamw_update(p, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_decay, bias1, bias2):
-    """AdamW in place on flat tensors of one dtype: decoupled decay, then the bias-corrected step.
-
-    The other arguments are 0-dim fp32 CPU tensors, so that new values do not recompile; the arithmetic
-    is fp32 whatever the storage. bias1, bias2 are 1 - beta^step. Source: arXiv:1711.05101.
-    """
-    g, w = grad.float(), p.float()
-    m = torch.lerp(exp_avg.float(), g, 1 - beta1)
-    v = torch.lerp(exp_avg_sq.float(), g * g, 1 - beta2)
-    w = w * (1 - lr * weight_decay) - lr * (m / bias1) / ((v / bias2).sqrt() + eps)
-    exp_avg.copy_(m)
-    exp_avg_sq.copy_(v)
-    p.copy_(w)
-
-
-def muon_direction(grad, momentum_buffer, momentum, dtype):
-    """What Muon orthogonalises, in `dtype`: of each matrix, with gradient g, buffer b and momentum m,
-
-        b <- m b + (1 - m) g,    n = (1 - m) g + m b                  Nesterov momentum
-        r_i = n_i sqrt(mean_j |n_j|^2) / |n_i|                        row i: every row has the rows' rms norm
-        r / (1.01 |r|_F + 1e-6)                                       spectral norm below 1
-
-    grad and momentum_buffer (updated in place) are (K, rows, cols), momentum a 0-dim fp32 tensor.
-    """
-    momentum_buffer.copy_(torch.lerp(momentum_buffer, grad, 1 - momentum))
-    nesterov = torch.lerp(grad, momentum_buffer, momentum)
-    row_power = nesterov.square().sum(dim=-1, keepdim=True)  # (K, rows, 1): every norm below follows from it
-    row_scale = (row_power.mean(dim=-2, keepdim=True) / row_power.clamp_min(TINY**2)).sqrt()
-    frobenius_norm = (row_power * row_scale.square()).sum(dim=-2, keepdim=True).sqrt()
-    return (nesterov * (row_scale / (1.01 * frobenius_norm + 1e-6))).to(dtype)
-
-
-def muon_update(p, update, second_moment, lr, beta2, weight_decay):
-    """New values of p (K, rows, cols) fp32 by orthogonalised updates u; lr, beta2, weight_decay 0-dim fp32 CPU tensors:
-
-        u <- u sqrt(min(rows, cols)) / |u|_F                          an orthogonal matrix's Frobenius norm
-        s_i <- beta2 s_i + (1 - beta2) mean(u_i^2)                    second_moment of row i (of columns if wide),
-        u_i <- u_i / sqrt(s_i), then all scaled to the norm before    (K, rows, 1) or (K, 1, cols), in place
-        p - lr (u + weight_decay p [u p >= 0])                        decay where u and p agree in sign
-
-    Source: NorMuon, arXiv:2510.05491.
-    """
-    rows, cols = p.shape[-2:]
-    lines, within = (-2, -1) if rows >= cols else (-1, -2)
-    update = update.float()
-    power = update.square().mean(dim=within, keepdim=True)  # of each row (column if wide)
-    to_norm = (min(rows, cols) / p[0].numel() / power.mean(dim=lines, keepdim=True).clamp_min(TINY**2)).sqrt()
-    power = power * to_norm.square()
-    second_moment.copy_(torch.lerp(second_moment, power, 1 - beta2))
-    line_scale = second_moment.clamp_min(TINY).rsqrt()
-    after = (power * line_scale.square()).mean(dim=lines, keepdim=True)
-    keep_norm = (power.mean(dim=lines, keepdim=True) / after.clamp_min(TINY**2)).sqrt()
-    update = update * (to_norm * line_scale * keep_norm)
-    agree = (update * p >= 0).to(p.dtype)
-    return p - lr * (update + weight_decay * p * agree)
-
-
-def polar_express(x):
-    """Approximate the orthogonal polar factor of each matrix of x (K, rows, cols) of spectral norm below 1.
-
-    Five iterations of odd quintic polynomials in x's dtype, on the smaller side. Source: arXiv:2505.16932.
-    """
-    tall = x.size(-2) > x.size(-1)
-    for a, b, c in POLAR_EXPRESS:
-        gram = x.mT @ x if tall else x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
-    return x

@@ -104,7 +104,7 @@ def build_optimizer(config, model, horizon, ranks, dtype):
         model, embedding_lr=config.embedding_lr, unembedding_lr=config.unembedding_lr, matrix_lr=config.matrix_lr,
         scalar_lr=config.scalar_lr, weight_decay=config.weight_decay, batch_lr_scale=horizon.batch_lr_scale,
         decay_scale=horizon.decay_scale)
-    return MuonAdamW(groups, ranks, matmul_dtype=dtype, compiled=not config.no_compile)
+    return MuonAdamW(groups, ranks, matmul_dtype=dtype, compiled=not config.no_compile, casts=model.keep_casts())
 
 
 def compile_model(config, model, optimizer):
@@ -154,6 +154,7 @@ def restore(model, optimizer, folder, step, meta, device, ranks):
     """Load a checkpoint's weights and this rank's optimizer state."""
     checkpoint.load_state(model, checkpoint.load_model_state(folder, step, meta, device), folder, step)
     optimizer.load_state_dict(checkpoint.load_optimizer_state(folder, step, meta, device, ranks))
+    optimizer.write_casts()
 
 
 # --- what happens between the steps ----------------------------------------------------------------------------------
@@ -162,7 +163,10 @@ def build_hooks(config, model, compiled, optimizer, data, folder, meta, ranks, d
     """The Hooks of a run whose checkpoints go to `folder` with `meta`. CORE and samples take the uncompiled model:
     their prompts come in many lengths."""
     def save(loop_state):
-        good = checkpoint.save_checkpoint(folder, loop_state["step"], model.state_dict(), optimizer.state_dict(),
+        optimizer.complete_weights()
+        # copied, since torch.save writes the whole storage that a tensor is part of; to the host, which has the memory
+        weights = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
+        good = checkpoint.save_checkpoint(folder, loop_state["step"], weights, optimizer.state_dict(),
                                           {**meta, "loop_state": loop_state}, ranks)
         return {"path": str(folder), "good": good}
 

@@ -1,12 +1,18 @@
-"""The training loop: accumulate, update, evaluate, save; its clock counts the training steps alone."""
+"""The training loop: accumulate, update, evaluate, save; its clock counts the training steps alone.
+
+A GPU works while Python is a step ahead: a step's loss is read when the next one has been launched, and before anything
+else happens between steps. Nothing else waits for the device.
+"""
 
 import contextlib
+import gc
 import math
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
@@ -82,6 +88,18 @@ class Place:
     ranks: Ranks
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """A step on its way: its number, and what its event needs. `outcome`: (loss, flags of STOP_SIGNALS) on the host,
+    there once `arrived` says so."""
+
+    step: int
+    multiplier: float
+    outcome: torch.Tensor
+    arrived: Callable[[], None]
+    epochs: float
+
+
 class _Stopped(BaseException):
     """Ends an evaluation when a signal asks to stop; no Exception, so that nothing on its way takes it for an error."""
 
@@ -110,27 +128,36 @@ class Trainer:
         self._stop_signal = 0
         self._asked_at = 0.0
         self._in_hook = False
+        self._stopping = False  # all ranks know of a signal
+        self._launched = deque()
+        self._max_in_flight = 1 if self.device.type == "cuda" else 0  # when the loop goes on to the next step
+        self._mark_sec = 0.0  # when the oldest step in flight began: at the end of the one before, or with none
 
     def run(self):
         """Train to the horizon, or to the target. Returns how it ended: ok, interrupted or nan."""
         previous = {number: signal.signal(number, self._request_stop) for number in STOP_SIGNALS}
         try:
             while True:
+                if self._is_something_due() and not self._settle():
+                    return "nan"
                 self._at_boundary()
                 if self.diverged:
                     self.hooks.mark_bad(self.step)
                     return "nan"
                 if self.reached_target or self.step == self.plan.schedule.num_iterations:
                     return "ok"
-                loss, stop_signal = self._train_step()
-                if not math.isfinite(loss):
+                self._launch_step()
+                if not self._settle(self._max_in_flight):
                     return "nan"
-                if stop_signal:
-                    self._stop_signal = stop_signal  # perhaps another rank's
-                    return self._interrupted()
+                if self.step == self.first_step + 1:
+                    gc.collect()  # what has been made by now stays: a later collection need not look through it
+                    gc.freeze()
+                if self._stopping:
+                    return self._interrupted() if self._settle() else "nan"
         except _Stopped:
             return self._interrupted()
         finally:
+            gc.unfreeze()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -172,29 +199,33 @@ class Trainer:
         finally:
             self._in_hook = False
 
+    def _is_last(self):
+        return self.step == self.plan.schedule.num_iterations
+
+    def _is_due(self, every):
+        return every > 0 and (self._is_last() or self.step % every == 0)
+
+    def _is_something_due(self):
+        return self._is_last() or any(map(self._is_due, astuple(self.plan.cadence)))
+
     def _at_boundary(self):
-        step, cadence, hooks = self.step, self.plan.cadence, self.hooks
-        last = step == self.plan.schedule.num_iterations
-
-        def due(every):
-            return every > 0 and (last or step % every == 0)
-
+        step, cadence, hooks, due, last = self.step, self.plan.cadence, self.hooks, self._is_due, self._is_last()
         # before the evaluations: should one of them fail, the weights are safe
         if step > 0 and step != self.saved_step and (due(cadence.save_every) or (last and cadence.save_every != 0)):
             self._save()
         if due(cadence.eval_every):
             fields = self._evaluation(hooks.evaluate, last)
             positions = fields.pop("position_losses", None)
-            self._event("val", **fields, train_time_sec=self.train_time_sec)
+            self._event("val", step, **fields, train_time_sec=self.train_time_sec)
             if positions:
-                self._event("position_losses", **positions)
+                self._event("position_losses", step, **positions)
             self.diverged |= not math.isfinite(fields["val_bpb"])
             self._check_target("val_bpb", fields["val_bpb"])
         if self.diverged:
             return
         if step > 0 and hooks.core and due(cadence.core_every):
             fields = self._evaluation(hooks.core)
-            self._event("core", **fields, train_time_sec=self.train_time_sec)
+            self._event("core", step, **fields, train_time_sec=self.train_time_sec)
             self._check_target("core", fields["core_metric"])
         if self.reached_target and step != self.saved_step and cadence.save_every != 0:
             self._save()
@@ -206,49 +237,75 @@ class Trainer:
         if self.plan.stop_at and self.plan.stop_at[0] == metric_name:
             self.reached_target = reaches(metric_name, value, self.plan.stop_at[1])
 
-    def _train_step(self):
-        """One optimizer step: (mean loss over ranks, a stop signal any rank received or 0)."""
-        self._synchronize()
-        start = time.perf_counter()
+    def _launch_step(self):
+        """Start one optimizer step; on a CPU it is done when this returns."""
+        if not self._launched:
+            self._mark_sec = time.perf_counter()
         multiplier = self.plan.schedule.apply(self.optimizer, self.step)
         total = torch.zeros((), device=self.device)
         for _ in range(self.plan.accumulation):
             loss = self.model(*next(self.loader))
             (loss / self.plan.accumulation).backward()
+            if self.plan.accumulation > 1:
+                self.optimizer.accumulate()
             total += loss.detach()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, stop_signal = self._agree(total / self.plan.accumulation)
-        self._synchronize()
-        dt_sec = time.perf_counter() - start
-        self._clock(dt_sec)
         self.step += 1
+        self._launched.append(_Launched(self.step, multiplier, *self._outcome(total), self.loader.epochs))
+
+    def _outcome(self, total):
+        """(outcome, arrived) of a _Launched, from the sum of its micro-batches' losses: one reduction, one read."""
+        outcome = torch.zeros(1 + len(STOP_SIGNALS), device=self.device)
+        outcome[0] = total / (self.plan.accumulation * self.ranks.world_size)
+        if self._stop_signal:
+            outcome[1 + STOP_SIGNALS.index(self._stop_signal)] = 1
+        if self.ranks.world_size > 1:
+            dist.all_reduce(outcome)
+        if self.device.type != "cuda":
+            return outcome.cpu(), lambda: None
+        outcome, arrived = outcome.to("cpu", non_blocking=True), torch.cuda.Event()
+        arrived.record()
+        return outcome, arrived.synchronize
+
+    def _settle(self, in_flight=0):
+        """Wait until at most so many steps are on their way and record the others; whether their losses are finite.
+
+        At the first that is not, what came after it is forgotten."""
+        while len(self._launched) > in_flight:
+            launched = self._launched.popleft()
+            launched.arrived()
+            loss, *flags = launched.outcome.tolist()
+            now_sec = time.perf_counter()
+            dt_sec, self._mark_sec = now_sec - self._mark_sec, now_sec
+            self._clock(launched.step, dt_sec)
+            self._record(launched, loss, dt_sec)
+            asked = [number for number, flag in zip(STOP_SIGNALS, flags, strict=True) if flag]
+            if asked:
+                self._stop_signal, self._stopping = max(asked), True
+            if not math.isfinite(loss):
+                self.step = launched.step
+                self._launched.clear()
+                return False
+        return True
+
+    def _record(self, launched, loss, dt_sec):
         tok_per_sec = self.plan.step_tokens / dt_sec
         mfu = None if self.mfu_per_token_sec is None else tok_per_sec * self.mfu_per_token_sec
-        self._event("train", loss=loss, lr_multiplier=multiplier, dt_ms=1000 * dt_sec, tok_per_sec=tok_per_sec,
-                    train_time_sec=self.train_time_sec, mfu=mfu)
-        if not self.repeats and self.loader.epochs > 1:
+        self._event("train", launched.step, loss=loss, lr_multiplier=launched.multiplier, dt_ms=1000 * dt_sec,
+                    tok_per_sec=tok_per_sec, train_time_sec=self.train_time_sec, mfu=mfu)
+        if not self.repeats and launched.epochs > 1:
             self.repeats = True
-            self._event("repeats", distinct_tokens=self.loader.distinct_tokens)
-        return loss, stop_signal
+            self._event("repeats", launched.step, distinct_tokens=self.loader.distinct_tokens)
 
-    def _clock(self, dt_sec):
-        if self.step < UNTIMED_STEPS:
+    def _clock(self, step, dt_sec):
+        if step <= UNTIMED_STEPS:
             return
-        if self.step == self.first_step:  # this process compiled again: not the training's time
+        if step == self.first_step + 1:  # this process compiled again: not the training's time
             self.train_time_sec += self.usual_dt_sec or 0.0
             return
         self.train_time_sec += dt_sec
         self.usual_dt_sec = dt_sec if self.usual_dt_sec is None else 0.9 * self.usual_dt_sec + 0.1 * dt_sec
-
-    def _agree(self, loss):
-        if self.ranks.world_size > 1:
-            both = torch.stack((loss / self.ranks.world_size, torch.zeros_like(loss)))
-            both[1] = self._stop_signal
-            dist.all_reduce(both[:1])
-            dist.all_reduce(both[1:], op=dist.ReduceOp.MAX)
-            return both[0].item(), int(both[1].item())
-        return loss.item(), self._stop_signal
 
     def _save(self):
         self.log.before_checkpoint()
@@ -257,9 +314,5 @@ class Trainer:
         self.log.event("checkpoint", step=self.step, **saved)
         self.saved_step = self.step
 
-    def _event(self, kind, **fields):
-        self.log.event(kind, step=self.step, tokens=self.step * self.plan.step_tokens, **fields)
-
-    def _synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def _event(self, kind, step, **fields):
+        self.log.event(kind, step=step, tokens=step * self.plan.step_tokens, **fields)

@@ -1,0 +1,142 @@
+"""Run a program on fake CUDA tensors and count what it would launch and move: compiled graphs and eager operations.
+
+Import after fake_h100.pretend. A compiled graph counts what Inductor generated for it, each time it is called; outside
+of graphs every operation that makes or changes data is one launch, which reads its inputs and writes its outputs.
+"""
+
+import contextlib
+import functools
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor import compile_fx
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+_TRITON = re.compile(r"triton_\w+\.run\(")
+_EXTERN = re.compile(r"extern_kernels\.\w+\(|torch\.ops\.(?!nanochat)[\w.]+\(")
+_CUSTOM = re.compile(r"torch\.ops\.nanochat\.[\w.]+\(")
+_BUFFER = re.compile(r"empty_strided_cuda\(\((\d+), (\d+)\), ")
+_MATMULS = {"mm", "bmm", "addmm", "baddbmm"}
+_NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+
+
+@dataclass
+class Work:
+    """Launches by kind and bytes read plus written. `extern` are matmuls and attention of libraries, `custom` our own
+    ops, whose inside is not counted; `buffers` the shapes of matrices allocated, to look for (N, V) ones."""
+
+    triton: int = 0
+    extern: int = 0
+    custom: int = 0
+    eager: int = 0
+    triton_bytes: int = 0
+    extern_bytes: int = 0
+    eager_bytes: int = 0
+    buffers: list = field(default_factory=list)
+    nodes: list = field(default_factory=list)  # (bytes, kernel's origin), for a look at what is large
+
+    def add(self, other):
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+class Counter(FakeTensorMode):
+    """The mode to run in. `work` by the phase that was set when it was done; nothing is counted without a phase."""
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+        self.work, self.graphs, self.phase = defaultdict(Work), [], None
+
+    @contextlib.contextmanager
+    def during(self, phase):
+        """Count what happens inside as `phase` (None: do not count)."""
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.phase:
+            self._count_eager(func, args, kwargs, out)
+        return out
+
+    def _count_eager(self, func, args, kwargs, out):
+        namespace, _, name = func._schema.name.rpartition("::")
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor) and x.is_cuda]
+        returns_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        if not tensors or returns_view or namespace == "prim" or name in _NO_LAUNCH:
+            return
+        n_bytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+        work = Work(eager=1, eager_bytes=n_bytes, nodes=[(n_bytes, f"eager {name}")])
+        if name in _MATMULS:
+            work = Work(extern=1, extern_bytes=n_bytes, eager=int(name == "baddbmm"))  # which first copies its addend
+        self.work[self.phase].add(work)
+
+    def compile(self, function=None, **options):
+        """In torch.compile's place: lowers by Inductor, runs the graph itself on fake tensors."""
+        if function is None:
+            return functools.partial(self.compile, **options)
+        backend = functools.partial(compile_fx.compile_fx, inner_compile=self._lower,
+                                    config_patches=options.get("options"))
+        return torch._dynamo.optimize(backend, dynamic=False, nopython=options.get("fullgraph", False))(function)
+
+    def _lower(self, graph, inputs, **options):
+        lowered = []
+
+        def generate(lowering):
+            code = lowering.codegen()[0]
+            lowered.append((lowering, getattr(code, "value", code)))
+            return SimpleNamespace(call=lambda arguments: None, __file__=__file__, __path__=None)
+
+        methods = ("compile_to_module", "_compile_to_module")
+        originals = {name: getattr(GraphLowering, name) for name in methods}
+        try:
+            for name in methods:
+                setattr(GraphLowering, name, generate)
+            compile_fx.compile_fx_inner(graph, inputs, **options)
+        finally:
+            for name, original in originals.items():
+                setattr(GraphLowering, name, original)
+        [(lowering, source)] = lowered
+        work = generated_work(lowering, source)
+        self.graphs.append(source)
+
+        def run(arguments):
+            if self.phase:
+                self.work[self.phase].add(work)
+            with self.during(None):
+                return graph.forward(*arguments)
+
+        run._boxed_call = True
+        return run
+
+
+def generated_work(lowering, source):
+    """The Work of one call of what Inductor generated."""
+    calls = source.split("def call")[-1]
+    with V.set_graph_handler(lowering):
+        nodes = [(4 * words, node) for node, words in lowering.count_bytes()[1]]  # it gives 4-byte words
+    return Work(
+        triton=len(_TRITON.findall(calls)), extern=len(_EXTERN.findall(calls)), custom=len(_CUSTOM.findall(calls)),
+        triton_bytes=sum(n for n, node in nodes if not node.is_extern()),
+        extern_bytes=sum(n for n, node in nodes if node.is_extern()),
+        buffers=[(int(rows), int(columns)) for rows, columns in _BUFFER.findall(calls)],
+        nodes=[(n, ("extern " if node.is_extern() else "") + _origin(node)) for n, node in nodes])
+
+
+def _origin(node):
+    origins = {str(origin.target) for part in node.get_nodes() for origin in getattr(part.node, "origins", ())}
+    return ", ".join(sorted(origin.removeprefix("aten.") for origin in origins))
+
+
+def graph_breaks():
+    return sum(counters["graph_break"].values())

@@ -1,0 +1,81 @@
+"""The training step of one case, lowered and counted; import after fake_h100.pretend."""
+
+import collections
+import dataclasses
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+from dev.lowering.count import Counter, graph_breaks
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.optim import MuonAdamW, parameter_groups
+from nanochat.provenance import git_commit
+from nanochat.training.schedule import model_shape
+
+PHASES = ("forward", "backward", "optimizer")
+
+
+def sdpa(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+    """F.scaled_dot_product_attention by the kernels it would pick: its own choice asks a device that is there."""
+    if attn_mask is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+    bias = torch.where(attn_mask, 0.0, -torch.inf).to(q.dtype).expand(q.size(0), q.size(1), -1, -1)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, False)[0]
+
+
+def lowered(case, vocab_size, flags):
+    """(Counter after one whole step, number of graphs, of graph breaks) of a dev.lowering Case."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    shape = model_shape(case.depth, 64, 128)
+    config = GPTConfig(case.seq_len, vocab_size, shape.n_layer, shape.n_head, shape.n_head, shape.n_embd,
+                       case.window_pattern)
+    counter = Counter()
+    with (counter, mock.patch.object(torch, "compile", counter.compile),
+          mock.patch.object(F, "scaled_dot_product_attention", sdpa),
+          torch._dynamo.config.patch(recompile_limit=64)):
+        with torch.device("cuda", 0):
+            model = GPT(config, torch.bfloat16, **flags)
+            ids = torch.zeros(case.rows, case.seq_len, dtype=torch.int64)
+        compiled = torch.compile(model, dynamic=False)
+        optimizer = MuonAdamW(parameter_groups(model), matmul_dtype=torch.bfloat16, compiled=True,
+                              casts=model.keep_casts())
+        for counted in (False, True):  # the first compiles, and makes the optimizer's state
+            forward, backward, update = (phase if counted else None for phase in PHASES)
+            with counter.during(forward):
+                loss = compiled(ids, ids)
+            with counter.during(backward):
+                loss.backward()
+            with counter.during(update):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return counter
+
+
+def lowered_rows(case, vocab_size, flags, largest=0, code=""):
+    """A CSV row for each phase of a case; printed too."""
+    counter = lowered(case, vocab_size, flags)
+    rows = []
+    for phase in PHASES:
+        work = counter.work[phase]
+        n_by_v = work.buffers.count((case.rows * case.seq_len, vocab_size))
+        rows.append({**dataclasses.asdict(case), "phase": phase, "graphs": len(counter.graphs),
+                     "graph_breaks": graph_breaks(), "triton_launches": work.triton, "extern_calls": work.extern,
+                     "custom_ops": work.custom, "eager_launches": work.eager,
+                     "triton_gb": round(work.triton_bytes / 1e9, 3), "extern_gb": round(work.extern_bytes / 1e9, 3),
+                     "eager_gb": round(work.eager_bytes / 1e9, 3), "n_by_v_buffers": n_by_v,
+                     "commit": git_commit()[0], "dirty": git_commit()[1], "torch": torch.__version__})
+        print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+        by_origin = collections.Counter()
+        times = collections.Counter()
+        for n, origin in work.nodes:
+            by_origin[origin] += n
+            times[origin] += 1
+        for origin, n in by_origin.most_common(largest):
+            print(f"    {n / 1e9:7.3f} GB in {times[origin]:3}  {origin[:150]}")
+    if code:
+        for number, source in enumerate(counter.graphs):
+            (Path(code) / f"{case.depth}_{case.seq_len}_{case.flags}_{number}.py").write_text(source)
+    return rows
