@@ -79,7 +79,12 @@ def peak_bf16_flops(name):
 
 
 def keep_freed_memory(device):
-    """On a CPU, let glibc keep what is freed: mapping the same tens of megabytes anew every step cost 16 % of it."""
+    """On a CPU, let glibc keep what is freed: mapping the same tens of megabytes anew every step cost 16 % of it.
+
+    On CUDA, let the allocator's segments grow, so that freed pieces of other sizes fit; before any tensor is made.
+    """
+    if device.type == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if device.type == "cpu" and sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
         if mallopt:

@@ -34,7 +34,8 @@ def train_in_fp8(model, optimizer, compiled):
     @torch.no_grad()
     def quantise_all(*_):
         for layer in layers:
-            quantise(layer.weight if layer.cast is None else layer.cast, layer.fp8.rows, layer.fp8.columns, layer.fp8.scale)
+            weight, fp8 = layer.weight if layer.cast is None else layer.cast, layer.fp8
+            quantise(weight, fp8.rows, fp8.columns, fp8.scale)
 
     for layer in layers:
         layer.fp8 = Fp8Weight(layer.weight)
