@@ -55,13 +55,12 @@ def muon_direction(grad, momentum_buffer, momentum, dtype):
 
 
 def muon_update(p, cast, update, second_moment, lr, beta2, weight_decay):
-    """Change p (K, rows, cols) fp32 and its copy `cast`, or None, by orthogonalised updates u; the rest are 0-dim fp32
-    CPU tensors:
+    """Change p (K, rows, cols) fp32 and `cast`, its copy or None, by orthogonalised updates u; the numbers are 0-dim:
 
         u <- u sqrt(min(rows, cols)) / |u|_F                          an orthogonal matrix's Frobenius norm
         s_i <- beta2 s_i + (1 - beta2) mean(u_i^2)                    second_moment of row i (of columns if wide),
         u_i <- u_i / sqrt(s_i), then all scaled to the norm before    (K, rows, 1) or (K, 1, cols), in place
-        p <- p - lr (u + weight_decay p [u p >= 0])                        decay where u and p agree in sign
+        p <- p - lr (u + weight_decay p [u p >= 0])                   decay where u and p agree in sign
 
     Source: NorMuon, arXiv:2510.05491.
     """
