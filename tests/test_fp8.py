@@ -75,6 +75,7 @@ def test_quantised_at_the_edges(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lead", [(48,), (3, 16)])
 def test_matmuls_agree_with_fp64_on_emulated_operands(dtype, lead):
+    torch.manual_seed(0)  # a value half way between two others falls either way
     layer = Linear(256, 144)
     in_fp8(layer)
     x = normal(*lead, 256, dtype=dtype).requires_grad_()

@@ -462,8 +462,9 @@ def record(tmp_path):
     log.event("core", step=16, tokens=1600, core_metric=0.9, train_time_sec=clock, tasks={})
     log.close()
     log = RunLog.resume(tmp_path, "r", 14)
-    clock = steps([15, 16, 17, 18], 2000, saved)
-    val(16, 1.5, saved + 4.0)
+    clock = steps([15, 16], 2000, saved)
+    val(16, 1.5, clock)
+    clock = steps([17, 18], 2000, clock)
     val(18, 2.0, clock)
     return log
 
