@@ -202,7 +202,7 @@ def test_all_of_ones_own_text_is_trained_on_unless_asked_otherwise(dataset, rule
     (["--device-type", "tpu"], "--device-type"),
     (["--tokenizer-dir", "nowhere"], "nowhere"),
     (["--dataset", "nowhere"], "nowhere"),
-    (["--run-id", "a/b"], "run id"),
+    (["--run-id", "a/b"], "--run-id 'a/b' cannot name a folder"),
     (["--resume-from-step", "latest"], "no checkpoint"),
     (["--target-metric-threshold", "-1"], "--target-metric-threshold"),
     (["--target-metric-name", "loss", "--target-metric-threshold", "1"], "--target-metric-name"),

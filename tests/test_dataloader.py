@@ -16,7 +16,7 @@ from made_shards import BOS, LONGEST, make_shards
 from nanochat.data import dataloader, packing
 from nanochat.data.dataloader import TokenLoader
 from nanochat.data.packing import CROPS, DocumentOrder
-from nanochat.data.tokens import HEADER_BYTES, TokenShard, write_token_shard
+from nanochat.data.tokens import TokenShard, write_token_shard
 from nanochat.errors import UserError
 
 
@@ -154,12 +154,11 @@ def test_a_state_of_other_documents_or_another_seed_is_refused(tmp_path, shards)
             TokenLoader(others, 1, 8, seed=seed, state=state)
 
 
-def damaged_shard(path, at, value):
-    header = {"vocab_size": 100, "bos_id": BOS}
-    write_token_shard(path, [([4, 4], np.array([BOS, 1, 2, 3, BOS, 4, 5, 6], np.uint16))], header)
-    with open(path, "r+b") as file:
-        file.seek(HEADER_BYTES + 2 * at)
-        file.write(np.uint16(value).tobytes())
+def impossible_shard(path, at, value):
+    """A shard whose writer was wrong, so that its digest fits."""
+    tokens = np.array([BOS, 1, 2, 3, BOS, 4, 5, 6], np.uint16)
+    tokens[at] = value
+    write_token_shard(path, [([4, 4], tokens)], {"vocab_size": 100, "bos_id": BOS})
     return TokenShard(path)
 
 
@@ -168,7 +167,7 @@ def damaged_shard(path, at, value):
     (4, 9, "document 1 begins with token id 9, not BOS 0"),
 ])
 def test_a_token_that_cannot_be_is_named_and_closes_the_loader(tmp_path, at, value, message):
-    shard = damaged_shard(tmp_path / "bad.bin", at, value)
+    shard = impossible_shard(tmp_path / "bad.bin", at, value)
     loader = TokenLoader([shard], 1, 3, shuffle=False)
     with pytest.raises(UserError, match=message) as error:
         rows(loader, 5)

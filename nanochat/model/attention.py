@@ -113,8 +113,10 @@ def _capability(device):
 def _sdpa(q, k, v, window):
     query_len, key_len = q.size(1), k.size(1)
     sees_all = window >= key_len - 1
-    mask, is_causal = None, sees_all and query_len == key_len
-    if not is_causal and not (sees_all and query_len == 1):
+    mask, is_causal = None, False
+    if sees_all and query_len == key_len:  # not an expression: of lengths that vary, the compiler makes a symbol
+        is_causal = True
+    elif not sees_all or query_len > 1:
         query = torch.arange(key_len - query_len, key_len, device=q.device)
         mask = _visible(query, torch.arange(key_len, device=q.device), window)
     arguments = {"attn_mask": mask, "is_causal": is_causal, "enable_gqa": q.size(2) != k.size(2)}

@@ -51,7 +51,7 @@ def test_ctrl_c_while_text_is_tokenised(flags, capsys, monkeypatch):
 
 
 def test_memory_that_is_not_there_names_the_flags_and_closes_the_record(flags, capsys, monkeypatch):
-    monkeypatch.setattr(Trainer, "_train_step", raising(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")))
+    monkeypatch.setattr(Trainer, "_launch_step", raising(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")))
     assert "lower --device-batch-size" in ended(flags, capsys)
     assert read_run(runs_dir() / "r").status == "error"
 
