@@ -10,7 +10,7 @@ import pytest
 from nanochat.errors import UserError
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.exponents import Estimate, alpha_of
-from nanochat.lane_b.infer.crossing import Horizon, end_of, time_to
+from nanochat.lane_b.infer.crossing import Horizon, Prediction, end_of, time_to
 from nanochat.lane_b.infer.curve_law import FORMS, Law, Progress, Run
 from nanochat.lane_b.infer.horizon import TooShort, infer_horizon
 from nanochat.lane_b.infer.horizon_figure import draw_inference
@@ -105,12 +105,23 @@ def test_a_horizon_that_the_law_does_not_fit_is_left_out_once_and_said_to_be():
 
 
 def test_curves_that_no_law_fits_are_all_kept_said_to_be_missed_and_widen_the_interval():
-    runs = [replace(run, loss=run.loss * (1 + 0.01 * (index // 2 % 2))) for index, run in enumerate(
+    runs = [replace(run, loss=run.loss * (1 + 0.003 * (index // 2 % 2))) for index, run in enumerate(
         made_runs(horizons=(480, 560, 640, 853)))]
     found = infer_horizon(runs, threshold_at(800), schedule, DEFAULT_STEPS, copies=40)
     assert found.horizon_left_out is None and found.misfit.p < 0.05 and len(found.prediction.runs) == 8
     assert any("misses the curves by more than the scatter of seeds" in warning for warning in found.warnings)
+    assert f"the intervals are {math.sqrt(found.misfit.ratio):.1f} times as wide for it" in " ".join(found.warnings)
     assert found.is_wide and not infer(whole=800).is_wide
+    far = [replace(run, loss=run.loss * (1 + 0.02 * (index // 2 % 2))) for index, run in enumerate(runs)]
+    with pytest.raises(TooShort, match="is sure to reach"):
+        infer_horizon(far, threshold_at(800), schedule, DEFAULT_STEPS, copies=40)
+
+
+def test_a_misfit_widens_the_interval_by_the_root_of_its_ratio():
+    runs = [run.late() for run in made_runs(horizons=(480, 853))]
+    plain, wide = (Prediction(FORMS["relaxing"], runs, schedule, copies=200, noise_factor=factor).horizon(
+        1000, threshold_at(800))[0] for factor in (1.0, 2.0))
+    assert (wide.hi - wide.lo) / (plain.hi - plain.lo) == pytest.approx(2, rel=0.35) and wide.time == plain.time
 
 
 @pytest.mark.parametrize("change, warning", [

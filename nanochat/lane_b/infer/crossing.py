@@ -171,10 +171,11 @@ class Prediction:
 
     A copy's noise is the residual curve of a run drawn at random, its sign and size too: evaluations of a run are not
     independent, whole runs nearly are. A copy's runs to come share one such noise, whatever their horizon (a seed's
-    runs see the same text), so intervals are of one run, and horizons are compared within a seed.
+    runs see the same text), so intervals are of one run, and horizons are compared within a seed. noise_factor: of all
+    noise, for a law that misses its runs by more than their seeds differ.
     """
 
-    def __init__(self, form, runs, schedule, copies=200, seed=0):
+    def __init__(self, form, runs, schedule, copies=200, seed=0, noise_factor=1.0):
         self.law, self.runs, self.schedule = fit(form, runs), runs, schedule
         rng = np.random.default_rng(seed)
         fitted = [np.log(self.law.at(run.progress)) for run in runs]
@@ -188,7 +189,7 @@ class Prediction:
             return lambda shares: size * np.interp(shares, at, residual)
 
         self.copies = []  # (law, noise of its runs to come)
-        for scale in np.sqrt(_NUMBERS_PER_RUN * len(runs) / rng.chisquare(freedom, copies)):
+        for scale in noise_factor * np.sqrt(_NUMBERS_PER_RUN * len(runs) / rng.chisquare(freedom, copies)):
             noisy = [replace(run, loss=np.exp(log_loss + noise(scale)(run.shares)))
                      for run, log_loss in zip(runs, fitted, strict=True)]
             alpha = ALPHA * math.exp(ALPHA_LOG_SD * rng.standard_normal())

@@ -95,7 +95,7 @@ class Inference:
             found.append(f"the horizon of {self.horizon_left_out} steps is left out: with it the law does not fit")
         if self.misfit.p < MIN_FIT_P:
             found.append(f"the law misses the curves by more than the scatter of seeds (p {self.misfit.p:.2g}); the "
-                         "intervals hold such misses")
+                         f"intervals are {math.sqrt(self.misfit.ratio):.1f} times as wide for it")
         if math.isnan(self.misfit.p):
             found.append("no two seeds of a horizon that differ: neither the law's fit nor the slopes can be tested")
         found += [f"the law's {name} is at the edge of its range" for name in law.at_bound]
@@ -129,7 +129,8 @@ def infer_horizon(runs, threshold, schedule, default_steps, copies=200, seed=0):
                       f"on, after the warm-ups; leave it out, and use horizons of {SHORT_STEPS} steps or more")
     slopes = slope_test(runs)
     fitted, misfit, left_out = _runs_that_fit([run.late() for run in runs])
-    prediction = Prediction(FORM, fitted, schedule, copies, seed)
+    noise_factor = math.sqrt(misfit.ratio) if misfit.p < MIN_FIT_P else 1.0  # Birge's ratio
+    prediction = Prediction(FORM, fitted, schedule, copies, seed, noise_factor)
     quickest = prediction.quickest(threshold)
     chosen = quickest.chosen and next((horizon for horizon in quickest.horizons
                                        if horizon.steps >= quickest.chosen.steps and math.isfinite(horizon.hi)), None)
