@@ -3,9 +3,10 @@
 # BOOKS: folder of parquet shards of English text. Stop it at any time; the same command goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+[ -d "${1:-}" ] || { echo "error: give a folder of parquet shards of English text: bash $0 BOOKS" >&2; exit 2; }
+BOOKS="$(realpath "$1")"
 source runs/setup.sh
 
-BOOKS="${1:?a folder of parquet shards of English text}"
 WORK="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/lane_b_study"
 python -m dev.study.lane_b_cells --books "$BOOKS" --work "$WORK" ${2:+--cells "${@:2}"}
 python -m dev.study.lane_b_results
