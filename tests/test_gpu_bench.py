@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from dev.bench import trees
 from dev.bench.measure import run_jobs
+from dev.bench.train_step import step_flops
+from nanochat.model.gpt import GPTConfig, flops_per_token
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,3 +79,27 @@ def test_every_piece_runs_dry_on_a_cpu(tmp_path):
         assert {row["depth"] for row in csv.DictReader(file)} == {"1", "2"}
     again = gpu_script(out, "--dry-run", MINUTES="30")
     assert again.returncode == 0 and "==" not in again.stdout
+
+
+TINY_STEP = ["--depth", "1", "--head-dim", "64", "--seq-len", "32", "--rows", "1", "--vocab-size", "64", "--no-compile"]
+
+
+def test_two_trees_step_in_turn(monkeypatch, capsys):
+    monkeypatch.setattr(trees, "PAIRS", 3)
+    assert trees.main([str(ROOT), *TINY_STEP]) == 0
+    ours, others, ratio = capsys.readouterr().out.splitlines()
+    assert ours.partition("loss")[2] == others.partition("loss")[2] and "3 pairs" in ratio
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        trees.main([str(tmp_path)])
+    assert "is no checkout" in capsys.readouterr().err
+
+
+def test_a_steps_flops_are_its_matmuls():
+    """d4 of the quickstart: 71 GFLOP in the model, 20 in Muon's 24 matrices."""
+    config = GPTConfig(256, 8192, 4, 4, 4, 256, "L")
+    square, wide = 16 * 5 * 6 * 256**3, 8 * 5 * (4 * 256**2 * 1024 + 2 * 256**3)
+    gates = 2 * 5 * (4 * 4**2 * 12 + 2 * 4**3)
+    assert step_flops(config, 2048) == flops_per_token(config) * 2048 + square + wide + gates

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from dev.bench.measure import append_rows, peak_bytes, percentiles, time_interleaved
+from dev.bench.measure import append_rows, peak_bytes, percentiles, rates, time_interleaved
 from nanochat.errors import UserError, command
 from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
 from nanochat.kernels.rms_norm import check_rms_norm, rms_norm
@@ -20,6 +20,7 @@ from nanochat.model.attention import BACKENDS, why_not
 from nanochat.model.fp8 import check_fp8, train_in_fp8
 from nanochat.model.gpt import GPT, SOFTCAP, GPTConfig, flops_per_token
 from nanochat.model.optim import MuonAdamW, parameter_groups
+from nanochat.model.updates import polar_express_flops
 from nanochat.provenance import git_commit, versions
 from nanochat.training.schedule import model_shape
 
@@ -82,6 +83,14 @@ def make_step(candidate, config, dtype, device, args):
     return step
 
 
+def step_flops(config, tokens):
+    """FLOPs of a step's matmuls: the model's, forward and backward, and Muon's."""
+    with torch.device("meta"):
+        groups = parameter_groups(GPT(config))
+    muon = sum(polar_express_flops(*p.shape) for group in groups if group["kind"] == "muon" for p in group["params"])
+    return flops_per_token(config) * tokens + muon
+
+
 def refusal(flags, config, dtype, device, args):
     """Why a candidate cannot run here, or None."""
     heads = config.n_head, config.n_kv_head, config.head_dim
@@ -136,12 +145,13 @@ def main(argv=None):
             del steps[candidate]
     times = time_interleaved(steps, args.repeats, device)
     peaks = {candidate: peak_bytes(step, device) for candidate, step in steps.items()}
-    rows = [row(candidate, times, peaks, losses, args, config, dtype, name) for candidate in steps]
+    ceiling = rates(device, dtype).flop_per_sec
+    rows = [row(candidate, times, peaks, losses, args, config, dtype, name, ceiling) for candidate in steps]
     for line in rows:
         print(f"{line['candidate']:14} {line['median_ms']:9.2f} ms ({line['p20_ms']:.2f} to {line['p80_ms']:.2f}), "
               f"{line['tok_per_sec']:,.0f} tok/s, {line['ratio_to_baseline']:.3f} of the baseline's time, "
               f"peak {line['peak_mib']:,.0f} MiB above weights and state, "
-              f"{line['tflop_per_sec']:.3f} TFLOP/s in the model")
+              f"{line['tflop_per_sec']:.3f} TFLOP/s in matmuls, {line['share_of_matmul']:.2f} of a large matmul's rate")
     if args.out:
         blank = dict.fromkeys(rows[0])
         append_rows(args.out, rows + [{**blank, "candidate": candidate, "depth": args.depth, "note": note}
@@ -152,10 +162,11 @@ def main(argv=None):
     return int(bool(failed))
 
 
-def row(candidate, times, peaks, losses, args, config, dtype, device_name):
+def row(candidate, times, peaks, losses, args, config, dtype, device_name, ceiling):
     """One CSV row: medians with percentiles, the ratio to the baseline of the same run, provenance."""
     median, low, high = percentiles(times[candidate])
     tokens = args.rows * args.seq_len
+    flop_per_sec = 1e3 * step_flops(config, tokens) / median
     commit, dirty = git_commit()
     return {"candidate": candidate, "depth": args.depth, "n_embd": config.n_embd, "seq_len": args.seq_len,
             "rows": args.rows, "vocab_size": args.vocab_size,
@@ -163,7 +174,7 @@ def row(candidate, times, peaks, losses, args, config, dtype, device_name):
             "compiled": not args.no_compile, "median_ms": median, "p20_ms": low, "p80_ms": high,
             "ratio_to_baseline": median / statistics.median(times["baseline"]), "tok_per_sec": 1e3 * tokens / median,
             "peak_mib": peaks[candidate] / 2**20,
-            "tflop_per_sec": flops_per_token(config) * tokens / median / 1e9, "loss": losses[candidate],
+            "tflop_per_sec": flop_per_sec / 1e12, "share_of_matmul": flop_per_sec / ceiling, "loss": losses[candidate],
             "device": device_name, "commit": commit, "dirty": dirty, "note": "", **versions()}
 
 

@@ -34,15 +34,20 @@ def plain_cross_entropy(logits, targets, vocab_size, softcap=SOFTCAP, reduction=
 
     logits (..., Vpad), before the softcap; targets (...) int64 with -1 ignored, anything else out of range NaN; loss
     in fp32. The softcap bounds the logits, so it stands in for their maximum, and the target's logit is a sum over
-    the same columns: neither needs a pass of its own, as F.cross_entropy's would.
+    the same columns: neither needs a pass of its own, as F.cross_entropy's would. That sum is taken of the logits as
+    they come: below_cap, needed in one place alone, is never written. Columns are int32, half a float's lanes else.
     """
+    def below_cap(x):
+        return 2 * softcap * (torch.sigmoid(2 / softcap * x) - 1)  # softcap * (tanh(x / softcap) - 1)
+
     targets_shape, targets = targets.shape, targets.reshape(-1)
     logits = logits.reshape(-1, logits.size(-1)).float()
-    below_cap = 2 * softcap * (torch.sigmoid(2 / softcap * logits) - 1)  # softcap * (tanh(logits / softcap) - 1)
-    column = torch.arange(logits.size(-1), device=logits.device)
-    partition = torch.exp(below_cap).masked_fill(column >= vocab_size, 0.0).sum(dim=-1)
-    of_target = torch.where(column == targets.unsqueeze(-1), below_cap, 0.0).sum(dim=-1)
-    losses = partition.log() - of_target
+    column = torch.arange(logits.size(-1), device=logits.device, dtype=torch.int32)
+    partition = torch.exp(below_cap(logits))
+    if vocab_size < logits.size(-1):
+        partition = partition.masked_fill(column >= vocab_size, 0.0)
+    of_target = torch.where(column == targets.int().unsqueeze(-1), logits, 0.0).sum(dim=-1)
+    losses = partition.sum(dim=-1).log() - below_cap(of_target)
     losses = torch.where((targets >= 0) & (targets < vocab_size), losses, torch.nan)
     losses = torch.where(targets == IGNORED, 0.0, losses)
     if reduction == "none":

@@ -95,3 +95,9 @@ def polar_express(x):
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
     return x
+
+
+def polar_express_flops(rows, cols):
+    """FLOPs of `polar_express` for one matrix: three products in each iteration."""
+    small, large = sorted((rows, cols))
+    return len(POLAR_EXPRESS) * (4 * small * small * large + 2 * small**3)
