@@ -1,4 +1,4 @@
-"""The change log, dev/LOG.md: entries newest first under its title line."""
+"""A change log, as dev/LOG_lane_c.md: entries newest first under its title line."""
 
 import re
 import textwrap

@@ -299,7 +299,7 @@ def linear_cross_entropy(x, weight, targets, vocab_size, softcap=SOFTCAP, reduct
 
 
 def default_chunk_bytes(device, dtype):
-    """Bytes of logits alive at a time. On a CPU 16M logits: dev/LOG.md has the sizes tried.
+    """Bytes of logits alive at a time. On a CPU 16M logits: dev/LOG_lane_c.md has the sizes tried.
 
     On a GPU 896 MiB: dW's rewriting stays below 2 % of the matmuls, and with the cast weight it stays within 1 GiB.
     """
