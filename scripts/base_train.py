@@ -55,19 +55,21 @@ def train(config, place, dtype, dtype_reason, started):
                                                config.max_seq_len, ranks.world_size)
     folder = checkpoint_folder(config.tag)
     resume_step = build.resume_step(config, folder)
-    resumed = build.resume_meta(config, folder, resume_step, shape, data, horizon)
+    segment = record.segment_facts(config, ranks, device, dtype, dtype_reason)
+    resumed, changed = build.resume_meta(config, folder, resume_step, shape, data, horizon, segment)
 
     model = build.build_model(config, shape, device, dtype)
     optimizer = build.build_optimizer(config, model, horizon, ranks, dtype)
     if resumed:
         build.restore(model, optimizer, folder, resume_step, resumed, device, ranks)
     run_id = config.run_id or (resumed or {}).get("run_id") or record.new_run_id(config.tag, config.seed, ranks)
-    facts = record.run_config(config, data, shape, horizon, ranks, device, dtype, dtype_reason)
+    facts = record.run_config(config, data, shape, horizon, segment)
     print0(record.describe(shape, horizon, accumulation, data))
 
     compiled = build.compile_model(config, model, optimizer)
     loader = data.train_loader(config, ranks, device, resumed)
-    meta = {"model_config": shape.to_dict(), "user_config": facts["flags"], "run_id": run_id,
+    meta = {"model_config": shape.to_dict(), "user_config": segment["flags"], "run_id": run_id,
+            "segment": {name: segment[name] for name in segment if name != "flags"},
             **build.identity(config, data, horizon)}
     hooks = build.build_hooks(config, model, compiled, optimizer, data, folder, meta, ranks, device)
     plan = Plan(Schedule(horizon.num_iterations, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac),
@@ -76,7 +78,8 @@ def train(config, place, dtype, dtype_reason, started):
                 config.target if config.stop_at_target else None)
     with loader:
         # last of all that can fail: until here nothing has been written or moved
-        log = on_main(ranks, lambda: record.open_record(config.run, run_id, facts, folder, resume_step))
+        log = on_main(ranks, lambda: record.open_record(config.run, run_id, facts, folder, resume_step,
+                                                         {**segment, "changed": changed}))
         trainer = Trainer(compiled, optimizer, loader, plan, hooks, log or record.NoLog(), place,
                           resumed and resumed["loop_state"])
         try:

@@ -1,6 +1,7 @@
 """The training program as a person runs it: end to end, killed, resumed, on two ranks, with every mistake."""
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -16,10 +17,13 @@ import pytest
 import torch
 from corpus import TINY_FLAGS, write_corpus
 
+from nanochat.files import json_bytes, write_json
 from nanochat.model import gpt
 from nanochat.paths import runs_dir
 from nanochat.runlog import read_run
-from nanochat.training.checkpoint import checkpoint_folder, checkpoint_steps
+from nanochat.segments import segments_of
+from nanochat.training import record as record_module
+from nanochat.training.checkpoint import checkpoint_folder, checkpoint_steps, read_meta
 from scripts.base_train import main, parse_args
 
 
@@ -229,14 +233,56 @@ def test_a_taken_run_id_is_refused_and_the_old_record_stays(corpus, capsys):
 
 
 @pytest.mark.parametrize("change", [["--seed", "7"], ["--depth", "3"], ["--num-iterations", "13"],
-                                    ["--total-batch-size", "512"], ["--warmup-steps", "3"],
-                                    ["--final-lr-frac", "0.5"]], ids=str)
-def test_a_run_is_not_resumed_with_other_flags(corpus, capsys, change):
+                                    ["--total-batch-size", "512"], ["--crop", "drop"]], ids=str)
+def test_another_run_is_not_resumed_whatever_is_allowed(corpus, capsys, change):
     main(flags(corpus, 4))
     with pytest.raises(SystemExit) as stopped:
-        main([*flags(corpus, 4), "--resume-from-step", "4", *change])
+        main([*flags(corpus, 4), "--resume-from-step", "4", "--allow-changed", *change])
     assert stopped.value.code == 2
-    assert "cannot resume" in capsys.readouterr().err
+    assert "it is of another run: " in capsys.readouterr().err
+
+
+def test_what_changes_the_numbers_is_named_and_refused_unless_allowed_and_then_recorded(corpus, capsys, monkeypatch):
+    main(flags(corpus, 6, "run", "--save-every", "2"))
+    resume = [*flags(corpus, 6), "--resume-from-step", "4", "--warmup-steps", "3", "--device-batch-size", "4",
+              "--chunked-ce"]
+    monkeypatch.setenv("NANOCHAT_DTYPE", "bfloat16")
+    monkeypatch.setattr(record_module, "versions", lambda: {"torch": "9.9"})
+    monkeypatch.setattr(record_module, "git_commit", lambda: ("f" * 40, False))
+    with pytest.raises(SystemExit) as stopped:
+        main(resume)
+    assert stopped.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "compute_dtype was float32, is bfloat16; " in line and f"torch was {torch.__version__}, is 9.9; " in line
+    assert "--device-batch-size was 2, is 4; " in line and "--chunked-ce was False, is True; " in line
+    assert "--warmup-steps was 40, is 3; " in line and "--allow-changed" in line and "commit" not in line
+    assert len(segments_of(read_run(runs_dir() / "run"))) == 1
+    assert main([*resume, "--allow-changed"]) == 0
+    assert "is of commit" in capsys.readouterr().out
+    first, second = segments_of(read_run(runs_dir() / "run"))
+    assert (first["first_step"], second["first_step"]) == (0, 4)
+    assert (first["device"]["compute_dtype"], second["device"]["compute_dtype"]) == ("float32", "bfloat16")
+    assert second["git_commit"] == "f" * 40 and second["device"]["host"] and second["device"]["world_size"] == 1
+    assert ["--warmup-steps", 40, 3] in second["changed"] and second["flags"]["chunked_ce"] is True
+
+
+def test_what_changes_no_numbers_goes_through(corpus):
+    main(flags(corpus, 6, "run", "--save-every", "2"))
+    assert main([*flags(corpus, 6), "--resume-from-step", "4", "--save-every", "3", "--eval-every", "2",
+                 "--sample-every", "3"]) == 0
+    assert segments_of(read_run(runs_dir() / "run"))[1]["changed"] == []
+
+
+def test_a_checkpoint_of_an_earlier_version_has_the_defaults_of_flags_that_came_later(corpus, capsys):
+    main(flags(corpus, 4))
+    meta = read_meta(checkpoint_folder("run"), 4)
+    del meta["segment"], meta["user_config"]["fp8"], meta["user_config"]["chunked_ce"], meta["user_config"]["crop"]
+    write_json(checkpoint_folder("run") / "meta_000004.json",
+               {**meta, "meta_sha256": hashlib.sha256(json_bytes(meta)).hexdigest()})
+    with pytest.raises(SystemExit):
+        main([*flags(corpus, 4), "--resume-from-step", "4", "--crop", "drop", "--chunked-ce"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--chunked-ce was False, is True; resume" in line and "--fp8" not in line
 
 
 def test_resuming_a_step_that_is_not_there_names_the_newest(corpus, capsys):

@@ -20,6 +20,7 @@ from nanochat.experiments.report import experiment_report, runs_report
 from nanochat.experiments.trials import load_trials
 from nanochat.files import write_json
 from nanochat.paths import runs_dir
+from nanochat.runlog import RunLog
 from nanochat.training.config import TrainingConfig
 from scripts import base_train
 from scripts import report as script
@@ -93,6 +94,24 @@ def test_ids_that_figures_refer_to_are_there_once(matrix):
     assert len(ids) == len(set(ids))
     used = re.findall(r"url\(#([^)]+)\)", matrix.page) + re.findall(r'xlink:href="#([^"]+)"', matrix.page)
     assert used and set(used) <= set(ids)
+
+
+def test_segments_are_shown_where_a_run_has_several():
+    make_run("one", **SMALL)
+    make_run("resumed", **SMALL, finished=False)
+    device = {"name": "CPU x9", "host": "<b>elsewhere", "compute_dtype": "bfloat16", "world_size": 2}
+    for step, fields in ((60, {"device": device}), (40, {}), (50, {"device": device, "git_commit": "abc", "changed": [
+            ["compute_dtype", "float32", "bfloat16"]]})):
+        RunLog.resume(runs_dir(), "resumed", step, **fields).close()
+    assert runs_report(["one"], runs_dir()).segments == []
+    report = runs_report(["one", "resumed"], runs_dir())
+    first, unknown, last = report.segments  # what 60 began is superseded
+    assert first[:2] == ("resumed", 0) and "CPU x2" in first[2] and first[3] == ""
+    assert unknown == ("resumed", 40, "not recorded", "")
+    assert last[1:] == (50, "CPU x9, 2 rank(s) on <b>elsewhere, bfloat16, torch None, commit abc",
+                        "compute_dtype was float32, is bfloat16")
+    assert last[3] in page_text(report.html()) and last[3] in report.markdown()
+    assert "<b>elsewhere" not in report.html() + report.markdown()
 
 
 def test_axis_labels_keep_their_digits(ledger):

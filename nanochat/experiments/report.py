@@ -16,6 +16,7 @@ from nanochat.experiments.gates import judge_all, quality_margin
 from nanochat.experiments.profiles import BASELINE
 from nanochat.experiments.trials import Trial, check_same_world, facts_of, load_trials, row_of, split
 from nanochat.runlog import find_run
+from nanochat.segments import in_words, segments_of
 from nanochat.target import BEFORE_THE_CLOCK
 
 MARKS = {"pass": "✓", "fail": "✗", "insufficient": "?", "not shown": "~"}
@@ -57,6 +58,14 @@ class Report:
         commits = sorted({trial.row.git_commit[:12] for trial in self.trials if trial.row.git_commit})
         dirty = any(config.get("git_dirty") for config in configs)
         return [("commit", ", ".join(commits) + (" (with uncommitted changes)" if dirty else "")), *found]
+
+    @property
+    def segments(self):
+        """(run, first step, what computed it, what changed then) of each segment of the runs that have several."""
+        several = [(record, segments_of(record)) for record in self.records]
+        return [(record.run_id, segment["first_step"], _computed_on(segment),
+                 "; ".join([*filter(None, [segment.get("rollback")]), in_words(segment.get("changed", []))]))
+                for record, segments in several if len(segments) > 1 for segment in segments]
 
     @property
     def commands(self):
@@ -171,6 +180,14 @@ def _flags(record):
             items.append(f"{flag}=" + ("$NANOCHAT_BASE_DIR" if inside else "")
                          + shlex.quote(str(value).removeprefix(cache)))
     return items
+
+
+def _computed_on(segment):
+    device, versions = segment.get("device"), segment.get("versions") or {}
+    if not device:
+        return "not recorded"
+    return (f"{device['name']}, {device.get('world_size', 1)} rank(s) on {device.get('host', 'an unknown host')}, "
+            f"{device.get('compute_dtype')}, torch {versions.get('torch')}, commit {str(segment['git_commit'])[:12]}")
 
 
 def _image(path):

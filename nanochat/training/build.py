@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanochat import segments
 from nanochat.data.dataloader import TokenLoader
 from nanochat.data.sources import Dataset, open_dataset
 from nanochat.data.tokenizer import Tokenizer, load_tokenizer
@@ -130,10 +131,13 @@ def resume_step(config, folder):
     return None if config.resume_from_step == "-1" else checkpoint.find_checkpoint(folder, config.resume_from_step)
 
 
-def resume_meta(config, folder, step, model, data, horizon):
-    """The meta of the checkpoint to resume from, or None without one. UserError when it is of another run."""
+def resume_meta(config, folder, step, model, data, horizon, segment):
+    """(meta of the checkpoint to resume from, what changed since); (None, []) without one.
+
+    segment: as nanochat.segments has it, of this process. Errors: UserError when the checkpoint is of another run or
+    cannot be resumed, and for changes of what decides the numbers (segments.changes) without --allow-changed."""
     if step is None:
-        return None
+        return None, []
     meta = checkpoint.read_meta(folder, step)
     if "loader" not in (meta.get("loop_state") or {}):
         raise UserError(f"the checkpoint of step {step} in {folder} is not one of this program: evaluate it with "
@@ -141,13 +145,25 @@ def resume_meta(config, folder, step, model, data, horizon):
     if not meta.get("good", True):
         raise UserError(f"the run had diverged at step {step} in {folder}: weights or validation are not finite; "
                         "resume an earlier step, or start again with lower learning rates")
-    expected = {**identity(config, data, horizon), "model_config": model.to_dict(), **config.fixed_on_resume()}
-    found = {"crop": "drop", **(meta.get("user_config") or {}), **meta}  # before there was --crop, all dropped
-    for name, value in expected.items():
-        if found.get(name) != value:
-            raise UserError(f"cannot resume step {step} in {folder}: its {name} is {found.get(name)}, this run's is "
-                            f"{value}; give the flags of the run that made it")
-    return meta
+    flags = meta.get("user_config") or {}
+    wanted = {**identity(config, data, horizon), "crop": config.crop, **model.to_dict()}
+    found = {"crop": flags.get("crop", "drop"), **meta, **meta["model_config"]}  # before there was --crop, all dropped
+    other = [(name, found.get(name), value) for name, value in wanted.items() if found.get(name) != value]
+    if other:
+        raise UserError(f"cannot resume step {step} in {folder}, it is of another run: {segments.in_words(other)}; "
+                        "give the flags of the run that made it")
+    fixed = config.fixed_on_resume()
+    before = {**meta.get("segment", {}), "flags": {**fixed, **flags}}  # there was none in earlier versions
+    changed = segments.changes(before, segment, fixed)
+    if changed and not config.allow_changed:
+        raise UserError(f"cannot resume step {step} in {folder} and keep its numbers: {segments.in_words(changed)}; "
+                        "resume as it was, or with --allow-changed")
+    commits = before.get("git_commit"), segment["git_commit"]
+    for line in ([f"resumed with changes: {segments.in_words(changed)}"] if changed else []) + (
+            [f"the checkpoint of step {step} is of commit {commits[0][:12]}, this is {commits[1][:12]}: should they "
+             "compute differently, so does the run from here on"] if all(commits) and len(set(commits)) > 1 else []):
+        print0(f"warning: {line}")
+    return meta, changed
 
 
 def restore(model, optimizer, folder, step, meta, device, ranks):

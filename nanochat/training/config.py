@@ -16,7 +16,8 @@ DEFAULT_SEED = 42
 
 def _topic(title):
     """A maker of the fields of one topic. unit: what the number counts, shown by --help; at_least, at_most: bounds;
-    choices: the values there are; on_resume: a resumed run must have the value of the run that it continues."""
+    choices: the values there are; on_resume: a resumed run has the value of the run that it continues, or is given
+    --allow-changed."""
     def flag(default, text, unit=None, **marks):
         return dataclasses.field(default=default, metadata={"topic": title, "help": text, "unit": unit, **marks})
     return flag
@@ -35,19 +36,22 @@ class TrainingConfig:
     run: str = _record("dummy", "wandb run name; dummy turns wandb off", "NAME")
     run_id: str = _record("", "name of the run's record under <cache>/runs; empty: made from tag, time and seed", "ID")
     model_tag: str = _record(
-        "", "name of the checkpoint folder; empty: d<depth> (with another seed d<depth>-s<seed>)", "TAG")
+        "", "name of the checkpoint folder; empty: d<depth> (with another seed d<depth>-s<seed>). Another run's "
+        "checkpoints there are set aside, in <tag>.before-<time> beside it", "TAG")
 
     device_type: str = _machine("", "cuda, mps or cpu; empty: the best there is", "KIND")
-    no_compile: bool = _machine(False, "run the model uncompiled (slower; starts at once)")
+    no_compile: bool = _machine(False, "run the model uncompiled (slower; starts at once)", on_resume=True)
     attention: str = _machine("auto", "auto, varlen, flex, sdpa or blockwise: what computes attention", "BACKEND",
-                              choices=("auto", "varlen", "flex", "sdpa", "blockwise"))
-    fp8: bool = _machine(False, "the large matmuls of training in fp8, H100 or newer; a gain for large models alone")
-    fp8_recipe: str = _machine("tensorwise", "one scale for each tensor", "NAME", choices=("tensorwise",))
+                              choices=("auto", "varlen", "flex", "sdpa", "blockwise"), on_resume=True)
+    fp8: bool = _machine(False, "the large matmuls of training in fp8, H100 or newer; a gain for large models alone",
+                         on_resume=True)
+    fp8_recipe: str = _machine("tensorwise", "one scale for each tensor", "NAME", choices=("tensorwise",),
+                               on_resume=True)
 
     dataset: str = _data("climbmix", "stdlib, climbmix, fineweb-edu, or a folder of text", "NAME")
     tokenizer_dir: str = _data("", "folder of the tokenizer; empty: <cache>/tokenizer", "FOLDER")
     crop: str = _data("", "a document that fits no row: carry puts its rest into a later row, drop leaves it out; "
-                      "empty: drop for the named datasets, carry for a folder", "RULE", choices=CROPS, on_resume=True)
+                      "empty: drop for the named datasets, carry for a folder", "RULE", choices=CROPS)
     seed: int = _data(DEFAULT_SEED, "seed of the initial values and of the data order", "SEED", at_least=0)
 
     depth: int = _model(20, "layers", "LAYERS", at_least=1, at_most=10_000)
@@ -56,14 +60,15 @@ class TrainingConfig:
     max_seq_len: int = _model(2048, "context length", "TOKENS", at_least=1)
     window_pattern: str = _model("SSSL", "attention per layer, tiled: L full, S a quarter; the last is full", "SL")
     fused_rmsnorm: bool = _model(
-        False, "rotary + QK-norm in one Triton kernel; uncompiled, the other norms too (lane C)")
-    chunked_ce: bool = _model(False, "chunked linear cross-entropy (lane C)")
+        False, "rotary + QK-norm in one Triton kernel; uncompiled, the other norms too (lane C)", on_resume=True)
+    chunked_ce: bool = _model(False, "chunked linear cross-entropy (lane C)", on_resume=True)
 
     num_iterations: int = _horizon(-1, "optimizer steps", "STEPS")
     target_flops: float = _horizon(-1.0, "total training FLOPs", "FLOPS")
     target_param_data_ratio: float = _horizon(12.0, "tokens per scaling parameter", "RATIO")
 
-    device_batch_size: int = _optimization(32, "rows per device and micro-batch", "ROWS", at_least=1)
+    device_batch_size: int = _optimization(
+        32, "rows per device and micro-batch", "ROWS", at_least=1, on_resume=True)
     total_batch_size: int = _optimization(-1, "tokens per optimizer step; -1: automatic", "TOKENS")
     embedding_lr: float = _optimization(0.3, "AdamW, embeddings", "LR", at_least=0, on_resume=True)
     unembedding_lr: float = _optimization(0.008, "AdamW, head", "LR", at_least=0, on_resume=True)
@@ -75,11 +80,13 @@ class TrainingConfig:
         0.65, "share of the steps with falling learning rates", "SHARE", at_least=0, at_most=1, on_resume=True)
     final_lr_frac: float = _optimization(0.05, "last learning rate over the peak", "SHARE", at_least=0, on_resume=True)
     resume_from_step: str = _optimization("-1", "a step, or latest: go on from that checkpoint", "STEP")
+    allow_changed: bool = _optimization(False, "resume although flags, dtype, device or versions that decide the "
+                                        "numbers are not those of the checkpoint; the record says which")
 
     eval_every: int = _events(250, "validation bits per byte", "STEPS")
-    eval_tokens: int = _events(80 * 524288, "tokens of each validation", "TOKENS", at_least=1)
+    eval_tokens: int = _events(80 * 524288, "tokens of each validation", "TOKENS", at_least=1, on_resume=True)
     core_metric_every: int = _events(2000, "CORE", "STEPS")
-    core_metric_max_per_task: int = _events(500, "examples per CORE task; -1 all", "EXAMPLES")
+    core_metric_max_per_task: int = _events(500, "examples per CORE task; -1 all", "EXAMPLES", on_resume=True)
     sample_every: int = _events(2000, "samples from the model", "STEPS")
     save_every: int = _events(-1, "checkpoints; -1 at the end only, 0 never", "STEPS")
     position_losses: bool = _events(False, "save the loss by position of the last validation with the run")
@@ -124,7 +131,8 @@ class TrainingConfig:
         """The values as records and checkpoints keep them; no target is None."""
         return {**dataclasses.asdict(self), "target_metric_threshold": self.target[1]}
 
-    def fixed_on_resume(self):
-        """{name: value} of what a resumed run must share with the one that it continues."""
-        return {flag.name: getattr(self, flag.name) for flag in dataclasses.fields(self)
-                if flag.metadata.get("on_resume")}
+    @classmethod
+    def fixed_on_resume(cls):
+        """{name: default} of the flags that decide a run's numbers and do not make it another run: a resume without
+        --allow-changed has them as they were. Records from before there was a flag did what its default does."""
+        return {flag.name: flag.default for flag in dataclasses.fields(cls) if flag.metadata.get("on_resume")}

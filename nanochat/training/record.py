@@ -1,6 +1,7 @@
 """A run's record: what it holds when it begins and when it ends, and what the console says of both."""
 
 import contextlib
+import socket
 import statistics
 import sys
 import time
@@ -42,14 +43,21 @@ def new_run_id(tag, seed, ranks):
     return ids[0]
 
 
-def run_config(config, data, model, horizon, ranks, device, dtype, dtype_reason):
-    """config.json of the run's record, without its id."""
+def segment_facts(config, ranks, device, dtype, dtype_reason):
+    """What computes from here on, as nanochat.segments has it; part of the record and of every checkpoint's meta."""
     commit, dirty = git_commit()
     return {
-        "created_utc": utc_now(), "flags": config.to_dict(),
-        "git_commit": commit, "git_dirty": dirty, "versions": versions(),
-        "device": {"type": device.type, "name": device_name(device), "compute_dtype": str(dtype).removeprefix("torch."),
-                   "dtype_reason": dtype_reason, "world_size": ranks.world_size, "triton_interpreted": INTERPRETED},
+        "flags": config.to_dict(), "git_commit": commit, "git_dirty": dirty, "versions": versions(),
+        "device": {"type": device.type, "name": device_name(device), "host": socket.gethostname(),
+                   "compute_dtype": str(dtype).removeprefix("torch."), "dtype_reason": dtype_reason,
+                   "world_size": ranks.world_size, "triton_interpreted": INTERPRETED},
+    }
+
+
+def run_config(config, data, model, horizon, segment):
+    """config.json of the run's record, without its id."""
+    return {
+        "created_utc": utc_now(), **segment,
         **identity(config, data, horizon), "model_config": model.to_dict(),
         "n_params": parameter_counts(model)["total"], "n_scaling_params": scaling_params(model),
         "flops_per_token": flops_per_token(model), "train_tokens": data.n_train_tokens,
@@ -58,8 +66,9 @@ def run_config(config, data, model, horizon, ranks, device, dtype, dtype_reason)
     }
 
 
-def open_record(wandb_name, run_id, record, folder, resume_step):
-    """The run's log and its sinks, begun or continued; a new run moves another's checkpoints in `folder` aside."""
+def open_record(wandb_name, run_id, record, folder, resume_step, segment):
+    """The run's log and its sinks, begun or continued with `segment`; a new run moves another's checkpoints in `folder`
+    aside."""
     runs = runs_dir()
     if resume_step is None:
         check_new_run(runs, run_id)  # before wandb hears of it
@@ -75,7 +84,7 @@ def open_record(wandb_name, run_id, record, folder, resume_step):
             sinks.append(WandbSink(wandb_name, run_id, record))
         if resume_step is not None:
             _curves(read_run(runs / run_id).events)  # what the end will need, before the work
-            log = RunLog.resume(runs, run_id, resume_step, sinks, owned)
+            log = RunLog.resume(runs, run_id, resume_step, sinks, owned, **segment)
         else:
             checkpoint.set_aside(folder)
             log = RunLog.create(runs, run_id, record, sinks, owned)
