@@ -50,8 +50,9 @@ def start_ranks(device):
     return ranks
 
 
-def on_main(ranks, function):
-    """function() on rank 0 while the others wait; its result there, None elsewhere. Every rank calls it.
+def on_main(ranks, function, group=None):
+    """function() on rank 0 while the others of a group (default: all) wait; its result there, None elsewhere. Every
+    rank calls it.
 
     A UserError of it ends them all with its exit code: rank 0 says why, the others leave in silence.
     """
@@ -65,7 +66,7 @@ def on_main(ranks, function):
             error = raised
     if ranks.world_size > 1:
         exit_codes = [error and error.exit_code]
-        dist.broadcast_object_list(exit_codes, src=0)
+        dist.broadcast_object_list(exit_codes, src=0, group=group)
         if exit_codes[0] and not ranks.is_main:
             raise SystemExit(exit_codes[0])
     if error:

@@ -197,8 +197,11 @@ def _effective(events):
 
 
 def _survives(event, resumed_step):
-    """A checkpoint is saved before the evaluations of its step, which a resumed run makes again."""
+    """A checkpoint is of a step before the one that its event was written in, and is saved before the evaluations of
+    its step, which a resumed run makes again."""
     step = event.get("step", 0)
+    if event["kind"] == "checkpoint" and type(event.get("saved_step")) is int:
+        step = event["saved_step"]
     return step < resumed_step or (step == resumed_step and event["kind"] in ("train", "checkpoint", "resume"))
 
 

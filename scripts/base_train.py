@@ -5,6 +5,7 @@ The same program at every size. Sizes, horizon, batch and learning rates follow 
 
 import argparse
 import dataclasses
+import math
 import time
 
 from nanochat.errors import UserError, command
@@ -75,7 +76,8 @@ def train(config, place, dtype, dtype_reason, started):
     plan = Plan(Schedule(horizon.num_iterations, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac),
                 Cadence(config.eval_every, config.core_metric_every, config.sample_every, config.save_every),
                 accumulation, horizon.total_batch_size_tokens, flops_per_token(shape),
-                config.target if config.stop_at_target else None)
+                config.target if config.stop_at_target else None, 60 * config.save_minutes or math.inf,
+                started + 60 * config.time_limit_minutes if config.time_limit_minutes else None)
     with loader:
         # last of all that can fail: until here nothing has been written or moved
         log = on_main(ranks, lambda: record.open_record(config.run, run_id, facts, folder, resume_step,
@@ -95,7 +97,7 @@ def train(config, place, dtype, dtype_reason, started):
         if status == "nan":
             raise UserError(f"the run diverged: loss, validation or weights are not finite at step {trainer.step}; "
                             f"start again with lower learning rates ({newest_usable(folder)})")
-    return {"ok": 0, "nan": UserError.exit_code, "interrupted": 128 + trainer.stop_signal}[status]
+    return {"ok": 0, "nan": UserError.exit_code, "interrupted": 128 + trainer.signals.number}[status]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A program that saves checkpoints in child processes and kills them at every moment: python tests/crashes.py FOLDER.
 
-A process of its own, because it forks: it has one thread. It asserts after every kill and ends with exit code 0.
+A process of its own, because it forks: it has one thread then. It asserts after every kill and ends with exit code 0.
 """
 
 import os
@@ -10,23 +10,29 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from nanochat.training.checkpoint import (
-    find_checkpoint,
-    load_model_state,
-    load_optimizer_state,
-    read_meta,
-    save_checkpoint,
-)
+from nanochat.ranks import Ranks
+from nanochat.training.checkpoint import find_checkpoint, load_model_state, load_optimizer_state, read_meta
+from nanochat.training.saving import Saver
 
 CALLS_ON_DISK = ((torch, "save"), (os, "fsync"), (os, "replace"), (Path, "touch"), (Path, "unlink"))
 
 
-def save(folder, step, value, numel=1000):
-    save_checkpoint(folder, step, {"w": torch.full((numel,), value)}, {"state": {0: {"m": torch.full((9,), value)}}},
-                    {"model_config": {}, "loop_state": {"value": value}})
+def save(folder, step, value, numel=1000, keep=0):
+    """In the background, as the training program does, with the weights overwritten meanwhile."""
+    weights, moments = torch.full((numel,), value), torch.full((9,), value)
+    model = SimpleNamespace(state_dict=lambda: {"w": weights})
+    optimizer = SimpleNamespace(state_dict=lambda: {"state": {0: {"m": moments}}}, complete_weights=lambda: None)
+    saver = Saver(folder, {"model_config": {}}, model, optimizer, Ranks(), keep)
+    assert saver.save({"step": step, "value": value}, lambda: None)
+    for _ in range(10):
+        weights += 1.0
+        moments += 1.0
+    saver.collect(wait=True)
+    saver.close()
 
 
 def read(folder, step):
@@ -52,7 +58,7 @@ def child(function, *arguments):
     os._exit(0)
 
 
-def save_and_die(folder, at_call, after, value):
+def save_and_die(folder, at_call, after, value, keep=0):
     """Save step 2, dying before (or after) the at_call-th call that touches the disk."""
     count = 0
 
@@ -71,7 +77,7 @@ def save_and_die(folder, at_call, after, value):
 
     for owner, name in CALLS_ON_DISK:
         setattr(owner, name, deadly(getattr(owner, name)))
-    save(folder, 2, value)
+    save(folder, 2, value, keep=keep)
 
 
 def kill_at_every_call(folder):
@@ -99,15 +105,33 @@ def kill_at_every_call(folder):
     assert n_kills > 40, n_kills
 
 
+def kill_while_old_ones_go(folder):
+    """Step 2 takes the place of step 1."""
+    n_kills = 0
+    for after in (False, True):
+        for at_call in range(1, 1000):
+            save(folder, 1, 1.0)
+            _, status = os.waitpid(child(save_and_die, folder, at_call, after, 2.0, 1), 0)
+            latest = find_checkpoint(folder)
+            assert read(folder, latest) == latest
+            save(folder, 3, 3.0, keep=1)
+            left = {path.name.split("_")[1][:6] for path in folder.iterdir()}
+            assert left == {"000003"}, f"older ones are still there: {left}"
+            for path in folder.glob("*_00000*"):
+                path.unlink()
+            if status == 0:
+                break
+            n_kills += 1
+    assert n_kills > 20, n_kills
+
+
 def save_for_ever(folder, numel, saved):
     """Save step after step, writing a byte to the pipe `saved` after each."""
     step = find_checkpoint(folder)
     while True:
         step += 1
-        save(folder, step, float(step), numel)
+        save(folder, step, float(step), numel, keep=2)
         os.write(saved, b".")
-        for path in folder.glob(f"*_{step - 2:06d}*"):
-            path.unlink()
 
 
 def kill_at_random_moments(folder, n_kills=15, numel=1_000_000):
@@ -130,4 +154,5 @@ def kill_at_random_moments(folder, n_kills=15, numel=1_000_000):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     kill_at_every_call(Path(sys.argv[1]) / "calls")
+    kill_while_old_ones_go(Path(sys.argv[1]) / "old")
     kill_at_random_moments(Path(sys.argv[1]) / "moments")

@@ -148,6 +148,27 @@ def test_a_signal_saves_a_checkpoint_and_ends_cleanly(corpus, number):
     assert checkpoint_steps(checkpoint_folder("stopped")) == [record.of("train")[-1]["step"]]
 
 
+def test_a_time_limit_saves_and_ends_as_interrupted(corpus):
+    with started(flags(corpus, 100_000, "limited", "--time-limit-minutes", "0.55")) as process:
+        assert process.wait(60) == 128 + signal.SIGALRM, process.log()
+    record = read_run(runs_dir() / "limited")
+    assert record.status == "interrupted"
+    assert checkpoint_steps(checkpoint_folder("limited")) == [record.of("train")[-1]["step"]]
+    assert record.summary["wall_time_sec"] < 33
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(corpus):
+    assert main(flags(corpus, 12, "run", "--save-every", "1", "--keep-checkpoints", "2")) == 0
+    [best] = [e["step"] for e in read_run(runs_dir() / "run").of("val") if e["val_bpb"] == min(
+        losses("run")[1][step] for step in (5, 10))]
+    assert checkpoint_steps(checkpoint_folder("run")) == sorted({best, 11, 12})
+
+
+def test_a_run_saves_by_the_minute(corpus):
+    assert main(flags(corpus, 12, "run", "--save-minutes", "0.000001")) == 0
+    assert [e["saved_step"] for e in read_run(runs_dir() / "run").of("checkpoint")] == list(range(1, 13))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_status(corpus, monkeypatch, capsys):
     forward, calls = gpt.GPT.forward, []
 
@@ -211,6 +232,8 @@ def test_all_of_ones_own_text_is_trained_on_unless_asked_otherwise(dataset, rule
     (["--target-metric-threshold", "-1"], "--target-metric-threshold"),
     (["--target-metric-name", "loss", "--target-metric-threshold", "1"], "--target-metric-name"),
     (["--crop", "keep"], "--crop keep must be carry or drop"),
+    (["--save-minutes", "5", "--save-every", "0"], "leave one out"),
+    (["--keep-checkpoints", "-1"], "--keep-checkpoints"),
     (["--stop-at-target"], "--target-metric-threshold"),
     (["--num-iterations", "-1", "--target-param-data-ratio", "-1"], "--target-param-data-ratio"),
 ])

@@ -115,6 +115,17 @@ def test_an_event_that_json_cannot_hold_leaves_the_record_whole(tmp_path):
     assert [event["step"] for event in read_run(tmp_path / "r").events] == [1, 3]
 
 
+def test_a_checkpoint_that_was_whole_only_later_belongs_to_the_step_it_holds(tmp_path):
+    log = start(tmp_path)
+    for step in range(1, 9):
+        log.event("train", step=step)
+    for saved_step in (3, 6, "x"):
+        log.event("checkpoint", step=8, saved_step=saved_step)
+    log.close()
+    RunLog.resume(tmp_path, "r", 4).close()
+    assert [event["saved_step"] for event in read_run(tmp_path / "r").of("checkpoint")] == [3]
+
+
 def test_events_of_one_kind_in_order(tmp_path):
     log = start(tmp_path)
     for step in range(3):

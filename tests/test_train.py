@@ -15,8 +15,10 @@ from nanochat.errors import UserError
 from nanochat.ranks import Ranks
 from nanochat.runlog import RunLog, read_run
 from nanochat.training import loop as train
-from nanochat.training.loop import STOP_SIGNALS, Cadence, Hooks, Place, Plan, Schedule, Trainer
+from nanochat.training import stopping
+from nanochat.training.loop import Cadence, Hooks, Place, Plan, Schedule, Trainer
 from nanochat.training.record import close_failed_record, close_record, summarize
+from nanochat.training.stopping import STOP_SIGNALS
 
 EVALUATION_SEC, SAVING_SEC = 1000.0, 500.0  # must never show on the training clock
 STEP_TOKENS = 64
@@ -30,6 +32,8 @@ class World:
         self.dt_sec, self.losses, self.accumulation = dt_sec, losses, accumulation
         self.epochs, self.distinct_tokens = 0.5, 10
         self.good, self.bad_steps, self.n_owner_checks = True, [], 0
+        self.saving, self.save_error, self.has_failed, self.longest_sec, self.n_closed = None, None, False, 0.0, 0
+        self.saving_steps = 0  # how many steps are trained while a checkpoint is written
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.n_batches = self.n_updates = 0
         self.multipliers, self.gradients, self.during = [], [], {}
@@ -86,18 +90,38 @@ class World:
         self.now += EVALUATION_SEC
         return [{"prompt": "a", "text": "b"}, {"prompt": "c", "text": "d"}]
 
-    def save(self, loop_state):
+    # the saver
+    def save(self, loop_state, prepare):
+        assert self.saving is None
         self.now += SAVING_SEC
+        prepare()
         self.saved = json.loads(json.dumps(loop_state))
-        return {"path": "folder", "good": self.good}
+        self.saving = {"path": "folder", "saved_step": loop_state["step"], "good": self.good}
+        self.saved_at = self.n_updates
+        return self.good
+
+    def collect(self, wait):
+        if self.saving is None or not (wait or self.n_updates >= self.saved_at + self.saving_steps):
+            return None
+        saving, self.saving = self.saving, None
+        if self.save_error:
+            raise self.save_error
+        return saving
+
+    def mark_bad(self, step):
+        assert self.saving is None
+        self.bad_steps.append(step)
+
+    def close(self):
+        self.n_closed += 1
 
     def trainer(self, num_iterations, cadence=None, loop_state=None, ranks=None, device_name="", flops_per_token=0,
-                stop_at=None, in_flight=0):
+                stop_at=None, in_flight=0, **limits):
         self.n_updates = (loop_state or {}).get("step", 0)
         plan = Plan(Schedule(num_iterations), cadence or Cadence(-1, -1, -1, 0), self.accumulation, STEP_TOKENS,
-                    flops_per_token, stop_at)
+                    flops_per_token, stop_at, **limits)
         place = Place(torch.device("cpu"), device_name, ranks or Ranks())
-        hooks = Hooks(self.evaluate, self.save, self.bad_steps.append, self.core, self.sample)
+        hooks = Hooks(self.evaluate, self, self.core, self.sample)
         trainer = Trainer(self, self, self, plan, hooks, self, place, loop_state)
         trainer._max_in_flight = in_flight
         self.event_sec = 0.01 * in_flight  # steps in flight end one after the other
@@ -157,7 +181,8 @@ def test_a_resumed_run_does_what_the_whole_one_does_after_its_checkpoint(n, eval
 def test_what_is_saved_says_where_the_run_stands(start):
     world = start(accumulation=2)
     world.trainer(20, Cadence(-1, -1, -1, 13)).run()
-    assert world.saved == {"step": 20, "train_time_sec": 9.0, "usual_dt_sec": 1.0, "loader": {"delivered": 40}}
+    assert world.saved == {"step": 20, "train_time_sec": 9.0, "usual_dt_sec": 1.0, "best_step": None,
+                           "best_val_bpb": None, "loader": {"delivered": 40}}
 
 
 def test_an_evaluation_that_fails_has_its_checkpoint_already(start):
@@ -190,6 +215,69 @@ def test_a_target_in_another_metric_or_never_reached_does_not_end_the_run(start)
     for stop_at in (("core", 0.5), ("val_bpb", 0.1)):
         trainer = start().trainer(6, Cadence(eval_every=3, core_every=3, save_every=0), stop_at=stop_at)
         assert trainer.run() == "ok" and trainer.step == 6 and not trainer.reached_target
+
+
+# --- saving while training goes on ------------------------------------------------------------------------------------
+
+def test_a_checkpoint_is_recorded_when_it_is_whole_and_waited_for_where_nothing_is_trained(start):
+    world = start()
+    world.saving_steps = 2
+    world.trainer(7, Cadence(-1, -1, -1, save_every=4)).run()
+    assert list(zip(world.of("checkpoint", "step"), world.of("checkpoint", "saved_step"), strict=True)) == [
+        (6, 4), (7, 7)]
+    slower = start()
+    slower.saving_steps = 5
+    slower.trainer(7, Cadence(-1, -1, -1, save_every=4)).run()
+    assert slower.of("checkpoint", "step") == [7, 7] and slower.of("checkpoint", "saved_step") == [4, 7]
+    assert world.n_closed == slower.n_closed == 1
+
+
+@pytest.mark.parametrize("in_flight", [0, 1])
+def test_a_save_that_failed_ends_the_run_after_the_step_in_which_it_is_known(start, in_flight):
+    world = start()
+    world.saving_steps, world.save_error = 99, UserError("no space")
+    world.during[5] = lambda: setattr(world, "has_failed", True)
+    trainer = world.trainer(9, Cadence(-1, -1, -1, save_every=3), in_flight=in_flight)
+    with pytest.raises(UserError, match="no space"):
+        trainer.run()
+    assert world.happened[-1] == ("train", 6) and not world.of("checkpoint", "step") and world.n_closed == 1
+
+
+def test_a_save_that_failed_on_another_rank_ends_this_one_at_the_same_step(start, monkeypatch):
+    world = start()
+    world.saving_steps, world.save_error = 99, UserError("no space")
+
+    def all_reduce(outcome):
+        outcome[-1] += world.n_updates == 5
+
+    monkeypatch.setattr(train.dist, "all_reduce", all_reduce)
+    with pytest.raises(UserError, match="no space"):
+        world.trainer(9, Cadence(-1, -1, -1, save_every=3), ranks=Ranks(1, 1, 2)).run()
+    assert world.happened[-1] == ("train", 5)
+
+
+def test_a_run_saves_by_the_clock_of_any_rank(start, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock.now)
+    world = start()
+    world.during = {step: lambda: setattr(clock, "now", clock.now + 10) for step in range(12)}
+    world.trainer(12, Cadence(-1, -1, -1, save_every=7), save_every_sec=35.0).run()
+    assert world.of("checkpoint", "saved_step") == [4, 7, 11, 12]  # 40 s, by step, 40 s, the end
+    other = start()
+    monkeypatch.setattr(train.dist, "all_reduce", lambda outcome: outcome[-2].add_(other.n_updates == 2))
+    other.trainer(5, Cadence(-1, -1, -1, save_every=-1), save_every_sec=1e9, ranks=Ranks(1, 1, 2)).run()
+    assert other.of("checkpoint", "saved_step") == [2, 5]
+
+
+def test_the_best_checkpoint_is_known_by_the_next(start):
+    world = start()
+    world.evaluate = lambda last: {"val_bpb": {2: 1.9, 4: 1.1, 6: 1.7}.get(world.n_updates, 1.0)}  # 1.0 is not saved
+    world.trainer(7, Cadence(eval_every=1, save_every=2)).run()
+    assert (world.saved["step"], world.saved["best_step"], world.saved["best_val_bpb"]) == (7, 4, 1.1)
+    rest = start()
+    rest.evaluate = lambda last: {"val_bpb": 1.2}
+    rest.trainer(9, Cadence(eval_every=1, save_every=1), world.saved).run()
+    assert (rest.saved["best_step"], rest.saved["best_val_bpb"]) == (4, 1.1)
 
 
 # --- one step --------------------------------------------------------------------------------------------------------
@@ -311,7 +399,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(start, number):
     world.during[2] = lambda: signal.raise_signal(number)
     trainer = world.trainer(10, Cadence(eval_every=3, save_every=-1))
     assert trainer.run() == "interrupted"
-    assert trainer.stop_signal == number
+    assert trainer.signals.number == number
     assert world.happened[-2:] == [("train", 3), ("checkpoint", 3)]  # no evaluation, which may take minutes
     assert [signal.getsignal(n) for n in STOP_SIGNALS] == before
 
@@ -347,10 +435,24 @@ def test_a_signal_ends_an_evaluation_at_once(start, at):
 
     world.during["evaluate"] = evaluate
     assert trainer.run() == "interrupted"
-    assert trainer.stop_signal == signal.SIGINT
+    assert trainer.signals.number == signal.SIGINT
     assert world.happened[-2:] == {
         "first": [], "later": [("train", 6), ("checkpoint", 6)], "last": [("train", 9), ("checkpoint", 9)]}[at]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_time_limit_ends_the_run_as_a_signal_does_with_room_for_step_and_save(start, monkeypatch):
+    alarms = []
+    monkeypatch.setattr(train.time, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(stopping.signal, "setitimer", lambda _, sec: alarms.append(sec))
+    world = start(dt_sec=lambda step: 2.0 + (step == 13))
+    world.during[15] = lambda: signal.raise_signal(signal.SIGALRM)
+    world.longest_sec = 5.0
+    trainer = world.trainer(30, Cadence(eval_every=3, save_every=-1), ends_at_sec=200.0)
+    assert trainer.run() == "interrupted" and trainer.signals.number == signal.SIGALRM
+    assert world.happened[-2:] == [("train", 16), ("checkpoint", 16)]
+    usual, longest = 100 - 30 - 2 * (2 + 5), 100 - 30 - 2 * (3 + 5)
+    assert alarms == [70.0, *[60.0] * 11, *[usual] * 2, *[longest] * 2, 0]  # the last unsets it
 
 
 def test_several_ranks_finish_an_evaluation_because_they_must_end_together(start, monkeypatch):
@@ -364,7 +466,7 @@ def test_several_ranks_finish_an_evaluation_because_they_must_end_together(start
 def test_a_second_signal_ends_the_process_at_once_but_an_echo_of_the_first_does_not(start, monkeypatch, capfd):
     clock, killed = SimpleNamespace(now=50.0), []
     monkeypatch.setattr(train.time, "monotonic", lambda: clock.now)
-    monkeypatch.setattr(train.os, "kill", lambda pid, number: killed.append((number, signal.getsignal(number))))
+    monkeypatch.setattr(stopping.os, "kill", lambda pid, number: killed.append((number, signal.getsignal(number))))
 
     def signals():
         signal.raise_signal(signal.SIGTERM)
@@ -396,10 +498,10 @@ def test_all_ranks_stop_when_one_of_them_is_asked_to(start, monkeypatch):
     monkeypatch.setattr(train.dist, "all_reduce", all_reduce)
     trainer = world.trainer(10, Cadence(-1, -1, -1, -1), ranks=Ranks(1, 1, 2))
     assert trainer.run() == "interrupted"
-    assert trainer.stop_signal == signal.SIGTERM
+    assert trainer.signals.number == signal.SIGTERM
     assert world.of("train", "loss") == [3.0, 3.0, 3.0]
     assert world.happened[-1] == ("checkpoint", 3)
-    assert reduced == [1 + len(STOP_SIGNALS)] * 3  # one collective a step
+    assert reduced == [3 + len(STOP_SIGNALS)] * 3  # one collective a step
 
 
 # --- a device that works while Python is a step ahead ----------------------------------------------------------------

@@ -21,10 +21,10 @@ COMPUTE_DTYPES = (torch.bfloat16, torch.float32)
 def train_in_fp8(model, optimizer, compiled):
     """Give each large Linear of a model an Fp8Weight as its `fp8`, to be used while gradients are recorded.
 
-    The weights are quantised now and after every step of the optimizer, so call it when they are on their device and
-    hold the values that training starts from; of a weight with a copy the copy, which alone is whole on every rank.
-    `compiled` fuses the passes. The head is one of them, unless
-    `model.chunked_ce`: that loss multiplies it by itself.
+    The weights are quantised now, after every step of the optimizer, and when it loads a state (a run that goes back:
+    load the weights before), so call it when they are on their device and hold the values that training starts from;
+    of a weight with a copy the copy, which alone is whole on every rank. `compiled` fuses the passes. The head is one
+    of them, unless `model.chunked_ce`: that loss multiplies it by itself.
     """
     head = model.lm_head if model.chunked_ce else None
     layers = [layer for layer in model.modules() if isinstance(layer, Linear) and layer is not head and all(
@@ -41,6 +41,7 @@ def train_in_fp8(model, optimizer, compiled):
         layer.fp8 = Fp8Weight(layer.weight)
     quantise_all()
     optimizer.register_step_post_hook(quantise_all)
+    optimizer.register_load_state_dict_post_hook(quantise_all)
 
 
 class Fp8Weight(nn.Module):

@@ -24,6 +24,7 @@ from nanochat.paths import base_dir
 from nanochat.ranks import print0
 from nanochat.training import checkpoint, schedule
 from nanochat.training.loop import Hooks
+from nanochat.training.saving import Saver
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,8 @@ def resume_meta(config, folder, step, model, data, horizon, segment):
 def restore(model, optimizer, folder, step, meta, device, ranks):
     """Load a checkpoint's weights and this rank's optimizer state."""
     checkpoint.load_state(model, checkpoint.load_model_state(folder, step, meta, device), folder, step)
-    optimizer.load_state_dict(checkpoint.load_optimizer_state(folder, step, meta, device, ranks))
     optimizer.write_casts()
+    optimizer.load_state_dict(checkpoint.load_optimizer_state(folder, step, meta, device, ranks))
 
 
 # --- what happens between the steps ----------------------------------------------------------------------------------
@@ -178,19 +179,8 @@ def restore(model, optimizer, folder, step, meta, device, ranks):
 def build_hooks(config, model, compiled, optimizer, data, folder, meta, ranks, device):
     """The Hooks of a run whose checkpoints go to `folder` with `meta`. CORE and samples take the uncompiled model:
     their prompts come in many lengths."""
-    def save(loop_state):
-        optimizer.complete_weights()
-        # copied, since torch.save writes the whole storage that a tensor is part of; to the host, which has the memory
-        weights = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
-        good = checkpoint.save_checkpoint(folder, loop_state["step"], weights, optimizer.state_dict(),
-                                          {**meta, "loop_state": loop_state}, ranks)
-        return {"path": str(folder), "good": good}
-
-    def mark_bad(step):
-        if ranks.is_main:
-            checkpoint.mark_bad(folder, step)
-
-    return Hooks(_evaluator(config, compiled, data, ranks, device), save, mark_bad,
+    return Hooks(_evaluator(config, compiled, data, ranks, device),
+                 Saver(folder, meta, model, optimizer, ranks, config.keep_checkpoints),
                  core=_core_evaluator(config, model, data, ranks, device),
                  sample=(lambda: sample_documents(model, data.tokenizer, data.val[0])) if ranks.is_main else None)
 

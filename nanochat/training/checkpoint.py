@@ -33,8 +33,9 @@ def checkpoint_steps(folder):
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def save_checkpoint(folder, step, model_state, optimizer_state, meta, ranks=None):
-    """Save one checkpoint; every rank calls it, rank 0 writes model and meta, each its optimizer shard.
+def save_checkpoint(folder, step, model_state, optimizer_state, meta, ranks=None, group=None):
+    """Save one checkpoint; every rank calls it, rank 0 writes model and meta, each its optimizer shard. group: the
+    torch process group that they agree through, the default one if None.
 
     Returns whether the weights are finite. Errors: UserError on every rank when a disk is full or not writable;
     earlier checkpoints stay as they were.
@@ -53,7 +54,7 @@ def save_checkpoint(folder, step, model_state, optimizer_state, meta, ranks=None
             digests[name] = _write_state(folder / name, state)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         failure = _reason(error)
-    reports = _all_gather((failure, digests), ranks)
+    reports = _all_gather((failure, digests), ranks, group)
     message = None
     if ranks.is_main:  # rank 0 decides for all whether the checkpoint exists
         failure = next((reported for reported, _ in reports if reported), None)
@@ -63,7 +64,7 @@ def save_checkpoint(folder, step, model_state, optimizer_state, meta, ranks=None
             _forget(folder, step)
             message = (f"checkpoint of step {step} not saved in {folder} ({failure}); free some space; "
                        f"{newest_usable(folder)}")
-    [message, *_] = _all_gather(message, ranks)
+    [message, *_] = _all_gather(message, ranks, group)
     if message:
         raise UserError(message)
     return good
@@ -73,6 +74,19 @@ def mark_bad(folder, step):
     """Note in a checkpoint's meta that what it holds has diverged; nothing where there is none of that step."""
     if _meta_path(folder, step).exists():
         _write_meta(folder, {**read_meta(folder, step), "good": False})
+
+
+def remove_old(folder, step, keep, best_step=None):
+    """Remove what is older than the `keep` newest good checkpoints up to `step`, which has just been saved, except the
+    one of `best_step`. Bad ones do not count, and stay: they show how a run ended. Rank 0 alone calls it."""
+    folder = Path(folder)
+    there = checkpoint_steps(folder)
+    good = [older for older in there if older <= step and not _is_bad(folder, older)]
+    names = (path.name.split("_")[1].removesuffix(".pt") for path in folder.glob("*_*.pt"))
+    torn = {int(name) for name in names if name.isdecimal()} - set(there)  # a removal was killed
+    for older in (*good[:-keep], *(older for older in torn if older < step)):
+        if older != best_step:
+            _forget(folder, older)
 
 
 def find_checkpoint(folder, step="latest"):
@@ -241,7 +255,7 @@ def _is_usable(folder, step):
 
 
 def _forget(folder, step):
-    """Remove what a failed save left of its own step."""
+    """Remove what there is of a step; its meta first, with which it is gone."""
     names = (f"meta_{step:06d}.json", f"model_{step:06d}.pt", f"optim_{step:06d}_rank*.pt")
     for path in (path for name in names for path in folder.glob(name)):
         with contextlib.suppress(OSError):
@@ -255,12 +269,12 @@ def _clear_torn(folder, ranks):
         path.unlink(missing_ok=True)
 
 
-def _all_gather(value, ranks):
+def _all_gather(value, ranks, group):
     """The values of all ranks, by rank."""
     if ranks.world_size == 1:
         return [value]
     values = [None] * ranks.world_size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

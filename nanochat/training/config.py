@@ -89,6 +89,12 @@ class TrainingConfig:
     core_metric_max_per_task: int = _events(500, "examples per CORE task; -1 all", "EXAMPLES", on_resume=True)
     sample_every: int = _events(2000, "samples from the model", "STEPS")
     save_every: int = _events(-1, "checkpoints; -1 at the end only, 0 never", "STEPS")
+    save_minutes: float = _events(0.0, "a checkpoint besides whenever so long ago was the last; 0 never", "MINUTES",
+                                  at_least=0)
+    keep_checkpoints: int = _events(0, "the newest good ones that are kept, and the one with the best val_bpb; older "
+                                    "ones go once a new one is whole; 0 all", "COUNT", at_least=0)
+    time_limit_minutes: float = _events(0.0, "save and end before so long after the start, as when interrupted; 0: "
+                                        "none", "MINUTES", at_least=0)
     position_losses: bool = _events(False, "save the loss by position of the last validation with the run")
     target_metric_name: str = _events("val_bpb", "metric of the time to target: val_bpb or core", "METRIC")
     target_metric_threshold: float = _events(math.nan, "its threshold; nan: no target", "VALUE")
@@ -115,6 +121,9 @@ class TrainingConfig:
             check_target(*self.target)
         elif self.stop_at_target:
             raise UserError("--stop-at-target needs a target: give --target-metric-threshold")
+
+        if self.save_minutes and self.save_every == 0:
+            raise UserError("--save-every 0 saves never, --save-minutes does; leave one out")
 
     @property
     def target(self):

@@ -4,11 +4,8 @@ A GPU works while Python is a step ahead: a step's loss is read when the next on
 else happens between steps. Nothing else waits for the device.
 """
 
-import contextlib
 import gc
 import math
-import os
-import signal
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,10 +19,8 @@ from nanochat.ranks import Ranks
 from nanochat.runlog import UNTIMED_STEPS
 from nanochat.target import reaches
 from nanochat.training import schedule
-
-# of a person, a scheduler (SLURM warns with USR1 or USR2 before its time limit), a terminal that closes
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-REPEAT_SEC = 1.0  # a scheduler's signal comes twice within it: from the scheduler, and passed on by torchrun
+from nanochat.training.saving import Saver
+from nanochat.training.stopping import STOP_SIGNALS, Stopped, StopSignals
 
 
 @dataclass(frozen=True)
@@ -40,11 +35,10 @@ class Cadence:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What happens at step boundaries. Each returns the fields of its event; None where it is not wanted."""
+    """What happens at step boundaries. The functions return the fields of their event; None where it is not wanted."""
 
     evaluate: Callable[[bool], dict]  # (is this the last one?) -> {val_bpb, ...}, maybe with `position_losses`
-    save: Callable[[dict], dict]  # (loop state) -> {path, good: are the weights finite?}
-    mark_bad: Callable[[int], None]  # (step): should there be a checkpoint of it, it is of a run that diverged
+    saver: Saver
     core: Callable[[], dict] | None = None
     sample: Callable[[], list[dict]] | None = None
 
@@ -77,6 +71,8 @@ class Plan:
     step_tokens: int
     flops_per_token: float = 0.0
     stop_at: tuple[str, float] | None = None  # (metric name, threshold): the run ends where an evaluation reaches it
+    save_every_sec: float = math.inf  # besides the cadence: when so much time has passed since the last save
+    ends_at_sec: float | None = None  # time.monotonic() before which the run ends, as interrupted
 
 
 @dataclass(frozen=True)
@@ -90,18 +86,14 @@ class Place:
 
 @dataclass(frozen=True)
 class _Launched:
-    """A step on its way: its number, and what its event needs. `outcome`: (loss, flags of STOP_SIGNALS) on the host,
-    there once `arrived` says so."""
+    """A step on its way: its number, and what its event needs. `outcome`, on the host once `arrived` says so: the loss,
+    and what any rank asks of all: flags of STOP_SIGNALS, to save, to hear of a save that failed."""
 
     step: int
     multiplier: float
     outcome: torch.Tensor
     arrived: Callable[[], None]
     epochs: float
-
-
-class _Stopped(BaseException):
-    """Ends an evaluation when a signal asks to stop; no Exception, so that nothing on its way takes it for an error."""
 
 
 class Trainer:
@@ -125,79 +117,64 @@ class Trainer:
         self.reached_target = False  # and the run ended by it
         self.repeats = loader.epochs > 1  # the text, and it has been said
         self.diverged = False  # a validation or a weight is not finite
-        self._stop_signal = 0
-        self._asked_at = 0.0
-        self._in_hook = False
+        self.best_step, self.best_val_bpb = state.get("best_step"), state.get("best_val_bpb") or math.inf
+        self.signals = StopSignals(self.ranks.is_main, self.ranks.world_size == 1, plan.ends_at_sec)
         self._stopping = False  # all ranks know of a signal
+        self._saved_at_sec = time.monotonic()
+        self._must_save = False  # a rank's clock says so
+        self._longest_step_sec = 0.0
         self._launched = deque()
         self._max_in_flight = 1 if self.device.type == "cuda" else 0  # when the loop goes on to the next step
         self._mark_sec = 0.0  # when the oldest step in flight began: at the end of the one before, or with none
 
     def run(self):
         """Train to the horizon, or to the target. Returns how it ended: ok, interrupted or nan."""
-        previous = {number: signal.signal(number, self._request_stop) for number in STOP_SIGNALS}
         try:
-            while True:
-                if self._is_something_due() and not self._settle():
-                    return "nan"
-                self._at_boundary()
-                if self.diverged:
-                    self.hooks.mark_bad(self.step)
-                    return "nan"
-                if self.reached_target or self.step == self.plan.schedule.num_iterations:
-                    return "ok"
-                self._launch_step()
-                if not self._settle(self._max_in_flight):
-                    return "nan"
-                if self.step == self.first_step + 1:
-                    gc.collect()  # what has been made by now stays: a later collection need not look through it
-                    gc.freeze()
-                if self._stopping:
-                    return self._interrupted() if self._settle() else "nan"
-        except _Stopped:
-            return self._interrupted()
+            with self.signals:
+                try:
+                    status = self._train()
+                except Stopped:
+                    status = self._interrupted()
+                self._collect(wait=True)
+                return status
         finally:
             gc.unfreeze()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            self.hooks.saver.close()
 
-    @property
-    def stop_signal(self):
-        """The number of the signal that interrupted the run, or 0."""
-        return self._stop_signal
+    def _train(self):
+        while True:
+            if self._is_something_due() and not self._settle():
+                return "nan"
+            self._at_boundary()
+            if self.diverged:
+                self._collect(wait=True)
+                self.hooks.saver.mark_bad(self.step)
+                return "nan"
+            if self.reached_target or self._is_last():
+                return "ok"
+            self._launch_step()
+            if not self._settle(self._max_in_flight):
+                return "nan"
+            if self.step == self.first_step + 1:
+                gc.collect()  # what has been made by now stays: a later collection need not look through it
+                gc.freeze()
+            if self._stopping:
+                return self._interrupted() if self._settle() else "nan"
 
     def loop_state(self):
         """What a resumed run needs besides model and optimizer; JSON-able."""
+        best_val_bpb = None if self.best_step is None else self.best_val_bpb
         return {"step": self.step, "train_time_sec": self.train_time_sec, "usual_dt_sec": self.usual_dt_sec,
-                "loader": self.loader.state_dict()}
-
-    def _request_stop(self, number, _frame):
-        now = time.monotonic()
-        if not self._stop_signal:
-            self._stop_signal, self._asked_at = number, now
-            if self.ranks.is_main:  # not print: it may be what the signal interrupted
-                with contextlib.suppress(OSError):
-                    os.write(2, b"\nstopping cleanly; ask again to stop at once\n")
-            if self._in_hook:
-                raise _Stopped
-        elif now - self._asked_at > REPEAT_SEC:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+                "best_step": self.best_step, "best_val_bpb": best_val_bpb, "loader": self.loader.state_dict()}
 
     def _interrupted(self):
         if self.step > 0 and self.plan.cadence.save_every != 0 and self.saved_step != self.step:
-            self._save()
+            self._save(wait=True)
         return "interrupted"
 
     def _evaluation(self, hook, *arguments):
-        """The hook's result. It may take long: alone, a signal ends it; several ranks end together after a step."""
-        self._in_hook = self.ranks.world_size == 1
-        try:
-            if self._in_hook and self._stop_signal:
-                raise _Stopped
+        with self.signals.evaluation():
             return hook(*arguments)
-        finally:
-            self._in_hook = False
 
     def _is_last(self):
         return self.step == self.plan.schedule.num_iterations
@@ -206,13 +183,14 @@ class Trainer:
         return every > 0 and (self._is_last() or self.step % every == 0)
 
     def _is_something_due(self):
-        return self._is_last() or any(map(self._is_due, astuple(self.plan.cadence)))
+        return self._is_last() or self._must_save or any(map(self._is_due, astuple(self.plan.cadence)))
 
     def _at_boundary(self):
         step, cadence, hooks, due, last = self.step, self.plan.cadence, self.hooks, self._is_due, self._is_last()
         # before the evaluations: should one of them fail, the weights are safe
-        if step > 0 and step != self.saved_step and (due(cadence.save_every) or (last and cadence.save_every != 0)):
-            self._save()
+        if step > 0 and step != self.saved_step and (
+                self._must_save or due(cadence.save_every) or (last and cadence.save_every != 0)):
+            self._save(wait=last)
         if due(cadence.eval_every):
             fields = self._evaluation(hooks.evaluate, last)
             positions = fields.pop("position_losses", None)
@@ -220,6 +198,8 @@ class Trainer:
             if positions:
                 self._event("position_losses", step, **positions)
             self.diverged |= not math.isfinite(fields["val_bpb"])
+            if step == self.saved_step and fields["val_bpb"] < self.best_val_bpb:
+                self.best_step, self.best_val_bpb = step, fields["val_bpb"]
             self._check_target("val_bpb", fields["val_bpb"])
         if self.diverged:
             return
@@ -228,7 +208,7 @@ class Trainer:
             self._event("core", step, **fields, train_time_sec=self.train_time_sec)
             self._check_target("core", fields["core_metric"])
         if self.reached_target and step != self.saved_step and cadence.save_every != 0:
-            self._save()
+            self._save(wait=True)
         if step > 0 and hooks.sample and due(cadence.sample_every):
             for sample in self._evaluation(hooks.sample):
                 self.log.event("sample", step=step, **sample)
@@ -256,10 +236,12 @@ class Trainer:
 
     def _outcome(self, total):
         """(outcome, arrived) of a _Launched, from the sum of its micro-batches' losses: one reduction, one read."""
-        outcome = torch.zeros(1 + len(STOP_SIGNALS), device=self.device)
+        flags = [number == self.signals.number for number in STOP_SIGNALS]
+        flags += [time.monotonic() - self._saved_at_sec >= self.plan.save_every_sec, self.hooks.saver.has_failed]
+        outcome = torch.zeros(1 + len(flags), device=self.device)
         outcome[0] = total / (self.plan.accumulation * self.ranks.world_size)
-        if self._stop_signal:
-            outcome[1 + STOP_SIGNALS.index(self._stop_signal)] = 1
+        for place in (place for place, flag in enumerate(flags, 1) if flag):
+            outcome[place] = 1
         if self.ranks.world_size > 1:
             dist.all_reduce(outcome)
         if self.device.type != "cuda":
@@ -275,14 +257,18 @@ class Trainer:
         while len(self._launched) > in_flight:
             launched = self._launched.popleft()
             launched.arrived()
-            loss, *flags = launched.outcome.tolist()
+            loss, *flags, must_save, save_failed = launched.outcome.tolist()
             now_sec = time.perf_counter()
             dt_sec, self._mark_sec = now_sec - self._mark_sec, now_sec
             self._clock(launched.step, dt_sec)
             self._record(launched, loss, dt_sec)
+            self._collect(wait=save_failed)
             asked = [number for number, flag in zip(STOP_SIGNALS, flags, strict=True) if flag]
             if asked:
-                self._stop_signal, self._stopping = max(asked), True
+                self.signals.heard(max(asked))
+                self._stopping = True
+            self._must_save |= must_save > 0
+            self.signals.set_alarm(self._longest_step_sec, self.hooks.saver.longest_sec)
             if not math.isfinite(loss):
                 self.step = launched.step
                 self._launched.clear()
@@ -305,14 +291,21 @@ class Trainer:
             self.train_time_sec += self.usual_dt_sec or 0.0
             return
         self.train_time_sec += dt_sec
+        self._longest_step_sec = max(self._longest_step_sec, dt_sec)
         self.usual_dt_sec = dt_sec if self.usual_dt_sec is None else 0.9 * self.usual_dt_sec + 0.1 * dt_sec
 
-    def _save(self):
-        self.log.before_checkpoint()
-        saved = self.hooks.save(self.loop_state())
-        self.diverged |= not saved["good"]
-        self.log.event("checkpoint", step=self.step, **saved)
-        self.saved_step = self.step
+    def _save(self, wait):
+        """wait: nothing is trained meanwhile."""
+        self._collect(wait=True)
+        self.diverged |= not self.hooks.saver.save(self.loop_state(), self.log.before_checkpoint)
+        self.saved_step, self._must_save, self._saved_at_sec = self.step, False, time.monotonic()
+        self._collect(wait)
+
+    def _collect(self, wait):
+        """Record a checkpoint that has been saved by now; the events of steps still on their way come later."""
+        saved = self.hooks.saver.collect(wait)
+        if saved:
+            self.log.event("checkpoint", step=self.step - len(self._launched), **saved)
 
     def _event(self, kind, step, **fields):
         self.log.event(kind, step=step, tokens=step * self.plan.step_tokens, **fields)
