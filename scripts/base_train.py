@@ -15,7 +15,8 @@ from nanochat.ranks import on_main, print0, start_ranks, stop_ranks
 from nanochat.training import build, record, schedule
 from nanochat.training.checkpoint import checkpoint_folder, newest_usable
 from nanochat.training.config import TrainingConfig
-from nanochat.training.loop import Cadence, Place, Plan, Schedule, Trainer
+from nanochat.training.loop import Trainer
+from nanochat.training.plan import Cadence, Place, Plan, Schedule
 
 
 def parse_args(argv=None):
@@ -77,7 +78,8 @@ def train(config, place, dtype, dtype_reason, started):
                 Cadence(config.eval_every, config.core_metric_every, config.sample_every, config.save_every),
                 accumulation, horizon.total_batch_size_tokens, flops_per_token(shape),
                 config.target if config.stop_at_target else None, 60 * config.save_minutes or math.inf,
-                started + 60 * config.time_limit_minutes if config.time_limit_minutes else None)
+                started + 60 * config.time_limit_minutes if config.time_limit_minutes else None,
+                config.max_rollbacks if config.on_nan == "rollback" else 0)
     with loader:
         # last of all that can fail: until here nothing has been written or moved
         log = on_main(ranks, lambda: record.open_record(config.run, run_id, facts, folder, resume_step,

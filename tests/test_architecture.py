@@ -19,8 +19,9 @@ PACKAGES = {
 }
 LANE_B_LIBRARIES = {"numpy", "scipy", "tqdm", "matplotlib"}
 # all else starts without it
-WITH_TORCH = {"kernels", "model", "training.build", "training.loop", "training.checkpoint", "training.record",
-              "training.saving", "evaluation.core", "evaluation.loss", "evaluation.validation", "data.dataloader"}
+WITH_TORCH = {"kernels", "model", "training.build", "training.checkpoint", "training.loop", "training.plan",
+              "training.record", "training.saving", "evaluation.core", "evaluation.loss", "evaluation.validation",
+              "data.dataloader"}
 SCRIPTS_WITH_TORCH = {"base_train", "base_eval"}
 LONGEST_DOCSTRING = 8
 SPEAKS_FOR_ITSELF = 5  # lines of a function or class that needs no docstring

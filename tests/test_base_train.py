@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from corpus import TINY_FLAGS, write_corpus
+from ranks import run_on_ranks
 
 from nanochat.files import json_bytes, write_json
 from nanochat.model import gpt
@@ -24,6 +25,7 @@ from nanochat.runlog import read_run
 from nanochat.segments import segments_of
 from nanochat.training import record as record_module
 from nanochat.training.checkpoint import checkpoint_folder, checkpoint_steps, read_meta
+from scripts import base_train
 from scripts.base_train import main, parse_args
 
 
@@ -169,25 +171,74 @@ def test_a_run_saves_by_the_minute(corpus):
     assert [e["saved_step"] for e in read_run(runs_dir() / "run").of("checkpoint")] == list(range(1, 13))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_status(corpus, monkeypatch, capsys):
+def poison(monkeypatch, is_poisoned):
+    """Make the training loss NaN wherever is_poisoned(number of the micro-batch, from 1) says so."""
     forward, calls = gpt.GPT.forward, []
 
     def poisoned(self, idx, targets=None, *rest, **options):
         loss = forward(self, idx, targets, *rest, **options)
         if self.training and targets is not None:
             calls.append(None)
-        return loss * float("nan") if len(calls) > 8 else loss
+            return loss * float("nan") if is_poisoned(len(calls)) else loss
+        return loss
 
     monkeypatch.setattr(gpt.GPT, "forward", poisoned)
+
+
+@pytest.mark.parametrize("rollbacks", [0, 2])
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_status(corpus, monkeypatch, capsys, rollbacks):
+    poison(monkeypatch, lambda n_batches: n_batches > 8)
+    policy = ["--on-nan", "rollback", "--max-rollbacks", str(rollbacks)] if rollbacks else []
     with pytest.raises(SystemExit) as stopped:
-        main(flags(corpus, 30, "nan", "--save-every", "2"))
+        main(flags(corpus, 30, "nan", "--save-every", "2", *policy))
     assert stopped.value.code == 2
     assert "not finite" in capsys.readouterr().err
     record = read_run(runs_dir() / "nan")
-    assert record.status == "nan"
+    assert record.status == "nan" and len(record.of("resume")) == rollbacks
     assert record.of("train")[-1]["loss"] is None and record.of("train")[-1]["nonfinite"] == ["loss"]
     newest = checkpoint_steps(checkpoint_folder("nan"))[-1]
     assert newest < record.of("train")[-1]["step"]
+
+
+def test_a_run_that_rolls_back_is_the_one_that_was_rolled_back_by_hand_bit_for_bit(corpus, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        poison(patch, lambda n_batches: n_batches == 14)  # the second of step 7
+        assert main(flags(corpus, 12, "auto", "--save-every", "4", "--on-nan", "rollback")) == 0
+    assert "back to the checkpoint of step 4, on with other text (rollback 1 of 3)" in capsys.readouterr().out
+    # by hand: the checkpoint of step 4, with the position in the data after 7 steps
+    main(flags(corpus, 12, "hand", "--save-every", "1"))
+    folder = checkpoint_folder("hand")
+    meta = read_meta(folder, 4)
+    meta["loop_state"]["loader"] = read_meta(folder, 7)["loop_state"]["loader"]
+    write_json(folder / "meta_000004.json", {**meta, "meta_sha256": hashlib.sha256(json_bytes(meta)).hexdigest()})
+    plain = losses("hand")
+    assert main([*flags(corpus, 12, "hand"), "--resume-from-step", "4"]) == 0
+    assert losses("auto") == losses("hand") != plain
+    weights = [torch.load(checkpoint_folder(name) / "model_000012.pt") for name in ("auto", "hand")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    first, second = segments_of(read_run(runs_dir() / "auto"))
+    assert (second["first_step"], second["rollback"]) == (4, "loss not finite at step 7")
+    assert second["flags"] == first["flags"] and second["device"] == first["device"]
+
+
+def roll_back_on_a_rank(rank, world_size, arguments):
+    """The training program on one of several ranks; the second one's loss is NaN in step 7."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_train, "stop_ranks", lambda: None)
+        if rank == 1:
+            poison(patch, lambda n_batches: n_batches == 7)
+        return main(arguments)
+
+
+def test_all_ranks_roll_back_when_the_loss_of_one_is_not_finite(corpus, monkeypatch):
+    rollback = ["--save-every", "4", "--on-nan", "rollback", "--keep-checkpoints", "1"]
+    with monkeypatch.context() as patch:
+        poison(patch, lambda n_batches: n_batches == 14)
+        assert main(flags(corpus, 12, "one", *rollback)) == 0
+    assert run_on_ranks(2, roll_back_on_a_rank, flags(corpus, 12, "two", *rollback)) == [0, 0]
+    (one, _), (two, _) = losses("one"), losses("two")
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
+    assert checkpoint_steps(checkpoint_folder("two"))[-1] == 12
 
 
 def test_two_ranks_give_the_losses_of_one_with_twice_the_accumulation(corpus):
@@ -233,6 +284,7 @@ def test_all_of_ones_own_text_is_trained_on_unless_asked_otherwise(dataset, rule
     (["--target-metric-name", "loss", "--target-metric-threshold", "1"], "--target-metric-name"),
     (["--crop", "keep"], "--crop keep must be carry or drop"),
     (["--save-minutes", "5", "--save-every", "0"], "leave one out"),
+    (["--on-nan", "rollback"], "--save-every or --save-minutes"),
     (["--keep-checkpoints", "-1"], "--keep-checkpoints"),
     (["--stop-at-target"], "--target-metric-threshold"),
     (["--num-iterations", "-1", "--target-param-data-ratio", "-1"], "--target-param-data-ratio"),

@@ -15,8 +15,9 @@ from nanochat.errors import UserError
 from nanochat.ranks import Ranks
 from nanochat.runlog import RunLog, read_run
 from nanochat.training import loop as train
-from nanochat.training import stopping
-from nanochat.training.loop import Cadence, Hooks, Place, Plan, Schedule, Trainer
+from nanochat.training import schedule, stopping
+from nanochat.training.loop import Hooks, Trainer
+from nanochat.training.plan import Cadence, Place, Plan, Schedule
 from nanochat.training.record import close_failed_record, close_record, summarize
 from nanochat.training.stopping import STOP_SIGNALS
 
@@ -33,6 +34,7 @@ class World:
         self.epochs, self.distinct_tokens = 0.5, 10
         self.good, self.bad_steps, self.n_owner_checks = True, [], 0
         self.saving, self.save_error, self.has_failed, self.longest_sec, self.n_closed = None, None, False, 0.0, 0
+        self.asked_for = []
         self.saving_steps = 0  # how many steps are trained while a checkpoint is written
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.n_batches = self.n_updates = 0
@@ -108,6 +110,14 @@ class World:
             raise self.save_error
         return saving
 
+    def roll_back(self, steps):
+        self.asked_for.append(steps)
+        step = max(steps - set(self.bad_steps), default=None)
+        if step is None:
+            return None
+        self.n_updates = step
+        return {"step": step, "device": "this"}
+
     def mark_bad(self, step):
         assert self.saving is None
         self.bad_steps.append(step)
@@ -121,7 +131,7 @@ class World:
         plan = Plan(Schedule(num_iterations), cadence or Cadence(-1, -1, -1, 0), self.accumulation, STEP_TOKENS,
                     flops_per_token, stop_at, **limits)
         place = Place(torch.device("cpu"), device_name, ranks or Ranks())
-        hooks = Hooks(self.evaluate, self, self.core, self.sample)
+        hooks = Hooks(self.evaluate, self, self.roll_back, self.core, self.sample)
         trainer = Trainer(self, self, self, plan, hooks, self, place, loop_state)
         trainer._max_in_flight = in_flight
         self.event_sec = 0.01 * in_flight  # steps in flight end one after the other
@@ -182,7 +192,7 @@ def test_what_is_saved_says_where_the_run_stands(start):
     world = start(accumulation=2)
     world.trainer(20, Cadence(-1, -1, -1, 13)).run()
     assert world.saved == {"step": 20, "train_time_sec": 9.0, "usual_dt_sec": 1.0, "best_step": None,
-                           "best_val_bpb": None, "loader": {"delivered": 40}}
+                           "best_val_bpb": None, "n_rollbacks": 0, "loader": {"delivered": 40}}
 
 
 def test_an_evaluation_that_fails_has_its_checkpoint_already(start):
@@ -292,7 +302,6 @@ def test_loss_and_gradient_are_means_over_the_micro_batches(start):
 def test_the_optimizer_gets_the_multipliers_of_each_update_from_0(start):
     world = start()
     world.trainer(50).run()
-    schedule = train.schedule
     expected = [(schedule.lr_multiplier(step, 50), schedule.muon_momentum(step, 50),
                  schedule.muon_weight_decay(step, 50, 1.0)) for step in range(50)]
     assert world.multipliers == expected
@@ -332,6 +341,57 @@ def test_weights_that_are_not_finite_end_the_run_after_its_last_step_too(start):
     world.good = False
     assert world.trainer(3, Cadence(-1, -1, -1, save_every=-1)).run() == "nan"
     assert world.bad_steps == [3] and world.n_owner_checks == 1
+
+
+@pytest.mark.parametrize("in_flight", [0, 1])
+def test_a_run_rolls_back_and_goes_on_with_the_rows_that_come_next(start, in_flight):
+    world = start()
+    world.losses = lambda step: math.nan if world.n_batches == 5 else 2.0
+    cadence = Cadence(eval_every=2, core_every=-1, sample_every=-1, save_every=2)
+    trainer = world.trainer(9, cadence, max_rollbacks=1, in_flight=in_flight)
+    assert trainer.run() == "ok" and trainer.n_rollbacks == world.saved["n_rollbacks"] == 1
+    assert world.asked_for == [{2, 4}] and world.bad_steps == []
+    [event] = [event for event in world.events if event["kind"] == "resume"]
+    assert event == {"kind": "resume", "step": 4, "device": "this", "rollback": "loss not finite at step 5",
+                     "n_rollbacks": 1, "max_rollbacks": 1}
+    at = world.happened.index(("resume", 4))
+    assert world.happened[at - 1:at + 3] == [("train", 5), ("resume", 4), ("val", 4), ("train", 5)]
+    assert world.n_batches == 5 + in_flight + 5  # none is served twice
+
+
+def test_the_clock_counts_what_a_rollback_threw_away(start):
+    world = start()
+    world.losses = lambda step: math.nan if world.n_batches == 17 else 2.0
+    world.trainer(20, Cadence(-1, -1, -1, save_every=15), max_rollbacks=1).run()
+    assert world.of("train", "train_time_sec")[-1] == 20 - 11 + 2
+
+
+def test_after_too_many_rollbacks_the_run_ends_also_across_resumes(start):
+    world = start(losses=lambda step: math.nan if step == 5 else 2.0)
+    assert world.trainer(9, Cadence(-1, -1, -1, save_every=2), max_rollbacks=2).run() == "nan"
+    assert world.of("train", "step") == [1, 2, 3, 4, 5, 6, 5, 6, 5, 6] and world.n_closed == 1
+    rest = start(losses=lambda step: math.nan if step == 5 else 2.0)
+    state = {"step": 4, "n_rollbacks": 1}
+    assert rest.trainer(9, Cadence(-1, -1, -1, save_every=2), state, max_rollbacks=2).run() == "nan"
+    assert rest.of("train", "step") == [5, 6, 5, 6] and rest.asked_for == [{4}]
+
+
+def test_bad_checkpoints_are_passed_over_and_without_a_good_one_the_run_ends(start):
+    world = start()
+    world.evaluate = lambda last: {"val_bpb": math.nan if world.n_updates == 6 and world.n_batches < 12 else 2.0}
+    assert world.trainer(9, Cadence(eval_every=3, save_every=3), max_rollbacks=5).run() == "ok"
+    assert world.bad_steps == [6, 6] and world.asked_for == [{3, 6}] * 2 and world.of("resume", "step") == [3, 3]
+    early = start(losses=lambda step: math.nan)
+    assert early.trainer(9, Cadence(eval_every=3, save_every=3), max_rollbacks=5).run() == "nan"
+    assert early.asked_for == [set()] and early.happened == [("val", 0), ("train", 1)]
+
+
+def test_a_run_that_rolled_back_while_it_was_asked_to_stop_stops(start):
+    world = start()
+    world.losses = lambda step: math.nan if world.n_batches == 6 else 2.0
+    world.during[5] = lambda: signal.raise_signal(signal.SIGTERM)
+    assert world.trainer(9, Cadence(-1, -1, -1, save_every=2), max_rollbacks=1).run() == "interrupted"
+    assert world.happened[-2:] == [("train", 6), ("resume", 4)]
 
 
 def test_text_that_begins_to_repeat_is_said_once(start):

@@ -179,8 +179,15 @@ def restore(model, optimizer, folder, step, meta, device, ranks):
 def build_hooks(config, model, compiled, optimizer, data, folder, meta, ranks, device):
     """The Hooks of a run whose checkpoints go to `folder` with `meta`. CORE and samples take the uncompiled model:
     their prompts come in many lengths."""
+    def roll_back(steps):
+        step = checkpoint.newest_good(folder, steps, ranks)
+        if step is None:
+            return None
+        restore(model, optimizer, folder, step, checkpoint.read_meta(folder, step), device, ranks)
+        return {"step": step, "flags": meta["user_config"], **meta["segment"]}
+
     return Hooks(_evaluator(config, compiled, data, ranks, device),
-                 Saver(folder, meta, model, optimizer, ranks, config.keep_checkpoints),
+                 Saver(folder, meta, model, optimizer, ranks, config.keep_checkpoints), roll_back,
                  core=_core_evaluator(config, model, data, ranks, device),
                  sample=(lambda: sample_documents(model, data.tokenizer, data.val[0])) if ranks.is_main else None)
 

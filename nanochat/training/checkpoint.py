@@ -95,7 +95,7 @@ def find_checkpoint(folder, step="latest"):
     if not steps:
         raise UserError(f"no checkpoint in {folder}; check --model-tag, or train one with scripts.base_train")
     if step == "latest":
-        good = next((step for step in reversed(steps) if not _is_bad(folder, step)), None)
+        good = newest_good(folder, steps)
         if good is None:
             raise UserError(f"every checkpoint in {folder} is of a run that diverged; start again with lower learning "
                             "rates")
@@ -105,6 +105,13 @@ def find_checkpoint(folder, step="latest"):
     if int(step) not in steps:
         raise UserError(f"no checkpoint of step {step} in {folder}; {newest_usable(folder)}")
     return int(step)
+
+
+def newest_good(folder, steps, ranks=None):
+    """The newest of `steps` of which there is a good checkpoint, as rank 0 sees it, or None. Every rank calls it."""
+    there = set(checkpoint_steps(folder))
+    good = (step for step in sorted(steps, reverse=True) if step in there and not _is_bad(folder, step))
+    return _all_gather(next(good, None), ranks or Ranks(), None)[0]
 
 
 def read_meta(folder, step):

@@ -95,6 +95,10 @@ class TrainingConfig:
                                     "ones go once a new one is whole; 0 all", "COUNT", at_least=0)
     time_limit_minutes: float = _events(0.0, "save and end before so long after the start, as when interrupted; 0: "
                                         "none", "MINUTES", at_least=0)
+    on_nan: str = _events("stop", "stop, or rollback: where loss, validation or weights are not finite, go back to the "
+                          "newest good checkpoint and leave out the text that led there", "POLICY",
+                          choices=("stop", "rollback"))
+    max_rollbacks: int = _events(3, "stop after so many rollbacks all the same", "COUNT", at_least=1)
     position_losses: bool = _events(False, "save the loss by position of the last validation with the run")
     target_metric_name: str = _events("val_bpb", "metric of the time to target: val_bpb or core", "METRIC")
     target_metric_threshold: float = _events(math.nan, "its threshold; nan: no target", "VALUE")
@@ -124,6 +128,9 @@ class TrainingConfig:
 
         if self.save_minutes and self.save_every == 0:
             raise UserError("--save-every 0 saves never, --save-minutes does; leave one out")
+
+        if self.on_nan == "rollback" and self.save_every <= 0 and not self.save_minutes:
+            raise UserError("--on-nan rollback needs checkpoints to go back to; give --save-every or --save-minutes")
 
     @property
     def target(self):

@@ -61,7 +61,14 @@ class ConsoleSink:
         self._line(event["description"])
 
     def _checkpoint(self, event):
-        self._line(f"step {event['step']}: checkpoint saved in {event['path']}")
+        saved_step = event.get("saved_step", event["step"])
+        of = "" if saved_step == event["step"] else f" of step {saved_step}"
+        self._line(f"step {event['step']}: checkpoint{of} saved in {event['path']}")
+
+    def _resume(self, event):
+        if "rollback" in event:
+            self._line(f"{event['rollback']}: back to the checkpoint of step {event['step']}, on with other text "
+                       f"(rollback {event['n_rollbacks']} of {event['max_rollbacks']})")
 
     def _sample(self, event):
         text = event["text"].replace("\n", "\n    ")

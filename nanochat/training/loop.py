@@ -15,22 +15,10 @@ import torch
 import torch.distributed as dist
 
 from nanochat.machine import peak_bf16_flops
-from nanochat.ranks import Ranks
 from nanochat.runlog import UNTIMED_STEPS
 from nanochat.target import reaches
-from nanochat.training import schedule
 from nanochat.training.saving import Saver
 from nanochat.training.stopping import STOP_SIGNALS, Stopped, StopSignals
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """Every how many steps; -1 or 0 never, but `save_every=-1` still saves at the end."""
-
-    eval_every: int = 250
-    core_every: int = -1
-    sample_every: int = -1
-    save_every: int = -1
 
 
 @dataclass(frozen=True)
@@ -39,49 +27,10 @@ class Hooks:
 
     evaluate: Callable[[bool], dict]  # (is this the last one?) -> {val_bpb, ...}, maybe with `position_losses`
     saver: Saver
+    # ({steps}): restore the newest good checkpoint of these and tell what the event of a resume from it holds; or None
+    roll_back: Callable[[set], dict | None]
     core: Callable[[], dict] | None = None
     sample: Callable[[], list[dict]] | None = None
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The horizon and the multipliers that change over it."""
-
-    num_iterations: int
-    warmup_steps: int = 40
-    warmdown_ratio: float = 0.65
-    final_lr_frac: float = 0.05
-
-    def apply(self, optimizer, step):
-        """Set the optimizer for update number `step` (from 0); returns the learning-rate multiplier."""
-        multiplier = schedule.lr_multiplier(step, self.num_iterations, warmup_steps=self.warmup_steps,
-                                            warmdown_ratio=self.warmdown_ratio, final_lr_frac=self.final_lr_frac)
-        momentum = schedule.muon_momentum(step, self.num_iterations, warmdown_ratio=self.warmdown_ratio)
-        optimizer.schedule(multiplier, momentum, schedule.muon_weight_decay(step, self.num_iterations, 1.0))
-        return multiplier
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run does in each step and when: `step_tokens` tokens in `accumulation` micro-batches a rank."""
-
-    schedule: Schedule
-    cadence: Cadence
-    accumulation: int
-    step_tokens: int
-    flops_per_token: float = 0.0
-    stop_at: tuple[str, float] | None = None  # (metric name, threshold): the run ends where an evaluation reaches it
-    save_every_sec: float = math.inf  # besides the cadence: when so much time has passed since the last save
-    ends_at_sec: float | None = None  # time.monotonic() before which the run ends, as interrupted
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where it runs: the device with its name, and this process among its peers."""
-
-    device: torch.device
-    name: str
-    ranks: Ranks
 
 
 @dataclass(frozen=True)
@@ -94,6 +43,10 @@ class _Launched:
     outcome: torch.Tensor
     arrived: Callable[[], None]
     epochs: float
+
+
+class _Diverged(Exception):
+    """Something is not finite; its name."""
 
 
 class Trainer:
@@ -116,7 +69,8 @@ class Trainer:
         self.saved_step = self.step if loop_state else None
         self.reached_target = False  # and the run ended by it
         self.repeats = loader.epochs > 1  # the text, and it has been said
-        self.diverged = False  # a validation or a weight is not finite
+        self.n_rollbacks = state.get("n_rollbacks", 0)
+        self._checkpoints = {self.step} if loop_state else set()  # steps of this run's course
         self.best_step, self.best_val_bpb = state.get("best_step"), state.get("best_val_bpb") or math.inf
         self.signals = StopSignals(self.ranks.is_main, self.ranks.world_size == 1, plan.ends_at_sec)
         self._stopping = False  # all ranks know of a signal
@@ -129,12 +83,14 @@ class Trainer:
 
     def run(self):
         """Train to the horizon, or to the target. Returns how it ended: ok, interrupted or nan."""
+        status = None
         try:
             with self.signals:
-                try:
-                    status = self._train()
-                except Stopped:
-                    status = self._interrupted()
+                while status is None:
+                    try:
+                        status = self._train()
+                    except _Diverged as what:
+                        status = None if self._roll_back(str(what)) else "nan"
                 self._collect(wait=True)
                 return status
         finally:
@@ -142,30 +98,48 @@ class Trainer:
             self.hooks.saver.close()
 
     def _train(self):
-        while True:
-            if self._is_something_due() and not self._settle():
-                return "nan"
-            self._at_boundary()
-            if self.diverged:
-                self._collect(wait=True)
-                self.hooks.saver.mark_bad(self.step)
-                return "nan"
-            if self.reached_target or self._is_last():
-                return "ok"
-            self._launch_step()
-            if not self._settle(self._max_in_flight):
-                return "nan"
-            if self.step == self.first_step + 1:
-                gc.collect()  # what has been made by now stays: a later collection need not look through it
-                gc.freeze()
-            if self._stopping:
-                return self._interrupted() if self._settle() else "nan"
+        try:
+            while True:
+                if self._stopping:
+                    self._settle()
+                    return self._interrupted()
+                if self._is_something_due():
+                    self._settle()
+                self._at_boundary()
+                if self.reached_target or self._is_last():
+                    return "ok"
+                self._launch_step()
+                self._settle(self._max_in_flight)
+                if self.step == self.first_step + 1:
+                    gc.collect()  # what has been made by now stays: a later collection need not look through it
+                    gc.freeze()
+        except Stopped:
+            return self._interrupted()
+
+    def _roll_back(self, what):
+        """After a divergence, go back to the newest good checkpoint of this run's course, with the rows that come next;
+        whether that could be done. The clock goes on: the steps that led there were trained."""
+        self._collect(wait=True)
+        if self.saved_step == self.step:
+            self.hooks.saver.mark_bad(self.step)
+        restored = None
+        if self.n_rollbacks < self.plan.max_rollbacks:
+            restored = self.hooks.roll_back(self._checkpoints | ({self.best_step} - {None}))
+        if restored is None:
+            return False
+        self.n_rollbacks += 1
+        self.log.event("resume", **restored, rollback=f"{what} not finite at step {self.step}",
+                       n_rollbacks=self.n_rollbacks, max_rollbacks=self.plan.max_rollbacks)
+        self.step = self.saved_step = restored["step"]
+        self._checkpoints = {step for step in self._checkpoints if step <= self.step}
+        return True
 
     def loop_state(self):
         """What a resumed run needs besides model and optimizer; JSON-able."""
         best_val_bpb = None if self.best_step is None else self.best_val_bpb
         return {"step": self.step, "train_time_sec": self.train_time_sec, "usual_dt_sec": self.usual_dt_sec,
-                "best_step": self.best_step, "best_val_bpb": best_val_bpb, "loader": self.loader.state_dict()}
+                "best_step": self.best_step, "best_val_bpb": best_val_bpb, "n_rollbacks": self.n_rollbacks,
+                "loader": self.loader.state_dict()}
 
     def _interrupted(self):
         if self.step > 0 and self.plan.cadence.save_every != 0 and self.saved_step != self.step:
@@ -197,12 +171,11 @@ class Trainer:
             self._event("val", step, **fields, train_time_sec=self.train_time_sec)
             if positions:
                 self._event("position_losses", step, **positions)
-            self.diverged |= not math.isfinite(fields["val_bpb"])
+            if not math.isfinite(fields["val_bpb"]):
+                raise _Diverged("val_bpb")
             if step == self.saved_step and fields["val_bpb"] < self.best_val_bpb:
                 self.best_step, self.best_val_bpb = step, fields["val_bpb"]
             self._check_target("val_bpb", fields["val_bpb"])
-        if self.diverged:
-            return
         if step > 0 and hooks.core and due(cadence.core_every):
             fields = self._evaluation(hooks.core)
             self._event("core", step, **fields, train_time_sec=self.train_time_sec)
@@ -251,9 +224,9 @@ class Trainer:
         return outcome, arrived.synchronize
 
     def _settle(self, in_flight=0):
-        """Wait until at most so many steps are on their way and record the others; whether their losses are finite.
+        """Wait until at most so many steps are on their way and record the others.
 
-        At the first that is not, what came after it is forgotten."""
+        Errors: _Diverged at the first loss that is not finite; what came after it is forgotten."""
         while len(self._launched) > in_flight:
             launched = self._launched.popleft()
             launched.arrived()
@@ -272,8 +245,7 @@ class Trainer:
             if not math.isfinite(loss):
                 self.step = launched.step
                 self._launched.clear()
-                return False
-        return True
+                raise _Diverged("loss")
 
     def _record(self, launched, loss, dt_sec):
         tok_per_sec = self.plan.step_tokens / dt_sec
@@ -297,9 +269,12 @@ class Trainer:
     def _save(self, wait):
         """wait: nothing is trained meanwhile."""
         self._collect(wait=True)
-        self.diverged |= not self.hooks.saver.save(self.loop_state(), self.log.before_checkpoint)
+        good = self.hooks.saver.save(self.loop_state(), self.log.before_checkpoint)
         self.saved_step, self._must_save, self._saved_at_sec = self.step, False, time.monotonic()
+        self._checkpoints.add(self.step)
         self._collect(wait)
+        if not good:
+            raise _Diverged("weights")
 
     def _collect(self, wait):
         """Record a checkpoint that has been saved by now; the events of steps still on their way come later."""
