@@ -52,8 +52,8 @@ def train(config, place, dtype, dtype_reason, started):
     data = build.open_data(config)
     shape = build.model_config(config, data.tokenizer.vocab_size)
     horizon = build.plan(config, shape)
-    accumulation = schedule.accumulation_steps(horizon.total_batch_size_tokens, config.device_batch_size,
-                                               config.max_seq_len, ranks.world_size)
+    micro_batches = schedule.count_micro_batches(horizon.total_batch_size_tokens, config.device_batch_size,
+                                                 config.max_seq_len, ranks.world_size)
     folder = checkpoint_folder(config.tag)
     resume_step = build.resume_step(config, folder)
     segment = record.segment_facts(config, ranks, device, dtype, dtype_reason)
@@ -65,17 +65,17 @@ def train(config, place, dtype, dtype_reason, started):
         build.restore(model, optimizer, folder, resume_step, resumed, device, ranks)
     run_id = config.run_id or (resumed or {}).get("run_id") or record.new_run_id(config.tag, config.seed, ranks)
     facts = record.run_config(config, data, shape, horizon, segment)
-    print0(record.describe(shape, horizon, accumulation, data))
+    print0(record.describe(shape, horizon, micro_batches, ranks, data))
 
     compiled = build.compile_model(config, model, optimizer)
-    loader = data.train_loader(config, ranks, device, resumed)
+    loader = data.train_loader(config, micro_batches, ranks, device, resumed)
     meta = {"model_config": shape.to_dict(), "user_config": segment["flags"], "run_id": run_id,
             "segment": {name: segment[name] for name in segment if name != "flags"},
             **build.identity(config, data, horizon)}
     hooks = build.build_hooks(config, model, compiled, optimizer, data, folder, meta, ranks, device)
     plan = Plan(Schedule(horizon.num_iterations, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac),
                 Cadence(config.eval_every, config.core_metric_every, config.sample_every, config.save_every),
-                accumulation, horizon.total_batch_size_tokens, flops_per_token(shape),
+                micro_batches, horizon.total_batch_size_tokens, flops_per_token(shape),
                 config.target if config.stop_at_target else None, 60 * config.save_minutes or math.inf,
                 started + 60 * config.time_limit_minutes if config.time_limit_minutes else None)
     with loader:

@@ -40,11 +40,12 @@ class Data:
     def n_train_tokens(self):
         return sum(shard.n_tokens for shard in self.train)
 
-    def train_loader(self, config, ranks, device, resumed=None):
-        """The training stream, continued from a checkpoint's meta when there is one."""
+    def train_loader(self, config, micro_batches, ranks, device, resumed=None):
+        """The training stream in steps of `micro_batches`, continued from a checkpoint's meta when there is one."""
         state = resumed["loop_state"]["loader"] if resumed else None
         return TokenLoader(self.train, config.device_batch_size, config.max_seq_len, config.seed, rank=ranks.rank,
-                           world_size=ranks.world_size, device=device, crop=config.crop, state=state)
+                           world_size=ranks.world_size, step_batches=micro_batches, device=device, crop=config.crop,
+                           state=state)
 
 
 def training_dtype(device):
@@ -168,10 +169,16 @@ def resume_meta(config, folder, step, model, data, horizon, segment):
 
 
 def restore(model, optimizer, folder, step, meta, device, ranks):
-    """Load a checkpoint's weights and this rank's optimizer state."""
+    """Load a checkpoint's weights and this rank's share of the optimizer state, saved by any number of ranks."""
     checkpoint.load_state(model, checkpoint.load_model_state(folder, step, meta, device), folder, step)
     optimizer.write_casts()
-    optimizer.load_state_dict(checkpoint.load_optimizer_state(folder, step, meta, device, ranks))
+    n_shards = checkpoint.n_optimizer_shards(meta)
+    if n_shards == ranks.world_size:
+        optimizer.load_state_dict(checkpoint.load_optimizer_state(folder, step, meta, device, ranks.rank))
+    else:
+        print0(f"the optimizer's state, saved by {n_shards} rank(s), is shared out anew over {ranks.world_size}")
+        optimizer.load_shards((checkpoint.load_optimizer_state(folder, step, meta, "cpu", rank)
+                               for rank in range(n_shards)), n_shards)
 
 
 # --- what happens between the steps ----------------------------------------------------------------------------------
@@ -188,7 +195,7 @@ def build_hooks(config, model, compiled, optimizer, data, folder, meta, ranks, d
 def _evaluator(config, model, data, ranks, device):
     """Validation as a function of (is it the last one?): the fields of a `val` event."""
     rows, length = config.device_batch_size, config.max_seq_len
-    n_batches = n_eval_batches(data.val, config.eval_tokens, rows * ranks.world_size, length)
+    n_batches = n_eval_batches(data.val, config.eval_tokens, rows, length)
     token_bytes = torch.from_numpy(data.tokenizer.token_bytes()).to(device)
 
     def evaluate(last):

@@ -151,14 +151,14 @@ def load_state(model, state, folder, step):
         raise UserError(f"the checkpoint of step {step} in {folder} is of another model: {reason}") from None
 
 
-def load_optimizer_state(folder, step, meta, device, ranks=None):
-    """This rank's optimizer state. UserError when the checkpoint was made by another number of ranks."""
-    ranks = ranks or Ranks()
-    n_shards = sum(name.startswith("optim_") for name in meta.get("files_sha256", {}))
-    if n_shards != ranks.world_size:
-        raise UserError(f"the checkpoint of step {step} in {folder} has optimizer state for {n_shards} ranks, this run "
-                        f"has {ranks.world_size}; resume with {n_shards}")
-    return _load(Path(folder), step, f"optim_{step:06d}_rank{ranks.rank}.pt", meta, device)
+def n_optimizer_shards(meta):
+    """By how many ranks a checkpoint of ours was saved."""
+    return sum(name.startswith("optim_") for name in meta.get("files_sha256", {}))
+
+
+def load_optimizer_state(folder, step, meta, device, rank=0):
+    """The optimizer state that rank `rank` saved, its share of the whole; verified like the model's."""
+    return _load(Path(folder), step, f"optim_{step:06d}_rank{rank}.pt", meta, device)
 
 
 def set_aside(folder):

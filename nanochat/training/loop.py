@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass
 import torch
 import torch.distributed as dist
 
+from nanochat.data.dataloader import n_batches_of_rank
 from nanochat.machine import peak_bf16_flops
 from nanochat.ranks import Ranks
 from nanochat.runlog import UNTIMED_STEPS
@@ -63,11 +64,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does in each step and when: `step_tokens` tokens in `accumulation` micro-batches a rank."""
+    """What a run does in each step and when: `step_tokens` tokens in `micro_batches`, which the ranks share out."""
 
     schedule: Schedule
     cadence: Cadence
-    accumulation: int
+    micro_batches: int
     step_tokens: int
     flops_per_token: float = 0.0
     stop_at: tuple[str, float] | None = None  # (metric name, threshold): the run ends where an evaluation reaches it
@@ -223,10 +224,11 @@ class Trainer:
             self._mark_sec = time.perf_counter()
         multiplier = self.plan.schedule.apply(self.optimizer, self.step)
         total = torch.zeros((), device=self.device)
-        for _ in range(self.plan.accumulation):
+        ranks, micro_batches = self.ranks, self.plan.micro_batches
+        for _ in range(n_batches_of_rank(micro_batches, ranks.rank, ranks.world_size)):
             loss = self.model(*next(self.loader))
-            (loss / self.plan.accumulation).backward()
-            if self.plan.accumulation > 1:
+            (loss / (micro_batches / ranks.world_size)).backward()  # the optimizer takes the mean over ranks
+            if micro_batches > ranks.world_size:  # on every rank: what is reduced must be of one dtype
                 self.optimizer.accumulate()
             total += loss.detach()
         self.optimizer.step()
@@ -239,7 +241,7 @@ class Trainer:
         flags = [number == self.signals.number for number in STOP_SIGNALS]
         flags += [time.monotonic() - self._saved_at_sec >= self.plan.save_every_sec, self.hooks.saver.has_failed]
         outcome = torch.zeros(1 + len(flags), device=self.device)
-        outcome[0] = total / (self.plan.accumulation * self.ranks.world_size)
+        outcome[0] = total / self.plan.micro_batches
         for place in (place for place, flag in enumerate(flags, 1) if flag):
             outcome[place] = 1
         if self.ranks.world_size > 1:

@@ -153,7 +153,7 @@ def _curves(events):
     return train, *([e.metric for e in evaluations_of(events, name)] for name in METRICS)
 
 
-def describe(model, horizon, accumulation, data):
+def describe(model, horizon, micro_batches, ranks, data):
     """What will be trained, on what, for how long: for the console."""
     millions = {name: f"{count / 1e6:.2f}M" for name, count in parameter_counts(model).items()}
     return (
@@ -162,7 +162,7 @@ def describe(model, horizon, accumulation, data):
         f"data: {data.dataset.dataset_id}, tokenizer {data.tokenizer.tokenizer_id} of {model.vocab_size}, "
         f"{data.n_train_tokens / 1e6:.1f}M training tokens\n"
         f"horizon: {horizon.num_iterations} steps of {horizon.total_batch_size_tokens} tokens "
-        f"({accumulation} micro-batch(es) a rank), {horizon.target_tokens / 1e6:.2f}M tokens, "
+        f"({micro_batches} micro-batch(es) on {ranks.world_size} rank(s)), {horizon.target_tokens / 1e6:.2f}M tokens, "
         f"{horizon.target_tokens / scaling_params(model):.2f} per scaling parameter")
 
 
