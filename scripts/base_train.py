@@ -16,6 +16,7 @@ from nanochat.training import build, record, schedule
 from nanochat.training.checkpoint import checkpoint_folder, newest_usable
 from nanochat.training.config import TrainingConfig
 from nanochat.training.loop import Cadence, Place, Plan, Schedule, Trainer
+from nanochat.watchdog import Watchdog
 
 
 def parse_args(argv=None):
@@ -37,9 +38,11 @@ def main(argv=None):
     device = choose_device(config.device_type)
     dtype, dtype_reason = build.training_dtype(device)
     keep_freed_memory(device)
-    place = Place(device, device_name(device), start_ranks(device))
+    ranks = start_ranks(device)
+    place = Place(device, device_name(device), ranks, Watchdog(ranks, config.rank_timeout_sec))
     try:
-        return train(config, place, dtype, dtype_reason, started)
+        with place.watchdog:
+            return train(config, place, dtype, dtype_reason, started)
     finally:
         stop_ranks()
 
@@ -55,7 +58,7 @@ def train(config, place, dtype, dtype_reason, started):
     micro_batches = schedule.count_micro_batches(horizon.total_batch_size_tokens, config.device_batch_size,
                                                  config.max_seq_len, ranks.world_size)
     folder = checkpoint_folder(config.tag)
-    resume_step = build.resume_step(config, folder)
+    resume_step = build.resume_step(config, folder, ranks)
     segment = record.segment_facts(config, ranks, device, dtype, dtype_reason)
     resumed, changed = build.resume_meta(config, folder, resume_step, shape, data, horizon, segment)
 

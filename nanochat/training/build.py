@@ -21,7 +21,7 @@ from nanochat.model.fp8 import check_fp8, train_in_fp8
 from nanochat.model.gpt import GPT, SOFTCAP, GPTConfig, flops_per_token, scaling_params
 from nanochat.model.optim import MuonAdamW, parameter_groups
 from nanochat.paths import base_dir
-from nanochat.ranks import print0
+from nanochat.ranks import print0, same_on_all
 from nanochat.training import checkpoint, schedule
 from nanochat.training.loop import Hooks
 from nanochat.training.saving import Saver
@@ -128,8 +128,10 @@ def identity(config, data, horizon):
             "total_batch_size_tokens": horizon.total_batch_size_tokens, "num_iterations": horizon.num_iterations}
 
 
-def resume_step(config, folder):
-    """The step of the checkpoint in `folder` that --resume-from-step asks for, or None when it asks for none."""
+def resume_step(config, folder, ranks):
+    """The step of the checkpoint in `folder` that --resume-from-step asks for, or None when the run is to begin."""
+    if config.resume_from_step == "auto":
+        return same_on_all(ranks, lambda: checkpoint.newest_usable_step(folder))
     return None if config.resume_from_step == "-1" else checkpoint.find_checkpoint(folder, config.resume_from_step)
 
 

@@ -237,12 +237,16 @@ def _is_bad(folder, step):
         return False
 
 
+def newest_usable_step(folder, damaged_step=None):
+    """The step of the newest checkpoint that is whole and good, or None. Every byte of it is read."""
+    return next((step for step in reversed(checkpoint_steps(folder))
+                 if step != damaged_step and not _is_bad(folder, step) and _is_usable(Path(folder), step)), None)
+
+
 def newest_usable(folder, damaged_step=None):
-    """In words, the newest checkpoint that is whole and good; for messages."""
-    for step in reversed(checkpoint_steps(folder)):
-        if step != damaged_step and not _is_bad(folder, step) and _is_usable(Path(folder), step):
-            return f"the newest usable checkpoint is step {step}"
-    return "there is no usable checkpoint here"
+    """The same in words, for messages."""
+    step = newest_usable_step(folder, damaged_step)
+    return "there is no usable checkpoint here" if step is None else f"the newest usable checkpoint is step {step}"
 
 
 def _is_usable(folder, step):

@@ -22,6 +22,7 @@ from nanochat.target import reaches
 from nanochat.training import schedule
 from nanochat.training.saving import Saver
 from nanochat.training.stopping import STOP_SIGNALS, Stopped, StopSignals
+from nanochat.watchdog import BUSY, TRAINING, WAITING, Watchdog
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Place:
-    """Where it runs: the device with its name, and this process among its peers."""
+    """Where it runs: the device with its name, this process among its peers, and the watch they keep."""
 
     device: torch.device
     name: str
     ranks: Ranks
+    watchdog: Watchdog
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Trainer:
     def __init__(self, model, optimizer, loader, plan, hooks, log, place, loop_state=None):
         self.model, self.optimizer, self.loader = model, optimizer, loader
         self.plan, self.hooks, self.log = plan, hooks, log
-        self.device, self.ranks = place.device, place.ranks
+        self.device, self.ranks, self.watchdog = place.device, place.ranks, place.watchdog
         peak = peak_bf16_flops(place.name)
         self.mfu_per_token_sec = plan.flops_per_token / (peak * self.ranks.world_size) if peak else None
         state = loop_state or {}
@@ -169,6 +171,7 @@ class Trainer:
                 "best_step": self.best_step, "best_val_bpb": best_val_bpb, "loader": self.loader.state_dict()}
 
     def _interrupted(self):
+        self.watchdog.at(self.step, BUSY)
         if self.step > 0 and self.plan.cadence.save_every != 0 and self.saved_step != self.step:
             self._save(wait=True)
         return "interrupted"
@@ -187,6 +190,8 @@ class Trainer:
         return self._is_last() or self._must_save or any(map(self._is_due, astuple(self.plan.cadence)))
 
     def _at_boundary(self):
+        if self._is_something_due():
+            self.watchdog.at(self.step, BUSY)
         step, cadence, hooks, due, last = self.step, self.plan.cadence, self.hooks, self._is_due, self._is_last()
         # before the evaluations: should one of them fail, the weights are safe
         if step > 0 and step != self.saved_step and (
@@ -225,12 +230,15 @@ class Trainer:
         multiplier = self.plan.schedule.apply(self.optimizer, self.step)
         total = torch.zeros((), device=self.device)
         ranks, micro_batches = self.ranks, self.plan.micro_batches
+        compiles = self.step == self.first_step
         for _ in range(n_batches_of_rank(micro_batches, ranks.rank, ranks.world_size)):
+            self.watchdog.at(self.step, BUSY if compiles else TRAINING)
             loss = self.model(*next(self.loader))
             (loss / (micro_batches / ranks.world_size)).backward()  # the optimizer takes the mean over ranks
             if micro_batches > ranks.world_size:  # on every rank: what is reduced must be of one dtype
                 self.optimizer.accumulate()
             total += loss.detach()
+        self.watchdog.at(self.step, BUSY if compiles else WAITING)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
