@@ -2,7 +2,6 @@
 torchrun's rendezvous."""
 
 import contextlib
-import json
 import os
 import select
 import signal
@@ -13,6 +12,7 @@ import time
 from collections import namedtuple
 
 from nanochat.errors import UserError
+from nanochat.files import json_bytes, parse_json
 
 BEAT_SEC = 1.0
 SURE_SEC = 8.0  # of silence are enough where a peer's connection is gone already, or torchrun ends this rank
@@ -117,7 +117,7 @@ class Watchdog:
         frame = sys._current_frames().get(threading.main_thread().ident)
         where = frame and f"{os.path.basename(frame.f_code.co_filename)}, line {frame.f_lineno}"
         beat = _Beat(n_beats, self._n_marks, self._step, self._doing, socket.gethostname(), os.getpid(), where)
-        self._store.set(f"beat/{self._ranks.rank}", json.dumps(beat))
+        self._store.set(f"beat/{self._ranks.rank}", json_bytes(beat).decode())
 
     def _look(self, now_sec):
         """In words, what is wrong with whom; None while all is well."""
@@ -125,7 +125,7 @@ class Watchdog:
         keys = {rank: f"beat/{rank}" for rank in watched}
         there = {rank: key for rank, key in keys.items() if rank in self._peers or self._store.check([key])}
         for rank, value in zip(there, self._store.multi_get(list(there.values())) if there else [], strict=True):
-            beat, known = _Beat(*json.loads(value)), self._peers.get(rank)
+            beat, known = _Beat(*parse_json(value)), self._peers.get(rank)
             if known is None or beat.n_beats != known.beat.n_beats:
                 moved_sec = known.moved_sec if known and beat.n_marks == known.beat.n_marks else now_sec
                 self._peers[rank] = _Peer(beat, now_sec, moved_sec)

@@ -24,7 +24,8 @@ FLAGS = [*TINY_FLAGS, "--depth", "1", "--aspect-ratio", "32", "--total-batch-siz
 class Store(dict):
     """A process group's store, within this process."""
 
-    set = dict.__setitem__
+    def set(self, key, value):
+        self[key] = value.encode()
 
     def check(self, keys):
         return all(key in self for key in keys)
