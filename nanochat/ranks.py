@@ -1,18 +1,28 @@
 """This process among its peers: torchrun's ranks. torch is imported where it is needed."""
 
 import os
-from dataclasses import dataclass
+import secrets
+import time
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 from nanochat.errors import UserError, say
+
+# of a collective, gloo's and NCCL's: ranks may wait so long for one that evaluates or compiles; who is gone or hangs in
+# training is found by nanochat.watchdog
+GROUP_TIMEOUT = timedelta(hours=1)
+START_TIMEOUT = timedelta(minutes=10)  # for the last rank to have begun
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers, as torchrun's environment says; one process without torchrun."""
+    """This process among its peers, as torchrun's environment says; one process without torchrun. store: what the ranks
+    of a started group say to each other outside of collectives (torch.distributed.Store)."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    store: object = field(default=None, repr=False, compare=False)
 
     @classmethod
     def from_environment(cls):
@@ -45,9 +55,53 @@ def start_ranks(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ranks.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+        ranks = replace(ranks, store=_store_of_this_start(ranks))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=GROUP_TIMEOUT, store=ranks.store,
+                                rank=ranks.rank, world_size=ranks.world_size,
                                 device_id=device if device.type == "cuda" else None)
     return ranks
+
+
+def _store_of_this_start(ranks):
+    """The rendezvous' store under a name that rank 0 draws. torchrun's outlives a restart: it holds addresses of ranks
+    that are gone, which would be taken for those of their successors.
+
+    Rank 0 answers every greeting, of whatever start, until all have used the name it gives out. Errors: UserError.
+    """
+    from torch.distributed import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=START_TIMEOUT))
+    name = secrets.token_hex(8)
+    if ranks.is_main:
+        missing, deadline_sec = set(range(1, ranks.world_size)), time.monotonic() + START_TIMEOUT.total_seconds()
+        while missing:
+            for rank in sorted(missing):
+                if store.check([f"greeting/{rank}"]):
+                    store.set(f"name/{store.get(f'greeting/{rank}').decode()}", name)
+                if store.check([f"{name}/here/{rank}"]):
+                    missing.remove(rank)
+            if time.monotonic() > deadline_sec:
+                raise UserError(f"ranks {sorted(missing)} of {ranks.world_size} have not begun within "
+                                f"{START_TIMEOUT.total_seconds():.0f} s; see what they, or their machines, say")
+            time.sleep(0.02)
+    else:
+        greeting = name
+        store.set(f"greeting/{ranks.rank}", greeting)
+        name = store.get(f"name/{greeting}").decode()  # waits
+        store.set(f"{name}/here/{ranks.rank}", "")
+    store.set_timeout(GROUP_TIMEOUT)
+    return PrefixStore(name, store)
+
+
+def same_on_all(ranks, function):
+    """function() of rank 0, its result on every rank. Every rank calls it."""
+    import torch.distributed as dist
+
+    results = [function() if ranks.is_main else None]
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(results, src=0)
+    return results[0]
 
 
 def on_main(ranks, function, group=None):

@@ -137,10 +137,11 @@ def evaluate_splits(args, model, dataset, tokenizer, device, ranks):
     losses = {}
     for split in ("val", "train"):
         shards = token_shards(dataset, tokenizer, split)
-        n_batches = n_eval_batches(shards, split_tokens, args.device_batch_size * ranks.world_size, length)
+        n_batches = n_eval_batches(shards, split_tokens, args.device_batch_size, length)
+        bar = partial(tqdm, desc=f"evaluating {split}", total=-(-n_batches // ranks.world_size),
+                      disable=not ranks.is_main)
         losses[split] = evaluate_split(
-            model, shards, n_batches, args.device_batch_size, length, token_bytes, tokenizer.bos_id, ranks,
-            partial(tqdm, desc=f"evaluating {split}", total=n_batches, disable=not ranks.is_main))
+            model, shards, n_batches, args.device_batch_size, length, token_bytes, tokenizer.bos_id, ranks, bar)
     return losses
 
 

@@ -17,6 +17,7 @@ from nanochat.training.checkpoint import checkpoint_folder, newest_usable
 from nanochat.training.config import TrainingConfig
 from nanochat.training.loop import Trainer
 from nanochat.training.plan import Cadence, Place, Plan, Schedule
+from nanochat.watchdog import Watchdog
 
 
 def parse_args(argv=None):
@@ -38,9 +39,11 @@ def main(argv=None):
     device = choose_device(config.device_type)
     dtype, dtype_reason = build.training_dtype(device)
     keep_freed_memory(device)
-    place = Place(device, device_name(device), start_ranks(device))
+    ranks = start_ranks(device)
+    place = Place(device, device_name(device), ranks, Watchdog(ranks, config.rank_timeout_sec))
     try:
-        return train(config, place, dtype, dtype_reason, started)
+        with place.watchdog:
+            return train(config, place, dtype, dtype_reason, started)
     finally:
         stop_ranks()
 
@@ -53,10 +56,10 @@ def train(config, place, dtype, dtype_reason, started):
     data = build.open_data(config)
     shape = build.model_config(config, data.tokenizer.vocab_size)
     horizon = build.plan(config, shape)
-    accumulation = schedule.accumulation_steps(horizon.total_batch_size_tokens, config.device_batch_size,
-                                               config.max_seq_len, ranks.world_size)
+    micro_batches = schedule.count_micro_batches(horizon.total_batch_size_tokens, config.device_batch_size,
+                                                 config.max_seq_len, ranks.world_size)
     folder = checkpoint_folder(config.tag)
-    resume_step = build.resume_step(config, folder)
+    resume_step = build.resume_step(config, folder, ranks)
     segment = record.segment_facts(config, ranks, device, dtype, dtype_reason)
     resumed, changed = build.resume_meta(config, folder, resume_step, shape, data, horizon, segment)
 
@@ -66,17 +69,17 @@ def train(config, place, dtype, dtype_reason, started):
         build.restore(model, optimizer, folder, resume_step, resumed, device, ranks)
     run_id = config.run_id or (resumed or {}).get("run_id") or record.new_run_id(config.tag, config.seed, ranks)
     facts = record.run_config(config, data, shape, horizon, segment)
-    print0(record.describe(shape, horizon, accumulation, data))
+    print0(record.describe(shape, horizon, micro_batches, ranks, data))
 
     compiled = build.compile_model(config, model, optimizer)
-    loader = data.train_loader(config, ranks, device, resumed)
+    loader = data.train_loader(config, micro_batches, ranks, device, resumed)
     meta = {"model_config": shape.to_dict(), "user_config": segment["flags"], "run_id": run_id,
             "segment": {name: segment[name] for name in segment if name != "flags"},
             **build.identity(config, data, horizon)}
     hooks = build.build_hooks(config, model, compiled, optimizer, data, folder, meta, ranks, device)
     plan = Plan(Schedule(horizon.num_iterations, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac),
                 Cadence(config.eval_every, config.core_metric_every, config.sample_every, config.save_every),
-                accumulation, horizon.total_batch_size_tokens, flops_per_token(shape),
+                micro_batches, horizon.total_batch_size_tokens, flops_per_token(shape),
                 config.target if config.stop_at_target else None, 60 * config.save_minutes or math.inf,
                 started + 60 * config.time_limit_minutes if config.time_limit_minutes else None,
                 config.max_rollbacks if config.on_nan == "rollback" else 0)

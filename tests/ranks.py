@@ -1,5 +1,6 @@
-"""Run a function on several ranks over gloo, each a process of its own."""
+"""Run a function, or the training program, on several ranks over gloo, each a process of its own."""
 
+import multiprocessing
 import os
 import pickle
 import socket
@@ -10,26 +11,45 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# ranks are forked from a process that has imported torch already, which takes seconds, and started no thread
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
 
-def run_on_ranks(world_size, function, *args):
+
+def run_on_ranks(world_size, function, *args, group=True):
     """Call function(rank, world_size, *args) on every rank; returns the list of results by rank.
 
-    `function` must be importable (defined at a test module's top level) and its result picklable.
+    `function` must be importable (defined at a test module's top level) and its result picklable. group: in a process
+    group; else as torchrun starts a process.
     """
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world_size, port, function, args, folder), nprocs=world_size)
+        mp.start_processes(_rank, (world_size, port, dict(os.environ), group, function, args, folder),
+                           nprocs=world_size, start_method="forkserver")
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world_size)]
 
 
-def _rank(rank, world_size, port, function, args, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+def train_on_ranks(world_size, arguments):
+    """scripts.base_train with these arguments on several ranks; the exit code, which they share."""
+    [code] = set(run_on_ranks(world_size, _train, arguments, group=False))
+    return code
+
+
+def _train(rank, world_size, arguments):
+    from scripts.base_train import main
+    return main(arguments)
+
+
+def _rank(rank, world_size, port, environment, group, function, args, folder):
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if group:
+        dist.init_process_group("gloo")
     try:
         (Path(folder) / str(rank)).write_bytes(pickle.dumps(function(rank, world_size, *args)))
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

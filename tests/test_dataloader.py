@@ -84,6 +84,22 @@ def test_ranks_deal_out_the_micro_batches_of_one(shards, world_size, crop):
     assert state == whole.state_dict()
 
 
+@pytest.mark.parametrize(("world_size", "step_batches"), [(2, 3), (3, 4), (3, 5), (4, 7)])
+def test_ranks_that_do_not_divide_a_step_still_share_out_its_rows(shards, monkeypatch, world_size, step_batches):
+    """Batch k of a step is rank k mod W's; after it all ranks have the state of one rank."""
+    monkeypatch.setattr(dataloader, "GROUP_TOKENS", 3 * 2 * 30)
+    with TokenLoader(shards, 2, 30) as whole:
+        expected = [rows(whole, step_batches) for _ in range(4)]
+        state = whole.state_dict()
+    for rank in range(world_size):
+        with TokenLoader(shards, 2, 30, rank=rank, world_size=world_size, step_batches=step_batches) as loader:
+            n_own = dataloader.n_batches_of_rank(step_batches, rank, world_size)
+            mine = [rows(loader, n_own) for _ in range(4)]
+            assert loader.state_dict() == state
+        assert mine == [[row for k in range(rank, step_batches, world_size) for row in step[2 * k:][:2]]
+                        for step in expected]
+
+
 @pytest.mark.parametrize("crop", CROPS)
 @pytest.mark.parametrize("buffer_documents", [7, 1000])
 @pytest.mark.parametrize("delivered", [0, 1, 2, 7, 40, 80])

@@ -11,7 +11,7 @@ from nanochat.errors import UserError
 from nanochat.training.schedule import (
     Horizon,
     ModelShape,
-    accumulation_steps,
+    count_micro_batches,
     lr_multiplier,
     model_shape,
     muon_momentum,
@@ -171,22 +171,29 @@ def test_horizon_of_less_than_a_batch_is_a_user_error(flags):
         plan(**flags)
 
 
-# --- accumulation ----------------------------------------------------------------------------------------------------
+# --- micro-batches ---------------------------------------------------------------------------------------------------
 
-@given(st.integers(1, 64), st.integers(1, 4096), st.integers(1, 16), st.integers(1, 64))
-def test_micro_batches_of_all_ranks_make_the_batch(rows, length, world_size, steps):
-    total = steps * rows * length * world_size
-    assert accumulation_steps(total, rows, length, world_size) == steps
-    if rows * length * world_size > 1:
-        with pytest.raises(UserError, match="is not a multiple"):
-            accumulation_steps(total + 1, rows, length, world_size)
+@given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 64), st.integers(1, 16))
+def test_a_batch_is_whole_micro_batches_or_the_sizes_named_can_split_it(total_rows, rows, length, world_size):
+    try:
+        count = count_micro_batches(total_rows * length, rows, length, world_size)
+        assert count * rows == total_rows and count >= world_size
+    except UserError as error:
+        assert total_rows % rows or total_rows < rows * world_size
+        words = str(error).split("; give ")[1].removesuffix(", or start fewer ranks")
+        for size in map(int, words.split(" or ")):
+            count_micro_batches(*((size, 1) if "whole row" in str(error) else (total_rows * length, size)),
+                                length, world_size)
 
 
-@pytest.mark.parametrize("arguments", [(100, 8, 16, 1), (64, 8, 16, 1), (0, 8, 16, 1), (-128, 8, 16, 1),
-                                       (128, 0, 16, 1), (128, -8, 16, 1), (128, 8, 16, 2)])
-def test_batches_that_do_not_divide_are_user_errors(arguments):
-    with pytest.raises(UserError, match="--total-batch-size"):
-        accumulation_steps(*arguments)
+@pytest.mark.parametrize(("arguments", "words"), [
+    ((100, 8, 16, 1), "give 96 or 112"), ((0, 8, 16, 1), "give 16"), ((32, 8, 16, 3), "give 48, or start fewer ranks"),
+    ((64, 8, 16, 1), "8 does not split --total-batch-size 64, 4 rows, over 1 rank(s); give 1 or 2 or 4"),
+    ((512, 16, 16, 3), "give 1 or 2 or 4 or 8"), ((10**15, 7, 2**11, 1), "--device-batch-size 7")])
+def test_batches_that_cannot_be_split_are_user_errors_that_name_those_that_can(arguments, words):
+    with pytest.raises(UserError) as refused:
+        count_micro_batches(*arguments)
+    assert words in str(refused.value)
 
 
 # --- over the steps --------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from nanochat.training.loop import Hooks, Trainer
 from nanochat.training.plan import Cadence, Place, Plan, Schedule
 from nanochat.training.record import close_failed_record, close_record, summarize
 from nanochat.training.stopping import STOP_SIGNALS
+from nanochat.watchdog import Watchdog
 
 EVALUATION_SEC, SAVING_SEC = 1000.0, 500.0  # must never show on the training clock
 STEP_TOKENS = 64
@@ -128,9 +129,9 @@ class World:
     def trainer(self, num_iterations, cadence=None, loop_state=None, ranks=None, device_name="", flops_per_token=0,
                 stop_at=None, in_flight=0, **limits):
         self.n_updates = (loop_state or {}).get("step", 0)
-        plan = Plan(Schedule(num_iterations), cadence or Cadence(-1, -1, -1, 0), self.accumulation, STEP_TOKENS,
-                    flops_per_token, stop_at, **limits)
-        place = Place(torch.device("cpu"), device_name, ranks or Ranks())
+        place = Place(torch.device("cpu"), device_name, ranks or Ranks(), Watchdog(Ranks(), 0))
+        plan = Plan(Schedule(num_iterations), cadence or Cadence(-1, -1, -1, 0),
+                    self.accumulation * place.ranks.world_size, STEP_TOKENS, flops_per_token, stop_at, **limits)
         hooks = Hooks(self.evaluate, self, self.roll_back, self.core, self.sample)
         trainer = Trainer(self, self, self, plan, hooks, self, place, loop_state)
         trainer._max_in_flight = in_flight

@@ -1,12 +1,12 @@
 """Rows of tokens in batches: a state exact to the row, batches prepared ahead in a thread.
 
-A RowPlanner decides what each row holds; rank r of W fills its micro-batches k*W + r from that one sequence, so that
-two ranks see what one rank with twice the accumulation sees. A state continues the sequence on any number of ranks;
-a run does not: its checkpoint holds the optimizer's state in one part for each rank.
+A RowPlanner decides what each row holds; of the micro-batches of an optimizer step, made from that one sequence, rank
+r of W gets r, r + W, ...: a step has the same rows on any number of ranks, and so a state goes on with any.
 """
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -25,16 +25,23 @@ class TokenLoader:
     targets are inputs one position later. int64 for both: cross-entropy demands it of targets, and a batch is
     half a megabyte. On CUDA the copy leaves from pinned memory and does not block.
     shuffle=False takes the documents as they lie: a new loader of the validation split serves the same rows each time.
-    crop: as RowPlanner has it; validation leaves it at "drop".
+    crop: as RowPlanner has it; validation leaves it at "drop". step_batches: micro-batches of all ranks in a step, at
+    least one a rank; left out, one each.
     Errors: UserError for shards without documents, a state of other documents, a token outside the vocabulary.
     """
 
-    def __init__(self, shards, batch_rows, sequence_len, seed=0, *, rank=0, world_size=1, device="cpu",
-                 shuffle=True, crop="drop", state=None):
-        assert batch_rows >= 1 and sequence_len >= 1 and 0 <= rank < world_size
+    def __init__(self, shards, batch_rows, sequence_len, seed=0, *, rank=0, world_size=1, step_batches=None,
+                 device="cpu", shuffle=True, crop="drop", state=None):
+        step_batches = step_batches or world_size
+        assert batch_rows >= 1 and sequence_len >= 1 and 0 <= rank < world_size <= step_batches
         self._planner = RowPlanner(shards, sequence_len + 1, seed, shuffle, crop, state)
         self._shards, self._batch_rows, self._sequence_len = shards, batch_rows, sequence_len
-        self._rank, self._world_size = rank, world_size
+        self._own = slice(rank * batch_rows, (rank + 1) * batch_rows)
+        # how many rows to plan for each batch of this rank, the first of which are for the ranks below; with its last
+        # batch of a step what is left of the step: the state is that of all ranks
+        n_own = n_batches_of_rank(step_batches, rank, world_size)
+        counts = [world_size] * (n_own - 1) + [step_batches - world_size * (n_own - 1)]
+        self._n_planned = cycle([n * batch_rows for n in counts])
         self._device = torch.device(device)
         self._pinned = self._device.type == "cuda"
         self._delivered = self._planner.snapshot(), *self._planner.counts()
@@ -66,7 +73,7 @@ class TokenLoader:
         return self._delivered[1] / max(1, self.distinct_tokens)
 
     def state_dict(self):
-        """JSON-able state after the batch delivered last, equal on all ranks; `state=` takes it."""
+        """JSON-able state after the batch delivered last, equal on all ranks when a step is over; `state=` takes it."""
         return self._planner.state_dict(*self._delivered)
 
     def close(self):
@@ -95,13 +102,18 @@ class TokenLoader:
         return [self._prepare() for _ in range(self._group_batches)]
 
     def _prepare(self):
-        """Plan one micro-batch of every rank, fill this rank's."""
-        plan = [self._planner.next_row() for _ in range(self._world_size * self._batch_rows)]
-        rows = fill_rows(self._shards, plan[self._rank * self._batch_rows:][:self._batch_rows], self._sequence_len + 1)
+        """Plan a micro-batch of every rank, fill this rank's."""
+        plan = [self._planner.next_row() for _ in range(next(self._n_planned))]
+        rows = fill_rows(self._shards, plan[self._own], self._sequence_len + 1)
         batch = torch.empty(2, self._batch_rows, self._sequence_len, dtype=torch.int64, pin_memory=self._pinned)
         batch.numpy()[0] = rows[:, :-1]
         batch.numpy()[1] = rows[:, 1:]
         return batch, (self._planner.snapshot(), *self._planner.counts())
+
+
+def n_batches_of_rank(n_batches, rank, world_size):
+    """How many of `n_batches` micro-batches are rank's, when they are dealt out in turn."""
+    return len(range(rank, n_batches, world_size))
 
 
 def fill_rows(shards, plan, row_tokens):

@@ -26,25 +26,28 @@ class LossEvaluation:
 
 @torch.no_grad()
 def evaluate_loss(model, batches, n_batches, token_bytes, bos_id, ranks=None):
-    """Evaluate `model(inputs, targets, "none")` on n_batches of `batches`, summed over ranks.
+    """Evaluate `model(inputs, targets, "none")` on n_batches of `batches`, which may be 0, summed over ranks.
 
     batches yields inputs and targets (B, T) int64; token_bytes (vocab,) int32 on their device, 0 for
     special tokens, which count neither as bytes nor as nats. Returns a LossEvaluation.
     """
     ranks = ranks or Ranks()
     device = token_bytes.device
+    sums_device = "cpu" if device.type == "mps" else device
     totals = None
-    for _ in range(n_batches):
+    for done in range(max(n_batches, 1)):
         inputs, targets = next(batches)
+        if totals is None:
+            totals = torch.zeros(3, inputs.size(1) + 1, dtype=torch.float64, device=sums_device)
+        if done == n_batches:  # this rank has none
+            break
         nats = model(inputs, targets, "none").flatten()
         n_bytes = torch.where(targets >= 0, token_bytes[targets.clamp_min(0)], 0).flatten()
         counted = n_bytes > 0
         discarded = inputs.size(1)  # one bin past the positions
         position = torch.where(counted, tokens_since_bos(inputs, bos_id).flatten(), discarded)
         weights = torch.stack((nats.double() * counted, counted.double(), n_bytes.double()))
-        sums = torch.zeros(3, inputs.size(1) + 1, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-        sums.index_add_(1, position.to(sums.device), weights.to(sums.device))
-        totals = sums if totals is None else totals + sums
+        totals.index_add_(1, position.to(sums_device), weights.to(sums_device))
     if ranks.world_size > 1:
         dist.all_reduce(totals)
     nats, counts, n_bytes = totals[:, :-1].tolist()

@@ -1,6 +1,6 @@
 """A model on one split of a dataset: bits per byte over its rows, and continuations of its documents."""
 
-from nanochat.data.dataloader import RowPlanner, TokenLoader
+from nanochat.data.dataloader import RowPlanner, TokenLoader, n_batches_of_rank
 from nanochat.evaluation.loss import evaluate_loss
 from nanochat.model.engine import generate
 
@@ -8,7 +8,7 @@ SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS, N_SAMPLES = 16, 96, 2
 
 
 def n_eval_batches(shards, eval_tokens, batch_rows, sequence_len):
-    """Batches (over all ranks) of one evaluation: `eval_tokens`, but at most one pass over the split; at least 1."""
+    """Batches (of all ranks) of one evaluation: `eval_tokens`, but at most one pass over the split; at least 1."""
     planner = RowPlanner(shards, sequence_len + 1, seed=0, shuffle=False)
     wanted = max(1, eval_tokens // (batch_rows * sequence_len))
     for done in range(wanted):
@@ -21,17 +21,18 @@ def n_eval_batches(shards, eval_tokens, batch_rows, sequence_len):
 
 
 def evaluate_split(model, shards, n_batches, batch_rows, sequence_len, token_bytes, bos_id, ranks, progress=iter):
-    """LossEvaluation of the split's first `n_batches` batches of `batch_rows` rows a rank, in the documents' order.
+    """LossEvaluation of the split's first `n_batches` batches of `batch_rows` rows, in the documents' order.
 
-    Packed by upstream's rule whatever the training's, so that val_bpb stays comparable. token_bytes: as evaluate_loss
-    has them, on the model's device. progress(batches) -> batches: a bar around them.
+    The ranks share them out. Packed by upstream's rule whatever the training's: val_bpb stays comparable. token_bytes:
+    as evaluate_loss has them, on the model's device. progress(batches) -> batches: a bar around this rank's.
     """
     was_training = model.training
     model.eval()
     try:
         with TokenLoader(shards, batch_rows, sequence_len, rank=ranks.rank, world_size=ranks.world_size,
                          device=token_bytes.device, shuffle=False) as batches:
-            return evaluate_loss(model, iter(progress(batches)), n_batches, token_bytes, bos_id, ranks)
+            n_own = n_batches_of_rank(n_batches, ranks.rank, ranks.world_size)
+            return evaluate_loss(model, iter(progress(batches)), n_own, token_bytes, bos_id, ranks)
     finally:
         model.train(was_training)
 

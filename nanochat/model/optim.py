@@ -57,8 +57,8 @@ class MuonAdamW(torch.optim.Optimizer):
     GPT.keep_casts', {weight: copy}: a copied weight's gradient is its copy's, and `step` writes both.
 
     Gradients are averaged over ranks by `step`; backward must not reduce them. Each rank keeps the
-    state of its share of the parameters alone, so a state dict belongs to one rank of one world size.
-    Muon's weights become views of one tensor a shape: a model goes to its device before.
+    state of its share of the parameters alone: a state dict is one rank's, `load_shards` takes those of any number of
+    ranks. Muon's weights become views of one tensor a shape: a model goes to its device before.
     """
 
     def __init__(self, groups, ranks=None, matmul_dtype=torch.float32, compiled=False, casts=None):
@@ -118,6 +118,42 @@ class MuonAdamW(torch.optim.Optimizer):
             cast.grad = None
 
     @torch.no_grad()
+    def load_shards(self, shards, n_shards):
+        """Take over the state dicts of `n_shards` ranks, by rank: `shards` is gone through once, so that no more than
+        one need be in memory. A table that one number of ranks divides and the other does not was or will be whole."""
+        state = {}
+        for rank, shard in enumerate(shards):
+            saved_groups = shard["param_groups"]
+            for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+                for p, index in zip(group["params"], saved_group["params"], strict=True):
+                    for name, value in shard["state"].get(index, {}).items():
+                        self._take_rows(state.setdefault(index, {}), name, value, (p, group), (rank, n_shards))
+        self.load_state_dict({"state": state, "param_groups": saved_groups})
+
+    def _take_rows(self, state, name, saved, parameter, saved_by):
+        """Copy what of a saved value this rank keeps into its `state` of the parameter."""
+        if not torch.is_tensor(saved):  # AdamW's count of steps
+            state[name] = saved
+            return
+        first, end = self._own_range(*parameter, self.ranks.rank, self.ranks.world_size)
+        saved_first, saved_end = self._own_range(*parameter, *saved_by)
+        if name not in state:
+            state[name] = saved.new_zeros((end - first, *saved.shape[1:]))
+        low, high = max(first, saved_first), min(end, saved_end)
+        if low < high:
+            state[name][low - first : high - first] = saved[low - saved_first : high - saved_first]
+
+    def _own_range(self, p, group, rank, world_size):
+        """(first, end) of the rows of p that a rank keeps the state of; of Muon's, matrices of p's stack."""
+        if group["kind"] == "muon":
+            share = -(-len(group["params"]) // world_size)
+        elif self._is_sharded(p, world_size):
+            share = len(p) // world_size
+        else:
+            return 0, len(p)
+        return rank * share, (rank + 1) * share
+
+    @torch.no_grad()
     def write_casts(self):
         """Make the copies anew: for whoever changes weights otherwise than by `step`, as a resume does."""
         for weight, cast in self.casts.items():
@@ -135,9 +171,10 @@ class MuonAdamW(torch.optim.Optimizer):
     def _grad(self, p):
         return self.casts[p].grad if p.grad is None else p.grad
 
-    def _is_sharded(self, p):
+    def _is_sharded(self, p, world_size=None):
         """Of AdamW's."""
-        return self.ranks.world_size > 1 and p.numel() >= SMALL_NUMEL and p.size(0) % self.ranks.world_size == 0
+        world_size = world_size or self.ranks.world_size
+        return world_size > 1 and p.numel() >= SMALL_NUMEL and p.size(0) % world_size == 0
 
     def _gather(self, weights, casts):
         """Start to give all ranks the rows that each has updated: of the copy, where there is one."""

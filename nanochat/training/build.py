@@ -21,7 +21,7 @@ from nanochat.model.fp8 import check_fp8, train_in_fp8
 from nanochat.model.gpt import GPT, SOFTCAP, GPTConfig, flops_per_token, scaling_params
 from nanochat.model.optim import MuonAdamW, parameter_groups
 from nanochat.paths import base_dir
-from nanochat.ranks import print0
+from nanochat.ranks import print0, same_on_all
 from nanochat.training import checkpoint, schedule
 from nanochat.training.loop import Hooks
 from nanochat.training.saving import Saver
@@ -40,11 +40,12 @@ class Data:
     def n_train_tokens(self):
         return sum(shard.n_tokens for shard in self.train)
 
-    def train_loader(self, config, ranks, device, resumed=None):
-        """The training stream, continued from a checkpoint's meta when there is one."""
+    def train_loader(self, config, micro_batches, ranks, device, resumed=None):
+        """The training stream in steps of `micro_batches`, continued from a checkpoint's meta when there is one."""
         state = resumed["loop_state"]["loader"] if resumed else None
         return TokenLoader(self.train, config.device_batch_size, config.max_seq_len, config.seed, rank=ranks.rank,
-                           world_size=ranks.world_size, device=device, crop=config.crop, state=state)
+                           world_size=ranks.world_size, step_batches=micro_batches, device=device, crop=config.crop,
+                           state=state)
 
 
 def training_dtype(device):
@@ -127,8 +128,10 @@ def identity(config, data, horizon):
             "total_batch_size_tokens": horizon.total_batch_size_tokens, "num_iterations": horizon.num_iterations}
 
 
-def resume_step(config, folder):
-    """The step of the checkpoint in `folder` that --resume-from-step asks for, or None when it asks for none."""
+def resume_step(config, folder, ranks):
+    """The step of the checkpoint in `folder` that --resume-from-step asks for, or None when the run is to begin."""
+    if config.resume_from_step == "auto":
+        return same_on_all(ranks, lambda: checkpoint.newest_usable_step(folder))
     return None if config.resume_from_step == "-1" else checkpoint.find_checkpoint(folder, config.resume_from_step)
 
 
@@ -168,10 +171,16 @@ def resume_meta(config, folder, step, model, data, horizon, segment):
 
 
 def restore(model, optimizer, folder, step, meta, device, ranks):
-    """Load a checkpoint's weights and this rank's optimizer state."""
+    """Load a checkpoint's weights and this rank's share of the optimizer state, saved by any number of ranks."""
     checkpoint.load_state(model, checkpoint.load_model_state(folder, step, meta, device), folder, step)
     optimizer.write_casts()
-    optimizer.load_state_dict(checkpoint.load_optimizer_state(folder, step, meta, device, ranks))
+    n_shards = checkpoint.n_optimizer_shards(meta)
+    if n_shards == ranks.world_size:
+        optimizer.load_state_dict(checkpoint.load_optimizer_state(folder, step, meta, device, ranks.rank))
+    else:
+        print0(f"the optimizer's state, saved by {n_shards} rank(s), is shared out anew over {ranks.world_size}")
+        optimizer.load_shards((checkpoint.load_optimizer_state(folder, step, meta, "cpu", rank)
+                               for rank in range(n_shards)), n_shards)
 
 
 # --- what happens between the steps ----------------------------------------------------------------------------------
@@ -195,7 +204,7 @@ def build_hooks(config, model, compiled, optimizer, data, folder, meta, ranks, d
 def _evaluator(config, model, data, ranks, device):
     """Validation as a function of (is it the last one?): the fields of a `val` event."""
     rows, length = config.device_batch_size, config.max_seq_len
-    n_batches = n_eval_batches(data.val, config.eval_tokens, rows * ranks.world_size, length)
+    n_batches = n_eval_batches(data.val, config.eval_tokens, rows, length)
     token_bytes = torch.from_numpy(data.tokenizer.token_bytes()).to(device)
 
     def evaluate(last):

@@ -158,14 +158,14 @@ def load_state(model, state, folder, step):
         raise UserError(f"the checkpoint of step {step} in {folder} is of another model: {reason}") from None
 
 
-def load_optimizer_state(folder, step, meta, device, ranks=None):
-    """This rank's optimizer state. UserError when the checkpoint was made by another number of ranks."""
-    ranks = ranks or Ranks()
-    n_shards = sum(name.startswith("optim_") for name in meta.get("files_sha256", {}))
-    if n_shards != ranks.world_size:
-        raise UserError(f"the checkpoint of step {step} in {folder} has optimizer state for {n_shards} ranks, this run "
-                        f"has {ranks.world_size}; resume with {n_shards}")
-    return _load(Path(folder), step, f"optim_{step:06d}_rank{ranks.rank}.pt", meta, device)
+def n_optimizer_shards(meta):
+    """By how many ranks a checkpoint of ours was saved."""
+    return sum(name.startswith("optim_") for name in meta.get("files_sha256", {}))
+
+
+def load_optimizer_state(folder, step, meta, device, rank=0):
+    """The optimizer state that rank `rank` saved, its share of the whole; verified like the model's."""
+    return _load(Path(folder), step, f"optim_{step:06d}_rank{rank}.pt", meta, device)
 
 
 def set_aside(folder):
@@ -244,12 +244,16 @@ def _is_bad(folder, step):
         return False
 
 
+def newest_usable_step(folder, damaged_step=None):
+    """The step of the newest checkpoint that is whole and good, or None. Every byte of it is read."""
+    return next((step for step in reversed(checkpoint_steps(folder))
+                 if step != damaged_step and not _is_bad(folder, step) and _is_usable(Path(folder), step)), None)
+
+
 def newest_usable(folder, damaged_step=None):
-    """In words, the newest checkpoint that is whole and good; for messages."""
-    for step in reversed(checkpoint_steps(folder)):
-        if step != damaged_step and not _is_bad(folder, step) and _is_usable(Path(folder), step):
-            return f"the newest usable checkpoint is step {step}"
-    return "there is no usable checkpoint here"
+    """The same in words, for messages."""
+    step = newest_usable_step(folder, damaged_step)
+    return "there is no usable checkpoint here" if step is None else f"the newest usable checkpoint is step {step}"
 
 
 def _is_usable(folder, step):

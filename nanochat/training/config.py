@@ -40,6 +40,9 @@ class TrainingConfig:
         "checkpoints there are set aside, in <tag>.before-<time> beside it", "TAG")
 
     device_type: str = _machine("", "cuda, mps or cpu; empty: the best there is", "KIND")
+    rank_timeout_sec: float = _machine(
+        30.0, "several ranks: one that is silent, or stays within its share of a training step, so long ends the job; "
+        "0 never", "SECONDS", at_least=0)
     no_compile: bool = _machine(False, "run the model uncompiled (slower; starts at once)", on_resume=True)
     attention: str = _machine("auto", "auto, varlen, flex, sdpa or blockwise: what computes attention", "BACKEND",
                               choices=("auto", "varlen", "flex", "sdpa", "blockwise"), on_resume=True)
@@ -79,7 +82,8 @@ class TrainingConfig:
     warmdown_ratio: float = _optimization(
         0.65, "share of the steps with falling learning rates", "SHARE", at_least=0, at_most=1, on_resume=True)
     final_lr_frac: float = _optimization(0.05, "last learning rate over the peak", "SHARE", at_least=0, on_resume=True)
-    resume_from_step: str = _optimization("-1", "a step, or latest: go on from that checkpoint", "STEP")
+    resume_from_step: str = _optimization("-1", "a step, or latest: go on from that checkpoint; auto: "
+                                           "from the newest whole one, or begin where there is none", "STEP")
     allow_changed: bool = _optimization(False, "resume although flags, dtype, device or versions that decide the "
                                         "numbers are not those of the checkpoint; the record says which")
 

@@ -14,11 +14,13 @@ from dataclasses import astuple, dataclass
 import torch
 import torch.distributed as dist
 
+from nanochat.data.dataloader import n_batches_of_rank
 from nanochat.machine import peak_bf16_flops
 from nanochat.runlog import UNTIMED_STEPS
 from nanochat.target import reaches
 from nanochat.training.saving import Saver
 from nanochat.training.stopping import STOP_SIGNALS, Stopped, StopSignals
+from nanochat.watchdog import BUSY, TRAINING, WAITING
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Trainer:
     def __init__(self, model, optimizer, loader, plan, hooks, log, place, loop_state=None):
         self.model, self.optimizer, self.loader = model, optimizer, loader
         self.plan, self.hooks, self.log = plan, hooks, log
-        self.device, self.ranks = place.device, place.ranks
+        self.device, self.ranks, self.watchdog = place.device, place.ranks, place.watchdog
         peak = peak_bf16_flops(place.name)
         self.mfu_per_token_sec = plan.flops_per_token / (peak * self.ranks.world_size) if peak else None
         state = loop_state or {}
@@ -142,6 +144,7 @@ class Trainer:
                 "loader": self.loader.state_dict()}
 
     def _interrupted(self):
+        self.watchdog.at(self.step, BUSY)
         if self.step > 0 and self.plan.cadence.save_every != 0 and self.saved_step != self.step:
             self._save(wait=True)
         return "interrupted"
@@ -160,6 +163,8 @@ class Trainer:
         return self._is_last() or self._must_save or any(map(self._is_due, astuple(self.plan.cadence)))
 
     def _at_boundary(self):
+        if self._is_something_due():
+            self.watchdog.at(self.step, BUSY)
         step, cadence, hooks, due, last = self.step, self.plan.cadence, self.hooks, self._is_due, self._is_last()
         # before the evaluations: should one of them fail, the weights are safe
         if step > 0 and step != self.saved_step and (
@@ -196,12 +201,16 @@ class Trainer:
             self._mark_sec = time.perf_counter()
         multiplier = self.plan.schedule.apply(self.optimizer, self.step)
         total = torch.zeros((), device=self.device)
-        for _ in range(self.plan.accumulation):
+        ranks, micro_batches = self.ranks, self.plan.micro_batches
+        compiles = self.step == self.first_step
+        for _ in range(n_batches_of_rank(micro_batches, ranks.rank, ranks.world_size)):
+            self.watchdog.at(self.step, BUSY if compiles else TRAINING)
             loss = self.model(*next(self.loader))
-            (loss / self.plan.accumulation).backward()
-            if self.plan.accumulation > 1:
+            (loss / (micro_batches / ranks.world_size)).backward()  # the optimizer takes the mean over ranks
+            if micro_batches > ranks.world_size:  # on every rank: what is reduced must be of one dtype
                 self.optimizer.accumulate()
             total += loss.detach()
+        self.watchdog.at(self.step, BUSY if compiles else WAITING)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -212,7 +221,7 @@ class Trainer:
         flags = [number == self.signals.number for number in STOP_SIGNALS]
         flags += [time.monotonic() - self._saved_at_sec >= self.plan.save_every_sec, self.hooks.saver.has_failed]
         outcome = torch.zeros(1 + len(flags), device=self.device)
-        outcome[0] = total / (self.plan.accumulation * self.ranks.world_size)
+        outcome[0] = total / self.plan.micro_batches
         for place in (place for place, flag in enumerate(flags, 1) if flag):
             outcome[place] = 1
         if self.ranks.world_size > 1:

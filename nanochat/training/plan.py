@@ -7,6 +7,7 @@ import torch
 
 from nanochat.ranks import Ranks
 from nanochat.training import schedule
+from nanochat.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does in each step and when: `step_tokens` tokens in `accumulation` micro-batches a rank."""
+    """What a run does in each step and when: `step_tokens` tokens in `micro_batches`, which the ranks share out."""
 
     schedule: Schedule
     cadence: Cadence
-    accumulation: int
+    micro_batches: int
     step_tokens: int
     flops_per_token: float = 0.0
     stop_at: tuple[str, float] | None = None  # (metric name, threshold): the run ends where an evaluation reaches it
@@ -54,8 +55,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Place:
-    """Where it runs: the device with its name, and this process among its peers."""
+    """Where it runs: the device with its name, this process among its peers, and the watch they keep."""
 
     device: torch.device
     name: str
     ranks: Ranks
+    watchdog: Watchdog

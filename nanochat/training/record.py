@@ -7,8 +7,6 @@ import sys
 import time
 from collections import namedtuple
 
-import torch.distributed as dist
-
 from nanochat.errors import UserError
 from nanochat.files import Owned
 from nanochat.kernels.runtime import INTERPRETED
@@ -16,7 +14,8 @@ from nanochat.machine import device_name, peak_memory_mib
 from nanochat.model.gpt import flops_per_token, parameter_counts, scaling_params
 from nanochat.paths import base_dir, runs_dir
 from nanochat.provenance import git_commit, utc_now, versions
-from nanochat.runlog import UNTIMED_STEPS, RunLog, check_new_run, check_run_id, numbers_of, read_run
+from nanochat.ranks import same_on_all
+from nanochat.runlog import CONFIG, UNTIMED_STEPS, RunLog, check_new_run, check_run_id, numbers_of, read_run
 from nanochat.target import METRICS, evaluations_of, time_to_target
 from nanochat.training import checkpoint
 from nanochat.training.build import identity
@@ -37,10 +36,7 @@ class NoLog:
 
 def new_run_id(tag, seed, ranks):
     """An id of tag, UTC time and seed, the same on every rank."""
-    ids = [f"{tag[:80]}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-s{seed}"]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(ids, src=0)
-    return ids[0]
+    return same_on_all(ranks, lambda: f"{tag[:80]}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-s{seed}")
 
 
 def segment_facts(config, ranks, device, dtype, dtype_reason):
@@ -70,6 +66,8 @@ def open_record(wandb_name, run_id, record, folder, resume_step, segment):
     """The run's log and its sinks, begun or continued with `segment`; a new run moves another's checkpoints in `folder`
     aside."""
     runs = runs_dir()
+    if resume_step is None and record["flags"]["resume_from_step"] == "auto" and _died_early(runs / run_id, record):
+        resume_step = 0
     if resume_step is None:
         check_new_run(runs, run_id)  # before wandb hears of it
     other, locks = "wait for it, stop it, or give another", base_dir() / "locks"
@@ -90,6 +88,14 @@ def open_record(wandb_name, run_id, record, folder, resume_step, segment):
             log = RunLog.create(runs, run_id, record, sinks, owned)
         failed.pop_all()
     return log
+
+
+def _died_early(folder, record):
+    """Whether the run of these flags is there already and ended without a checkpoint, by no success of its own."""
+    if not (folder / CONFIG).exists():
+        return False
+    earlier = read_run(folder)
+    return earlier.status != "ok" and earlier.config.get("flags") == record["flags"]
 
 
 def close_record(log, status, device, target, started, loader):
@@ -153,7 +159,7 @@ def _curves(events):
     return train, *([e.metric for e in evaluations_of(events, name)] for name in METRICS)
 
 
-def describe(model, horizon, accumulation, data):
+def describe(model, horizon, micro_batches, ranks, data):
     """What will be trained, on what, for how long: for the console."""
     millions = {name: f"{count / 1e6:.2f}M" for name, count in parameter_counts(model).items()}
     return (
@@ -162,7 +168,7 @@ def describe(model, horizon, accumulation, data):
         f"data: {data.dataset.dataset_id}, tokenizer {data.tokenizer.tokenizer_id} of {model.vocab_size}, "
         f"{data.n_train_tokens / 1e6:.1f}M training tokens\n"
         f"horizon: {horizon.num_iterations} steps of {horizon.total_batch_size_tokens} tokens "
-        f"({accumulation} micro-batch(es) a rank), {horizon.target_tokens / 1e6:.2f}M tokens, "
+        f"({micro_batches} micro-batch(es) on {ranks.world_size} rank(s)), {horizon.target_tokens / 1e6:.2f}M tokens, "
         f"{horizon.target_tokens / scaling_params(model):.2f} per scaling parameter")
 
 

@@ -79,14 +79,24 @@ def plan_horizon(n_scaling_params, reference_scaling_params, flops_per_token, *,
                    batch_lr_scale, batch_lr_scale / size_ratio)
 
 
-def accumulation_steps(total_batch_size_tokens, device_batch_rows, sequence_len, world_size):
-    """Micro-batches each rank adds up per optimizer step. UserError when the sizes do not divide."""
-    step_tokens = device_batch_rows * sequence_len * world_size
-    if step_tokens < 1 or total_batch_size_tokens < 1 or total_batch_size_tokens % step_tokens:
-        raise UserError(f"--total-batch-size {total_batch_size_tokens} is not a multiple of device batch x sequence x "
-                        f"ranks = {device_batch_rows} x {sequence_len} x {world_size} = {step_tokens} tokens; "
-                        "change --device-batch-size or --total-batch-size")
-    return total_batch_size_tokens // step_tokens
+def count_micro_batches(total_batch_size_tokens, device_batch_rows, sequence_len, world_size):
+    """Micro-batches of all ranks in an optimizer step, at least one a rank; the ranks need not have equally many.
+
+    Errors: UserError naming the sizes that can be, where the batch is not made of so many whole micro-batches.
+    """
+    rows, rest = divmod(total_batch_size_tokens, sequence_len)
+    if rest or rows < world_size:
+        sizes = [n * sequence_len for n in (rows, rows + 1) if n >= world_size] or [world_size * sequence_len]
+        raise UserError(f"--total-batch-size {total_batch_size_tokens} is not at least {world_size} whole row(s), one "
+                        f"a rank, of --max-seq-len {sequence_len}; give {' or '.join(map(str, sizes))}"
+                        + (", or start fewer ranks" if rows < world_size else ""))
+    if rows % device_batch_rows or rows // device_batch_rows < world_size:
+        fitting = [n for n in range(1, min(rows // world_size, 1 << 16) + 1) if rows % n == 0]
+        nearest = sorted(sorted(fitting, key=lambda n: abs(math.log(n / device_batch_rows)))[:5])
+        raise UserError(f"--device-batch-size {device_batch_rows} does not split --total-batch-size "
+                        f"{total_batch_size_tokens}, {rows} rows, over {world_size} rank(s); give "
+                        f"{' or '.join(map(str, nearest))}")
+    return rows // device_batch_rows
 
 
 def lr_multiplier(step, num_iterations, *, warmup_steps=40, warmdown_ratio=0.65, final_lr_frac=0.05):
