@@ -9,8 +9,9 @@ import torch
 import yaml
 
 
-def made_items(task_type, n, rng):
+def made_items(task_type, n, rng, length=1):
     def words(k):
+        k *= length
         return " ".join("".join(rng.choices("abcde", k=rng.randint(1, 4))) for _ in range(k))
 
     for _ in range(n):
@@ -20,13 +21,13 @@ def made_items(task_type, n, rng):
                "language_modeling": {"context": words(4) + " ", "continuation": words(1)}}[task_type]
 
 
-def write_bundle(folder, n_items=9):
+def write_bundle(folder, n_items=9, words=1):
     rng, tasks = random.Random(0), []
     for task_type, baseline, shots in (("multiple_choice", 100 / 3, 2), ("schema", 25, 0), ("language_modeling", 0, 1)):
         uri = f"made/{task_type}.jsonl"
         path = folder / "eval_data" / uri
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(item) + "\n" for item in made_items(task_type, n_items, rng)))
+        path.write_text("".join(json.dumps(item) + "\n" for item in made_items(task_type, n_items, rng, words)))
         tasks.append(({"label": task_type[:6], "icl_task_type": task_type, "dataset_uri": uri, "num_fewshot": [shots],
                        "continuation_delimiter": ": "}, baseline))
     (folder / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": [task for task, _ in tasks]}))
