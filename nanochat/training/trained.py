@@ -12,13 +12,18 @@ from nanochat.training import checkpoint
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint of ours or of upstream. tag: the folder's name; model: in evaluation mode."""
+    """A checkpoint of ours or of upstream, in `folder`. model: in evaluation mode."""
 
-    tag: str
+    folder: Path
     step: int
     model: GPT
     tokenizer: Tokenizer
     meta: dict
+
+    @property
+    def tag(self):
+        """The folder's name."""
+        return self.folder.name
 
     @property
     def name(self):
@@ -68,4 +73,4 @@ def load_trained(model_tag, step, device, compute_dtype, tokenizer_dir=""):
     if meta.get("tokenizer_id", tokenizer.tokenizer_id) != tokenizer.tokenizer_id:
         raise UserError(f"the model was trained with tokenizer {meta['tokenizer_id']}, this one is "
                         f"{tokenizer.tokenizer_id}; give the one it was trained with (--tokenizer-dir)")
-    return Trained(folder.name, step, model.eval(), tokenizer, meta)
+    return Trained(folder, step, model.eval(), tokenizer, meta)
