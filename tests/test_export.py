@@ -63,11 +63,13 @@ def test_transformers_gives_our_logits(transformers, tmp_path, sizes, dtype):
     to = export(tmp_path / "out")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(to, trust_remote_code=True)
     ours = load_trained("tiny", 7, CPU, torch.float32).model
-    idx = torch.randint(ours.config.vocab_size, (2, 300), generator=torch.Generator().manual_seed(1))
     assert theirs.dtype == torch.float32 and not theirs.training
-    logits = ours(idx)
-    assert logits.std() > 1
-    torch.testing.assert_close(theirs(idx).logits, logits, rtol=0, atol=1e-5)
+    for length in (600, 300, 1):  # beyond the longest that is attended to in blocks, beyond a window of 128
+        idx = torch.randint(ours.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
+        logits = ours(idx)
+        assert logits.std() > 1
+        torch.testing.assert_close(theirs(idx).logits, logits, rtol=0, atol=1e-5)
+    idx = torch.randint(ours.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(2))
     loss = theirs(idx, labels=idx).loss
     torch.testing.assert_close(loss, ours(idx[:, :-1], idx[:, 1:]), rtol=1e-5, atol=0)
 
@@ -87,7 +89,8 @@ def test_upstreams_checkpoint_gives_upstreams_figures(transformers, tmp_path, mo
 def test_tokenizer_and_generation_of_transformers(transformers, tmp_path):
     write_model()
     to = export(tmp_path / "out")
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(to), golden_tokenizer()
+    theirs = transformers.AutoTokenizer.from_pretrained(to, trust_remote_code=True)
+    ours = golden_tokenizer()
     for text in ("The dog's 123 <|bos|> é漢\n\n  🚆", "", " <|assistant_end|>"):
         assert theirs(text)["input_ids"] == theirs.encode(text) == ours.encode(text)
         assert theirs.decode(ours.encode(text)) == text

@@ -21,7 +21,7 @@ in this folder, which is why `trust_remote_code` is asked for: read modeling_nan
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
+tokenizer = AutoTokenizer.from_pretrained({folder!r}, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True)
 ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode("The")]])  # every document began with BOS
 print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0, 1:]))
