@@ -1,45 +1,54 @@
-"""Evaluate a checkpoint of ours or of upstream: python -m scripts.base_eval --model-tag d12 --eval bpb,sample."""
+"""Evaluate a checkpoint of ours or of upstream, or a model of Hugging Face: CORE, bits per byte, samples.
+
+python -m scripts.base_eval --model-tag d12 --eval core,bpb,sample,position
+"""
 
 import argparse
-from functools import partial
-from pathlib import Path
-
-import torch
-from tqdm import tqdm
 
 from nanochat.data.sources import open_dataset
-from nanochat.data.tokenizer import load_tokenizer
 from nanochat.data.tokens import token_shards
 from nanochat.errors import UserError, command
+from nanochat.evaluation import validation
 from nanochat.evaluation.core import evaluate_core
 from nanochat.evaluation.core_bundle import bundle_folder
-from nanochat.evaluation.validation import evaluate_split, n_eval_batches, sample_documents
+from nanochat.evaluation.hf_model import load_hf
 from nanochat.files import check_output, write_json
 from nanochat.machine import choose_compute_dtype, choose_device, device_name, keep_freed_memory
 from nanochat.paths import base_dir
-from nanochat.ranks import print0, start_ranks, stop_ranks
-from nanochat.training import checkpoint
+from nanochat.ranks import on_main, print0, start_ranks, stop_ranks
+from nanochat.training.trained import load_trained
 
-KINDS = ("bpb", "position", "sample", "core")
+KINDS = ("core", "bpb", "sample", "position")
 SPLIT_TOKENS, SPLIT_TOKENS_CPU = 40 * 524288, 2**17
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="base_eval", description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--eval", default="bpb,sample", help=f"what to evaluate: {','.join(KINDS)}")
-    parser.add_argument("--model-tag", required=True, help="checkpoints: a name under <cache>, or an absolute path")
-    parser.add_argument("--step", default="latest", help="the checkpoint's step, or latest")
-    parser.add_argument("--dataset", default="", help="stdlib, climbmix, fineweb-edu, or a folder of text; empty: what "
-                                                      "the checkpoint says it was trained on, else climbmix")
-    parser.add_argument("--tokenizer-dir", default="", help="folder of the tokenizer; empty: what the checkpoint says, "
-                                                            "else <cache>/tokenizer")
-    parser.add_argument("--split-tokens", type=int, default=-1, help=f"tokens evaluated of each split; -1: "
-                                                                     f"{SPLIT_TOKENS:,}, on a CPU {SPLIT_TOKENS_CPU:,}")
-    parser.add_argument("--device-batch-size", type=int, default=32, help="rows per device and batch")
-    parser.add_argument("--max-per-task", type=int, default=-1, help="examples per CORE task; -1 all")
-    parser.add_argument("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
-    parser.add_argument("--out", "--output-json", default="", help="write the results to this JSON file too")
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model-tag", help="checkpoints: a name under <cache>, or an absolute path")
+    which.add_argument("--hf-path", help="a causal language model of Hugging Face: a folder, or a name on the hub "
+                                         "(openai-community/gpt2); needs the extra hf; core, bpb and position")
+    add("--eval", default="bpb,sample", help=f"what to evaluate: {','.join(KINDS)}")
+    add("--step", default="latest", help="the checkpoint's step, or latest")
+    add("--dataset", default="", help="stdlib, climbmix, fineweb-edu, or a folder of text; empty: what the checkpoint "
+                                      "says it was trained on, else climbmix")
+    add("--tokenizer-dir", default="", help="folder of the tokenizer; empty: what the checkpoint says, else "
+                                            "<cache>/tokenizer")
+    add("--split-tokens", type=int, default=-1, help=f"tokens evaluated of each split; -1: {SPLIT_TOKENS:,}, on a CPU "
+                                                     f"{SPLIT_TOKENS_CPU:,}")
+    add("--device-batch-size", type=int, default=32, help="rows per device and batch")
+    add("--max-per-task", type=int, default=-1, help="core: examples answered of each task; -1 all")
+    add("--prompt", action="append", help="sample: a text to continue instead of the beginnings of validation "
+                                          "documents; several times for several")
+    add("--num-samples", type=int, dest="n_samples", help="sample: continuations of each prompt")
+    add("--max-new-tokens", type=int, help="sample: tokens of each at most")
+    add("--temperature", type=float, help="sample: 0 takes the likeliest token")
+    add("--top-k", type=int, help="sample: among so many likeliest tokens; 0: all")
+    parser.set_defaults(**validation.SAMPLING)
+    add("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
+    add("--out", "--output-json", default="", help="write the results to this JSON file too")
     return parser.parse_args(argv)
 
 
@@ -49,6 +58,8 @@ def main(argv=None):
     kinds = args.eval.split(",")
     if unknown := set(kinds) - set(KINDS):
         raise UserError(f"--eval {','.join(sorted(unknown))} is unknown; use some of {','.join(KINDS)}")
+    if args.hf_path and "sample" in kinds:
+        raise UserError("--hf-path has no samples; use --eval core,bpb,position")
     if args.device_batch_size < 1 or (args.split_tokens < 1 and args.split_tokens != -1):
         raise UserError("--device-batch-size and --split-tokens must be at least 1")
     if args.out:
@@ -58,62 +69,65 @@ def main(argv=None):
     keep_freed_memory(device)
     ranks = start_ranks(device)
     try:
-        path = Path(args.model_tag)
-        folder = path if path.is_absolute() else checkpoint.checkpoint_folder(args.model_tag)
-        step = checkpoint.find_checkpoint(folder, args.step)
-        trained_with = checkpoint.read_meta(folder, step).get("user_config") or {}
-        tokenizer = load_tokenizer(args.tokenizer_dir or trained_with.get("tokenizer_dir")
-                                   or base_dir() / "tokenizer")
-        model, meta = checkpoint.load_model(folder, step, device, dtype)
-        if model.config.vocab_size != tokenizer.vocab_size:
-            raise UserError(f"the model's vocabulary is {model.config.vocab_size}, the tokenizer's "
-                            f"{tokenizer.vocab_size}; give the one it was trained with (--tokenizer-dir)")
-        if meta.get("tokenizer_id", tokenizer.tokenizer_id) != tokenizer.tokenizer_id:
-            raise UserError(f"the model was trained with tokenizer {meta['tokenizer_id']}, this one is "
-                            f"{tokenizer.tokenizer_id}; give the one it was trained with (--tokenizer-dir)")
-        model.eval()
-        print0(f"{folder.name}, step {step}, on {device_name(device)} in {dtype}: {reason}")
-        dataset = open_dataset(args.dataset or trained_with.get("dataset") or "climbmix")
-        results = evaluate(args, kinds, model, dataset, tokenizer, device, ranks)
+        subject = (load_hf(args.hf_path, device, dtype) if args.hf_path
+                   else load_trained(args.model_tag, args.step, device, dtype, args.tokenizer_dir))
+        print0(f"{subject.name} on {device_name(device)} in {dtype}: {reason}")
+        needs_text = {"bpb", "position"} & set(kinds) or ("sample" in kinds and not args.prompt)
+        named = args.dataset or subject.user_config.get("dataset") or "climbmix"
+        dataset = open_dataset(named) if needs_text else None
+        results = evaluate(args, kinds, subject, dataset, device, ranks)
         if args.out and ranks.is_main:
-            tokens = step * meta.get("total_batch_size_tokens", meta.get("total_batch_size", 0))
             write_results(args.out, {
-                "model_tag": folder.name, "step": step, "tokens": tokens, "dataset_id": dataset.dataset_id,
-                "tokenizer_id": tokenizer.tokenizer_id, **results})
+                "model_tag": subject.tag, "step": subject.step, "tokens": subject.tokens, "dataset_id":
+                dataset and dataset.dataset_id, "tokenizer_id": subject.tokenizer.tokenizer_id, **results})
     finally:
         stop_ranks()
     return 0
 
 
-def evaluate(args, kinds, model, dataset, tokenizer, device, ranks):
+def evaluate(args, kinds, subject, dataset, device, ranks):
     """The results of the kinds asked for, printed as they come."""
-    results = {}
-    if "sample" in kinds and ranks.is_main:
-        shard = token_shards(dataset, tokenizer, "val")[0]
-        results["samples"] = sample_documents(model, tokenizer, shard)
-        for sample in results["samples"]:
-            print(f"sample: {sample['prompt']}[...]{sample['text']}\n")
+    model, tokenizer, results = subject.model, subject.tokenizer, {}
+    if "sample" in kinds:
+        samples = on_main(ranks, lambda: sample(args, model, tokenizer, dataset))
+        if ranks.is_main:
+            results["samples"] = samples
     if {"bpb", "position"} & set(kinds):
-        splits = evaluate_splits(args, model, dataset, tokenizer, device, ranks)
+        split_tokens = args.split_tokens
+        if split_tokens == -1:
+            split_tokens = SPLIT_TOKENS_CPU if device.type == "cpu" else SPLIT_TOKENS
+        splits = validation.evaluate_splits(model, dataset, tokenizer, split_tokens, args.device_batch_size,
+                                            subject.row_tokens, device, ranks)
         for split, loss in splits.items():
             print0(f"{split}: {loss.bits_per_byte:.4f} bits per byte, {loss.nats_per_token:.4f} nats per token "
-                          f"on {loss.n_tokens:,} tokens")
+                   f"on {loss.n_tokens:,} tokens")
         if "bpb" in kinds:
             results |= {f"{split}_bpb": loss.bits_per_byte for split, loss in splits.items()}
         if "position" in kinds:
             results["nats_by_position"] = splits["val"].nats_by_position
             results["counts_by_position"] = splits["val"].counts_by_position
-            print0("tokens of context since BOS: nats per token")
-            by_position = list(zip(results["nats_by_position"], results["counts_by_position"], strict=True))
-            for n in (0, *(2**k for k in range(len(by_position).bit_length() - 1))):
-                nats, count = by_position[n]
-                print0(f"{n:6d}: {nats:.4f} ({count:,} tokens)" if count else f"{n:6d}: none")
+            print0(validation.position_table(splits["val"]))
     if "core" in kinds:
         core = evaluate_core(model, tokenizer, bundle_folder(), device, max_per_task=args.max_per_task,
-                             max_tokens=model.cos.size(1), rank=ranks.rank, world_size=ranks.world_size)
+                             max_tokens=subject.max_tokens, rank=ranks.rank, world_size=ranks.world_size)
         results |= {"core_metric": core.core_metric, "core_tasks": core.centered}
-        print0(f"CORE {core.core_metric:.4f}")
+        table = base_dir() / "base_eval" / f"{subject.name}.csv"
+        if ranks.is_main:
+            core.write_csv(table)
+        print0(*(f"{label}: {accuracy:.4f} right" for label, accuracy in core.accuracy.items()), sep="\n")
+        print0(f"CORE {core.core_metric:.4f}; table: {table}")
     return results
+
+
+def sample(args, model, tokenizer, dataset):
+    """Print and return the samples."""
+    sampling = {**{name: getattr(args, name) for name in validation.SAMPLING}, "top_k": args.top_k or None}
+    if args.prompt:
+        samples = validation.sample_prompts(model, tokenizer, args.prompt, **sampling)
+    else:
+        samples = validation.sample_documents(model, tokenizer, token_shards(dataset, tokenizer, "val")[0], **sampling)
+    print0(*(f"sample: {sample['prompt']}[...]{sample['text']}\n" for sample in samples), sep="\n")
+    return samples
 
 
 def write_results(path, results):
@@ -125,24 +139,6 @@ def write_results(path, results):
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); give another --out") from None
     print(f"results: {path}")
-
-
-def evaluate_splits(args, model, dataset, tokenizer, device, ranks):
-    """{val, train: LossEvaluation} on --split-tokens of each, at most one pass."""
-    length = model.config.sequence_len
-    token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
-    split_tokens = args.split_tokens
-    if split_tokens == -1:
-        split_tokens = SPLIT_TOKENS_CPU if device.type == "cpu" else SPLIT_TOKENS
-    losses = {}
-    for split in ("val", "train"):
-        shards = token_shards(dataset, tokenizer, split)
-        n_batches = n_eval_batches(shards, split_tokens, args.device_batch_size, length)
-        bar = partial(tqdm, desc=f"evaluating {split}", total=-(-n_batches // ranks.world_size),
-                      disable=not ranks.is_main)
-        losses[split] = evaluate_split(
-            model, shards, n_batches, args.device_batch_size, length, token_bytes, tokenizer.bos_id, ranks, bar)
-    return losses
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """base_eval as a person runs it, on checkpoints of ours and of upstream, and with every mistake."""
 
+import csv
 import json
 import math
 import os
@@ -9,19 +10,21 @@ import sys
 import pytest
 import torch
 from checkpoints import DAMAGES, META, write_upstream
+from core_bundles import accuracy_by_brute_force, write_bundle
 from corpus import GOLDEN_TOKENIZER, TINY_FLAGS, golden_tokenizer, write_corpus
 from golden_figures import CONFIG, golden_model
 
 from nanochat.data.dataloader import RowPlanner, TokenLoader
 from nanochat.data.sources import open_dataset
 from nanochat.data.tokens import token_shards
+from nanochat.evaluation.core_bundle import bundle_folder
 from nanochat.lane_b.measure.position_losses import read_position_losses
 from nanochat.model.engine import generate
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.paths import runs_dir
 from nanochat.runlog import read_run
 from nanochat.training.checkpoint import checkpoint_folder, save_checkpoint
-from scripts import base_eval, base_train
+from scripts import base_train
 from scripts.base_eval import main
 
 LENGTH = 64
@@ -141,6 +144,18 @@ def test_samples_continue_the_beginnings_of_validation_documents(corpus, tmp_pat
     assert len(found["samples"]) == 2 and "val_bpb" not in found
 
 
+def test_prompts_are_continued_as_asked(tmp_path, capsys):
+    model, tokenizer = write_model(), golden_tokenizer()
+    sampling = ["--num-samples", "2", "--max-new-tokens", "5", "--temperature", "0.5", "--top-k", "0"]
+    found = results(["--model-tag", "tiny", "--tokenizer-dir", GOLDEN_TOKENIZER, "--eval", "sample", *sampling,
+                     "--prompt", "the red", "--prompt", ""], tmp_path)  # no text is looked for
+    expected = [{"prompt": prompt, "text": tokenizer.decode(new)} for seed, prompt in enumerate(("the red", ""))
+                for new in generate(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], 5, n_samples=2,
+                                    temperature=0.5, seed=seed, stop_ids=(tokenizer.bos_id,))]
+    assert found["samples"] == expected and found["dataset_id"] is None
+    assert f"sample: the red[...]{expected[0]['text']}" in capsys.readouterr().out
+
+
 def test_the_step_asked_for_is_evaluated_and_the_newest_by_default(corpus, tmp_path):
     for step in (7, 8):
         write_model(step=step, seed=step)
@@ -164,18 +179,27 @@ def test_more_tokens_than_the_split_has_are_one_pass_and_at_least_one_batch(tmp_
     assert found["val_bpb"] == pytest.approx(bits, rel=1e-6)
 
 
-def test_two_ranks_give_the_numbers_of_one(corpus, tmp_path):
-    write_model()
-    one = results(flags(corpus, "--eval", "bpb,position,sample", "--device-batch-size", "4"), tmp_path)
+def test_two_ranks_give_the_numbers_of_one_and_core_those_of_brute_force(corpus, tmp_path, base_dir):
+    model, bundle = write_model(), write_bundle(bundle_folder())
+    kinds, table = "core,bpb,sample,position", base_dir / "base_eval" / "tiny_000007.csv"
+    one = results(flags(corpus, "--eval", kinds, "--device-batch-size", "4"), tmp_path)
+    first_table = table.read_text()
+    rows = list(csv.DictReader(first_table.splitlines()))
+    accuracy = accuracy_by_brute_force(model, golden_tokenizer(), bundle, 9)
+    assert {row["Task"]: float(row["Accuracy"]) for row in rows[:-1]} == pytest.approx(accuracy, abs=1e-6)
+    assert 0 < sum(accuracy.values()) < 3 and rows[-1]["Task"] == "CORE"
+    assert float(rows[-1]["Centered"]) == pytest.approx(one["core_metric"], abs=1e-6)
+    table.unlink()
     path = tmp_path / "two.json"
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "scripts.base_eval",
-         *flags(corpus, "--eval", "bpb,position,sample", "--output-json", str(path))],
+         *flags(corpus, "--eval", kinds, "--output-json", str(path))],
         capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("val: ") == 1  # rank 0 alone speaks
     two = json.loads(path.read_text())
     assert two["counts_by_position"] == one["counts_by_position"] and two["samples"] == one["samples"]
+    assert two["core_tasks"] == one["core_tasks"] and table.read_text() == first_table
     for name in ("train_bpb", "val_bpb"):
         assert two[name] == pytest.approx(one[name], rel=1e-6)
     for ours, theirs in zip(two["nats_by_position"], one["nats_by_position"], strict=True):
@@ -201,7 +225,7 @@ class SmallTokenizer:
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."], ids=["plain", "compiled"])
 def test_upstreams_checkpoint_is_evaluated(corpus, tmp_path, monkeypatch, prefix):
-    monkeypatch.setattr(base_eval, "load_tokenizer", lambda folder: SmallTokenizer())
+    monkeypatch.setattr("nanochat.training.trained.load_tokenizer", lambda folder: SmallTokenizer())
     write_upstream(checkpoint_folder("tiny"), prefix)
     found = results(flags(corpus, "--eval", "bpb,sample,position", "--split-tokens", "1024"), tmp_path)
     bits, _ = brute_force(golden_model().eval(), SmallTokenizer(), corpus, "val", n_batches=1, length=512)
@@ -231,7 +255,7 @@ def test_upstreams_checkpoint_is_not_resumed(corpus, capsys):
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("change", "words"), [
-    (["--eval", "bpb,perplexity"], "--eval perplexity is unknown; use some of bpb"),
+    (["--eval", "bpb,perplexity"], "--eval perplexity is unknown; use some of core,bpb,sample,position"),
     (["--eval", ""], "is unknown"),
     (["--step", "8"], "no checkpoint of step 8"),
     (["--step", "newest"], "neither a number nor 'latest'"),
@@ -242,6 +266,9 @@ def test_upstreams_checkpoint_is_not_resumed(corpus, capsys):
     (["--dataset", "nowhere"], "nowhere"),
     (["--tokenizer-dir", "nowhere"], "nowhere"),
     (["--eval", "core"], "eval_bundle"),
+    (["--eval", "sample", "--temperature", "-1"], "temperature"),
+    (["--eval", "sample", "--num-samples", "0"], "at least 1 sample"),
+    (["--eval", "sample", "--max-new-tokens", "100000"], "ask for fewer"),
 ])
 def test_a_mistake_is_one_line_with_exit_code_2(corpus, capsys, change, words):
     write_model()
@@ -250,7 +277,7 @@ def test_a_mistake_is_one_line_with_exit_code_2(corpus, capsys, change, words):
 
 def test_a_tokenizer_of_another_size_is_refused(corpus, capsys, monkeypatch):
     write_model()
-    monkeypatch.setattr(base_eval, "load_tokenizer", lambda folder: SmallTokenizer())
+    monkeypatch.setattr("nanochat.training.trained.load_tokenizer", lambda folder: SmallTokenizer())
     line = refused(flags(corpus), capsys)
     assert f"vocabulary is {golden_tokenizer().vocab_size}" in line and "--tokenizer-dir" in line
 

@@ -4,18 +4,19 @@ import http.server
 import io
 import json
 import math
-import random
 import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from core_bundles import accuracy_by_brute_force, write_bundle
 
+from nanochat import core_eval
 from nanochat.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
 from nanochat.errors import UserError
 from nanochat.evaluation.core import (
+    CoreResult,
     Option,
     crop,
     evaluate_core,
@@ -32,7 +33,8 @@ MADE_TASKS = json.loads((GOLDEN / "core_prompts.json").read_text(encoding="utf-8
 
 def golden_task(name):
     made = MADE_TASKS[name]
-    return Task(name, made["task_type"], made["num_fewshot"], made["continuation_delimiter"], 0.0, made["items"])
+    return Task(name, made["task_type"], made["num_fewshot"], made["continuation_delimiter"], 0.0, made["items"],
+                len(made["items"]))
 
 
 @pytest.mark.parametrize("name", MADE_TASKS)
@@ -51,7 +53,7 @@ def test_shots_prompts_and_spans_are_upstreams(name):
 
 def test_braces_and_blanks_in_the_items_stay_as_they_are():
     items = [{"query": " {{ x }}\r\n", "choices": ["{% y %}", " b \n"], "gold": 1}] * 2
-    prompts = render_prompts(Task("t", "multiple_choice", 1, "\n", 0.0, items), 0)
+    prompts = render_prompts(Task("t", "multiple_choice", 1, "\n", 0.0, items, 2), 0)
     assert prompts == [" {{ x }}\r\n\n b \n\n\n {{ x }}\r\n\n{% y %}", " {{ x }}\r\n\n b \n\n\n {{ x }}\r\n\n b \n"]
 
 
@@ -59,33 +61,6 @@ def test_braces_and_blanks_in_the_items_stay_as_they_are():
 
 def bytes_tokenizer():
     return Tokenizer({bytes([i]): i for i in range(256)}, {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
-
-
-def made_items(task_type, n, rng):
-    def words(k):
-        return " ".join("".join(rng.choices("abcde", k=rng.randint(1, 4))) for _ in range(k))
-
-    for _ in range(n):
-        gold = rng.randrange(3)
-        yield {"multiple_choice": {"query": words(3), "choices": [words(2) for _ in range(3)], "gold": gold},
-               "schema": {"context_options": [words(2) for _ in range(3)], "continuation": words(2), "gold": gold},
-               "language_modeling": {"context": words(4) + " ", "continuation": words(1)}}[task_type]
-
-
-def write_bundle(folder, n_items=9):
-    rng, tasks = random.Random(0), []
-    for task_type, baseline, shots in (("multiple_choice", 100 / 3, 2), ("schema", 25, 0), ("language_modeling", 0, 1)):
-        uri = f"made/{task_type}.jsonl"
-        path = folder / "eval_data" / uri
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(item) + "\n" for item in made_items(task_type, n_items, rng)))
-        tasks.append(({"label": task_type[:6], "icl_task_type": task_type, "dataset_uri": uri, "num_fewshot": [shots],
-                       "continuation_delimiter": ": "}, baseline))
-    (folder / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": [task for task, _ in tasks]}))
-    with open(folder / "eval_meta_data.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("Eval Task", "Task Category", "Random baseline"),
-                                    *((task["label"], "made", baseline) for task, baseline in tasks)])
-    return folder
 
 
 @pytest.fixture
@@ -109,54 +84,11 @@ def causal_model(seed=0, vocab_size=265, width=8):
     return model
 
 
-def accuracy_by_brute_force(model, bundle, cap):
-    """CORE's rules spelled out with plain strings, one unpadded prompt at a time: {label: accuracy}."""
-    def ids(text):
-        return [256, *text.encode()]
-
-    def nats(tokens):
-        log_p = model(torch.tensor([tokens]))[0].double().log_softmax(-1)
-        return [-log_p[i, token].item() for i, token in enumerate(tokens[1:])], log_p.argmax(-1).tolist()
-
-    found = {}
-    for entry in yaml.safe_load((bundle / "core.yaml").read_text())["icl_tasks"]:
-        lines = (bundle / "eval_data" / entry["dataset_uri"]).read_text().splitlines()
-        items = [json.loads(line) for line in lines]
-        random.Random(1337).shuffle(items)
-        items, kind, right = items[:cap], entry["icl_task_type"], 0
-        for i, item in enumerate(items):
-            others = [k for k in range(len(items)) if k != i]
-            shots = [items[k] for k in random.Random(1234 + i).sample(others, entry["num_fewshot"][0])]
-            if kind == "multiple_choice":
-                before = "".join(f"{shot['query']}: {shot['choices'][shot['gold']]}\n\n" for shot in shots)
-                prompts = [ids(f"{before}{item['query']}: {choice}") for choice in item["choices"]]
-                start = 0
-                while len({tuple(prompt[:start + 1]) for prompt in prompts}) == 1:
-                    start += 1
-                means = [sum(nats(p)[0][start - 1:]) / (len(p) - start) if len(p) > start else math.inf
-                         for p in prompts]
-                right += means.index(min(means)) == item["gold"]
-            elif kind == "schema":
-                prompts = [ids(f"{context}: {item['continuation']}") for context in item["context_options"]]
-                shared = 0
-                while len({tuple(prompt[-shared - 1:]) for prompt in prompts}) == 1:
-                    shared += 1
-                means = [sum(nats(prompt)[0][-shared:]) / shared for prompt in prompts]
-                right += means.index(min(means)) == item["gold"]
-            else:
-                before = "".join(f"{shot['context'].strip()}: {shot['continuation']}\n\n" for shot in shots)
-                without = ids(f"{before}{item['context'].strip()}:")
-                tokens = ids(f"{before}{item['context'].strip()}: {item['continuation']}")
-                right += nats(tokens)[1][len(without) - 1:-1] == tokens[len(without):]
-        found[entry["label"]] = right / len(items)
-    return found
-
-
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("cap", [9, 5])
+@pytest.mark.parametrize("cap", [9, 5, 2, 1])  # two examples are shown before one of multip
 def test_core_equals_the_rules_spelled_out(bundle, seed, cap):
     result = evaluate_core(causal_model(seed), bytes_tokenizer(), bundle, "cpu", max_per_task=cap)
-    accuracy = accuracy_by_brute_force(causal_model(seed), bundle, cap)
+    accuracy = accuracy_by_brute_force(causal_model(seed), bytes_tokenizer(), bundle, cap)
     assert result.accuracy == pytest.approx(accuracy)
     expected = {"multip": (accuracy["multip"] - 1 / 3) / (2 / 3), "schema": (accuracy["schema"] - 0.25) / 0.75,
                 "langua": accuracy["langua"]}
@@ -238,7 +170,7 @@ def test_no_prompt_is_longer_than_the_model_takes(bundle):
 
 def test_a_choice_that_is_the_beginning_of_another_is_never_chosen():
     items = [{"query": "q", "choices": ["a", "ab", "ac"], "gold": 0}]
-    options = options_of(Task("t", "multiple_choice", 0, " ", 0.0, items), 0, bytes_tokenizer())
+    options = options_of(Task("t", "multiple_choice", 0, " ", 0.0, items, 1), 0, bytes_tokenizer())
     assert [option.end - option.start for option in options] == [0, 1, 1]
     scores = score_options(options, causal_model(), 256, "cpu", batch_tokens=1)
     assert scores[0] == (math.inf, False) and all(math.isfinite(nats) for nats, _ in scores[1:])
@@ -272,9 +204,32 @@ def test_a_damaged_bundle_is_named(bundle, file, old, new, message):
         read_bundle(bundle)
 
 
-def test_a_cap_below_the_shots_is_refused(bundle):
-    with pytest.raises(UserError, match=r"task multip shows 2 other examples .* only 2 are evaluated"):
-        read_bundle(bundle, max_per_task=2)
+@pytest.mark.parametrize("cap", [0, -2])
+def test_a_cap_of_none_is_refused(bundle, cap):
+    with pytest.raises(UserError, match="at least 1, or -1 for all"):
+        read_bundle(bundle, max_per_task=cap)
+
+
+def test_a_task_of_fewer_items_than_it_shows_is_damaged(tmp_path):
+    with pytest.raises(UserError, match=r"multiple_choice\.jsonl: task multip shows 2 other examples .* has only 2"):
+        read_bundle(write_bundle(tmp_path / "small", n_items=2))
+
+
+def test_the_table_has_a_row_for_each_task_and_one_for_core(tmp_path):
+    CoreResult(0.25, {"a, b": 1.0, "c": 0.5}, {"a, b": 1.0, "c": -0.5}).write_csv(tmp_path / "core.csv")
+    with open(tmp_path / "core.csv", newline="") as file:
+        assert list(csv.reader(file)) == [["Task", "Accuracy", "Centered"], ["a, b", "1.000000", "1.000000"],
+                                          ["c", "0.500000", "-0.500000"], ["CORE", "", "0.250000"]]
+
+
+def test_help_shows_help_and_fetches_nothing(base_dir, capsys, monkeypatch):
+    monkeypatch.setattr("nanochat.core_eval.download_bundle", lambda: pytest.fail("downloaded"))
+    with pytest.raises(SystemExit) as stopped:
+        core_eval.main(["--help"])
+    assert stopped.value.code == 0 and "CORE" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        core_eval.main(["--url", "x"])
+    assert stopped.value.code == 2 and not list(base_dir.iterdir())
 
 
 @pytest.fixture

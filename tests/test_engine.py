@@ -1,3 +1,4 @@
+import codecs
 from functools import cache
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from nanochat.errors import UserError
-from nanochat.model.engine import KVCache, generate, sample_token
+from nanochat.model.engine import KVCache, generate, sample_token, stream, whole_characters
 from nanochat.model.gpt import GPT, GPTConfig
 
 LENGTH = 20
@@ -224,3 +225,40 @@ def test_rows_are_drawn_from_their_own_logits():
 def test_logits_at_the_softcap_do_not_overflow_at_a_low_temperature():
     logits = torch.tensor([[15.0, -15.0, 14.0]])
     assert sample_token(logits, torch.Generator().manual_seed(0), temperature=1e-3).item() == 0
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+def test_a_stream_yields_each_step_as_it_is_made_and_none_after_a_stop_token():
+    model = random_model(0)
+    whole = generate(model, [1], 12, n_samples=3, seed=2)
+    stops = (whole[0][4], whole[1][7])
+    steps = list(stream(model, [1], 12, n_samples=3, seed=2, stop_ids=stops))
+    for row, tokens_of_row in enumerate(zip(*steps, strict=True)):
+        end = next((i for i, token in enumerate(whole[row]) if token in stops), 12)
+        assert list(tokens_of_row) == [*whole[row][:end], *[None] * (len(steps) - end)][:len(steps)]
+
+
+UTF8 = st.lists(st.one_of(st.text(max_size=6).map(str.encode), st.binary(max_size=4)), max_size=8).map(b"".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(UTF8, st.sets(st.integers(1, 40)).map(sorted))
+def test_pieces_of_a_text_are_whole_characters_and_together_the_text(data, cuts):
+    tokens = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
+    decoder, certain = codecs.getincrementaldecoder("utf-8")("replace"), []
+    for token in tokens:
+        certain.append(decoder.decode(token))
+    text, taken = "", []
+    tokens_taken = (taken.append(token) or token for token in tokens)
+    for piece in whole_characters(tokens_taken, lambda ids: b"".join(ids).decode(errors="replace")):
+        text += piece
+        if len(taken) < len(tokens):  # nothing is held back but what may still become another character
+            assert text.rstrip("\ufffd") == "".join(certain[:len(taken)]).rstrip("\ufffd")
+    assert text == data.decode(errors="replace")
+
+
+def test_a_character_in_three_tokens_is_shown_once_it_is_whole():
+    euro = "€".encode()
+    assert list(whole_characters([b"a", euro[:1], euro[1:2], euro[2:], b"b", euro[:2]],
+                                 lambda ids: b"".join(ids).decode(errors="replace"))) == ["a", "€", "b", "\ufffd"]

@@ -110,7 +110,7 @@ def test_ordinary_long_text_is_never_cut_inside_a_word():
     words = ("".join(rng.choices(string.ascii_letters, k=rng.randint(1, 9))) for _ in range(100_000))
     text = "".join(word + rng.choice([" ", " ", ", ", ".\n", "  "]) for word in words)
     assert len(text) > 5 * tokenizer_module._PART_CHARS
-    reference = tiktoken.Encoding("reference", pat_str=golden._vocabulary[2], mergeable_ranks=golden._vocabulary[0],
+    reference = tiktoken.Encoding("reference", pat_str=golden.vocabulary[2], mergeable_ranks=golden.vocabulary[0],
                                   special_tokens={})
     assert golden.encode(text) == reference.encode_ordinary(text)
 

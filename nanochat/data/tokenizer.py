@@ -47,10 +47,10 @@ class Tokenizer:
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise UserError(f"the split pattern {pattern[:80]!r} leaves out text")
         self._ranks = ranks
-        self._vocabulary = (ranks, special_tokens, pattern)
+        self.vocabulary = (ranks, special_tokens, pattern)
         self.vocab_size = len(ranks) + len(special_tokens)
         self.bos_id = special_tokens[BOS]
-        self.tokenizer_id = vocabulary_id(*self._vocabulary)
+        self.tokenizer_id = vocabulary_id(*self.vocabulary)
 
     def encode(self, text):
         """Token ids of a text, without BOS; text that spells a special token is ordinary text."""
@@ -84,7 +84,7 @@ class Tokenizer:
                 temporary.write_bytes(pickle.dumps(self._encoding))
             with atomic_path(folder / TOKEN_BYTES_FILE) as temporary:
                 torch.save(torch.from_numpy(self.token_bytes()), temporary)
-            write_text(folder / TEXT_FILE, to_text(*self._vocabulary))
+            write_text(folder / TEXT_FILE, to_text(*self.vocabulary))
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             reason = str(error).splitlines()[0]
             raise UserError(f"the tokenizer cannot be saved in {folder} ({reason}); make room there, or give another "

@@ -1,5 +1,6 @@
 """CORE (arXiv:2406.11794): accuracy on 22 in-context tasks, each centred on guessing, averaged."""
 
+import csv
 import functools
 import random
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from nanochat.evaluation.core_bundle import read_bundle
+from nanochat.files import atomic_path
 
 FEWSHOT_SEED = 1234  # of item i: FEWSHOT_SEED + i
 WINDOW_EXAMPLES = 256  # rendered, sorted by length and batched together
@@ -37,6 +39,13 @@ class CoreResult:
     accuracy: dict
     centered: dict
 
+    def write_csv(self, path):
+        """Write Task, Accuracy, Centered, a row for each task and one for CORE, as upstream's table has them."""
+        rows = [(label, f"{self.accuracy[label]:.6f}", f"{value:.6f}") for label, value in self.centered.items()]
+        with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerows([("Task", "Accuracy", "Centered"), *rows, ("CORE", "", f"{self.core_metric:.6f}")])
+
 
 @dataclass(frozen=True)
 class Option:
@@ -59,10 +68,10 @@ def evaluate_core(model, tokenizer, bundle, device, *, max_per_task=-1, max_toke
     """
     tasks = read_bundle(bundle, max_per_task)
     n_correct = torch.zeros(len(tasks), dtype=torch.int64, device=device)
-    with tqdm(total=sum(len(task.items) for task in tasks), unit="example", mininterval=1, disable=rank > 0) as bar:
+    with tqdm(total=sum(task.n_evaluated for task in tasks), unit="example", mininterval=1, disable=rank > 0) as bar:
         for number, task in enumerate(tasks):
             bar.set_description(f"CORE: {task.label}")
-            mine = range(rank, len(task.items), world_size)
+            mine = range(rank, task.n_evaluated, world_size)
             for at in range(0, len(mine), WINDOW_EXAMPLES):
                 window = mine[at:at + WINDOW_EXAMPLES]
                 examples = [options_of(task, index, tokenizer) for index in window]
@@ -73,7 +82,8 @@ def evaluate_core(model, tokenizer, bundle, device, *, max_per_task=-1, max_toke
         bar.update(bar.total - bar.n)
     if world_size > 1:
         dist.all_reduce(n_correct)
-    accuracy = {task.label: correct / len(task.items) for task, correct in zip(tasks, n_correct.tolist(), strict=True)}
+    accuracy = {task.label: correct / task.n_evaluated
+                for task, correct in zip(tasks, n_correct.tolist(), strict=True)}
     centered = {task.label: (accuracy[task.label] - task.random_baseline) / (1 - task.random_baseline)
                 for task in tasks}
     return CoreResult(sum(centered.values()) / len(tasks), accuracy, centered)

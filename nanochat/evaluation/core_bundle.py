@@ -27,7 +27,8 @@ ITEM_KEYS = {
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its items in the order of evaluation. random_baseline: the accuracy of guessing, 0 to 1."""
+    """One task: its items in the order of evaluation, of which the first `n_evaluated` are answered and all may be
+    shown before another. random_baseline: the accuracy of guessing, 0 to 1."""
 
     label: str
     task_type: str
@@ -35,6 +36,7 @@ class Task:
     continuation_delimiter: str
     random_baseline: float
     items: list = field(repr=False)
+    n_evaluated: int
 
 
 def bundle_folder():
@@ -45,8 +47,11 @@ def bundle_folder():
 def read_bundle(folder, max_per_task=-1):
     """The bundle's Tasks, items shuffled, then cut to `max_per_task` (-1: all of them).
 
-    Errors: UserError naming the file and line of whatever is missing or damaged.
+    A cap that leaves fewer items than are shown before each keeps as many as must be shown, and the cap is on those
+    answered. Errors: UserError naming the file and line of whatever is missing or damaged.
     """
+    if max_per_task == 0 or max_per_task < -1:
+        raise UserError(f"{max_per_task} examples per CORE task are none; ask for at least 1, or -1 for all")
     folder = Path(folder)
     config, baselines = _read_config(folder, "core.yaml"), _read_baselines(folder, "eval_meta_data.csv")
     tasks = []
@@ -60,12 +65,13 @@ def read_bundle(folder, max_per_task=-1):
             raise UserError(f"{folder / 'eval_meta_data.csv'}: no random baseline for task {label}; add its row")
         items = _read_items(folder, f"eval_data/{uri}", task_type)
         random.Random(SHUFFLE_SEED).shuffle(items)
-        items = items[:max_per_task] if max_per_task >= 0 else items
         if len(items) <= num_fewshot:
-            raise UserError(f"task {label} shows {num_fewshot} other examples before each, but only {len(items)} are "
-                            "evaluated; raise --core-metric-max-per-task")
+            raise UserError(f"{folder / 'eval_data' / uri}: task {label} shows {num_fewshot} other examples before "
+                            f"each, and has only {len(items)}; fetch the bundle again")
+        n_evaluated = len(items) if max_per_task == -1 else min(max_per_task, len(items))
+        items = items[:max(n_evaluated, num_fewshot + 1)]
         tasks.append(Task(label, task_type, num_fewshot, entry.get("continuation_delimiter", " "),
-                          baselines[label] / 100, items))
+                          baselines[label] / 100, items, n_evaluated))
     return tasks
 
 
