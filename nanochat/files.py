@@ -153,6 +153,25 @@ class Owned:
         return UserError(f"{self.folder} is being written by {words}; {self.remedy}")
 
 
+def is_owned(lock):
+    """Whether the process that an Owned lock file names is alive: True, False (nobody has it), None (not to be seen
+    from here: another host, or no such file). Reads alone: to try the lock could refuse it to a run that starts."""
+    try:
+        entry = parse_json(Path(lock).read_bytes() or b"{}")
+        host, pid = entry.get("host"), entry.get("pid")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if host != socket.gethostname() or type(pid) is not int:
+        return None if host else False
+    try:
+        os.kill(pid, 0)  # asks whether it is there, and sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def sha256_of(path, start=0):
     """Hex SHA-256 of a file's bytes from `start` on. Threads hash side by side: nearly all of it is outside Python."""
     digest = hashlib.sha256()

@@ -36,3 +36,13 @@ def base_dir():
 def runs_dir():
     """Where the runs' records are: <cache folder>/runs."""
     return base_dir() / "runs"
+
+
+def checkpoints_dir():
+    """Where the checkpoint folders are, one a tag: <cache folder>/base_checkpoints."""
+    return base_dir() / "base_checkpoints"
+
+
+def locks_dir():
+    """Where running processes say what they write (files.Owned): `run.<run_id>`, `checkpoints.<tag>`."""
+    return base_dir() / "locks"

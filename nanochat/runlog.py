@@ -128,8 +128,10 @@ class RunRecord:
         return [event for event in self.events if event["kind"] == kind]
 
 
-def read_run(folder):
-    """Read a run's folder. Errors: UserError naming the file and line of whatever is missing or damaged."""
+def read_run(folder, skip_curves=False):
+    """Read a run's folder. Errors: UserError naming the file and line of whatever is missing or damaged.
+
+    skip_curves: leave the events of a run with a summary unread, which says all that a list of many runs shows."""
     folder = Path(folder)
     config = read_json(folder / CONFIG, "this is no run's record, or a broken one")
     if not isinstance(config.get("run_id"), str):
@@ -137,7 +139,8 @@ def read_run(folder):
     summary = read_json(folder / SUMMARY, "mend or delete it") if (folder / SUMMARY).exists() else None
     if summary is not None and not isinstance(summary.get("status"), str):
         raise UserError(f"{folder / SUMMARY}: no status; delete the file or the run")
-    return RunRecord(folder, config, _effective(_read_events(folder / METRICS)), summary)
+    skip = skip_curves and summary is not None
+    return RunRecord(folder, config, [] if skip else _effective(_read_events(folder / METRICS)), summary)
 
 
 def numbers_of(events, kind, *names):

@@ -14,6 +14,7 @@ from nanochat.runlog import CONFIG, UNTIMED_STEPS, RunRecord, numbers_of, read_r
 from nanochat.target import evaluations_of, time_to_target
 
 INTERPRETED = "Triton interpreted"  # in a device's name
+_NOT_OF_THE_RECIPE = ("seed", "run", "run_id", "model_tag", "resume_from_step", "save_every", "sample_every", "quiet")
 HORIZON_FLAGS = ("--num-iterations", "--target-flops", "--target-param-data-ratio")
 
 
@@ -176,6 +177,25 @@ def _device_of(config):
     ranks = device.get("world_size", 1)
     return (device["name"] + (f" ({ranks} ranks)" if ranks > 1 else "")
             + (f", {INTERPRETED}" if device.get("triton_interpreted") else ""))
+
+
+def recipe_of(record):
+    """What runs that are repeats of each other have in common, by name: the flags but for the seed, names and what is
+    printed or saved; dataset, tokenizer, device."""
+    config = record.config
+    flags = config.get("flags") if isinstance(config.get("flags"), dict) else {}
+    device = config.get("device")
+    return {**{name: value for name, value in flags.items() if name not in _NOT_OF_THE_RECIPE},
+            "dataset_id": config.get("dataset_id"), "tokenizer_id": config.get("tokenizer_id"),
+            "device": _device_of(config) if isinstance(device, dict) and "name" in device else None}
+
+
+def seeds_label(run_ids):
+    """One name for the runs of one recipe: books-r8-s{0,1}. Different runs never share one."""
+    alike = next((at for at, letters in enumerate(zip(*run_ids, strict=False)) if len(set(letters)) > 1),
+                 min(map(len, run_ids)))
+    rests = ",".join(run_id[alike:] for run_id in run_ids)
+    return run_ids[0] if len(run_ids) == 1 else f"{run_ids[0][:alike]}{{{rests}}}"
 
 
 def split(trials):

@@ -18,13 +18,13 @@ import torch.distributed as dist
 from nanochat.errors import UserError
 from nanochat.files import atomic_path, json_bytes, parse_json, sha256_of, write_json
 from nanochat.model.gpt import GPT, GPTConfig, parameter_counts
-from nanochat.paths import base_dir, check_name
+from nanochat.paths import check_name, checkpoints_dir
 from nanochat.ranks import Ranks, print0
 
 
 def checkpoint_folder(tag):
     """<cache folder>/base_checkpoints/<tag>. Errors: UserError for a tag that cannot name a folder."""
-    return base_dir() / "base_checkpoints" / check_name("--model-tag", tag)
+    return checkpoints_dir() / check_name("--model-tag", tag)
 
 
 def checkpoint_steps(folder):

@@ -2,26 +2,23 @@
 
 import contextlib
 import socket
-import statistics
 import sys
 import time
-from collections import namedtuple
 
 from nanochat.errors import UserError
 from nanochat.files import Owned
 from nanochat.kernels.runtime import INTERPRETED
 from nanochat.machine import device_name, peak_memory_mib
 from nanochat.model.gpt import flops_per_token, parameter_counts, scaling_params
-from nanochat.paths import base_dir, runs_dir
+from nanochat.paths import locks_dir, runs_dir
 from nanochat.provenance import git_commit, utc_now, versions
 from nanochat.ranks import same_on_all
-from nanochat.runlog import CONFIG, UNTIMED_STEPS, RunLog, check_new_run, check_run_id, numbers_of, read_run
-from nanochat.target import METRICS, evaluations_of, time_to_target
+from nanochat.run_figures import curves_of, figures_of
+from nanochat.runlog import CONFIG, RunLog, check_new_run, check_run_id, read_run
+from nanochat.target import evaluations_of, time_to_target
 from nanochat.training import checkpoint
 from nanochat.training.build import identity
 from nanochat.training.console import ConsoleSink, WandbSink
-
-_Step = namedtuple("_Step", "step tokens train_time_sec tok_per_sec dt_ms")
 
 
 class NoLog:
@@ -70,7 +67,7 @@ def open_record(wandb_name, run_id, record, folder, resume_step, segment):
         resume_step = 0
     if resume_step is None:
         check_new_run(runs, run_id)  # before wandb hears of it
-    other, locks = "wait for it, stop it, or give another", base_dir() / "locks"
+    other, locks = "wait for it, stop it, or give another", locks_dir()
     with contextlib.ExitStack() as failed:
         owned = []
         for what, lock, flag in ((runs / run_id, f"run.{check_run_id(run_id)}", "--run-id"),
@@ -81,7 +78,7 @@ def open_record(wandb_name, run_id, record, folder, resume_step, segment):
         if wandb_name != "dummy":
             sinks.append(WandbSink(wandb_name, run_id, record))
         if resume_step is not None:
-            _curves(read_run(runs / run_id).events)  # what the end will need, before the work
+            curves_of(read_run(runs / run_id).events)  # what the end will need, before the work
             log = RunLog.resume(runs, run_id, resume_step, sinks, owned, **segment)
         else:
             checkpoint.set_aside(folder)
@@ -127,36 +124,10 @@ def close_failed_record(log, device, target, started, loader):
 def summarize(folder, status, device, target_metric_name=None, target_metric_threshold=None):
     """The fields of summary.json, computed from the run's own record (every segment of it)."""
     record = read_run(folder)
-    events = record.events
-    train, bits, core = _curves(events)
-    timed = [step for step in train if step.step > UNTIMED_STEPS]
-    finite_bits = [value for value in bits if value is not None]
-    target = {"target_metric_name": None, "target_metric_threshold": None,
-              "time_to_target_sec_measured": None, "time_to_target_sec_extrapolated": None}
-    if target_metric_threshold is not None:
-        target = time_to_target(evaluations_of(events, target_metric_name), target_metric_name,
-                                target_metric_threshold).summary_fields()
-    steps = train[-1].step if train else 0
-    return {
-        "status": status,
-        "steps": steps,
-        "stopped_at_target": status == "ok" and steps < record.config.get("num_iterations", 0),
-        "tokens": train[-1].tokens if train else 0,
-        "min_val_bpb": min(finite_bits, default=None),
-        "final_val_bpb": bits[-1] if bits else None,
-        "core_metric": core[-1] if core else None,
-        "tok_per_sec_median": statistics.median(step.tok_per_sec for step in timed) if timed else None,
-        "dt_median_ms": statistics.median(step.dt_ms for step in timed) if timed else None,
-        "train_time_sec": train[-1].train_time_sec if train else 0.0,
-        "peak_memory_mib": peak_memory_mib(device),
-        **target,
-    }
-
-
-def _curves(events):
-    """What a summary is made of: the training steps' numbers, and the values of the evaluations."""
-    train = [_Step(*numbers) for numbers in numbers_of(events, "train", *_Step._fields)]
-    return train, *([e.metric for e in evaluations_of(events, name)] for name in METRICS)
+    figures = figures_of(record.events, target_metric_name, target_metric_threshold)
+    stopped_at_target = status == "ok" and figures["steps"] < record.config.get("num_iterations", 0)
+    return {"status": status, **figures, "stopped_at_target": stopped_at_target,
+            "peak_memory_mib": peak_memory_mib(device)}
 
 
 def describe(model, horizon, micro_batches, ranks, data):

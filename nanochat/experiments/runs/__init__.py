@@ -1,0 +1,1 @@
+"""Runs day by day, from their records alone: list, follow, compare, clean up."""

@@ -1,0 +1,118 @@
+"""What the cache could do without: checkpoints that nothing goes on from, and what killed writers left behind.
+
+Never a run's newest good checkpoint nor its best, unless asked for these; nothing of a run that is running, or whose
+record is not there to tell.
+"""
+
+import re
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanochat.errors import UserError
+from nanochat.files import Owned, is_owned, read_json
+from nanochat.runlog import numbers_of, read_run
+
+LEFTOVER_SEC = 86400.0  # a temporary file that nobody has written for so long is a killed writer's
+_SET_ASIDE = re.compile(r"(.+)\.before-\d{8}-\d{6}(-\d+)?")
+_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp")  # as files.atomic_path names them
+
+
+@dataclass(frozen=True)
+class Item:
+    """Files that go together, the one that makes them count first. why: in words; run_id: whose, or ""."""
+
+    what: str
+    why: str
+    paths: list = field(repr=False)
+    run_id: str = ""
+
+    @property
+    def n_bytes(self):
+        return sum(path.stat().st_size for path in self.paths if path.exists())
+
+
+def what_to_free(base_dir, checkpoints_dir, locks_dir, runs, with_last=False):
+    """(Items that can be freed, Items of kept last and best checkpoints, lines about what is left alone and why).
+
+    runs: the Runs whose checkpoints may go; with_last: their newest and best ones, too."""
+    freed, kept, notes = [], [], []
+    by_id = {run.run_id: run for run in runs}
+    for folder in sorted(path for path in Path(checkpoints_dir).glob("*") if path.is_dir()):
+        if is_owned(lock_of(locks_dir, folder)):
+            notes.append(f"{folder.name}: a run is writing it")
+            continue
+        by_run, unknown = {}, 0
+        for step, path in _metas(folder):
+            try:
+                meta = read_json(path, "")
+            except UserError:
+                unknown += 1
+                continue
+            by_run.setdefault(str(meta.get("run_id")), []).append((step, meta.get("good") is not False))
+        if unknown:
+            notes.append(f"{folder.name}: {unknown} checkpoint(s) whose meta cannot be read")
+        for run_id, checkpoints in by_run.items():
+            run = by_id.get(run_id)
+            if run is None or not run.is_over:
+                continue
+            for item, is_last in _judged(folder, run, checkpoints):
+                (kept if is_last and not with_last else freed).append(item)
+    freed += [Item(str(path.relative_to(base_dir)), "left by a writer that was killed", [path])
+              for path in leftovers(base_dir)]
+    return freed, kept, notes
+
+
+def free(items, locks_dir):
+    """Delete the items' files, under the locks that a run would take; returns (bytes freed, lines of what was not).
+
+    A checkpoint loses its meta first: without it, it does not exist."""
+    n_bytes, refused = 0, []
+    for item in items:
+        folder = item.paths[0].parent
+        try:
+            with ExitStack() as held:
+                for lock in [lock_of(locks_dir, folder), Path(locks_dir) / f"run.{item.run_id}"] if item.run_id else []:
+                    held.callback(Owned(folder, lock, "scripts.runs --prune", "it is left alone").release)
+                size = item.n_bytes
+                for path in item.paths:
+                    path.unlink(missing_ok=True)
+                n_bytes += size
+                if item.run_id and not any(folder.iterdir()):
+                    folder.rmdir()
+        except (UserError, OSError) as error:
+            refused.append(f"{item.what}: {error}")
+    return n_bytes, refused
+
+
+def lock_of(locks_dir, folder):
+    """The lock of a checkpoint folder, by whose name a run takes it."""
+    return Path(locks_dir) / f"checkpoints.{folder.name}"
+
+
+def leftovers(base_dir):
+    """Temporary files that writers of the cache left a day ago or earlier."""
+    found = [path for path in sorted(Path(base_dir).rglob(".*.tmp")) if _TEMPORARY.fullmatch(path.name)]
+    return [path for path in found if path.is_file() and time.time() - path.stat().st_mtime > LEFTOVER_SEC]
+
+
+def _metas(folder):
+    found = [(path.stem.removeprefix("meta_"), path) for path in folder.glob("meta_*.json")]
+    return sorted((int(step), path) for step, path in found if step.isdecimal())
+
+
+def _judged(folder, run, checkpoints):
+    """(Item, whether it is the newest good one or the best) of one run's checkpoints in a folder."""
+    good = [step for step, is_good in checkpoints if is_good]
+    bits = dict(numbers_of(read_run(run.record.folder).events, "val", "step", "val_bpb"))
+    best = min((step for step in good if bits.get(step) is not None), key=bits.get, default=None)
+    aside = ", set aside when another run took its tag" if _SET_ASIDE.fullmatch(folder.name) else ""
+    for step, is_good in checkpoints:
+        is_newest, is_best = bool(good) and step == good[-1], step == best
+        what = ("diverged" if not is_good else "the newest" if is_newest else "the best" if is_best else
+                "neither the newest nor the best")
+        paths = [folder / f"meta_{step:06d}.json", folder / f"model_{step:06d}.pt",
+                 *sorted(folder.glob(f"optim_{step:06d}_rank*.pt"))]
+        why = f"{what} of run {run.run_id}, {run.state}{aside}"
+        yield Item(f"{folder.name}, step {step:,}", why, paths, run.run_id), is_newest or is_best
