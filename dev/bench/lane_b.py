@@ -44,14 +44,19 @@ def parse_args(argv):
 
 
 def made_documents(n_tokens, vocab_size, document_tokens=1000):
+    tokens = made_tokens(n_tokens // document_tokens * document_tokens, vocab_size)
+    return from_arrays(list(tokens.reshape(-1, document_tokens)), vocab_size)
+
+
+def made_tokens(n_tokens, vocab_size, seed=0):
     """Zipf tokens, six in ten of them copied from up to 512 tokens back: pairs repeat about as they do in text."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     frequencies = 1 / np.arange(1, vocab_size + 1)
-    tokens = rng.choice(vocab_size, size=n_tokens, p=frequencies / frequencies.sum()).astype(np.uint16)
-    source = np.arange(n_tokens) - np.where(rng.random(n_tokens) < 0.6, rng.integers(1, 513, n_tokens), 0)
-    tokens = tokens[np.maximum(source, 0)]
-    return from_arrays(list(tokens[:n_tokens // document_tokens * document_tokens].reshape(-1, document_tokens)),
-                       vocab_size)
+    steps = np.cumsum(frequencies / frequencies.sum()) * (1 << 22)
+    drawn = np.repeat(np.arange(vocab_size, dtype=np.uint16), np.diff(steps.round().astype(int), prepend=0))
+    tokens = drawn.take(rng.integers(0, len(drawn), n_tokens, dtype=np.int32))
+    source = np.arange(n_tokens) - np.where(rng.random(n_tokens, np.float32) < 0.6, rng.integers(1, 513, n_tokens), 0)
+    return tokens[np.maximum(source, 0)]
 
 
 def read_corpus(args, n_tokens):
