@@ -1,7 +1,11 @@
 """This process among its peers: torchrun's ranks. torch is imported where it is needed."""
 
+import contextlib
+import multiprocessing
 import os
 import secrets
+import socket
+import sys
 import time
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -46,12 +50,18 @@ def print0(*values, **options):
         say(*values, **options)
 
 
-def start_ranks(device):
-    """Ranks of this process, with a process group (nccl on CUDA, gloo elsewhere) when there are several."""
+def start_ranks(device=None):
+    """Ranks of this process, with a process group (nccl on CUDA, gloo elsewhere) when there are several.
+
+    Without a device there is no torch either, unless there are several.
+    """
+    ranks = Ranks.from_environment()
+    if device is None and ranks.world_size == 1:
+        return ranks
     import torch
     import torch.distributed as dist
 
-    ranks = Ranks.from_environment()
+    device = device or torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ranks.world_size > 1 and not dist.is_initialized():
@@ -104,14 +114,45 @@ def same_on_all(ranks, function):
     return results[0]
 
 
+@contextlib.contextmanager
+def helped_by(n_helpers, main, argv):
+    """In the block this process is rank 0 of 1 + n_helpers on this machine; the others were started to run main(argv).
+
+    main: importable, of a module. Errors: UserError when a helper died.
+    """
+    before = dict(os.environ)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(WORLD_SIZE=str(1 + n_helpers), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    helpers = []
+    try:
+        for rank in range(1, 1 + n_helpers):
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            helpers.append(multiprocessing.get_context("spawn").Process(target=main, args=(argv,), daemon=True))
+            helpers[-1].start()
+        os.environ.update(RANK="0", LOCAL_RANK="0")
+        yield
+    except RuntimeError:  # of a collective whose peer is gone
+        if any(helper.exitcode for helper in helpers):
+            raise UserError("a process was killed, most likely for lack of memory; use fewer --processes or a smaller "
+                            "--max-tokens") from None
+        raise
+    finally:
+        stop_ranks()
+        for helper in helpers:
+            helper.join(5)
+            helper.kill()
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def on_main(ranks, function, group=None):
     """function() on rank 0 while the others of a group (default: all) wait; its result there, None elsewhere. Every
     rank calls it.
 
     A UserError of it ends them all with its exit code: rank 0 says why, the others leave in silence.
     """
-    import torch.distributed as dist
-
     result = error = None
     if ranks.is_main:
         try:
@@ -119,6 +160,8 @@ def on_main(ranks, function, group=None):
         except UserError as raised:
             error = raised
     if ranks.world_size > 1:
+        import torch.distributed as dist
+
         exit_codes = [error and error.exit_code]
         dist.broadcast_object_list(exit_codes, src=0, group=group)
         if exit_codes[0] and not ranks.is_main:
@@ -128,8 +171,46 @@ def on_main(ranks, function, group=None):
     return result
 
 
-def stop_ranks():
-    import torch.distributed as dist
+def add_up(ranks, array):
+    """The sum of all ranks' arrays (numpy, of one shape and dtype, not bool or unsigned) on every rank."""
+    if ranks.world_size > 1:
+        import torch
+        import torch.distributed as dist
 
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        total = torch.from_numpy(array.copy())
+        dist.all_reduce(total)
+        return total.numpy()
+    return array
+
+
+def add_up_at(ranks, owner, value):
+    """The sum of all ranks' values (anything with + that pickles) on rank `owner`, None elsewhere. It takes them one
+    at a time: two are in its memory."""
+    if ranks.world_size > 1:
+        import torch.distributed as dist
+
+        if ranks.rank != owner:
+            dist.send_object_list([value], owner)
+            return None
+        for other in range(ranks.world_size):
+            if other != owner:
+                received = [None]
+                dist.recv_object_list(received, other)
+                value = value + received[0]
+    return value
+
+
+def gather(ranks, value):
+    """The list of all ranks' values (anything that pickles) on rank 0, None elsewhere."""
+    if ranks.world_size > 1:
+        import torch.distributed as dist
+
+        values = [None] * ranks.world_size if ranks.is_main else None
+        dist.gather_object(value, values)
+        return values
+    return [value]
+
+
+def stop_ranks():
+    if "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
+        sys.modules["torch.distributed"].destroy_process_group()

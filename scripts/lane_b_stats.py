@@ -3,15 +3,18 @@
 python -m scripts.lane_b_stats --dataset stdlib --out stats.json --plot stats.png
 python -m scripts.lane_b_stats --dataset climbmix --max-tokens 64000000 --position-losses cal-4-s0 cal-3-s0 \\
     --out stats.json
-torchrun --nproc-per-node 4 -m scripts.lane_b_stats ... shares the lags out over the ranks.
+torchrun --nproc-per-node 4 -m scripts.lane_b_stats ... shares the documents out over the ranks, of several nodes too.
+
+Memory does not grow with the text, but for 40 bytes a document and the different pairs of tokens that it holds.
 """
 
 import argparse
+import contextlib
+import multiprocessing
 import os
 import sys
 import time
 
-import numpy as np
 import scipy
 
 from nanochat.data.sources import open_dataset
@@ -20,14 +23,16 @@ from nanochat.data.tokens import token_shards
 from nanochat.errors import command
 from nanochat.files import check_output, write_json
 from nanochat.lane_b.figure import check_plot
-from nanochat.lane_b.measure.documents import check_vocabulary, from_shards
+from nanochat.lane_b.measure.corpus import check_vocabulary, from_shards
 from nanochat.lane_b.measure.position_losses import check_same_model, check_same_text, read_position_losses
 from nanochat.lane_b.measure.statistics import DEFAULT_LAGS, measure
 from nanochat.lane_b.measure.statistics_figure import draw_statistics
 from nanochat.lane_b.measure.statistics_file import VERSION, describe, statistics_document
 from nanochat.paths import base_dir, runs_dir
 from nanochat.provenance import utc_now, versions
-from nanochat.ranks import Ranks, print0
+from nanochat.ranks import helped_by, print0, start_ranks, stop_ranks
+
+_TOKENS_A_PROCESS = 1 << 23
 
 
 def parse_args(argv):
@@ -35,20 +40,24 @@ def parse_args(argv):
     parser.add_argument("--dataset", required=True, help="a name of nanochat.dataset, or a folder")
     parser.add_argument("--tokenizer-dir", "--tokenizer", metavar="DIR",
                         help="default: the one of scripts.tok_train in the cache folder")
-    parser.add_argument("--split", choices=("train", "val"), default="train")
+    parser.add_argument("--split", choices=("train", "val"), default="train", help="which text (default: train)")
     parser.add_argument("--max-tokens", type=int, default=32_000_000, help="whole documents up to about this many")
     parser.add_argument("--lags", type=parse_lags, metavar="N,N,...",
                         help=f"default: {','.join(map(str, DEFAULT_LAGS))}, up to a tenth of the median document")
     parser.add_argument("--position-losses", nargs="+", default=[], metavar="RUN_OR_FILE",
                         help="runs of scripts.base_train --position-losses on P and P/2 tokens: they give gamma")
     parser.add_argument("--context-tokens", type=int, help="context length of the model it is for; recorded")
-    parser.add_argument("--processes", type=int, help="default: one a core")
-    parser.add_argument("--out", "--output-json", required=True, metavar="FILE.json")
-    parser.add_argument("--plot", metavar="FILE.png")
+    parser.add_argument("--processes", type=int, help="that share the documents out on this machine; default: one a "
+                        f"core, each for {_TOKENS_A_PROCESS >> 20}M tokens or more")
+    parser.add_argument("--out", "--output-json", required=True, metavar="FILE.json",
+                        help="where the statistics go: scripts.lane_b_infer_ratio --stats-json reads them")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw them: correlations by lag, entropies by context")
     args = parser.parse_args(argv)
     for name in ("max_tokens", "context_tokens", "processes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.processes and "RANK" in os.environ and not multiprocessing.parent_process():
+        parser.error("--processes is for a start without torchrun, which has --nproc-per-node")
     return args
 
 
@@ -76,8 +85,6 @@ def read_shards(dataset, tokenizer, split, max_tokens):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    start = time.time()
-    ranks = Ranks.from_environment()
     check_output("--out", args.out)
     check_plot(args.plot)
     dataset = open_dataset(args.dataset)
@@ -87,16 +94,27 @@ def main(argv=None):
     check_same_model(losses)
     check_vocabulary(tokenizer.vocab_size)
     shards = read_shards(dataset, tokenizer, args.split, args.max_tokens)
-    documents = from_shards(shards, tokenizer.bos_id, tokenizer.vocab_size, args.max_tokens)
-    processes = args.processes or max(1, os.cpu_count() // ranks.world_size)
-    statistics = measure(documents, args.lags, losses, processes, ranks, args.out)
+    n_helpers = 0
+    if "RANK" not in os.environ:
+        n_tokens = min(args.max_tokens, sum(len(tokens) for tokens, _ in shards))
+        n_helpers = (args.processes or min(os.cpu_count(), 1 + n_tokens // _TOKENS_A_PROCESS)) - 1
+    with helped_by(n_helpers, main, argv) if n_helpers else contextlib.nullcontext():
+        measure_and_write(args, argv, dataset, tokenizer, losses, shards)
+
+
+def measure_and_write(args, argv, dataset, tokenizer, losses, shards):
+    """stats.json and the summary, on rank 0; the others measure their part."""
+    start = time.time()
+    corpus = from_shards(shards, tokenizer.bos_id, tokenizer.vocab_size, args.max_tokens, start_ranks())
+    statistics = measure(corpus, args.lags, losses)
+    stop_ranks()
     if statistics is None:
         return
-    n_bytes = tokenizer.token_bytes()[statistics.documents.tokens].sum(dtype=np.int64)
+    n_bytes = int(tokenizer.token_bytes() @ statistics.corpus.token_counts)
     document = {
         "schema_version": VERSION, "dataset_id": dataset.dataset_id, "tokenizer_id": tokenizer.tokenizer_id,
         "split": args.split, "vocab_size": tokenizer.vocab_size, "context_tokens": args.context_tokens,
-        "bytes_per_token": float(n_bytes / statistics.documents.n_tokens), **statistics_document(statistics),
+        "bytes_per_token": float(n_bytes / statistics.corpus.n_tokens), **statistics_document(statistics),
         "settings": vars(args),
         "versions": {**versions(), "scipy": scipy.__version__},
         "command": " ".join(["python", "-m", "scripts.lane_b_stats", *(sys.argv[1:] if argv is None else argv)]),

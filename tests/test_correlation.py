@@ -6,22 +6,27 @@ from hypothesis.extra import numpy as hnp
 from lane_b_sources import Copying, Markov, Renewal, cut
 
 from nanochat.lane_b import Refusal
+from nanochat.lane_b.measure.corpus import from_documents, from_shards, outliers
 from nanochat.lane_b.measure.correlation import (
     SUBSPACE,
     Covariance,
     counters_of,
-    estimate_lag,
+    estimate_lags,
     null_coefficient,
     top_singular,
 )
-from nanochat.lane_b.measure.counting import PairCounter, count_pairs
-from nanochat.lane_b.measure.documents import from_arrays, from_shards, outliers
+from nanochat.lane_b.measure.counting import PairCounter, count_pairs, document_sums
+from nanochat.lane_b.measure.documents import from_arrays
 from nanochat.lane_b.measure.fit import fit_power_law, slopes, weights_of
 
 COPYING_LAGS = 2 ** np.arange(7)
 
 token_arrays = st.lists(
     hnp.arrays(np.uint16, st.integers(2, 40), elements=st.integers(0, 6)), min_size=1, max_size=12)
+
+
+def estimate_lag(documents, lag):
+    return estimate_lags(counters_of(from_documents(documents)), [lag])[0]
 
 
 def counts_by_hand(arrays, lag, vocab_size):
@@ -49,9 +54,9 @@ def test_counts_of_parts_add_up_to_those_of_the_whole(arrays, lag, split):
 def test_counts_do_not_depend_on_how_the_text_is_cut_into_blocks(monkeypatch):
     rng = np.random.default_rng(0)
     documents = from_arrays([rng.integers(0, 50, rng.integers(2, 300)) for _ in range(200)], 50)
-    whole = count_pairs(documents, 3)
     monkeypatch.setattr("nanochat.lane_b.measure.counting._COUNT_TOKENS", 1000)
-    assert (count_pairs(documents, 3) != whole).nnz == 0
+    counter = PairCounter(from_documents(documents), np.arange(200))
+    assert (counter.counts(3) != count_pairs(documents, 3)).nnz == 0
 
 
 def test_counts_reach_the_largest_vocabulary():
@@ -65,7 +70,7 @@ def test_counts_reach_the_largest_vocabulary():
 def test_document_sums_equal_sums_by_hand(arrays, lag):
     documents = from_arrays(arrays, 7)
     left, right = np.random.default_rng(0).standard_normal((2, 7, 3)).astype(np.float32)
-    sums = PairCounter(documents).document_sums(lag, left, right)
+    sums = document_sums(documents, lag, left, right)
     for i, total in enumerate(sums):
         tokens = documents.tokens[documents.offsets[i]:documents.offsets[i + 1]]
         expected = (left[tokens[:-lag]] * right[tokens[lag:]]).sum(axis=0)
@@ -138,7 +143,7 @@ def test_folds_take_turns_in_giving_directions_choosing_among_them_and_measuring
         u, vt = u[:, :SUBSPACE], vt[:SUBSPACE]
         left, _, right = np.linalg.svd(u.T @ choice @ vt.T)
         op += (u @ left[:, 0]) @ strength @ (right[0] @ vt) / 3
-    estimate = estimate_lag(counters_of(documents), 2)
+    estimate = estimate_lag(documents, 2)
     assert estimate.op == pytest.approx(op, rel=1e-9)
     assert estimate.frobenius_squared == pytest.approx(((a * b).sum() + (b * c).sum() + (c * a).sum()) / 3, rel=1e-9)
 
@@ -149,9 +154,9 @@ def test_exponent_of_a_copying_source_is_recovered(exponent, exact):
     norms = source.operator_norm(COPYING_LAGS)
     assert fit_power_law(COPYING_LAGS, norms).slope == pytest.approx(exact, abs=5e-4)
     documents = cut(source.sample(4_000_000, seed=0), 2000, source.vocab_size)
-    null = null_coefficient(documents) / np.sqrt(documents.n_tokens)
-    counters = counters_of(documents)
-    estimates = [estimate_lag(counters, int(lag)) for lag in COPYING_LAGS]
+    null = null_coefficient(from_documents(documents)) / np.sqrt(documents.n_tokens)
+    counters = counters_of(from_documents(documents))
+    estimates = estimate_lags(counters, COPYING_LAGS.tolist())
     frobenius, error = (np.array([getattr(e, name) for e in estimates]) for name in ("frobenius", "frobenius_se"))
     assert (np.abs(frobenius - source.frobenius_norm(COPYING_LAGS)) < 4 * error).all()
     assert fit_power_law(COPYING_LAGS, frobenius).slope == pytest.approx(exact, abs=0.03)
@@ -167,8 +172,8 @@ def test_exponent_of_a_copying_source_is_recovered(exponent, exact):
 @pytest.mark.parametrize("exponent, exact", [(0.9, 0.593), (1.5, 0.958)])
 def test_exponent_of_a_copying_source_is_recovered_at_16m_tokens(exponent, exact):
     source = Copying(exponent)
-    counters = counters_of(cut(source.sample(16_000_000, seed=3), 2000, source.vocab_size))
-    estimates = [estimate_lag(counters, int(lag)) for lag in COPYING_LAGS]
+    counters = counters_of(from_documents(cut(source.sample(16_000_000, seed=3), 2000, source.vocab_size)))
+    estimates = estimate_lags(counters, COPYING_LAGS.tolist())
     slope = fit_power_law(COPYING_LAGS, [e.op for e in estimates]).slope
     plug_in = fit_power_law(COPYING_LAGS, [e.plug_in for e in estimates]).slope
     print(f"exact {exact}, cross-fitted {slope:.4f}, plug-in {plug_in:.4f}")
@@ -178,7 +183,7 @@ def test_exponent_of_a_copying_source_is_recovered_at_16m_tokens(exponent, exact
 @pytest.mark.parametrize("lag", [1, 2, 3])
 def test_correlation_of_a_markov_chain_is_recovered(lag):
     source = Markov(40)
-    estimate = estimate_lag(counters_of(from_arrays(list(source.sample(3000, 400, seed=1)), 40)), lag)
+    estimate = estimate_lag(from_arrays(list(source.sample(3000, 400, seed=1)), 40), lag)
     exact = source.covariance(lag)
     assert abs(estimate.op - np.linalg.norm(exact, 2)) < 4 * estimate.op_se
     assert abs(estimate.frobenius - np.linalg.norm(exact)) < 4 * estimate.frobenius_se
@@ -187,14 +192,14 @@ def test_correlation_of_a_markov_chain_is_recovered(lag):
 @pytest.mark.parametrize("lag", [1, 2, 8, 32, 64])
 def test_correlation_of_a_capped_renewal_process_is_recovered(lag):
     source = Renewal(vocab_size=12, longest=64, decay=0.7)
-    estimate = estimate_lag(counters_of(cut(source.sample(2_000_000, seed=0), 1000, 12)), lag)
+    estimate = estimate_lag(cut(source.sample(2_000_000, seed=0), 1000, 12), lag)
     exact = abs(source.correlation(lag)[lag]) * np.sqrt(11) / 12
     assert abs(estimate.frobenius - exact) < 4 * estimate.frobenius_se
 
 
 def test_standard_errors_are_the_spread_over_independent_corpora():
     source = Markov(60, concentration=0.5)
-    estimates = [estimate_lag(counters_of(from_arrays(list(source.sample(600, 100, seed)), 60)), 2)
+    estimates = [estimate_lag(from_arrays(list(source.sample(600, 100, seed)), 60), 2)
                  for seed in range(100)]
     for value, error in (("op", "op_se"), ("frobenius", "frobenius_se")):
         spread = np.std([getattr(e, value) for e in estimates], ddof=1)
@@ -204,8 +209,8 @@ def test_standard_errors_are_the_spread_over_independent_corpora():
 def test_cross_fitted_norms_of_shuffled_text_are_zero_within_their_errors():
     source = Copying(0.9)
     documents = cut(source.sample(500_000, seed=3), 1000, source.vocab_size).shuffled(np.random.default_rng(1))
-    estimate = estimate_lag(counters_of(documents), 1)
-    null = null_coefficient(documents) / np.sqrt(estimate.n_pairs)
+    estimate = estimate_lag(documents, 1)
+    null = null_coefficient(from_documents(documents)) / np.sqrt(estimate.n_pairs)
     assert abs(estimate.op) < 4 * estimate.op_se and not estimate.is_usable(null)
     assert estimate.plug_in == pytest.approx(null, rel=0.15)
     assert abs(estimate.frobenius_squared) < 4 * estimate.frobenius_squared_noise
@@ -216,14 +221,16 @@ def test_long_documents_full_of_one_token_are_outliers():
     arrays = [rng.integers(0, 1000, 2000) for _ in range(40)]
     arrays.append(np.where(rng.random(9467) < 0.31, 7, rng.integers(0, 1000, 9467)))
     arrays.append(np.array([7, 7, 7, 1]))
-    documents = from_arrays([array.astype(np.uint16) for array in arrays], 1000)
-    assert list(documents.lengths[outliers(documents)]) == [9467]
+    corpus = from_documents(from_arrays([array.astype(np.uint16) for array in arrays], 1000))
+    assert list(corpus.lengths[outliers(corpus)]) == [9467]
+    without = corpus.without(outliers(corpus))
+    assert without.n_documents == 41 and without.token_counts.sum() == without.n_tokens == corpus.n_tokens - 9467
 
 
 def test_a_token_frequent_everywhere_makes_no_outliers():
     rng = np.random.default_rng(0)
     arrays = [np.where(rng.random(800) < 0.25, 7, rng.integers(0, 1000, 800)).astype(np.uint16) for _ in range(40)]
-    assert not outliers(from_arrays(arrays, 1000)).any()
+    assert not outliers(from_documents(from_arrays(arrays, 1000))).any()
 
 
 def shard(arrays, bos):
@@ -234,15 +241,17 @@ def shard(arrays, bos):
 def from_shards_unchecked(shards, bos):
     """from_shards, without its refusal of small corpora."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanochat.lane_b.measure.documents.MIN_DOCUMENTS", 0)
-        return from_shards(shards, bos, 10, max_tokens=1000)
+        patch.setattr("nanochat.lane_b.measure.corpus.MIN_DOCUMENTS", 0)
+        corpus = from_shards(shards, bos, 10, max_tokens=1000)
+        return corpus.read(np.arange(corpus.n_documents))
 
 
 def test_max_tokens_takes_whole_documents_in_order():
     rng = np.random.default_rng(0)
     arrays = [rng.integers(0, 9, 10) for _ in range(100)]
-    documents = from_shards([shard(arrays[:50], 9), shard(arrays[50:], 9)], 9, 10, max_tokens=551)
-    assert documents.n_documents == 56
+    corpus = from_shards([shard(arrays[:50], 9), shard(arrays[50:], 9)], 9, 10, max_tokens=551)
+    assert corpus.n_documents == 56
+    documents = corpus.read(np.arange(56))
     assert {t.tobytes() for t in documents.tokens.reshape(-1, 10)} == {
         a.astype(np.uint16).tobytes() for a in arrays[:56]}
 

@@ -11,6 +11,7 @@ from lane_b_sources import Markov, OrderTwo, Renewal, cut
 
 from nanochat.errors import UserError
 from nanochat.lane_b import Refusal
+from nanochat.lane_b.measure.corpus import from_documents
 from nanochat.lane_b.measure.documents import from_arrays
 from nanochat.lane_b.measure.entropy import (
     PositionLosses,
@@ -117,8 +118,9 @@ def test_cross_entropy_approaches_the_entropies_of_a_renewal_process():
 # --- the bracket
 
 def bracket(documents):
-    sizes = ngram_sizes(documents)
-    return bracket_of(sizes, {n: [score_ngrams(documents, (n, size)) for size in sizes] for n in (1, 2)})
+    corpus = from_documents(documents)
+    sizes = ngram_sizes(corpus)
+    return bracket_of(sizes, {n: [score_ngrams(corpus, (n, size)) for size in sizes] for n in (1, 2)})
 
 
 def check_order_two_bracket(n_documents):
@@ -161,7 +163,7 @@ def test_cross_entropies_far_from_their_limit_give_no_bracket():
 
 def test_too_little_text_gives_no_sizes():
     rng = np.random.default_rng(0)
-    assert ngram_sizes(from_arrays([rng.integers(0, 9, 100) for _ in range(100)], 9)) == []
+    assert ngram_sizes(from_documents(from_arrays([rng.integers(0, 9, 100) for _ in range(100)], 9))) == []
 
 
 # --- losses by position

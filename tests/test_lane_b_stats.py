@@ -1,22 +1,23 @@
 import json
 import os
-import pickle
 import random
 import string
-import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from lane_b_sources import Copying, cut
+from ranks import run_on_ranks
 
 from nanochat.data.sources import open_dataset
 from nanochat.data.tokenizer import train_tokenizer
+from nanochat.data.tokens import TokenShard, write_token_shard
 from nanochat.errors import UserError
 from nanochat.lane_b import Refusal
-from nanochat.lane_b.measure import pool
 from nanochat.lane_b.measure.beta import measure_beta
+from nanochat.lane_b.measure.corpus import from_documents, from_shards
 from nanochat.lane_b.measure.correlation import LagEstimate
 from nanochat.lane_b.measure.documents import from_arrays
 from nanochat.lane_b.measure.entropy import PositionLosses
@@ -24,7 +25,7 @@ from nanochat.lane_b.measure.fit import BrokenPowerLaw
 from nanochat.lane_b.measure.statistics import DEFAULT_LAGS, measure
 from nanochat.lane_b.measure.statistics_figure import draw_statistics
 from nanochat.lane_b.measure.statistics_file import statistics_document
-from nanochat.ranks import Ranks
+from nanochat.ranks import Ranks, add_up, helped_by, start_ranks
 from scripts.lane_b_stats import main, parse_args
 
 
@@ -52,8 +53,8 @@ def copying_text(n_tokens, document_tokens=1000, seed=0):
     return cut(source.sample(n_tokens, seed), document_tokens, 500)
 
 
-def measured(documents, lags=None, losses=(), processes=1, ranks=None, path="stats.json"):
-    return measure(documents, lags, list(losses), processes, ranks or Ranks(), path)
+def measured(documents, lags=None, losses=()):
+    return measure(from_documents(documents), lags, list(losses))
 
 
 def position_losses(tokens, gamma=0.3, excess=0.0):
@@ -78,53 +79,82 @@ def test_a_corpus_becomes_a_file_and_a_figure(corpus, tmp_path, capsys):
     assert f"beta   {beta['value']:.3f}" in out and "gamma not reported" in out
 
 
-def test_processes_do_not_change_a_single_bit():
-    documents = copying_text(300_000)
-    files = [statistics_document(measured(documents, (1, 2, 3, 4, 5), processes=n)) for n in (1, 2, 4)]
-    assert files[0] == files[1] == files[2]
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_give_what_one_process_gives(world_size):
+    """Integers exactly, floats to 1e-12; documents of all sizes, an outlier among them, in several blocks a fold."""
+    alone = _measure_on_rank(0, 1)
+    together, *others = run_on_ranks(world_size, _measure_on_rank)
+    assert others == [None] * (world_size - 1)
+    assert_same(together, alone)
+    assert alone["n_outlier_documents"] == 1 and alone["n_tokens"] == 250_000
 
 
-def test_ranks_give_what_one_process_gives(tmp_path):
-    program = """
-import json, sys
-sys.path.insert(0, "tests")
-from test_lane_b_stats import copying_text, measured
-from nanochat.ranks import Ranks
-from nanochat.lane_b.measure.statistics_file import statistics_document
-if __name__ == "__main__":
-    statistics = measured(copying_text(300_000), (1, 2, 3, 4, 5), ranks=Ranks.from_environment(), path=sys.argv[1])
-    if statistics:
-        print(json.dumps(statistics_document(statistics)))
-"""
-    (tmp_path / "program.py").write_text(program)
-    environment = {**os.environ, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
-    ranks = [subprocess.Popen([sys.executable, str(tmp_path / "program.py"), str(tmp_path / "stats.json")], text=True,
-                              env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE) for rank in (0, 1)]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0] and outputs[1] == ""
-    alone = statistics_document(measured(copying_text(300_000), (1, 2, 3, 4, 5)))
-    assert json.loads(outputs[0]) == json.loads(json.dumps(alone))
-    assert list(tmp_path.glob("stats.json*")) == []
+def _measure_on_rank(rank, world_size):
+    source = Copying(0.9, vocab_size=500)
+    lengths = np.random.default_rng(0).integers(20, 2000, 10 ** 4)
+    lengths = lengths[:np.searchsorted(np.cumsum(lengths), 250_000)]
+    lengths = np.append(lengths, 250_000 - lengths.sum())
+    arrays = np.split(source.sample(250_000, seed=0), np.cumsum(lengths)[:-1])
+    shards = [token_shard(part, bos=500) for part in (arrays[:100], [np.full(3000, 7)], arrays[100:])]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, tokens in (("counting._COUNT_TOKENS", 30_000), ("corpus._BLOCK_TOKENS", 20_000),
+                             ("counting.MAX_GROUPS", 50), ("entropy.MAX_NGRAM_TOKENS", 1 << 17),
+                             ("entropy.MIN_NGRAM_TOKENS", 1 << 16)):
+            patch.setattr(f"nanochat.lane_b.measure.{name}", tokens)
+        corpus = from_shards(shards, 500, 501, 10 ** 6, Ranks(rank, rank, world_size))
+        statistics = measure(corpus, [1, 2, 3, 4, 5], [])
+    return statistics and statistics_document(statistics)
 
 
-def test_a_rank_s_results_are_arrays_and_never_unpickled(tmp_path, monkeypatch):
-    """Whoever can write beside the output could run code here, if a pickle there were read as one."""
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "exploded"),)
+def token_shard(arrays, bos):
+    tokens = np.concatenate([np.append(bos, array) for array in arrays]).astype(np.uint16)
+    return tokens, np.concatenate([[0], np.cumsum([len(array) + 1 for array in arrays])])
 
-    def run(rank):
-        return pool.run_tasks(copying_text(1000), [(_die, 1), (_die, 2)], 1, Ranks(rank, rank, 2), tmp_path / "stats")
 
-    monkeypatch.setattr(pool, "_run_own", lambda documents, tasks, *_: [(0.1, np.arange(3))] * len(tasks))
-    assert run(rank=1) is None
-    part, = tmp_path.glob("stats.*rank1")
-    own, others = run(rank=0)
-    assert own[0] == others[0] == 0.1 and type(others[0]) is float and list(others[1]) == [0, 1, 2]
-    part.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match="pickled"):
-        run(rank=0)
-    assert not (tmp_path / "exploded").exists()
+def assert_same(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, list):
+        for pair in zip(one, other, strict=True):
+            assert_same(*pair)
+    else:
+        assert one == (pytest.approx(other, rel=1e-12) if isinstance(one, float) else other)
+
+
+def test_groups_of_documents_have_the_errors_of_their_documents():
+    documents = copying_text(400_000, document_tokens=200)
+    each = measured(documents, (1, 2, 3, 4, 5)).estimates
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanochat.lane_b.measure.counting.MAX_GROUPS", 150)
+        grouped = measured(documents, (1, 2, 3, 4, 5)).estimates
+    assert [len(e.op_influence) for e in grouped] == [450] * 5 and len(each[0].op_influence) == 2000
+    for one, other in zip(each, grouped, strict=True):
+        assert other.op == one.op and other.op_se == pytest.approx(one.op_se, rel=0.1)
+
+
+def test_the_corpus_is_never_in_memory(tmp_path, monkeypatch):
+    """Three times the text, the same memory, but for the index: 40 bytes a document, and as much in passing."""
+    for name, tokens in (("counting._COUNT_TOKENS", 1 << 16), ("corpus._BLOCK_TOKENS", 1 << 16),
+                         ("counting.MAX_GROUPS", 100), ("correlation._NULL_TOKENS", 1 << 16),
+                         ("entropy.MAX_NGRAM_TOKENS", 1 << 17), ("entropy.MIN_NGRAM_TOKENS", 1 << 16), ("entropy._HELD_OUT_TOKENS", 1 << 15)):
+        monkeypatch.setattr(f"nanochat.lane_b.measure.{name}", tokens)
+    n_documents, peaks = 1000, []
+    for n_shards in (1, 3):
+        shards = []
+        for i in range(n_shards):
+            text = Copying(0.9, vocab_size=100).sample(1000 * n_documents, seed=i).reshape(n_documents, 1000)
+            groups = [([1001] * n_documents, np.insert(text, 0, 100, axis=1).ravel())]
+            write_token_shard(tmp_path / f"{i}.bin", groups, {"vocab_size": 101, "bos_id": 100})
+            shard = TokenShard(tmp_path / f"{i}.bin")
+            shards.append((shard.tokens, shard.offsets))
+            del text, groups
+        tracemalloc.start()
+        measure(from_shards(shards, 100, 101, 10 ** 9), [1, 2, 3, 4, 5], [])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 80 * 2 * n_documents + 100_000  # the text grows by 4 MB
 
 
 def test_converged_losses_by_position_give_alpha_a_value(tmp_path):
@@ -298,11 +328,28 @@ def test_lags_are_sorted_and_different():
     assert parse_args(["--dataset", "d", "--output-json", "s", "--lags", "4,1,2,4"]).lags == [1, 2, 4]
 
 
-def test_a_killed_worker_is_named(monkeypatch):
-    monkeypatch.setattr("nanochat.lane_b.measure.statistics._lag_task", _die)
-    with pytest.raises(UserError, match="fewer --processes"):
-        measured(copying_text(100_000), (1, 2, 3, 4, 5))
+def test_processes_give_one_file_and_the_last_word_to_the_first(corpus, tmp_path, capfd):
+    main(arguments(corpus, tmp_path))
+    alone = json.loads((tmp_path / "stats.json").read_text())
+    main(arguments(corpus, tmp_path, "--processes", "2"))
+    together = json.loads((tmp_path / "stats.json").read_text())
+    for name in ("settings", "command", "created_utc", "wall_time_sec"):
+        del alone[name], together[name]
+    assert_same(together, alone)
+    capfd.readouterr()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(corpus, tmp_path, "--processes", "2", "--dataset", str(tmp_path / "text")))
+    assert stop.value.code == 3 and capfd.readouterr().err.count("only 1 different") == 1
 
 
-def _die(documents, lag):
+def test_a_killed_process_is_named():
+    with pytest.raises(UserError, match="fewer --processes"), helped_by(1, _die, ()):
+        start_ranks()
+        add_up(Ranks(0, 0, 2), np.zeros(1))
+
+
+def _die(_):
+    start_ranks()
     os._exit(9)

@@ -70,9 +70,9 @@ def cpu_peak_bytes(function):
     function()  # libraries and compiled code are loaded in the first
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from the present size
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     function()
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
 def append_rows(path, rows):
@@ -106,7 +106,7 @@ def run_jobs(jobs, path, minutes, failed):
     return failures, left
 
 
-def _status_bytes(field):
+def status_bytes(field):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
 

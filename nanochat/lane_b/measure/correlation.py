@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from scipy import sparse
 
 from nanochat.lane_b.measure.counting import PairCounter, count_pairs
 from nanochat.lane_b.measure.documents import N_FOLDS
+from nanochat.ranks import add_up, add_up_at, gather
 
 SUBSPACE = 8              # singular directions kept from the first fold
 INFLUENCE_RANK = 3        # of them, those that enter the Frobenius norm's error
@@ -24,7 +26,8 @@ class LagEstimate:
     """What the text says about one lag. Strengths are norms of C(lag); influences are one number a document.
 
     A document's influence is the change of the estimate per unit of weight on it: the standard error is their
-    root sum of squares, and a bootstrap over documents weighs them (Efron 1982, the infinitesimal jackknife).
+    root sum of squares, and a bootstrap over documents weighs them (Efron 1982, the infinitesimal jackknife). Of very
+    many documents, random groups stand for one each.
     """
 
     lag: int
@@ -59,7 +62,8 @@ class Covariance:
     """C = J/N − l rᵀ for pair counts J (sparse), N pairs and the marginals l, r; the rank-1 part stays implicit."""
 
     def __init__(self, counts):
-        self.counts = counts.astype(np.float64)
+        data = counts.data.astype(np.float64)
+        self.counts = sparse.csc_array((data, counts.indices, counts.indptr), shape=counts.shape)
         self.n_pairs = float(counts.sum(dtype=np.int64))
         self.left, self.right = self.counts.sum(axis=1) / self.n_pairs, self.counts.sum(axis=0) / self.n_pairs
 
@@ -110,42 +114,73 @@ def top_singular(covariance, k, steps=_STEPS):
     return left @ u[:, :k], s[:k], right @ vt[:k].T
 
 
-def estimate_lag(counters, lag):
-    """LagEstimate from the PairCounters of the three folds.
+def estimate_lags(counters, lags, done=lambda: None):
+    """[LagEstimate] of the lags from the PairCounters of the three folds; on ranks but 0: None.
 
     Operator norm: the 8 leading singular directions from fold A, the pair among them with the largest covariance in
     fold B, its strength in fold C, averaged over the three rotations. Frobenius norm: √ of the mean ⟨C_A, C_B⟩.
+    Every rank counts its documents for each lag and owns one lag at a time, whose counts it adds up. done: called after
+    each lag.
     """
-    covariances = [Covariance(counter.counts(lag)) for counter in counters]
-    subspaces = [top_singular(c, SUBSPACE) for c in covariances]
-    op, influences = 0.0, [None] * N_FOLDS
-    for a in range(N_FOLDS):
-        b, c = (a + 1) % N_FOLDS, (a + 2) % N_FOLDS
-        left, strengths, right = subspaces[a]
-        u, _, vt = np.linalg.svd(left.T @ covariances[b].times(right))
-        pair = left @ u[:, 0], right @ vt[0]
-        op += float(pair[0] @ covariances[c].times(pair[1])) / N_FOLDS
-        influences[c] = _influences(counters[c], covariances[c], lag, pair, (left, strengths, right))
-    products = [covariances[i].inner(covariances[j]) for i, j in ((0, 1), (1, 2), (2, 0))]
-    whole = Covariance(sum(c.counts for c in covariances))
-    return LagEstimate(lag, int(whole.n_pairs), op, float(np.mean(products)), float(top_singular(whole, 1)[1][0]),
-                       *np.concatenate(influences, axis=1), _product_noise(covariances))
+    corpus, estimates = counters[0].corpus, []
+    ranks, vocab_size = corpus.ranks, corpus.vocab_size
+    nothing = np.zeros((N_FOLDS, 2, vocab_size, 1 + min(INFLUENCE_RANK, vocab_size)), np.float32)
+    for first in range(0, len(lags), ranks.world_size):
+        wave, counts, own, estimate = lags[first:first + ranks.world_size], None, None, None
+        for owner, lag in enumerate(wave):
+            added_up = [add_up_at(ranks, owner, counter.counts(lag)) for counter in counters]
+            counts = added_up if owner == ranks.rank else counts
+        if counts:
+            own = _Norms([Covariance(fold) for fold in counts])  # the ranks side by side, each its own lag
+        for owner, lag in enumerate(wave):
+            scores = add_up(ranks, own.scores if owner == ranks.rank else nothing)
+            sums = [add_up(ranks, counter.group_sums(lag, *of_fold))
+                    for counter, of_fold in zip(counters, scores, strict=True)]
+            if owner == ranks.rank:
+                estimate = own.estimate(lag, sums)
+            done()
+        estimates += [found for found in gather(ranks, estimate) or () if found]
+    return estimates if ranks.is_main else None
 
 
-def _influences(counter, covariance, lag, pair, subspace):
-    """(2, n_documents): influences on the operator norm and on the squared Frobenius norm of the documents of a fold.
+class _Norms:
+    """The norms of C at one lag from the Covariances of the three folds, and what their errors take.
 
-    Both are means over pairs of products of scores centred on the fold's marginals. The Frobenius norm's other fold
-    is stood in for by its leading singular triplets, which carry nearly all of the product's variance.
+    scores: (fold, 2, vocab_size, 1 + rank) float32, of a pair's first and second token, centred on the fold's
+    marginals: both norms are means over pairs of products of scores. Those of the Frobenius norm are the other fold's
+    leading singular triplets, which carry nearly all of the product's variance.
     """
-    left = np.column_stack([pair[0], subspace[0][:, :INFLUENCE_RANK]])
-    right = np.column_stack([pair[1], subspace[2][:, :INFLUENCE_RANK]])
-    left, right = left - covariance.left @ left, right - covariance.right @ right
-    sums = counter.document_sums(lag, left.astype(np.float32), right.astype(np.float32)).astype(np.float64)
-    pairs = counter.n_pairs(lag)
-    deviations = (sums - np.outer(pairs, sums.sum(axis=0) / covariance.n_pairs)) / covariance.n_pairs
-    # Every fold weighs a third in the operator norm; in the mean of three products it enters two of them.
-    return np.stack([deviations[:, 0], deviations[:, 1:] @ subspace[1][:INFLUENCE_RANK] * 2]) / N_FOLDS
+
+    def __init__(self, covariances):
+        subspaces = [top_singular(c, SUBSPACE) for c in covariances]
+        self.op, scores, self.strengths = 0.0, [None] * N_FOLDS, [None] * N_FOLDS
+        for a in range(N_FOLDS):
+            b, c = (a + 1) % N_FOLDS, (a + 2) % N_FOLDS
+            left, strengths, right = subspaces[a]
+            u, _, vt = np.linalg.svd(left.T @ covariances[b].times(right))
+            pair = left @ u[:, 0], right @ vt[0]
+            self.op += float(pair[0] @ covariances[c].times(pair[1])) / N_FOLDS
+            left, right = (np.column_stack([one, vectors[:, :INFLUENCE_RANK]])
+                           for one, vectors in zip(pair, (left, right), strict=True))
+            scores[c] = left - covariances[c].left @ left, right - covariances[c].right @ right
+            self.strengths[c] = strengths[:INFLUENCE_RANK]
+        self.scores = np.array(scores, np.float32)
+        products = [covariances[i].inner(covariances[j]) for i, j in ((0, 1), (1, 2), (2, 0))]
+        self.frobenius_squared, self.noise = float(np.mean(products)), _product_noise(covariances)
+        whole = Covariance(sum(c.counts for c in covariances))
+        self.n_pairs, self.plug_in = int(whole.n_pairs), float(top_singular(whole, 1)[1][0])
+
+    def estimate(self, lag, sums):
+        """LagEstimate from the group_sums of the three folds under `scores`."""
+        influences = []
+        for of_fold, strengths in zip(sums, self.strengths, strict=True):
+            products, pairs = of_fold[:, :-1], of_fold[:, -1]
+            n_pairs = pairs.sum()
+            deviations = (products - np.outer(pairs, products.sum(axis=0) / n_pairs)) / n_pairs
+            # Every fold weighs a third in the operator norm; in the mean of three products it enters two of them.
+            influences.append([deviations[:, 0] / N_FOLDS, deviations[:, 1:] @ strengths * 2 / N_FOLDS])
+        return LagEstimate(lag, self.n_pairs, self.op, self.frobenius_squared, self.plug_in,
+                           *np.concatenate(influences, axis=1), self.noise)
 
 
 def _product_noise(covariances):
@@ -155,18 +190,18 @@ def _product_noise(covariances):
     return float(np.sqrt(variance)) / N_FOLDS
 
 
-def counters_of(documents):
-    """The PairCounters of the documents' three folds. Influences follow this order: fold, then hash."""
-    folds = documents.folds
-    return [PairCounter(documents.select(folds == fold)) for fold in range(N_FOLDS)]
+def counters_of(corpus):
+    """The PairCounters of a Corpus's three folds. Influences follow this order: fold, then hash."""
+    folds = corpus.folds
+    return [PairCounter(corpus, np.flatnonzero(folds == fold)) for fold in range(N_FOLDS)]
 
 
-def null_coefficient(documents):
+def null_coefficient(corpus):
     """The plug-in ‖C‖_op of shuffled text times √pairs: what noise alone gives at any lag and size of text.
 
     Mean over permutations of a part of the text, since one alone scatters by 6 %.
     """
-    part, norms = documents.first(_NULL_TOKENS), []
+    part, norms = corpus.sample(np.ones(corpus.n_documents, bool), _NULL_TOKENS), []
     for seed in range(_NULL_PERMUTATIONS):
         covariance = Covariance(count_pairs(part.shuffled(np.random.default_rng(seed)), 1))
         norms.append(top_singular(covariance, 1)[1][0] * np.sqrt(covariance.n_pairs))

@@ -18,6 +18,7 @@ DOUBLINGS = 6
 _MIN_SIZES = 4
 _EXPONENTS = (0.02, 2.0)
 MIN_NGRAM_TOKENS = 1 << 18  # so that the smallest sample has 4,096
+MAX_NGRAM_TOKENS = 1 << 25
 _HELD_OUT_TOKENS = 1_000_000
 _HALF = (0.45, 0.55)        # which sizes count as half the data
 _REPLICATES = 400
@@ -160,22 +161,25 @@ def context_grid(longest):
     return [n for n in grid if n <= longest]
 
 
-def score_ngrams(documents, sample):
+def score_ngrams(corpus, sample):
     """Held-out (cross-entropy, standard error) in nats of Kneser-Ney for sample = (context, n).
 
-    It learns from the first n tokens of the documents that are not held out; these come in the order of their
-    hashes, so samples are random and nested.
+    It learns from n tokens of the documents that are not held out; samples are random and nested.
     """
     context, n_tokens = sample
-    training = documents.select(~documents.held_out).first(n_tokens)
-    held_out = documents.select(documents.held_out).first(_HELD_OUT_TOKENS)
-    return KneserNey(training, context).cross_entropy(held_out)
+    held_out = corpus.held_out
+    model = KneserNey(corpus.sample(~held_out, n_tokens), context)
+    return model.cross_entropy(corpus.sample(held_out, _HELD_OUT_TOKENS))
 
 
-def ngram_sizes(documents):
-    """The sample sizes of the bracket in tokens, each twice the one before; empty where the text is too small."""
-    n_tokens = int(documents.lengths[~documents.held_out].sum())
-    enough = n_tokens >= MIN_NGRAM_TOKENS and documents.held_out.any()
+def ngram_sizes(corpus):
+    """The sample sizes of the bracket in tokens, each twice the one before; empty where the text is too small.
+
+    The largest is 2^25 tokens: a model's memory grows with its sample, and this one takes 2 GB.
+    """
+    held_out = corpus.held_out
+    n_tokens = min(int(corpus.lengths[~held_out].sum()), MAX_NGRAM_TOKENS)
+    enough = n_tokens >= MIN_NGRAM_TOKENS and held_out.any()
     return [n_tokens >> k for k in range(DOUBLINGS, -1, -1)] if enough else []
 
 

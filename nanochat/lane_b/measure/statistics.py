@@ -5,17 +5,18 @@ refusal is recorded, the bracket from n-grams stands in, and α is an interval w
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
+from tqdm import tqdm
 
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.exponents import Estimate, alpha_of
 from nanochat.lane_b.measure import entropy
 from nanochat.lane_b.measure.beta import MIN_LAGS, Beta, measure_beta
-from nanochat.lane_b.measure.correlation import LagEstimate, counters_of, estimate_lag, null_coefficient
-from nanochat.lane_b.measure.documents import N_FOLDS, Documents, check_variety, outliers
-from nanochat.lane_b.measure.pool import run_tasks
+from nanochat.lane_b.measure.corpus import Corpus, check_variety, outliers
+from nanochat.lane_b.measure.correlation import LagEstimate, counters_of, estimate_lags, null_coefficient
+from nanochat.lane_b.measure.documents import N_FOLDS
+from nanochat.ranks import gather, on_main
 
 DEFAULT_LAGS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 23, 32, 45, 64)
 
@@ -34,7 +35,7 @@ class Gamma(Estimate):
 class Statistics:
     """Everything measured on one corpus."""
 
-    documents: Documents
+    corpus: Corpus
     n_outlier_documents: int
     null_coefficient: float
     estimates: tuple[LagEstimate, ...]
@@ -51,21 +52,33 @@ class Statistics:
         return alpha_of(self.gamma, Estimate(slope.value, slope.se, *slope.interval))
 
 
-def measure(documents, lags, position_losses, processes, ranks, shared_path):
-    """Statistics of Documents, or None on ranks but 0. lags: None for the default ones the documents can hold.
+def measure(corpus, lags, position_losses):
+    """Statistics of a Corpus, or None on ranks but 0. Every rank calls it. lags: None for the default ones the
+    documents can hold.
 
     position_losses: a list of PositionLosses, maybe empty. Errors: Refusal where no β can be had.
     """
-    documents, n_outliers, lags, warnings = _prepare(documents, lags)
-    sizes = entropy.ngram_sizes(documents)
+    ranks = corpus.ranks
+    flagged = outliers(corpus)
+    if flagged.any():
+        corpus = corpus.without(flagged)
+        on_main(ranks, lambda: check_variety(corpus))
+    on_main(ranks, lambda: _choose_lags(corpus, lags))
+    lags, warnings = _choose_lags(corpus, lags)
+    sizes = entropy.ngram_sizes(corpus)
     samples = [(context, size) for size in reversed(sizes) for context in reversed(entropy.CONTEXTS)]
-    tasks = [(_null_task, None), *((entropy.score_ngrams, sample) for sample in samples),
-             *((_lag_task, lag) for lag in lags)]
-    results = run_tasks(documents, tasks, processes, ranks, shared_path)
-    if results is None:
+    with tqdm(total=len(samples) + 1 + len(lags), desc="statistics", unit="part", disable=not ranks.is_main) as bar:
+        own = {}
+        for sample in (*samples, None)[ranks.rank::ranks.world_size]:
+            own[sample] = entropy.score_ngrams(corpus, sample) if sample else null_coefficient(corpus)
+            bar.update(ranks.world_size)
+        measured = gather(ranks, own)
+        bar.update(len(samples) + 1 - bar.n)
+        estimates = estimate_lags(counters_of(corpus), lags, bar.update)
+    if not ranks.is_main:
         return None
-    (null,), scores = results[0], results[1:1 + len(samples)]
-    estimates = tuple(LagEstimate(*result) for result in results[1 + len(samples):])
+    scores = {sample: score for of_rank in measured for sample, score in of_rank.items()}
+    null = scores[None]
     beta = measure_beta(estimates, null)
     if beta.op.n_break is not None:
         warnings.append(beta.regime)
@@ -74,26 +87,21 @@ def measure(documents, lags, position_losses, processes, ranks, shared_path):
                         "between the two norms' slopes")
     ngrams = None
     if sizes:
-        nats = dict(zip(samples, scores, strict=True))
-        ngrams = entropy.bracket_of(sizes, {n: [nats[n, size] for size in sizes] for n in entropy.CONTEXTS})
+        ngrams = entropy.bracket_of(sizes, {n: [scores[n, size] for size in sizes] for n in entropy.CONTEXTS})
     positions = entropy.entropies_by_position(position_losses) if position_losses else None
     if positions and positions.offset_note:
         warnings.append(positions.offset_note)
-    return Statistics(documents, n_outliers, null, estimates, beta, positions, ngrams,
+    if n_outliers := int(flagged.sum()):
+        warnings.insert(0, f"{n_outliers} outlier document{'s' * (n_outliers > 1)} left out: "
+                           "one token makes up over 20 % of a long document")
+    return Statistics(corpus, n_outliers, null, tuple(estimates), beta, positions, ngrams,
                       _gamma(positions, ngrams), tuple(warnings))
 
 
-def _prepare(documents, lags):
-    """(documents without outliers, how many those were, lags, warnings)."""
+def _choose_lags(corpus, lags):
+    """(lags, warnings). Errors: Refusal where the documents cannot hold the lags."""
     warnings = []
-    flagged = outliers(documents)
-    n_outliers = int(flagged.sum())
-    if n_outliers:
-        documents = documents.select(~flagged)
-        check_variety(documents)
-        warnings.append(f"{n_outliers} outlier document{'s' * (n_outliers > 1)} left out: "
-                        "one token makes up over 20 % of a long document")
-    median = int(np.median(documents.lengths))
+    median = int(np.median(corpus.lengths))
     if lags is None:
         lags = [lag for lag in DEFAULT_LAGS if lag <= median // 10]
         if 0 < len(lags) < len(DEFAULT_LAGS):
@@ -104,9 +112,9 @@ def _prepare(documents, lags):
     if len(lags) < MIN_LAGS:
         raise Refusal(f"only {len(lags)} lags (need {MIN_LAGS}), and they end at a tenth of the median document's "
                       f"{median} tokens; give more --lags or longer documents")
-    if any(documents.lengths[documents.folds == fold].max(initial=0) <= lags[-1] for fold in range(N_FOLDS)):
+    if any(corpus.lengths[corpus.folds == fold].max(initial=0) <= lags[-1] for fold in range(N_FOLDS)):
         raise Refusal(f"a third of the documents has none longer than lag {lags[-1]}; give more documents")
-    return documents, n_outliers, lags, warnings
+    return lags, warnings
 
 
 def _gamma(positions, ngrams):
@@ -120,14 +128,3 @@ def _gamma(positions, ngrams):
     refusal = f"gamma not reported: {reason}; bracket from n=1,2: {ngrams.lo:.3f}-{ngrams.hi:.3f}; {way_out}"
     return Gamma(lo=ngrams.lo, hi=ngrams.hi, source="ngram_bracket", window=(1, 2),
                  data_tokens=ngrams.data_tokens[-1], refusal=refusal)
-
-
-_counters = lru_cache(maxsize=1)(counters_of)
-
-
-def _lag_task(documents, lag):
-    return tuple(vars(estimate_lag(_counters(documents), lag)).values())
-
-
-def _null_task(documents, _):
-    return (null_coefficient(documents),)

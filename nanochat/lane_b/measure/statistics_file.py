@@ -12,9 +12,9 @@ def statistics_document(statistics):
     null, beta, positions, ngrams = (
         statistics.null_coefficient, statistics.beta, statistics.positions, statistics.ngrams)
     return {
-        "n_tokens": statistics.documents.n_tokens, "n_documents": statistics.documents.n_documents,
+        "n_tokens": statistics.corpus.n_tokens, "n_documents": statistics.corpus.n_documents,
         "n_outlier_documents": statistics.n_outlier_documents,
-        "median_document_tokens": float(np.median(statistics.documents.lengths)),
+        "median_document_tokens": float(np.median(statistics.corpus.lengths)),
         "null_coefficient": null,
         "lags": [_lag(estimate, null) for estimate in statistics.estimates],
         "fits": {"op": _decay(beta.op), "frobenius": beta.frobenius and _decay(beta.frobenius)},
