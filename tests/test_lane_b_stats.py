@@ -138,7 +138,8 @@ def test_the_corpus_is_never_in_memory(tmp_path, monkeypatch):
     """Three times the text, the same memory, but for the index: 40 bytes a document, and as much in passing."""
     for name, tokens in (("counting._COUNT_TOKENS", 1 << 16), ("corpus._BLOCK_TOKENS", 1 << 16),
                          ("counting.MAX_GROUPS", 100), ("correlation._NULL_TOKENS", 1 << 16),
-                         ("entropy.MAX_NGRAM_TOKENS", 1 << 17), ("entropy.MIN_NGRAM_TOKENS", 1 << 16), ("entropy._HELD_OUT_TOKENS", 1 << 15)):
+                         ("entropy.MAX_NGRAM_TOKENS", 1 << 17), ("entropy.MIN_NGRAM_TOKENS", 1 << 16),
+                         ("entropy._HELD_OUT_TOKENS", 1 << 15)):
         monkeypatch.setattr(f"nanochat.lane_b.measure.{name}", tokens)
     n_documents, peaks = 1000, []
     for n_shards in (1, 3):
