@@ -6,7 +6,6 @@ python -m scripts.sample --model-tag quickstart "def fib("
 import argparse
 import contextlib
 import itertools
-import os
 import sys
 import time
 
@@ -62,8 +61,7 @@ def main(argv=None):
                 if not asks:
                     raise
                 note(str(error) or "interrupted")
-    except BrokenPipeError:  # whoever read has gone; what Python still holds for them goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read has gone
         warn("the output was closed; stopped")
         return 0
     speed = "" if asks else f", {n_tokens / (time.perf_counter() - started):,.0f} tok/s"

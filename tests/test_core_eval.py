@@ -204,6 +204,14 @@ def test_a_damaged_bundle_is_named(bundle, file, old, new, message):
         read_bundle(bundle)
 
 
+def test_a_cap_keeps_as_many_items_as_must_be_shown(bundle):
+    for cap in (1, 2, 5, 9, 20, -1):
+        whole = read_bundle(bundle)
+        for task, all_of_it in zip(read_bundle(bundle, cap), whole, strict=True):
+            assert task.n_evaluated == (9 if cap == -1 else min(cap, 9))
+            assert task.items == all_of_it.items[:max(task.n_evaluated, task.num_fewshot + 1)]
+
+
 @pytest.mark.parametrize("cap", [0, -2])
 def test_a_cap_of_none_is_refused(bundle, cap):
     with pytest.raises(UserError, match="at least 1, or -1 for all"):
