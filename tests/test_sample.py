@@ -68,6 +68,14 @@ def test_lines_of_the_standard_input_are_prompts(model):
     assert done.stdout.decode() == expected(model, "the red", n=3) + expected(model, "a \ufffd", n=3)
 
 
+def test_control_characters_are_codes_in_a_terminal_alone(model, capsys, monkeypatch):
+    prompt = "a\x1b[2J\x9b\tb\n\r"
+    few = ["--max-new-tokens", "1", "--temperature", "0"]
+    assert sampled(capsys, prompt, *few).out.startswith(prompt)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert sampled(capsys, prompt, *few).out.startswith("a\\x1b[2J\\x9b\tb\n\\x0d")
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--num-samples", "0"], "--num-samples"), (["--seed", "-1"], "--seed"),
     (["--step", "3"], "no checkpoint of step 3"),
