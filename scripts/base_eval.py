@@ -30,7 +30,8 @@ def parse_args(argv=None):
     which.add_argument("--model-tag", help="checkpoints: a name under <cache>, or an absolute path")
     which.add_argument("--hf-path", help="a causal language model of Hugging Face: a folder, or a name on the hub "
                                          "(openai-community/gpt2); needs the extra hf; core, bpb and position")
-    add("--eval", default="bpb,sample", help=f"what to evaluate: {','.join(KINDS)}")
+    add("--eval", default=argparse.SUPPRESS, help=f"what to evaluate: {','.join(KINDS)} (default: bpb,sample; with "
+                                                  "--hf-path core)")
     add("--step", default="latest", help="the checkpoint's step, or latest")
     add("--dataset", default="", help="stdlib, climbmix, fineweb-edu, or a folder of text; empty: what the checkpoint "
                                       "says it was trained on, else climbmix")
@@ -55,7 +56,7 @@ def parse_args(argv=None):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    kinds = args.eval.split(",")
+    kinds = getattr(args, "eval", "core" if args.hf_path else "bpb,sample").split(",")
     if unknown := set(kinds) - set(KINDS):
         raise UserError(f"--eval {','.join(sorted(unknown))} is unknown; use some of {','.join(KINDS)}")
     if args.hf_path and "sample" in kinds:

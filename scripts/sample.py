@@ -65,7 +65,7 @@ def main(argv=None):
         warn("the output was closed; stopped")
         return 0
     speed = "" if asks else f", {n_tokens / (time.perf_counter() - started):,.0f} tok/s"
-    note(f"{n_samples} samples of {n_tokens:,} tokens{speed}; take the model elsewhere with\n"
+    note(f"{n_samples} sample(s), {n_tokens:,} tokens{speed}; take the model elsewhere with\n"
          f"python -m scripts.export --model-tag {args.model_tag} --to {trained.tag}")
     return 0
 

@@ -90,7 +90,7 @@ def test_text_is_encoded_as_it_is(gpt2):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--hf-path", "nowhere/at-all", "--eval", "core"], "cannot be loaded"),
+    (["--hf-path", "nowhere/at-all"], "cannot be loaded"),
     (["--hf-path", "x", "--eval", "sample"], "core,bpb,position"),
 ])
 def test_a_mistake_is_one_line(gpt2, capsys, arguments, words):

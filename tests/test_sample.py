@@ -51,7 +51,7 @@ def test_prompts_are_continued_and_the_end_says_what_to_do_next(model, capsys):
     done = sampled(capsys, "the red", "", "--num-samples", "2")
     assert done.out == "".join(expected(model, prompt, seed) for prompt in ("the red", "") for seed in (42, 43))
     assert "tiny_000007 on " in done.err
-    assert "4 samples of " in done.err and "python -m scripts.export --model-tag tiny --to tiny" in done.err
+    assert "4 sample(s), " in done.err and "python -m scripts.export --model-tag tiny --to tiny" in done.err
 
 
 def test_the_flags_are_those_of_the_sampler(model, capsys):
@@ -139,5 +139,5 @@ def test_a_terminal_is_asked_for_prompts_and_outlives_a_mistake_and_ctrl_c(model
         process.wait(60)
         os.close(terminal)
     assert process.returncode == 0, said
-    assert "ask for fewer" in said and "interrupted" in said and "1 samples of" not in said
+    assert "ask for fewer" in said and "interrupted" in said and "0 sample(s)" in said
     assert not any(byte < 32 and byte not in b"\r\n\t\x1b" for byte in sample)

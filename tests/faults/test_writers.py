@@ -19,6 +19,7 @@ from nanochat.data.sources import _open_shards
 from nanochat.data.tokenizer import load_tokenizer, train_tokenizer
 from nanochat.data.tokens import TokenShard, write_token_shard
 from nanochat.errors import UserError
+from nanochat.export.folder import check_replaceable, whole_folder
 from nanochat.files import note_digests, write_text
 from nanochat.lane_b.infer.record import LaneBRecord, append_record, read_records
 from nanochat.runlog import RunLog, read_run
@@ -89,6 +90,16 @@ def read_log(folder):
     return max(event["step"] for event in read_run(folder / "r").of("train"))
 
 
+def export(folder, value):
+    with whole_folder(folder / "e", {"value": value}) as new:
+        write_text(new / "a" / "b", str(value) * 5000)
+
+
+def read_export(folder):
+    check_replaceable(folder / "e")  # all of it is as it was written
+    return int((folder / "e" / "a" / "b").read_text()[0])
+
+
 WRITERS = {  # name -> (write the value 1, then 2; read which is there)
     "ledger": (append, lambda folder: len(read_records(folder / "l.csv"))),
     "tokens": (write_tokens, lambda folder: int(TokenShard(folder / "s.bin").tokens[0])),
@@ -100,6 +111,7 @@ WRITERS = {  # name -> (write the value 1, then 2; read which is there)
                lambda folder: int((folder / "r.html").read_text()[0])),
     "digests": (lambda folder, value: note_digests(folder, {"name": str(value) * 64}),
                 lambda folder: int((folder / "sha256.json").read_text().split('"')[3][0])),
+    "export": (export, read_export),
 }
 
 
