@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.model import embedding
-from nanochat.model.embedding import _embedding_gradient, _Embedding
+from nanochat.model.embedding import _Embedding, _embedding_gradient
 
 V, D = 11, 6
 
