@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 _TRITON = re.compile(r"triton_\w+\.run\(")
 _EXTERN = re.compile(r"extern_kernels\.\w+\(|torch\.ops\.(?!nanochat)[\w.]+\(")
 _CUSTOM = re.compile(r"torch\.ops\.nanochat\.[\w.]+\(")
-_BUFFER = re.compile(r"empty_strided_cuda\(\((\d+), (\d+)\), ")
+_BUFFER = re.compile(r"empty_strided_cuda\(\(([\d, ]+)\), ")
 _MATMULS = {"mm", "bmm", "addmm", "baddbmm"}
 _NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
 
@@ -30,7 +30,7 @@ _NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_st
 @dataclass
 class Work:
     """Launches by kind and bytes read plus written. `extern` are matmuls and attention of libraries, `custom` our own
-    ops, whose inside is not counted; `buffers` the shapes of matrices allocated, to look for (N, V) ones."""
+    ops, whose inside is not counted; `buffers` the shapes allocated, to look for (N, V) ones and dense masks."""
 
     triton: int = 0
     extern: int = 0
@@ -129,7 +129,7 @@ def generated_work(lowering, source):
         triton=len(_TRITON.findall(calls)), extern=len(_EXTERN.findall(calls)), custom=len(_CUSTOM.findall(calls)),
         triton_bytes=sum(n for n, node in nodes if not node.is_extern()),
         extern_bytes=sum(n for n, node in nodes if node.is_extern()),
-        buffers=[(int(rows), int(columns)) for rows, columns in _BUFFER.findall(calls)],
+        buffers=[tuple(map(int, re.findall(r"\d+", shape))) for shape in _BUFFER.findall(calls)],
         nodes=[(n, ("extern " if node.is_extern() else "") + _origin(node)) for n, node in nodes])
 
 

@@ -61,11 +61,13 @@ def lowered_rows(case, vocab_size, flags, largest=0, code=""):
     for phase in PHASES:
         work = counter.work[phase]
         n_by_v = work.buffers.count((case.rows * case.seq_len, vocab_size))
+        masks = sum(shape[-2:] == (case.seq_len, case.seq_len) for shape in work.buffers)
         rows.append({**dataclasses.asdict(case), "phase": phase, "graphs": len(counter.graphs),
                      "graph_breaks": graph_breaks(), "triton_launches": work.triton, "extern_calls": work.extern,
                      "custom_ops": work.custom, "eager_launches": work.eager,
                      "triton_gb": round(work.triton_bytes / 1e9, 3), "extern_gb": round(work.extern_bytes / 1e9, 3),
                      "eager_gb": round(work.eager_bytes / 1e9, 3), "n_by_v_buffers": n_by_v,
+                     "dense_masks": masks,
                      "commit": git_commit()[0], "dirty": git_commit()[1], "torch": torch.__version__})
         print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
         by_origin = collections.Counter()
