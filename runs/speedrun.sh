@@ -1,23 +1,37 @@
 #!/usr/bin/env bash
-# From nothing to the CORE of GPT-2 on one node of 8 GPUs: data, tokenizer, training, evaluation.
-#   bash runs/speedrun.sh [tokens per scaling parameter] [wandb name] [seed]     the ratio of upstream's record is 8
+# From nothing to the CORE of GPT-2 on one node: data, tokenizer, training, evaluation, the leaderboard's row. The recipe
+# is upstream's record (depth 24, fp8, ratio 8 or lane B's) with the device batch that fits by the plan.
+#   bash runs/speedrun.sh [ratio or infer.json] [wandb name] [seed]      stop it at any time; the same command goes on
+# GPU=h200 GPUS=4 bash ...: another node. TAG=_2 bash ...: another run beside one of the same seed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
 
-RATIO="${1:-8}"
-RUN="${2:-dummy}"
-SEED="${3:-42}"
+RATIO="${1:-8}" WANDB="${2:-dummy}" SEED="${3:-42}" GPU="${GPU:-h100}" GPUS="${GPUS:-8}"
 BASE="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+RUN="speedrun_s$SEED${TAG:-}"
+DONE="$BASE/stages/$RUN"
+mkdir -p "$DONE"
 export OMP_NUM_THREADS=1
 
-python -m nanochat.dataset --dataset climbmix -n 170 -w 16
-[ -d "$BASE/eval_bundle" ] || python -m nanochat.core_eval
-[ -d "$BASE/tokenizer" ] || python -m scripts.tok_train --dataset climbmix --vocab-size 32768
-python -m scripts.tok_eval --dataset climbmix
+stage() {  # NAME COMMAND...: run the command, unless it has succeeded before
+    [ -e "$DONE/$1" ] || { "${@:2}" && touch "$DONE/$1"; }
+}
 
-torchrun --standalone --nproc-per-node=8 -m scripts.base_train --dataset climbmix --run "$RUN" --seed "$SEED" \
-    --model-tag "speedrun_s$SEED" --depth 24 --target-param-data-ratio "$RATIO" --device-batch-size 16 --core-metric-max-per-task -1 \
-    --target-metric-name core --target-metric-threshold 0.256525
-torchrun --standalone --nproc-per-node=8 -m scripts.base_eval --dataset climbmix --model-tag "speedrun_s$SEED" \
+case "$RATIO" in *.json) HORIZON="--inference-json=$RATIO" ;; *) HORIZON="--ratio=$RATIO" ;; esac
+FLAGS="$(python -m scripts.plan --depth 24 --fp8 --gpu "$GPU" --gpus "$GPUS" "$HORIZON" --as-flags)"
+[ -e "$DONE/flags" ] || echo "$FLAGS" > "$DONE/flags"
+[ "$FLAGS" = "$(cat "$DONE/flags")" ] || {
+    echo "error: $RUN has begun with $(cat "$DONE/flags"), not $FLAGS; give TAG=_2, or the same again" >&2; exit 2; }
+
+stage data python -m nanochat.dataset --dataset climbmix -n 170 -w 16
+stage core python -m nanochat.core_eval
+[ -e "$BASE/tokenizer/tokenizer.txt" ] || python -m scripts.tok_train --dataset climbmix --vocab-size 32768
+stage tok_eval python -m scripts.tok_eval --dataset climbmix
+# shellcheck disable=SC2086  (the flags are words)
+stage train torchrun --standalone --nproc-per-node="$GPUS" -m scripts.base_train --dataset climbmix --run "$WANDB" \
+    --seed "$SEED" --run-id "$RUN" --model-tag "$RUN" $FLAGS --core-metric-max-per-task -1 --save-minutes 10 \
+    --keep-checkpoints 2 --resume-from-step auto --target-metric-name core --target-metric-threshold 0.256525
+stage eval torchrun --standalone --nproc-per-node="$GPUS" -m scripts.base_eval --dataset climbmix --model-tag "$RUN" \
     --eval core,bpb,sample
+python -m scripts.leaderboard "$RUN"

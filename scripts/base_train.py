@@ -11,6 +11,7 @@ import time
 from nanochat.errors import UserError, command
 from nanochat.machine import choose_device, device_name, keep_freed_memory
 from nanochat.model.gpt import flops_per_token
+from nanochat.planning.report import at_start
 from nanochat.ranks import on_main, print0, start_ranks, stop_ranks
 from nanochat.training import build, record, schedule
 from nanochat.training.checkpoint import checkpoint_folder, newest_usable
@@ -70,6 +71,7 @@ def train(config, place, dtype, dtype_reason, started):
     run_id = config.run_id or (resumed or {}).get("run_id") or record.new_run_id(config.tag, config.seed, ranks)
     facts = record.run_config(config, data, shape, horizon, segment)
     print0(record.describe(shape, horizon, micro_batches, ranks, data))
+    print0(at_start(config, shape, horizon, micro_batches, place, dtype))
 
     compiled = build.compile_model(config, model, optimizer)
     loader = data.train_loader(config, micro_batches, ranks, device, resumed)

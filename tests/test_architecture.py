@@ -16,14 +16,15 @@ PACKAGES = {
     "data": set(), "kernels": set(), "lane_b": set(), "experiments": set(),
     "model": {"kernels"}, "evaluation": {"data", "model"}, "training": {"data", "kernels", "model", "evaluation"},
     "export": {"data", "model", "training"},
+    "planning": {"kernels", "model", "training"},
     **COMMANDS,
 }
 LANE_B_LIBRARIES = {"numpy", "scipy", "tqdm", "matplotlib"}
 # all else starts without it
 WITH_TORCH = {"kernels", "model", "training.build", "training.checkpoint", "training.loop", "training.plan",
               "training.record", "training.saving", "training.trained", "evaluation.core", "evaluation.hf_model",
-              "evaluation.loss", "evaluation.validation", "data.dataloader", "export"}
-SCRIPTS_WITH_TORCH = {"base_train", "base_eval", "sample", "export"}
+              "evaluation.loss", "evaluation.validation", "data.dataloader", "export", "planning"}
+SCRIPTS_WITH_TORCH = {"base_train", "base_eval", "sample", "export", "plan"}
 LONGEST_DOCSTRING = 8
 SPEAKS_FOR_ITSELF = 5  # lines of a function or class that needs no docstring
 

@@ -1,13 +1,15 @@
 """The plan of a run: its horizon, memory, time and cost from its flags, before any GPU is paid for."""
 
+import contextlib
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
 
 from nanochat.errors import UserError
 from nanochat.model.gpt import GPTConfig, flops_per_token
-from nanochat.planning.gpus import USABLE_SHARE, Gpu, gpu_of_device
+from nanochat.planning.gpus import USABLE_SHARE, Gpu
 from nanochat.planning.memory import Memory, memory_of
 from nanochat.planning.step_time import StepTime, step_time
 from nanochat.training import build, schedule
@@ -19,17 +21,17 @@ MAX_NODES = 128
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will need. memory is None where it is not known, gpu and time where the device is not."""
+    """What a run will need; memory is one rank's, time one step's."""
 
     model: GPTConfig
     horizon: Horizon
     rows: int  # device batch
-    accumulation: int  # micro-batches a rank
+    accumulation: int  # micro-batches of the ranks that have the most
     nodes: int
     gpus_per_node: int
     memory: Memory
-    gpu: Gpu | None = None
-    time: StepTime | None = None
+    gpu: Gpu
+    time: StepTime
 
     @property
     def world_size(self):
@@ -75,57 +77,27 @@ def estimate(config, vocab_size, gpu, *, gpus_per_node=8, nodes=1):
     model = build.model_config(config, vocab_size)
     horizon = build.plan(config, model)
     world_size, dtype = nodes * gpus_per_node, torch.bfloat16
-    accumulation = schedule.accumulation_steps(horizon.total_batch_size_tokens, config.device_batch_size,
-                                               config.max_seq_len, world_size)
+    accumulation = math.ceil(schedule.count_micro_batches(
+        horizon.total_batch_size_tokens, config.device_batch_size, config.max_seq_len, world_size) / world_size)
     memory = memory_of(config, model, dtype, torch.device("cuda"), accumulation, world_size)
     time = step_time(config, model, dtype, gpu, horizon.total_batch_size_tokens, accumulation, nodes, gpus_per_node)
     return Estimate(model, horizon, config.device_batch_size, accumulation, nodes, gpus_per_node, memory, gpu, time)
 
 
 def with_fitting_rows(config, vocab_size, gpu, **where):
-    """The Estimate at the largest device batch, a power of two, that divides the batch and fits the memory.
+    """The Estimate at the largest device batch, a power of two, that divides the step's rows and fits the memory.
 
-    Arguments and errors as `estimate`; UserError also when not even one row fits.
+    Arguments and errors as `estimate`; UserError also when not even one row a GPU fits.
     """
-    rows, refused = LARGEST_ROWS, None
-    while rows:
-        try:
+    rows = LARGEST_ROWS
+    while rows > 1:
+        with contextlib.suppress(UserError):  # of batches that do not divide; the last one's is raised
             found = estimate(dataclasses.replace(config, device_batch_size=rows), vocab_size, gpu, **where)
             if found.fits:
                 return found
-        except UserError as error:
-            refused = error
-            if rows == 1:
-                raise
         rows //= 2
-    raise refused or AssertionError
-
-
-def _gb(n_bytes):
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
-
-
-def at_start(config, model, horizon, accumulation, device, device_name, dtype, ranks):
-    """What the training program says of memory and, where the device's peaks are known, of time: one or two lines."""
-    memory = memory_of(config, model, dtype, device, accumulation, ranks.world_size)
-    bound = "at least " if config.no_compile else ""
-    lines = [f"plan: memory {bound}{_gb(memory.peak)} a rank: {memory_in_words(memory)}"]
-    gpu = gpu_of_device(device_name)
-    if gpu and dtype == torch.bfloat16 and not config.no_compile:
-        time = step_time(config, model, dtype, gpu, horizon.total_batch_size_tokens, accumulation,
-                         ranks.n_nodes, ranks.world_size // ranks.n_nodes)
-        found = Estimate(model, horizon, config.device_batch_size, accumulation, ranks.n_nodes,
-                         ranks.world_size // ranks.n_nodes, memory, gpu, time)
-        lines.append(f"plan: {1e3 * time.total:.0f} ms a step, {found.tok_per_sec:,.0f} tok/s, MFU {found.mfu:.0%}, "
-                     f"{found.train_sec / 3600:.2f} hours of training")
-    return "\n".join(lines)
-
-
-def memory_in_words(memory):
-    """The parts of a Memory, in the order in which they are made."""
-    parts = (("weights", memory.weights), ("copies", memory.copies), ("optimizer state", memory.optimizer_state),
-             ("gradients", memory.gradients + memory.micro_batch_gradients), ("activations", memory.activations),
-             ("logits", memory.logits), ("update", memory.update))
-    return ", ".join(f"{name} {_gb(size)}" for name, size in parts)
-
-
+    found = estimate(dataclasses.replace(config, device_batch_size=1), vocab_size, gpu, **where)
+    if not found.fits:
+        raise UserError(f"one row needs {found.memory.peak / 1e9:.0f} GB, and a {gpu.name} has "
+                        f"{USABLE_SHARE * gpu.memory_bytes / 1e9:.0f} GB for it; lower --depth or --max-seq-len")
+    return found

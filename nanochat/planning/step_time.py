@@ -61,7 +61,7 @@ def step_time(config, model, dtype, gpu, tokens, accumulation, nodes, gpus_per_n
     model: its GPTConfig; dtype: the compute dtype; accumulation: micro-batches a rank.
     """
     world_size, parts, item = nodes * gpus_per_node, model_parts(model, dtype), dtype.itemsize
-    here = tokens / world_size
+    here = tokens * accumulation / max(1, round(tokens / config.device_batch_size / config.max_seq_len))
     bf16 = gpu.bf16_flop_per_sec
     matmul_flops = 6 * scaling_params(model)
     in_fp8 = (6 * (parts.fp8_numel + (0 if config.chunked_ce else parts.head_numel))) if config.fp8 else 0

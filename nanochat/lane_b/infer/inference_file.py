@@ -120,6 +120,8 @@ class RecordedInference:
     confirmation_ratio: float | None
     default_ratio: float
     envelope: float | None
+    ratio_lo: float | None = None  # of target_param_data_ratio's interval; None: no bound
+    ratio_hi: float | None = None
 
     def horizon_factor(self, metric):
         """How many times longer a schedule that ended at `metric` (bits per byte) must be to end at the threshold.
@@ -146,6 +148,8 @@ def read_inference(path):
             raise file.fault(f"{name} is {file.get(name, str)!r}, not {' or '.join(known)}")
     texts = ("dataset_id", "tokenizer_id", "target_metric_name", "decision", "state", "alpha_source")
     nullable = ("alpha", "target_tokens", "target_param_data_ratio")
+    is_inferred = file.get("target_param_data_ratio", dict, type(None)) is not None
+    lo, hi = (file.optional(f"target_param_data_ratio.{end}") if is_inferred else None for end in ("lo", "hi"))
     return RecordedInference(
         **{name: file.get(name, str) for name in texts},
         **{name: None if file.get(name, dict, type(None)) is None else file.number(f"{name}.value")
@@ -153,7 +157,8 @@ def read_inference(path):
         target_metric_threshold=file.number("target_metric_threshold"),
         n_scaling_params=file.get("n_scaling_params", int),
         confirmation_ratio=file.optional("confirmation_ratio"), default_ratio=file.number("default_ratio"),
-        envelope=None if file.get("slopes", dict, type(None)) is None else file.number("slopes.envelope", above=0))
+        envelope=None if file.get("slopes", dict, type(None)) is None else file.number("slopes.envelope", above=0),
+        ratio_lo=lo, ratio_hi=hi)
 
 
 def _finite(value):
