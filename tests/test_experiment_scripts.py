@@ -17,11 +17,13 @@ from scripts import (
     base_train,
     experiment,
     lane_b,
+    leaderboard,
     report,
     tok_eval,
     tok_train,
     verdict,
 )
+from scripts import plan as plan_script
 
 
 @pytest.fixture
@@ -228,12 +230,14 @@ def test_shell_scripts_give_only_commands_that_exist(tmp_path, script, argv):
     for program in (stand_in, torchrun):
         program.chmod(0o755)
     subprocess.run(["bash", tmp_path / "runs" / script, *argv], check=True, timeout=30, capture_output=True,
-                   env={**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}"})
+                   env={**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}",
+                        "NANOCHAT_BASE_DIR": str(tmp_path / "cache")})
     commands = [line.rstrip("\0").split("\0") for line in calls.read_text().splitlines()]
     parsers = {"scripts.experiment": experiment, "scripts.verdict": verdict, "scripts.report": report,
                "scripts.tok_train": tok_train, "nanochat.dataset": dataset,
                "scripts.base_train": base_train, "scripts.base_eval": base_eval, "scripts.tok_eval": tok_eval,
-               "nanochat.core_eval": core_eval, "scripts.lane_b": lane_b}
+               "nanochat.core_eval": core_eval, "scripts.lane_b": lane_b, "scripts.plan": plan_script,
+               "scripts.leaderboard": leaderboard}
     for module, *flags in (command[1:] for command in commands):
         args = parsers[module].parse_args(flags)
         if module == "scripts.experiment":

@@ -27,38 +27,38 @@ from nanochat.training.config import TrainingConfig
 
 
 class Record(NamedTuple):
-    """A published run on 8xH100: minutes of training and what is known of it; `assumed`: what of that was not."""
+    """A published run on 8xH100: minutes of training and flags; `assumed`: which of them were not published with it."""
 
     name: str
     minutes: float
     flags: dict
-    assumed: str = ""
-    vocab_size: int = 32768
+    assumed: str
+    vocab_size: int
 
 
-_OLDER = "ratio and batch as remembered"
+def _record(name, minutes, depth, ratio, assumed="", vocab_size=32768, fp8=True, **flags):
+    return Record(name, minutes, {"depth": depth, "target_param_data_ratio": ratio, "fp8": fp8, **flags}, assumed,
+                  vocab_size)
+
+
 RECORDS = [
-    Record("d24", 182.4, {"depth": 24, "target_param_data_ratio": 12.0, "total_batch_size": 2**19}, _OLDER),
-    Record("d26, fp8", 174.6, {"depth": 26, "target_param_data_ratio": 8.5, "fp8": True, "total_batch_size": 2**19},
-           _OLDER),
-    Record("d26, fp8, 1M-token batch", 165.6, {"depth": 26, "target_param_data_ratio": 8.25, "fp8": True,
-                                               "total_batch_size": 2**20}, "depth and ratio as remembered"),
-    Record("ClimbMix", 121.2, {"depth": 24, "target_param_data_ratio": 9.5, "fp8": True},
-           "depth and ratio as remembered"),
-    Record("1.80 hours", 108.0, {"depth": 24, "target_param_data_ratio": 8.7, "fp8": True},
-           "depth and ratio as remembered"),
-    Record("d24, ratio 8, fp8", 99.0, {"depth": 24, "target_param_data_ratio": 8.0, "fp8": True}),
-    Record("d24 tuned", 94.6, {"depth": 24, "target_param_data_ratio": 8.0, "fp8": True}, "ratio 8"),
-    Record("d22, ratio 11.05", 88.2, {"depth": 22, "target_param_data_ratio": 11.05, "fp8": True}, "fp8"),
-    Record("d22, ratio 9.4, chunked loss, 32 rows", 81.8, {
-        "depth": 22, "target_param_data_ratio": 9.4, "fp8": True, "chunked_ce": True, "device_batch_size": 32},
-           "fp8", 49152),
+    _record("d24", 182.4, 24, 12.0, "ratio, batch of 524,288", fp8=False, total_batch_size=2**19),
+    _record("d26, fp8", 174.6, 26, 8.5, "ratio, batch of 524,288", total_batch_size=2**19),
+    _record("1M-token batch", 165.6, 26, 8.25, "d26, ratio", total_batch_size=2**20),
+    _record("ClimbMix", 121.2, 24, 9.5, "d24, ratio"),
+    _record("1.80 hours", 108.0, 24, 8.7, "d24, ratio"),
+    _record("d24, ratio 8, fp8", 99.0, 24, 8.0),
+    _record("d24 tuned", 94.6, 24, 8.0, "ratio 8, fp8"),
+    _record("d22, ratio 11.05", 88.2, 22, 11.05, "fp8"),
+    _record("d22, ratio 9.4, chunked loss, 32 rows", 81.8, 22, 9.4, "fp8", 49152, chunked_ce=True,
+            device_batch_size=32),
 ]
 
 _CPU = {"device_type": "cpu", "target_param_data_ratio": 1.0}
 SHAPES = {  # activations; several micro-batches with windows; weights and the optimizer
     "d4 w256, 32x256, blockwise": (8192, dict(
-        depth=4, head_dim=64, max_seq_len=256, window_pattern="L", device_batch_size=32, total_batch_size=8192, **_CPU)),
+        depth=4, head_dim=64, max_seq_len=256, window_pattern="L", device_batch_size=32,
+        total_batch_size=8192, **_CPU)),
     "d2 w384, 4x1024 twice, SL": (8192, dict(
         depth=2, aspect_ratio=192, head_dim=128, max_seq_len=1024, window_pattern="SL", device_batch_size=4,
         total_batch_size=8192, **_CPU)),
