@@ -54,6 +54,7 @@ RECORDS = [
             device_batch_size=32),
 ]
 
+CPU = torch.device("cpu")
 _CPU = {"device_type": "cpu", "target_param_data_ratio": 1.0}
 SHAPES = {  # activations; several micro-batches with windows; weights and the optimizer
     "d4 w256, 32x256, blockwise": (8192, dict(
@@ -79,25 +80,34 @@ def record_rows():
                "fits": planned.fits, "assumed": record.assumed}
 
 
+def setting_of(shape):
+    """(TrainingConfig, GPTConfig, Horizon, compute dtype, micro-batches) of one of SHAPES."""
+    vocab_size, flags = SHAPES[shape]
+    config = TrainingConfig(**flags)
+    model = build.model_config(config, vocab_size)
+    horizon = build.plan(config, model)
+    dtype, _ = choose_compute_dtype(CPU)
+    return config, model, horizon, dtype, schedule.count_micro_batches(
+        horizon.total_batch_size_tokens, config.device_batch_size, config.max_seq_len, 1)
+
+
+def planned_memory(shape):
+    config, model, _, dtype, micro_batches = setting_of(shape)
+    return memory_of(config, model, dtype, CPU, micro_batches, 1)
+
+
 def memory_row(shape):
     """Planned and measured bytes of one of SHAPES, measured in this process, which should do nothing else."""
-    vocab_size, flags = SHAPES[shape]
-    config, device = TrainingConfig(**flags), torch.device("cpu")
-    dtype, _ = choose_compute_dtype(device)
-    model_config = build.model_config(config, vocab_size)
-    horizon = build.plan(config, model_config)
-    accumulation = schedule.count_micro_batches(horizon.total_batch_size_tokens, config.device_batch_size,
-                                                config.max_seq_len, 1)
-    planned = memory_of(config, model_config, dtype, device, accumulation, 1)
-    model = build.build_model(config, model_config, device, dtype)
+    config, model_config, horizon, dtype, micro_batches = setting_of(shape)
+    model = build.build_model(config, model_config, CPU, dtype)
     optimizer = build.build_optimizer(config, model, horizon, Ranks(), dtype)
     compiled = build.compile_model(config, model, optimizer)
-    ids = torch.randint(vocab_size, (config.device_batch_size, config.max_seq_len))
+    ids = torch.randint(model_config.vocab_size, (config.device_batch_size, config.max_seq_len))
 
     def step():
-        for _ in range(accumulation):
-            (compiled(ids, ids) / accumulation).backward()
-            if accumulation > 1:
+        for _ in range(micro_batches):
+            (compiled(ids, ids) / micro_batches).backward()
+            if micro_batches > 1:
                 optimizer.accumulate()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -108,6 +118,7 @@ def memory_row(shape):
         *model.parameters(), *model.buffers(), *optimizer.casts.values(),
         *(value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))]}
     measured = sum(stays.values()) + above
+    planned = planned_memory(shape)
     parts = {f"planned_{name}_mb": round(size / 1e6, 1) for name, size in dataclasses.asdict(planned).items()}
     return {"shape": shape, "dtype": str(dtype).removeprefix("torch."), **parts,
             "stays_mb": round(sum(stays.values()) / 1e6, 1), "step_mb": round(above / 1e6, 1),
