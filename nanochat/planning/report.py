@@ -62,7 +62,7 @@ def at_start(config, model, horizon, micro_batches, place, dtype):
 
 def memory_in_words(memory):
     """The parts of a Memory, in the order in which they are made."""
-    parts = {"gradients": memory.gradients + memory.micro_batch_gradients}
+    parts = {"gradients": memory.gradients + memory.micro_batch_gradients + memory.embedding_sums}
     names = ("weights", "copies", "optimizer_state", "gradients", "activations", "logits", "update")
     return ", ".join(f"{name.replace('_', ' ')} {in_gb(parts.get(name) or getattr(memory, name))}" for name in names)
 
