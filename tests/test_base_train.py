@@ -102,7 +102,7 @@ def test_a_run_learns_and_leaves_its_record(corpus, capsys):
     [target] = record.of("target")
     assert target["time_to_target_sec_measured"] == summary["time_to_target_sec_measured"]
     printed = capsys.readouterr().out
-    assert "time to val_bpb <= 9.9" in printed
+    assert "time to val_bpb <= 9.9" in printed and "plan: memory at least " in printed
     assert "val_bpb" in printed and str(runs_dir() / "run") in printed
 
 
