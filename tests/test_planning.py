@@ -20,13 +20,13 @@ from nanochat.errors import UserError
 from nanochat.machine import choose_compute_dtype
 from nanochat.model.gpt import GPT, GPTConfig, parameter_counts, scaling_params
 from nanochat.model.optim import MuonAdamW, parameter_groups
-from nanochat.model.updates import polar_express
+from nanochat.model.updates import polar_express, polar_express_flops
 from nanochat.planning.estimate import estimate, with_fitting_rows
 from nanochat.planning.gpus import GPUS, LINK_SHARE, gpu_of_device
 from nanochat.planning.memory import memory_of
 from nanochat.planning.parts import MatrixStack, Tensor, model_parts
 from nanochat.planning.report import at_start, nodes_table
-from nanochat.planning.step_time import collective_bytes, collective_sec, polar_flops
+from nanochat.planning.step_time import collective_bytes, collective_sec
 from nanochat.ranks import Ranks
 from nanochat.training import build
 from nanochat.training.config import TrainingConfig
@@ -81,7 +81,7 @@ def test_ranks_share_all_of_a_stack_and_of_a_table(count, world_size, first):
 def test_flops_of_the_orthogonalisation_are_those_that_torch_counts(rows, cols):
     with FlopCounterMode(display=False) as counter:
         polar_express(torch.zeros(1, rows, cols))
-    assert polar_flops(rows, cols) == counter.get_total_flops()
+    assert polar_express_flops(rows, cols) == counter.get_total_flops()
 
 
 # --- collectives -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from nanochat.model.gpt import flops_per_token, scaling_params
-from nanochat.model.updates import POLAR_EXPRESS
+from nanochat.model.updates import polar_express_flops
 from nanochat.planning import gpus
 from nanochat.planning.parts import model_parts
 
@@ -49,12 +49,6 @@ class StepTime:
         return sum(dataclasses.astuple(self))
 
 
-def polar_flops(rows, cols):
-    """Of orthogonalising one matrix: with m <= n its sides, each iteration is X X^T, a square product, and one by X."""
-    m, n = sorted((rows, cols))
-    return len(POLAR_EXPRESS) * (4 * m * m * n + 2 * m**3)
-
-
 def step_time(config, model, dtype, gpu, tokens, accumulation, nodes, gpus_per_node):
     """StepTime of a TrainingConfig on `nodes` x `gpus_per_node` of a Gpu; tokens: of the whole step, all ranks.
 
@@ -77,7 +71,7 @@ def step_time(config, model, dtype, gpu, tokens, accumulation, nodes, gpus_per_n
         elementwise=elementwise / bandwidth,
         quantisation=here * QUANTISED_BYTES * quantised / bandwidth if config.fp8 else 0.0,
         gaps=accumulation * model.n_layer * gpus.GAP_SEC,
-        orthogonalisation=sum(stack.padded(world_size) // world_size * polar_flops(stack.rows, stack.cols)
+        orthogonalisation=sum(stack.padded(world_size) // world_size * polar_express_flops(stack.rows, stack.cols)
                               for stack in parts.stacks) / (bf16 * gpus.POLAR_SHARE),
         update=_update_bytes(parts, item, accumulation, world_size) / bandwidth,
         communication=sum(collective_sec(gpu, size, nodes, gpus_per_node)
