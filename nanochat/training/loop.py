@@ -244,6 +244,8 @@ class Trainer:
             dt_sec, self._mark_sec = now_sec - self._mark_sec, now_sec
             self._clock(launched.step, dt_sec)
             self._record(launched, loss, dt_sec)
+            if launched.step > self.first_step + 1:  # which compiles
+                self._longest_step_sec = max(self._longest_step_sec, dt_sec)
             self._collect(wait=save_failed)
             asked = [number for number, flag in zip(STOP_SIGNALS, flags, strict=True) if flag]
             if asked:
@@ -272,7 +274,6 @@ class Trainer:
             self.train_time_sec += self.usual_dt_sec or 0.0
             return
         self.train_time_sec += dt_sec
-        self._longest_step_sec = max(self._longest_step_sec, dt_sec)
         self.usual_dt_sec = dt_sec if self.usual_dt_sec is None else 0.9 * self.usual_dt_sec + 0.1 * dt_sec
 
     def _save(self, wait):

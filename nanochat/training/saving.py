@@ -33,8 +33,9 @@ class Saver:
         began_sec = time.monotonic()
         self._optimizer.complete_weights()
         weights = self._model.state_dict()
-        # on every rank: all have the same weights, and end together
-        good = all(bool(torch.linalg.vector_norm(value, torch.inf).isfinite()) for value in weights.values())
+        # on every rank, since all end together; they have the same weights
+        largest = torch.stack([torch.linalg.vector_norm(value, torch.inf).float() for value in weights.values()])
+        good = bool(largest.isfinite().all())
         state = _on_host([weights if self._ranks.is_main else {}, self._optimizer.state_dict()])
         if any(value.is_cuda for value in weights.values()):
             torch.cuda.synchronize()
