@@ -189,7 +189,7 @@ def build_hooks(config, model, compiled, optimizer, data, folder, meta, ranks, d
     """The Hooks of a run whose checkpoints go to `folder` with `meta`. CORE and samples take the uncompiled model:
     their prompts come in many lengths."""
     def roll_back(steps):
-        step = checkpoint.newest_good(folder, steps, ranks)
+        step = same_on_all(ranks, lambda: checkpoint.newest_good(folder, steps))
         if step is None:
             return None
         restore(model, optimizer, folder, step, checkpoint.read_meta(folder, step), device, ranks)

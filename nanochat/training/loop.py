@@ -121,6 +121,7 @@ class Trainer:
     def _roll_back(self, what):
         """After a divergence, go back to the newest good checkpoint of this run's course, with the rows that come next;
         whether that could be done. The clock goes on: the steps that led there were trained."""
+        self.watchdog.at(self.step, BUSY)
         self._collect(wait=True)
         if self.saved_step == self.step:
             self.hooks.saver.mark_bad(self.step)

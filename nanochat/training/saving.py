@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 
-from nanochat.ranks import on_main
+from nanochat.ranks import GROUP_TIMEOUT, on_main
 from nanochat.training import checkpoint
 
 
@@ -21,7 +21,7 @@ class Saver:
         self.folder, self.longest_sec = folder, 0.0
         self._meta, self._model, self._optimizer, self._ranks, self._keep = meta, model, optimizer, ranks, keep
         # the thread's collectives may run beside the training's, so they have a group of their own
-        self._group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if ranks.world_size > 1 else None
         self._thread = ThreadPoolExecutor(1, "saver")
         self._saving = None
 
