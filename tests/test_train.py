@@ -247,11 +247,11 @@ def test_a_checkpoint_is_recorded_when_it_is_whole_and_waited_for_where_nothing_
 def test_a_save_that_failed_ends_the_run_after_the_step_in_which_it_is_known(start, in_flight):
     world = start()
     world.saving_steps, world.save_error = 99, UserError("no space")
-    world.during[5] = lambda: setattr(world, "has_failed", True)
+    world.during[3] = lambda: setattr(world, "has_failed", True)
     trainer = world.trainer(9, Cadence(-1, -1, -1, save_every=3), in_flight=in_flight)
     with pytest.raises(UserError, match="no space"):
         trainer.run()
-    assert world.happened[-1] == ("train", 6) and not world.of("checkpoint", "step") and world.n_closed == 1
+    assert world.happened[-1] == ("train", 4) and not world.of("checkpoint", "step") and world.n_closed == 1
 
 
 def test_a_save_that_failed_on_another_rank_ends_this_one_at_the_same_step(start, monkeypatch):
@@ -535,6 +535,8 @@ def test_a_second_signal_ends_the_process_at_once_but_an_echo_of_the_first_does_
         signal.raise_signal(signal.SIGTERM)
         assert not killed
         clock.now += 0.6
+        signal.raise_signal(signal.SIGALRM)  # the time limit asks for nothing new
+        assert not killed
         signal.raise_signal(signal.SIGTERM)
         assert killed == [(signal.SIGTERM, signal.SIG_DFL)]
 
