@@ -84,7 +84,7 @@ def _on_host(value):
     write whole."""
     if torch.is_tensor(value):
         copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-        return copy.copy_(value, non_blocking=True)
+        return copy.copy_(value, non_blocking=value.is_cuda)
     if isinstance(value, dict):
         return {name: _on_host(item) for name, item in value.items()}
     return [_on_host(item) for item in value] if isinstance(value, list) else value
