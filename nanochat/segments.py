@@ -28,16 +28,17 @@ def in_words(changed):
     return "; ".join(f"{name} was {was}, is {now}" for name, was, now in changed)
 
 
+def part_of(values, name):
+    """The dict of that name in a dict, or an empty one where there is none."""
+    value = values.get(name)
+    return value if isinstance(value, dict) else {}
+
+
 def _numbers(segment, flags):
     """Not the commit: most change nothing, and a mended one may be why a run is resumed. Nor the number of ranks, whose
     sums differ by rounding alone: a preemptible job gets what there is."""
-    device, versions, given = (_dict(segment, name) for name in ("device", "versions", "flags"))
+    device, versions, given = (part_of(segment, name) for name in ("device", "versions", "flags"))
     return {"device": device.get("name"), "compute_dtype": device.get("compute_dtype"),
             "triton_interpreted": device.get("triton_interpreted"),
             **{package: versions.get(package) for package in ("torch", "triton")},
             **{f"--{name.replace('_', '-')}": given.get(name) for name in flags}}
-
-
-def _dict(segment, name):
-    value = segment.get(name)
-    return value if isinstance(value, dict) else {}

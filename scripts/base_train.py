@@ -103,7 +103,8 @@ def train(config, place, dtype, dtype_reason, started):
         print0(record.describe_end(summary, log.folder))
         if status == "nan":
             raise UserError(f"the run diverged: loss, validation or weights are not finite at step {trainer.step}; "
-                            f"start again with lower learning rates ({newest_usable(folder)})")
+                            "start again with lower learning rates, or leave out the text that led there with "
+                            f"--on-nan rollback ({newest_usable(folder)})")
     return {"ok": 0, "nan": UserError.exit_code, "interrupted": 128 + trainer.signals.number}[status]
 
 

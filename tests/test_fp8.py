@@ -163,6 +163,19 @@ def test_checkpoints_do_not_know_of_it():
         torch.testing.assert_close(model(tokens()), plain(tokens()), rtol=0, atol=0)
 
 
+def test_a_run_that_goes_back_multiplies_by_the_weights_that_it_went_back_to():
+    model, optimizer = model_and_optimizer()
+    ids = tokens()
+    saved = {name: value.clone() for name, value in model.state_dict().items()}, optimizer.state_dict()
+    before = model(ids[:, :-1], ids[:, 1:])
+    before.backward()
+    optimizer.step()
+    assert model(ids[:, :-1], ids[:, 1:]) != before
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert model(ids[:, :-1], ids[:, 1:]) == before
+
+
 def test_training_follows_that_without():
     losses = []
     for fp8 in (False, True):

@@ -22,7 +22,7 @@ def time_interleaved(functions, repeats, device, warmup=1):
     others = torch.empty(FLUSHED_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
     for repeat in range(warmup + repeats):
         for name, function in functions.items():
-            elapsed = _cuda_ms(function, others) if device.type == "cuda" else _cpu_ms(function)
+            elapsed = _cuda_ms(function, others) if device.type == "cuda" else cpu_ms(function)
             if repeat >= warmup:
                 times[name].append(elapsed)
     return times
@@ -111,7 +111,8 @@ def status_bytes(field):
     return int(line.split()[1]) * 1024
 
 
-def _cpu_ms(function):
+def cpu_ms(function):
+    """Milliseconds that a call takes on the wall clock."""
     start = time.perf_counter()
     function()
     return 1e3 * (time.perf_counter() - start)

@@ -1,12 +1,13 @@
-"""What digests and locks cost: opening token files, reading shards, and what a checkpoint waits for besides.
+"""What digests, locks and checkpoints cost: opening token files, reading shards, saving beside training and at once.
 
     python -m dev.bench.trust --million-tokens 64
 
 Every round measures each part once; medians, 20th and 80th percentiles are over rounds. All files are in the page
-cache: from a slower disk the reading hides the hashing. A step waits for none of it.
+cache: from a slower disk the reading hides the hashing. A step waits for nothing but a save's copy.
 """
 
 import argparse
+import functools
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from dev.bench.loader import made_shard
-from dev.bench.measure import append_rows, percentiles, time_interleaved
+from dev.bench.measure import append_rows, cpu_ms, percentiles, time_interleaved
 from nanochat import files
 from nanochat.data.shard_writer import prepare_shards
 from nanochat.data.shards import list_shards, read_documents
@@ -24,8 +25,12 @@ from nanochat.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 from nanochat.data.tokens import HEADER_BYTES, TokenShard
 from nanochat.errors import command
 from nanochat.machine import device_name
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.model.optim import MuonAdamW, parameter_groups
 from nanochat.provenance import git_commit
+from nanochat.ranks import Ranks
 from nanochat.runlog import RunLog
+from nanochat.training.saving import Saver
 
 
 def parse_args(argv):
@@ -94,11 +99,48 @@ def parts_of(folder, n_tokens):
             "owner check and fsync of the record before a checkpoint": checkpoint}
 
 
+def saving_times(folder, rounds):
+    """{part: milliseconds}: a d4 of width 256 that trains on 2,048 tokens a step, uncompiled, and saves both ways."""
+    model = GPT(GPTConfig(256, 8192, n_layer=4, n_head=4, n_kv_head=4, n_embd=256))
+    model.init_weights(0)
+    optimizer = MuonAdamW(parameter_groups(model))
+    tokens = torch.randint(8192, (8, 257), generator=torch.Generator().manual_seed(0))
+    saver = Saver(folder / "checkpoints", {"model_config": model.config.to_dict()}, model, optimizer, Ranks(), keep=1)
+
+    def step():
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def save(number, wait):
+        saver.save({"step": number}, lambda: None)
+        if wait:
+            saver.collect(wait=True)
+
+    cpu_ms(step)
+    save(1, wait=True)
+    alone, beside, at_once, pauses, costs = [], [], [], [], []
+    for number in range(2, 2 * rounds + 2, 2):
+        usual = [cpu_ms(step) for _ in range(3)]
+        at_once.append(cpu_ms(functools.partial(save, number, wait=True)))
+        pauses.append(cpu_ms(functools.partial(save, number + 1, wait=False)))
+        slowed = [cpu_ms(step)]
+        while saver.collect(wait=saver.has_failed) is None:
+            slowed.append(cpu_ms(step))
+        alone, beside = alone + usual, beside + slowed
+        costs.append(pauses[-1] + sum(slowed) - len(slowed) * percentiles(usual)[0])
+    saver.close()
+    return {"a training step": alone, "a training step while a checkpoint is written": beside,
+            "pause of a checkpoint written at once": at_once, "pause of one written in the background": pauses,
+            "the same and what it slows the steps by": costs}
+
+
 @command
 def main(argv=None):
     args = parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         times = time_interleaved(parts_of(Path(folder), 1e6 * args.million_tokens), args.rounds, torch.device("cpu"))
+        times |= saving_times(Path(folder), args.rounds)
     rows = []
     for part, milliseconds in times.items():
         median, low, high = percentiles(milliseconds)

@@ -16,7 +16,7 @@ from nanochat.experiments.gates import judge_all, quality_margin
 from nanochat.experiments.profiles import BASELINE
 from nanochat.experiments.trials import Trial, check_same_world, facts_of, load_trials, row_of, split
 from nanochat.runlog import find_run
-from nanochat.segments import in_words, segments_of
+from nanochat.segments import in_words, part_of, segments_of
 from nanochat.target import BEFORE_THE_CLOCK
 
 MARKS = {"pass": "✓", "fail": "✗", "insufficient": "?", "not shown": "~"}
@@ -183,11 +183,12 @@ def _flags(record):
 
 
 def _computed_on(segment):
-    device, versions = segment.get("device"), segment.get("versions") or {}
+    device, versions = part_of(segment, "device"), part_of(segment, "versions")
     if not device:
         return "not recorded"
-    return (f"{device['name']}, {device.get('world_size', 1)} rank(s) on {device.get('host', 'an unknown host')}, "
-            f"{device.get('compute_dtype')}, torch {versions.get('torch')}, commit {str(segment['git_commit'])[:12]}")
+    commit = str(segment.get("git_commit"))[:12]
+    return (f"{device.get('name')}, {device.get('world_size', 1)} rank(s) on {device.get('host', 'an unknown host')}, "
+            f"{device.get('compute_dtype')}, torch {versions.get('torch')}, commit {commit}")
 
 
 def _image(path):

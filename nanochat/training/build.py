@@ -149,7 +149,7 @@ def resume_meta(config, folder, step, model, data, horizon, segment):
     if not meta.get("good", True):
         raise UserError(f"the run had diverged at step {step} in {folder}: weights or validation are not finite; "
                         "resume an earlier step, or start again with lower learning rates")
-    flags = meta.get("user_config") or {}
+    flags = segments.part_of(meta, "user_config")
     wanted = {**identity(config, data, horizon), "crop": config.crop, **model.to_dict()}
     found = {"crop": flags.get("crop", "drop"), **meta, **meta["model_config"]}  # before there was --crop, all dropped
     other = [(name, found.get(name), value) for name, value in wanted.items() if found.get(name) != value]
@@ -157,14 +157,14 @@ def resume_meta(config, folder, step, model, data, horizon, segment):
         raise UserError(f"cannot resume step {step} in {folder}, it is of another run: {segments.in_words(other)}; "
                         "give the flags of the run that made it")
     fixed = config.fixed_on_resume()
-    before = {**meta.get("segment", {}), "flags": {**fixed, **flags}}  # there was none in earlier versions
+    before = {**segments.part_of(meta, "segment"), "flags": {**fixed, **flags}}  # earlier versions had none
     changed = segments.changes(before, segment, fixed)
     if changed and not config.allow_changed:
         raise UserError(f"cannot resume step {step} in {folder} and keep its numbers: {segments.in_words(changed)}; "
                         "resume as it was, or with --allow-changed")
     commits = before.get("git_commit"), segment["git_commit"]
     for line in ([f"resumed with changes: {segments.in_words(changed)}"] if changed else []) + (
-            [f"the checkpoint of step {step} is of commit {commits[0][:12]}, this is {commits[1][:12]}: should they "
+            [f"the checkpoint of step {step} is of commit {commits[0]:.12}, this is {commits[1]:.12}: should they "
              "compute differently, so does the run from here on"] if all(commits) and len(set(commits)) > 1 else []):
         print0(f"warning: {line}")
     return meta, changed
@@ -189,7 +189,7 @@ def build_hooks(config, model, compiled, optimizer, data, folder, meta, ranks, d
     """The Hooks of a run whose checkpoints go to `folder` with `meta`. CORE and samples take the uncompiled model:
     their prompts come in many lengths."""
     def roll_back(steps):
-        step = checkpoint.newest_good(folder, steps, ranks)
+        step = same_on_all(ranks, lambda: checkpoint.newest_good(folder, steps))
         if step is None:
             return None
         restore(model, optimizer, folder, step, checkpoint.read_meta(folder, step), device, ranks)

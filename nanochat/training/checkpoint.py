@@ -107,11 +107,10 @@ def find_checkpoint(folder, step="latest"):
     return int(step)
 
 
-def newest_good(folder, steps, ranks=None):
-    """The newest of `steps` of which there is a good checkpoint, as rank 0 sees it, or None. Every rank calls it."""
+def newest_good(folder, steps):
+    """The newest of `steps` of which there is a good checkpoint, or None."""
     there = set(checkpoint_steps(folder))
-    good = (step for step in sorted(steps, reverse=True) if step in there and not _is_bad(folder, step))
-    return _all_gather(next(good, None), ranks or Ranks(), None)[0]
+    return next((step for step in sorted(steps, reverse=True) if step in there and not _is_bad(folder, step)), None)
 
 
 def read_meta(folder, step):

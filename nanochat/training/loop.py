@@ -121,6 +121,7 @@ class Trainer:
     def _roll_back(self, what):
         """After a divergence, go back to the newest good checkpoint of this run's course, with the rows that come next;
         whether that could be done. The clock goes on: the steps that led there were trained."""
+        self.watchdog.at(self.step, BUSY)
         self._collect(wait=True)
         if self.saved_step == self.step:
             self.hooks.saver.mark_bad(self.step)
@@ -244,6 +245,8 @@ class Trainer:
             dt_sec, self._mark_sec = now_sec - self._mark_sec, now_sec
             self._clock(launched.step, dt_sec)
             self._record(launched, loss, dt_sec)
+            if launched.step > self.first_step + 1:  # which compiles
+                self._longest_step_sec = max(self._longest_step_sec, dt_sec)
             self._collect(wait=save_failed)
             asked = [number for number, flag in zip(STOP_SIGNALS, flags, strict=True) if flag]
             if asked:
@@ -272,7 +275,6 @@ class Trainer:
             self.train_time_sec += self.usual_dt_sec or 0.0
             return
         self.train_time_sec += dt_sec
-        self._longest_step_sec = max(self._longest_step_sec, dt_sec)
         self.usual_dt_sec = dt_sec if self.usual_dt_sec is None else 0.9 * self.usual_dt_sec + 0.1 * dt_sec
 
     def _save(self, wait):

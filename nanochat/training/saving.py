@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 
-from nanochat.ranks import on_main
+from nanochat.ranks import GROUP_TIMEOUT, on_main
 from nanochat.training import checkpoint
 
 
@@ -21,7 +21,7 @@ class Saver:
         self.folder, self.longest_sec = folder, 0.0
         self._meta, self._model, self._optimizer, self._ranks, self._keep = meta, model, optimizer, ranks, keep
         # the thread's collectives may run beside the training's, so they have a group of their own
-        self._group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT) if ranks.world_size > 1 else None
         self._thread = ThreadPoolExecutor(1, "saver")
         self._saving = None
 
@@ -33,8 +33,9 @@ class Saver:
         began_sec = time.monotonic()
         self._optimizer.complete_weights()
         weights = self._model.state_dict()
-        # on every rank: all have the same weights, and end together
-        good = all(bool(torch.linalg.vector_norm(value, torch.inf).isfinite()) for value in weights.values())
+        # on every rank, since all end together; they have the same weights
+        largest = torch.stack([torch.linalg.vector_norm(value, torch.inf).float() for value in weights.values()])
+        good = bool(largest.isfinite().all())
         state = _on_host([weights if self._ranks.is_main else {}, self._optimizer.state_dict()])
         if any(value.is_cuda for value in weights.values()):
             torch.cuda.synchronize()
@@ -83,7 +84,7 @@ def _on_host(value):
     write whole."""
     if torch.is_tensor(value):
         copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-        return copy.copy_(value, non_blocking=True)
+        return copy.copy_(value, non_blocking=value.is_cuda)
     if isinstance(value, dict):
         return {name: _on_host(item) for name, item in value.items()}
     return [_on_host(item) for item in value] if isinstance(value, list) else value
