@@ -232,6 +232,46 @@ def test_collectives_of_a_step():
         assert all((weights[name] == ranks[0][2][name]).all() for name in weights)
 
 
+def step_after_a_warm_up(rank, world_size):
+    """(collectives of a warm-up, whether it changed anything that a step sees, weights after a step: without, with)."""
+    weights, calls, changed = [], [], False
+
+    def count(*args, **_):
+        calls.append(args)
+
+    for warm in (False, True):
+        model, optimizer, step = bf16_trainer(True, Ranks(rank, rank, world_size))
+        step(first=rank)
+        if warm:
+            before = copy.deepcopy((model.state_dict(), optimizer.state_dict(), list(optimizer.casts.values())))
+            idx, targets = batch()
+            model(idx[:1, :64], targets[:1, :64]).backward()
+            with (mock.patch.object(optim, "_reduce_scatter", count), mock.patch.object(optim, "_all_gather", count),
+                  mock.patch.object(optim.dist, "all_reduce", count)):
+                optimizer.warm_up()
+            optimizer.zero_grad()
+            after = copy.deepcopy((model.state_dict(), optimizer.state_dict(), list(optimizer.casts.values())))
+            changed = repr_of(before) != repr_of(after)
+        step(first=rank)
+        optimizer.complete_weights()
+        weights.append(repr_of(model.state_dict()))
+    return len(calls), changed, weights[0] == weights[1]
+
+
+def repr_of(value):
+    """Comparable to the bit: tensors as bytes."""
+    if torch.is_tensor(value):
+        return value.detach().flatten().view(torch.uint8).numpy().tobytes()
+    if isinstance(value, dict):
+        return {name: repr_of(item) for name, item in value.items()}
+    return [repr_of(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def test_a_warm_up_changes_no_bit_and_waits_for_nobody():
+    assert step_after_a_warm_up(0, 1) == (0, False, True)
+    assert run_on_ranks(2, step_after_a_warm_up) == [(0, False, True)] * 2
+
+
 def train_on_one_of(rank, world_size):
     """A few steps on this rank's rows of a fixed batch; (losses, parameters, elements of optimizer state)."""
     idx, targets = batch()
