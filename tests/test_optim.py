@@ -8,6 +8,7 @@ import torch
 from golden_figures import FACTS, arrays, batch, golden_model, relative_error
 from ranks import run_on_ranks
 
+from dev.bench.ranks import count_step
 from nanochat.model import optim
 from nanochat.model.gpt import Linear
 from nanochat.model.optim import MuonAdamW, parameter_groups
@@ -230,6 +231,29 @@ def test_collectives_of_a_step():
         assert [n for name, n in calls if name == "all_reduce"] == [4 * small]
         assert len(calls) == 2 * len(sharded) + 1
         assert all((weights[name] == ranks[0][2][name]).all() for name in weights)
+
+
+def counts_of(rank, world_size, micro_batches):
+    return count_step(golden_model(compute_dtype=torch.bfloat16), Ranks(rank, rank, world_size), micro_batches)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_state_and_traffic_of_a_rank_follow_the_readmes_formulas(world_size):
+    """The large tables divide by both. Embeddings and their gradients are bf16 themselves."""
+    micro_batches = world_size - 1  # one and several
+    groups = parameter_groups(golden_model(compute_dtype=torch.bfloat16))
+    tables = [p for group in groups if group["kind"] == "adamw" for p in group["params"]]
+    shared = [p for p in tables if p.numel() >= optim.SMALL_NUMEL and len(p) % world_size == 0]
+    stacks = [(-(-len(group["params"]) // world_size), *group["params"][0].shape)
+              for group in groups if group["kind"] == "muon"]
+    state = sum(4 * share * (rows * cols + max(rows, cols)) for share, rows, cols in stacks)
+    state += sum(2 * p.nbytes // (world_size if p in set(shared) else 1) for p in tables)
+    matrices = sum(world_size * share * rows * cols for share, rows, cols in stacks)
+    gathered = 2 * (matrices + sum(p.numel() for p in shared))
+    reduced = gathered if micro_batches == 1 else 4 * matrices + sum(p.nbytes for p in shared)
+    replicated = 4 * (sum(p.numel() for p in tables) - sum(p.numel() for p in shared))
+    for counts in run_on_ranks(world_size, counts_of, micro_batches):
+        assert counts == {"state": state, "reduce_scatter": reduced, "all_gather": gathered, "all_reduce": replicated}
 
 
 def step_after_a_warm_up(rank, world_size):

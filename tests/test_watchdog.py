@@ -126,7 +126,7 @@ def losses(run_id):
     ("asleep", 1), *(pytest.param(fault, rank, marks=pytest.mark.slow)
                      for fault, rank in (("asleep", 0), ("killed", 0), ("killed", 1), ("stopped", 1)))])
 def test_a_rank_that_hangs_or_dies_ends_the_job_and_is_named_with_its_last_step(corpus, fault, rank):
-    done, took_sec = torchrun(corpus, fault, rank, 7, "--rank-timeout-sec", "5")
+    done, took_sec = torchrun(corpus, fault, rank, 7, "--rank-timeout-sec", "8")
     assert done.returncode != 0 and took_sec < 60, done.stderr
     assert len(said(done)) == 1, done.stderr
     [line] = said(done)
