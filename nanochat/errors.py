@@ -82,5 +82,7 @@ def _refused_by_the_machine(error):
         return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}; mend that, or name another"
     lost = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(word in said for word in lost):
-        return "another rank is gone: see what it said above; go on with --resume-from-step latest"
+        late = any(word in said.lower() for word in ("timed out", "timeout", "time-out"))
+        which = "another rank did not come to a collective within its time limit" if late else "another rank is gone"
+        return f"{which}: see what it said above; go on with --resume-from-step latest"
     return None

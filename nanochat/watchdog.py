@@ -38,6 +38,7 @@ class Watchdog:
         self._is_on = ranks.store is not None and timeout_sec > 0
         self._n_marks, self._step, self._doing = 0, 0, BUSY  # read by the thread
         self._peers = {}
+        self._looked_sec = None
         self._failing = False
 
     def at(self, step, doing):
@@ -129,6 +130,12 @@ class Watchdog:
             if known is None or beat.n_beats != known.beat.n_beats:
                 moved_sec = known.moved_sec if known and beat.n_marks == known.beat.n_marks else now_sec
                 self._peers[rank] = _Peer(beat, now_sec, moved_sec)
+        # while this process did not run (it was stopped, the machine is overloaded) nobody could be heard
+        missed_sec = now_sec - (self._looked_sec or now_sec)
+        self._looked_sec = now_sec
+        if missed_sec > 4 * BEAT_SEC:
+            self._peers = {rank: _Peer(beat, heard_sec + missed_sec, moved_sec + missed_sec)
+                           for rank, (beat, heard_sec, moved_sec) in self._peers.items()}
         silent_sec = min(SURE_SEC, self._timeout_sec) if self._failing else self._timeout_sec
         for rank, peer in self._peers.items():
             if peer.beat.doing != LEFT and now_sec - peer.heard_sec > silent_sec:

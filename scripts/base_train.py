@@ -86,6 +86,7 @@ def train(config, place, dtype, dtype_reason, started):
                 started + 60 * config.time_limit_minutes if config.time_limit_minutes else None,
                 config.max_rollbacks if config.on_nan == "rollback" else 0)
     with loader:
+        build.warm_up(config, compiled, optimizer, micro_batches, place)
         # last of all that can fail: until here nothing has been written or moved
         log = on_main(ranks, lambda: record.open_record(config.run, run_id, facts, folder, resume_step,
                                                          {**segment, "changed": changed}))

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from corpus import TINY_FLAGS, write_corpus
-from ranks import train_on_ranks
+from ranks import run_on_ranks, train_on_ranks
 
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.optim import SMALL_NUMEL, MuonAdamW, parameter_groups
@@ -71,6 +71,33 @@ def test_every_number_of_ranks(corpus, flags):
     for saved_by in (2, 3, 4):
         for world_size in (1, 2, 3, 4):
             assert_same(resume(world_size, corpus, str(saved_by), 12, f"{saved_by}-{world_size}", *flags), whole)
+
+
+def graphs_compiled_by_a_run(rank, world_size, arguments):
+    """(graphs compiled by the end of the warm-up, by the end of the run)."""
+    from torch._dynamo.utils import counters
+
+    from nanochat.training import build
+
+    warm_up, compiled = build.warm_up, []
+
+    def counted(*args):
+        warm_up(*args)
+        compiled.append(counters["stats"]["unique_graphs"])
+
+    build.warm_up = counted
+    assert main(arguments) == 0
+    return *compiled, counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", ["4", "5"], ids=["several micro-batches", "one"])
+def test_all_is_compiled_before_ranks_wait_for_each_other_and_nothing_twice(corpus, rows):
+    arguments = [flag for flag in FLAGS if flag != "--no-compile"]
+    arguments += ["--device-batch-size", rows, "--total-batch-size", "640" if rows == "4" else "320",
+                  "--num-iterations", "3", "--eval-every", "2", "--dataset", corpus]
+    for warm, end in run_on_ranks(2, graphs_compiled_by_a_run, arguments, group=False):
+        assert warm == end > 4
 
 
 def shares(value, n_ranks):

@@ -75,6 +75,9 @@ def test_a_rank_that_is_gone_is_named_where_there_are_several(capsys, monkeypatc
     with pytest.raises(SystemExit):
         main_that(lost)()
     assert "another rank is gone" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main_that(RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3600000ms for recv"))()
+    assert "within its time limit" in capsys.readouterr().err
 
 
 def test_result_and_arguments_pass_through():

@@ -8,6 +8,7 @@ import torch
 from golden_figures import FACTS, arrays, batch, golden_model, relative_error
 from ranks import run_on_ranks
 
+from dev.bench.ranks import count_step
 from nanochat.model import optim
 from nanochat.model.gpt import Linear
 from nanochat.model.optim import MuonAdamW, parameter_groups
@@ -230,6 +231,69 @@ def test_collectives_of_a_step():
         assert [n for name, n in calls if name == "all_reduce"] == [4 * small]
         assert len(calls) == 2 * len(sharded) + 1
         assert all((weights[name] == ranks[0][2][name]).all() for name in weights)
+
+
+def counts_of(rank, world_size, micro_batches):
+    return count_step(golden_model(compute_dtype=torch.bfloat16), Ranks(rank, rank, world_size), micro_batches)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_state_and_traffic_of_a_rank_follow_the_readmes_formulas(world_size):
+    """The large tables divide by both. Embeddings and their gradients are bf16 themselves."""
+    micro_batches = world_size - 1  # one and several
+    groups = parameter_groups(golden_model(compute_dtype=torch.bfloat16))
+    tables = [p for group in groups if group["kind"] == "adamw" for p in group["params"]]
+    shared = [p for p in tables if p.numel() >= optim.SMALL_NUMEL and len(p) % world_size == 0]
+    stacks = [(-(-len(group["params"]) // world_size), *group["params"][0].shape)
+              for group in groups if group["kind"] == "muon"]
+    state = sum(4 * share * (rows * cols + max(rows, cols)) for share, rows, cols in stacks)
+    state += sum(2 * p.nbytes // (world_size if p in set(shared) else 1) for p in tables)
+    matrices = sum(world_size * share * rows * cols for share, rows, cols in stacks)
+    gathered = 2 * (matrices + sum(p.numel() for p in shared))
+    reduced = gathered if micro_batches == 1 else 4 * matrices + sum(p.nbytes for p in shared)
+    replicated = 4 * (sum(p.numel() for p in tables) - sum(p.numel() for p in shared))
+    for counts in run_on_ranks(world_size, counts_of, micro_batches):
+        assert counts == {"state": state, "reduce_scatter": reduced, "all_gather": gathered, "all_reduce": replicated}
+
+
+def step_after_a_warm_up(rank, world_size):
+    """(collectives of a warm-up, whether it changed anything that a step sees, weights after a step: without, with)."""
+    weights, calls, changed = [], [], False
+
+    def count(*args, **_):
+        calls.append(args)
+
+    for warm in (False, True):
+        model, optimizer, step = bf16_trainer(True, Ranks(rank, rank, world_size))
+        step(first=rank)
+        if warm:
+            before = copy.deepcopy((model.state_dict(), optimizer.state_dict(), list(optimizer.casts.values())))
+            idx, targets = batch()
+            model(idx[:1, :64], targets[:1, :64]).backward()
+            with (mock.patch.object(optim, "_reduce_scatter", count), mock.patch.object(optim, "_all_gather", count),
+                  mock.patch.object(optim.dist, "all_reduce", count)):
+                optimizer.warm_up()
+            optimizer.zero_grad()
+            after = copy.deepcopy((model.state_dict(), optimizer.state_dict(), list(optimizer.casts.values())))
+            changed = repr_of(before) != repr_of(after)
+        step(first=rank)
+        optimizer.complete_weights()
+        weights.append(repr_of(model.state_dict()))
+    return len(calls), changed, weights[0] == weights[1]
+
+
+def repr_of(value):
+    """Comparable to the bit: tensors as bytes."""
+    if torch.is_tensor(value):
+        return value.detach().flatten().view(torch.uint8).numpy().tobytes()
+    if isinstance(value, dict):
+        return {name: repr_of(item) for name, item in value.items()}
+    return [repr_of(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def test_a_warm_up_changes_no_bit_and_waits_for_nobody():
+    assert step_after_a_warm_up(0, 1) == (0, False, True)
+    assert run_on_ranks(2, step_after_a_warm_up) == [(0, False, True)] * 2
 
 
 def train_on_one_of(rank, world_size):

@@ -4,6 +4,8 @@ Every step reduces gradients, updates and gathers group by group, so that commun
 runs beside the arithmetic of another. With one rank the same code runs without the collectives.
 """
 
+from collections import defaultdict
+
 import torch
 import torch.distributed as dist
 
@@ -92,10 +94,7 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         """One update from the gradients, which stay as they are."""
-        muon = [group for group in self.param_groups if group["kind"] == "muon"]
-        adamw = [(p, group) for group in self.param_groups if group["kind"] == "adamw" for p in group["params"]]
-        sharded = [(p, group) for p, group in adamw if self._is_sharded(p)]
-        replicated = [(p, group) for p, group in adamw if not self._is_sharded(p)]
+        muon, sharded, replicated = self._parts()
         reduced = [_mean_over_ranks(self._grad(p), self.ranks, sharded=True) for p, _ in sharded]
         reduced_stacks = [_mean_over_ranks(self._padded_stack([self._grad(p) for p in group["params"]]), self.ranks,
                                            sharded=True) for group in muon]
@@ -111,6 +110,26 @@ class MuonAdamW(torch.optim.Optimizer):
         self._update_adamw([(p, group, mean) for (p, group), mean in zip(replicated, means(), strict=True)])
         for gather in gathers:
             gather.wait()
+
+    @torch.no_grad()
+    def warm_up(self):
+        """Compile the updates, with the gradients that are there: at learning rates of 0, their state thrown away,
+        nothing changes. No rank waits for another."""
+        state, rates = self.state, [group["lr"] for group in self.param_groups]
+        self.state = defaultdict(dict)
+        for group in self.param_groups:
+            group["lr"] = 0.0
+        muon, sharded, replicated = self._parts()
+        for p, group in sharded:
+            self._update_adamw([(p, group, _own_rows(self._grad(p), self.ranks))])
+        for group in muon:
+            stack = self._padded_stack([self._grad(p) for p in group["params"]])
+            self._update_muon(group, _own_rows(stack, self.ranks))
+        several = self.ranks.world_size > 1  # then joint means are fp32
+        self._update_adamw([(p, group, self._grad(p).float() if several else self._grad(p)) for p, group in replicated])
+        self.state = state
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
@@ -167,6 +186,13 @@ class MuonAdamW(torch.optim.Optimizer):
             whole = [*self._stacks.values(), *((p.data, cast) for p, cast in self.casts.items() if self._is_sharded(p))]
             for gather in [self._gather(weights, None) for weights, casts in whole if casts is not None]:
                 gather.wait()
+
+    def _parts(self):
+        """(Muon's groups, AdamW's sharded (parameter, group) pairs, its others), in the order of a step."""
+        muon = [group for group in self.param_groups if group["kind"] == "muon"]
+        adamw = [(p, group) for group in self.param_groups if group["kind"] == "adamw" for p in group["params"]]
+        return (muon, [(p, group) for p, group in adamw if self._is_sharded(p)],
+                [(p, group) for p, group in adamw if not self._is_sharded(p)])
 
     def _grad(self, p):
         return self.casts[p].grad if p.grad is None else p.grad

@@ -120,6 +120,25 @@ def compile_model(config, model, optimizer):
     return torch.compile(model, dynamic=False)
 
 
+def warm_up(config, compiled, optimizer, micro_batches, place):
+    """Compile what steps and evaluations need, on every rank, and wait for the slowest outside of collectives: one that
+    has it all in its cache would run into their time limit. Changes no number."""
+    if place.ranks.world_size == 1 or config.no_compile:
+        return
+    batch = torch.zeros(2, config.device_batch_size, config.max_seq_len, dtype=torch.int64, device=place.device)
+    compiled(*batch.unbind(0)).backward()
+    if micro_batches > place.ranks.world_size:
+        optimizer.accumulate()
+    optimizer.warm_up()
+    optimizer.zero_grad()
+    if config.eval_every > 0:
+        compiled.eval()
+        with torch.no_grad():
+            compiled(*batch.unbind(0), "none")
+        compiled.train()
+    place.watchdog.wait_for_all("compiled")
+
+
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 def identity(config, data, horizon):

@@ -145,7 +145,6 @@ class Trainer:
                 "loader": self.loader.state_dict()}
 
     def _interrupted(self):
-        self.watchdog.at(self.step, BUSY)
         if self.step > 0 and self.plan.cadence.save_every != 0 and self.saved_step != self.step:
             self._save(wait=True)
         return "interrupted"
@@ -164,8 +163,6 @@ class Trainer:
         return self._is_last() or self._must_save or any(map(self._is_due, astuple(self.plan.cadence)))
 
     def _at_boundary(self):
-        if self._is_something_due():
-            self.watchdog.at(self.step, BUSY)
         step, cadence, hooks, due, last = self.step, self.plan.cadence, self.hooks, self._is_due, self._is_last()
         # before the evaluations: should one of them fail, the weights are safe
         if step > 0 and step != self.saved_step and (
@@ -240,6 +237,7 @@ class Trainer:
         while len(self._launched) > in_flight:
             launched = self._launched.popleft()
             launched.arrived()
+            self.watchdog.at(launched.step, BUSY)  # until the next step: records, evaluates, saves
             loss, *flags, must_save, save_failed = launched.outcome.tolist()
             now_sec = time.perf_counter()
             dt_sec, self._mark_sec = now_sec - self._mark_sec, now_sec
