@@ -96,8 +96,7 @@ def evaluate(args, kinds, subject, dataset, device, ranks):
     model, tokenizer, results = subject.model, subject.tokenizer, {}
     if "sample" in kinds:
         samples = on_main(ranks, lambda: sample(args, model, tokenizer, dataset))
-        if ranks.is_main:
-            results["samples"] = samples
+        results |= {"samples": samples} if ranks.is_main else {}
     if {"bpb", "position"} & set(kinds):
         split_tokens = args.split_tokens
         if split_tokens == -1:

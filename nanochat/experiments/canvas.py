@@ -45,6 +45,7 @@ def new_axes(height=2.9):
     axes.tick_params(colors=MUTED, labelcolor=INK, length=0, labelsize=8.5)
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set_color(MUTED)
+        axis.labelpad = 7
         axis.get_major_locator().set_params(nbins=6)  # the page's font may be wider than the one that is measured here
     return figure, axes
 
