@@ -9,6 +9,7 @@ import argparse
 
 from nanochat.data.sources import DOWNLOADS, download_shards, open_dataset
 from nanochat.errors import UserError, command
+from nanochat.progress import QUIET_HELP, be_quiet, say_next
 
 
 def parse_args(argv=None):
@@ -16,12 +17,14 @@ def parse_args(argv=None):
     parser.add_argument("--dataset", default="climbmix", help=f"stdlib, {', '.join(DOWNLOADS)}, or a folder")
     parser.add_argument("-n", "--num-files", type=int, help="training shards to download, about 100 MB each; -1: all")
     parser.add_argument("-w", "--num-workers", type=int, default=4, help="parallel downloads")
+    parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
     return parser.parse_args(argv)
 
 
 @command
 def main(argv=None):
     args = parse_args(argv)
+    be_quiet(args.quiet)
     if args.dataset in DOWNLOADS:
         if args.num_files is None:
             raise UserError(f"say how many training shards of {args.dataset} to download, for example -n 8 "
@@ -35,6 +38,7 @@ def main(argv=None):
     n_bytes = sum(shard.stat().st_size for shard in dataset.shards)
     print(f"{dataset.dataset_id}: {len(dataset.train_shards)} training shards and 1 validation shard, "
           f"{n_bytes / 1e6:,.1f} MB on disk, in {dataset.shards[0].parent}")
+    say_next("scripts.tok_train", "--dataset", args.dataset)
 
 
 if __name__ == "__main__":

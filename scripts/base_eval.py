@@ -15,6 +15,7 @@ from nanochat.evaluation.hf_model import load_hf
 from nanochat.files import check_output, write_json
 from nanochat.machine import choose_compute_dtype, choose_device, device_name, keep_freed_memory
 from nanochat.paths import base_dir
+from nanochat.progress import QUIET_HELP, be_quiet, say_next
 from nanochat.ranks import on_main, print0, start_ranks, stop_ranks
 from nanochat.training.trained import load_trained
 
@@ -48,6 +49,7 @@ def parse_args(argv=None):
     add("--temperature", type=float, help="sample: 0 takes the likeliest token")
     add("--top-k", type=int, help="sample: among so many likeliest tokens; 0: all")
     parser.set_defaults(**validation.SAMPLING)
+    add("--quiet", action="store_true", help=QUIET_HELP)
     add("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
     add("--out", "--output-json", default="", help="write the results to this JSON file too")
     return parser.parse_args(argv)
@@ -56,6 +58,7 @@ def parse_args(argv=None):
 @command
 def main(argv=None):
     args = parse_args(argv)
+    be_quiet(args.quiet)
     kinds = getattr(args, "eval", "core" if args.hf_path else "bpb,sample").split(",")
     if unknown := set(kinds) - set(KINDS):
         raise UserError(f"--eval {','.join(sorted(unknown))} is unknown; use some of {','.join(KINDS)}")
@@ -81,6 +84,8 @@ def main(argv=None):
             write_results(args.out, {
                 "model_tag": subject.tag, "step": subject.step, "tokens": subject.tokens, "dataset_id":
                 dataset and dataset.dataset_id, "tokenizer_id": subject.tokenizer.tokenizer_id, **results})
+        if args.model_tag:
+            say_next("scripts.sample", "--model-tag", args.model_tag)
     finally:
         stop_ranks()
     return 0
@@ -91,8 +96,7 @@ def evaluate(args, kinds, subject, dataset, device, ranks):
     model, tokenizer, results = subject.model, subject.tokenizer, {}
     if "sample" in kinds:
         samples = on_main(ranks, lambda: sample(args, model, tokenizer, dataset))
-        if ranks.is_main:
-            results["samples"] = samples
+        results |= {"samples": samples} if ranks.is_main else {}
     if {"bpb", "position"} & set(kinds):
         split_tokens = args.split_tokens
         if split_tokens == -1:

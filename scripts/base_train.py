@@ -12,6 +12,7 @@ from nanochat.errors import UserError, command
 from nanochat.machine import choose_device, device_name, keep_freed_memory
 from nanochat.model.gpt import flops_per_token
 from nanochat.planning.report import at_start
+from nanochat.progress import be_quiet, say_next
 from nanochat.ranks import on_main, print0, start_ranks, stop_ranks
 from nanochat.training import build, record, schedule
 from nanochat.training.checkpoint import checkpoint_folder, newest_usable
@@ -37,6 +38,7 @@ def parse_args(argv=None):
 def main(argv=None):
     started = time.monotonic()
     config = parse_args(argv)
+    be_quiet(config.quiet)
     device = choose_device(config.device_type)
     dtype, dtype_reason = build.training_dtype(device)
     keep_freed_memory(device)
@@ -102,6 +104,9 @@ def train(config, place, dtype, dtype_reason, started):
     summary = on_main(ranks, lambda: record.close_record(log, status, device, config.target, started, loader))
     if ranks.is_main:
         print0(record.describe_end(summary, log.folder))
+        if status == "ok":
+            say_next(*(("scripts.sample", "--model-tag", config.tag) if config.save_every != 0 else
+                       ("scripts.report", run_id)))
         if status == "nan":
             raise UserError(f"the run diverged: loss, validation or weights are not finite at step {trainer.step}; "
                             "start again with lower learning rates, or leave out the text that led there with "

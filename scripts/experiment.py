@@ -19,6 +19,7 @@ from nanochat.experiments.probe import probe_candidates
 from nanochat.experiments.profiles import BASELINE, CANDIDATES, PROFILES, candidate_flags, find_profile
 from nanochat.files import check_output
 from nanochat.paths import runs_dir
+from nanochat.progress import QUIET_HELP, be_quiet, say_next
 from nanochat.ranks import print0
 
 
@@ -41,6 +42,7 @@ def parse_args(argv=None):
     parser.add_argument("--nproc-per-node", type=int, default=1, help="more than 1: torchrun")
     parser.add_argument("--probe", action="store_true", help="also make gate 3's save/resume and graph-break probe")
     parser.add_argument("--ledger", default="dev/experiments.csv")
+    parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
     parser.add_argument("--dry-run", action="store_true", help="print the gates' rules and the commands; run nothing")
     given = list(sys.argv[1:] if argv is None else argv)
     own, extra = (given[:given.index("--")], given[given.index("--") + 1:]) if "--" in given else (given, [])
@@ -85,6 +87,7 @@ def prepare(experiment):
 @command
 def main(argv=None):
     args = parse_args(argv)
+    be_quiet(args.quiet)
     if args.nproc_per_node < 1:
         raise UserError(f"--nproc-per-node {args.nproc_per_node} must be at least 1")
     experiment = experiment_of(args)
@@ -107,6 +110,8 @@ def main(argv=None):
     if args.probe:
         probe_candidates(experiment, runs_dir(), training)
     print(f"{made} runs made; rows in {args.ledger}, records in {runs_dir()}")
+    judged = len(args.candidates) > 1
+    say_next("scripts.verdict" if judged else "scripts.report", "--experiment", args.name, "--ledger", args.ledger)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from nanochat.errors import command
 from nanochat.experiments.lane_b_study import SETTINGS, Study, commands
 from nanochat.experiments.launch import run_module
 from nanochat.paths import base_dir
+from nanochat.progress import QUIET_HELP, be_quiet
 from nanochat.target import check_target
 
 
@@ -24,6 +25,7 @@ def parse_args(argv=None):
     parser.add_argument("--target-metric-threshold", type=float, metavar="BITS_PER_BYTE",
                         help="the target (default: the end of baseline runs of two more seeds)")
     parser.add_argument("--name", help="of experiments, rows and report (lane_b_<profile>)")
+    parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
     parser.add_argument("--dry-run", action="store_true", help="print the commands, as far as they are known already")
     return parser.parse_args(argv)
 
@@ -31,6 +33,7 @@ def parse_args(argv=None):
 @command
 def main(argv=None):
     args = parse_args(argv)
+    be_quiet(args.quiet)
     name = args.name or f"lane_b_{args.profile}"
     study = Study(name, args.profile, tuple(args.seeds), base_dir() / name, args.target_metric_threshold)
     if args.target_metric_threshold is not None:

@@ -29,6 +29,7 @@ from nanochat.lane_b.measure.statistics import DEFAULT_LAGS, measure
 from nanochat.lane_b.measure.statistics_figure import draw_statistics
 from nanochat.lane_b.measure.statistics_file import VERSION, describe, statistics_document
 from nanochat.paths import base_dir, runs_dir
+from nanochat.progress import QUIET_HELP, be_quiet, say_next
 from nanochat.provenance import utc_now, versions
 from nanochat.ranks import helped_by, print0, start_ranks, stop_ranks
 
@@ -51,6 +52,7 @@ def parse_args(argv):
                         f"core, each for {_TOKENS_A_PROCESS >> 20}M tokens or more")
     parser.add_argument("--out", "--output-json", required=True, metavar="FILE.json",
                         help="where the statistics go: scripts.lane_b_infer_ratio --stats-json reads them")
+    parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
     parser.add_argument("--plot", metavar="FILE.png", help="draw them: correlations by lag, entropies by context")
     args = parser.parse_args(argv)
     for name in ("max_tokens", "context_tokens", "processes"):
@@ -85,6 +87,7 @@ def read_shards(dataset, tokenizer, split, max_tokens):
 @command
 def main(argv=None):
     args = parse_args(argv)
+    be_quiet(args.quiet)
     check_output("--out", args.out)
     check_plot(args.plot)
     dataset = open_dataset(args.dataset)
@@ -121,6 +124,9 @@ def measure_and_write(args, argv, dataset, tokenizer, losses, shards):
         "created_utc": utc_now(), "wall_time_sec": time.time() - start}
     write_json(args.out, document)
     print0(describe(document))
+    print0(f"written: {args.out}")
+    say_next("scripts.lane_b_infer_ratio", "--stats-json", args.out, "--calibration-run", "RUN", "RUN",
+             "--target-metric-threshold", "BITS_PER_BYTE", "--out", "infer.json")
     if args.plot:
         draw_statistics(statistics, args.plot)
 

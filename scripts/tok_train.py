@@ -9,14 +9,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nanochat.data.shards import row_count, sample_documents
 from nanochat.data.sources import open_dataset
 from nanochat.data.tokenizer import TEXT_FILE, load_tokenizer, train_tokenizer
 from nanochat.errors import UserError, command
 from nanochat.files import check_output
 from nanochat.paths import base_dir
+from nanochat.progress import QUIET_HELP, be_quiet, progress, say_next
 
 _REPORT_CHARS = 1_000_000  # validation text for the compression figure
 
@@ -28,11 +27,12 @@ def parse_args(argv=None):
     parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="stop reading after this many characters")
     parser.add_argument("--doc-cap", type=int, default=10_000, help="characters taken of each document at most")
     parser.add_argument("--tokenizer-dir", type=Path, help="where to save it (default: <cache folder>/tokenizer)")
+    parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
     return parser.parse_args(argv)
 
 
 def with_progress(documents, n_rows):
-    yield from tqdm(documents, total=n_rows, unit="doc", unit_scale=True, desc="reading")
+    yield from progress(documents, total=n_rows, unit="doc", unit_scale=True, desc="reading")
     print("merging pairs ...", flush=True)
 
 
@@ -50,6 +50,7 @@ def share_read(tally, n_rows, max_chars, doc_cap):
 @command
 def main(argv=None):
     args = parse_args(argv)
+    be_quiet(args.quiet)
     if args.max_chars < 1 or args.doc_cap < 1:
         raise UserError("--max-chars and --doc-cap must be at least 1")
     folder = args.tokenizer_dir or base_dir() / "tokenizer"
@@ -69,6 +70,8 @@ def main(argv=None):
     n_tokens = sum(map(len, tokenizer.encode_batch(texts)))
     print(f"tokenizer {tokenizer.tokenizer_id}: {tokenizer.vocab_size:,} tokens, trained in {train_sec:.1f} s on "
           f"{dataset.dataset_id}, {n_bytes / n_tokens:.3f} bytes per token on validation text, saved in {folder}")
+    where = ["--tokenizer-dir", folder] if args.tokenizer_dir else []
+    say_next("scripts.base_train", "--dataset", args.dataset, *where)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from nanochat.experiments.gates import judge_all
 from nanochat.experiments.trials import facts_of, load_trials
 from nanochat.files import check_output
 from nanochat.paths import runs_dir
+from nanochat.progress import say_next
 from nanochat.provenance import utc_now
 
 
@@ -48,6 +49,8 @@ def main(argv=None):
         entry = verdict_entry(utc_now()[:10], args.experiment, args.miniseries, facts_of(trials), verdicts)
         added = add_entry(args.log, entry)
         print(f"added to {args.log}" if added else f"{args.log}: its newest entry says the same, nothing added")
+    series = ["--miniseries", args.miniseries] if args.miniseries else []
+    say_next("scripts.report", "--experiment", args.experiment, *series, "--ledger", args.ledger)
 
 
 if __name__ == "__main__":

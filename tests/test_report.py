@@ -10,16 +10,19 @@ import subprocess
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from synthetic_runs import make_run, make_trial
 
 from nanochat.errors import UserError
+from nanochat.experiments import figures
 from nanochat.experiments.gates import judge_all
 from nanochat.experiments.report import experiment_report, runs_report
 from nanochat.experiments.trials import load_trials
-from nanochat.files import write_json
-from nanochat.paths import runs_dir
+from nanochat.files import Owned, write_json
+from nanochat.paths import locks_dir, runs_dir
 from nanochat.runlog import RunLog
 from nanochat.training.config import TrainingConfig
 from scripts import base_train
@@ -83,9 +86,9 @@ def test_page_has_every_figure_and_every_run(matrix):
     report, page = matrix.report, matrix.page
     assert [section.title for section in report.sections] == ["Overview", "Validation", "Training loss",
                                                              "Miniseries: depths", "Lane B"]
-    assert page.count("<svg") == 3 + 3 + 3 + 3
+    assert page.count('<svg role="img"') == 3 + 3 + 3 + 3
     assert all(trial.row.run_id in page for trial in report.trials)
-    assert re.search(r'<tr class="bad"><td>lane_c\.both\.d4\.s1</td><td>nan</td>', page)
+    assert re.search(r'<tr class="bad"><th scope="row">lane_c\.both\.d4\.s1</th><td>nan</td>', page)
     assert "2.13.0" in page and "COMMON=" in page
 
 
@@ -232,7 +235,7 @@ def test_experiment_without_candidates_or_target_is_still_a_page(ledger):
         make_trial(ledger, "base", seed=seed, row={"target_metric_threshold": None, "time_to_target_sec_measured": None,
                                                    "time_to_target_sec_extrapolated": None})
     page = experiment_report(ledger, "base", runs_dir()).html()
-    assert 'id="verdict"' not in page and "target <b>none</b>" in page and page.count("<svg") == 1 + 6
+    assert 'id="verdict"' not in page and "target <b>none</b>" in page and page.count('<svg role="img"') == 1 + 6
 
 
 def test_experiment_over_depths_shows_its_own_series(matrix):
@@ -245,11 +248,58 @@ def test_curves_that_are_elsewhere_leave_a_page_of_figures_from_the_ledger(matri
     assert "insufficient" in page and "lane_c.baseline.d4.s0" in page
 
 
-def test_runs_are_chosen_by_name():
-    make_run("one", **SMALL), make_run("other", seed=7, finished=False, **SMALL)
-    report = runs_report(["one", "other"], runs_dir())
-    assert report.labels == ["one", "other"] and not report.verdicts
-    assert '<tr class="bad"><td>other</td><td>failed</td>' in report.html()
+def test_runs_are_chosen_by_name_and_seeds_of_one_recipe_are_one_group():
+    make_run("one", **SMALL), make_run("other", candidate="both", seed=7, **SMALL)
+    make_run("one-more", seed=3, **SMALL)
+    report = runs_report(["one", "other", "one-more"], runs_dir())
+    assert report.labels == ["one{,-more}", "other"] and not report.verdicts
+    page = report.html()
+    assert page.count("<td>ok</td>") == 3
+    value = r"1\.4\d{3}"
+    assert re.search(rf"<title>step 100\none{{,-more}}: {value} \({value} to {value}\)\nother: {value}</title>", page)
+
+
+def test_a_run_under_way_is_no_failure_and_has_its_figures_so_far():
+    make_run("one", **SMALL), make_run("going", seed=7, finished=False, **SMALL)
+    stale = make_run("stale", seed=8, finished=False, **SMALL).folder
+    owned = [Owned(runs_dir() / name, locks_dir() / f"run.{name}", name, "") for name in ("going", "stale")]
+    owned[1].release()
+    report = runs_report(["one", "going", stale], runs_dir())
+    owned[0].release()
+    page = report.html()
+    assert '<tr><th scope="row">going</th><td>running, step 100/100, about 0 s left</td><td class="n">1.4' in page
+    assert '<tr class="bad"><th scope="row">stale</th><td>stale, step 100/100</td>' in page
+    assert "3, 1 running, 1 failed" in page and not report.is_over
+
+
+def test_curves_say_their_values_in_the_alternative_text_under_the_pointer_and_in_a_table(matrix):
+    trials = load_trials(matrix.ledger, "lane_c", matrix.runs)
+    last = {name: np.mean([t.val_curve[-1, 3] for t in trials if t.candidate == name]) for name in ("baseline", "both")}
+    alts = re.findall(r'<svg role="img" aria-label="([^"]+)"', matrix.page)
+    assert len(alts) == 12 and any(f"last values: baseline {last['baseline']:.4f}" in alt for alt in alts)
+    titles = re.findall(r'<g class="hover"><title>([^<]+)</title>', matrix.page)
+    assert any(f"\nbaseline: {last['baseline']:.4f} (" in title for title in titles) and len(titles) <= 6 * 40
+    table = next(section.table for section in matrix.report.sections if section.title == "Validation")
+    assert table[0] == ["step", "baseline", "chunked-ce", "both"]
+    assert table[1][-1][0] == "100" and table[1][-1][1].startswith(f"{last['baseline']:.4f} (")
+
+
+def test_a_band_is_from_the_lowest_to_the_highest_seed_at_their_shared_steps(ledger):
+    for seed, steps in ((0, 100), (1, 100), (2, 60)):
+        make_trial(ledger, "x", seed=seed, steps=steps, eval_every=10)
+    curves = [trial.val_curve for trial in load_trials(ledger, "x", runs_dir())]
+    shared, *rests = figures.bands(load_trials(ledger, "x", runs_dir()), "val_bpb")
+    stack = np.stack([curve[:7, 3] for curve in curves])
+    assert np.array_equal(shared.mean[:, 0], np.arange(0, 70, 10)) and np.allclose(shared.mean[:, 3], stack.mean(0))
+    assert np.array_equal(shared.low, stack.min(0)) and np.array_equal(shared.high, stack.max(0))
+    assert [rest.mean[[0, -1], 0].tolist() for rest in rests] == [[60, 100]] * 2
+    assert np.array_equal(rests[1].mean[:, 3], curves[1][6:, 3]) and not rests[0].has_width
+
+
+def test_seeds_without_a_shared_step_are_lines():
+    found = figures.bands([SimpleNamespace(row=SimpleNamespace(depth=1), val_curve=np.array([[step, 0, 0, 1.0]]))
+                           for step in (1.0, 2.0)], "val_bpb")
+    assert [band.mean[0, 0] for band in found] == [1.0, 2.0]
 
 
 def test_two_runs_with_one_id_are_refused(matrix, tmp_path):
@@ -326,7 +376,7 @@ def test_chromium_opens_the_page_without_console_error_or_request(matrix, tmp_pa
     console, urls, _ = browse(faulty, tmp_path)
     assert any("boom" in line for line in console) and urls == {"http://example.invalid/x.png"}  # such faults are seen
     console, urls, document = browse(page, tmp_path)
-    assert console == [] and urls == set() and document.count("<svg") == 12
+    assert console == [] and urls == set() and document.count('<svg role="img"') == 12
 
 
 @needs_chromium

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dev.bench.measure import append_rows
 from nanochat.data.dataloader import RowPlanner, TokenLoader, fill_rows
@@ -24,6 +23,7 @@ from nanochat.data.tokenizer import load_tokenizer
 from nanochat.data.tokens import TokenShard, token_shards, write_token_shard
 from nanochat.errors import command
 from nanochat.machine import choose_device, device_name
+from nanochat.progress import progress
 from nanochat.provenance import git_commit
 
 PARTS = ("loader", "planner", "filler")
@@ -112,7 +112,7 @@ def main(argv=None):
             sources = {f"made, mean {mean} tokens": made_shard(folder, mean) for mean in (200, 1000)}
         shapes = [(name, rows, length) for name in sources for length in args.sequence_lens for rows in args.batch_rows]
         found = {shape: [] for shape in shapes}
-        for name, rows, length in tqdm(shapes * args.rounds, desc="measuring", mininterval=1):
+        for name, rows, length in progress(shapes * args.rounds, desc="measuring"):
             found[name, rows, length].append(measure(
                 sources[name], rows, length, args.world_size, device, args.million_tokens * 1e6))
     lines = [{"documents": name, "batch_rows": rows, "sequence_len": length, "world_size": args.world_size,

@@ -6,11 +6,10 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nanochat.data.shards import open_shard
 from nanochat.errors import UserError
 from nanochat.files import locked, note_digests, sha256_of
+from nanochat.progress import progress
 
 
 def fetch_shards(repo, names, folder, num_workers=4):
@@ -25,7 +24,7 @@ def fetch_shards(repo, names, folder, num_workers=4):
         with ThreadPoolExecutor(num_workers) as pool:
             fetches = [pool.submit(_fetch, repo, name, staging) for name in missing]
             try:
-                for fetch in tqdm(as_completed(fetches), desc=repo, total=len(missing), unit="shard"):
+                for fetch in progress(as_completed(fetches), desc=repo, total=len(missing), unit="shard"):
                     path, digest = fetch.result()
                     note_digests(folder, {path.name: digest})
                     path.rename(folder / path.name)

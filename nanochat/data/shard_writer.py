@@ -12,10 +12,10 @@ import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from nanochat.errors import UserError
 from nanochat.files import locked, note_digests, sha256_of, write_json
+from nanochat.progress import progress
 
 MANIFEST = "dataset.json"
 _VAL_SHARE, _VAL_MAX_BYTES = 0.05, 20e6  # validation: a twentieth of the text, but never more than 20 MB
@@ -100,7 +100,7 @@ def _spill(documents, folder, name, expected_bytes):
     total_bytes = 0
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(path, "wb")) for path in paths]
-        bar = stack.enter_context(tqdm(total=expected_bytes, unit="B", unit_scale=True, desc=name))
+        bar = stack.enter_context(progress(total=expected_bytes, unit="B", unit_scale=True, desc=name))
         for text in documents:
             if not text or text.isspace():
                 continue

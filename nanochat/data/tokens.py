@@ -15,12 +15,12 @@ from os import cpu_count
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from nanochat.data.shards import read_documents, row_count, shard_key
 from nanochat.errors import UserError
 from nanochat.files import atomic_path, json_bytes, locked, parse_json, sha256_of, sha256_once
 from nanochat.paths import base_dir
+from nanochat.progress import progress
 from nanochat.ranks import Ranks, print0
 
 FORMAT = "nanochat tokens 1"
@@ -82,8 +82,8 @@ def token_shards(dataset, tokenizer, split="train", max_shards=None, num_threads
         shards = dict(zip(sources, pool.map(kept, sources), strict=True))
         missing = [source for source in sources if shards[source] is None]
         n_rows = {source: row_count(source) for source in missing}
-        with tqdm(total=sum(n_rows.values()), unit="doc", unit_scale=True, desc=f"tokenising {split}", mininterval=1,
-                  disable=not (missing and ranks.is_main)) as bar:
+        with progress(total=sum(n_rows.values()), unit="doc", unit_scale=True, desc=f"tokenising {split}",
+                      shown=bool(missing) and ranks.is_main) as bar:
             encode_all = partial(_map_ahead, pool, partial(_encode, tokenizer), ahead=2 * num_threads)
             for source in _own_share_first(missing, ranks):
                 end = bar.n + n_rows[source]

@@ -10,10 +10,10 @@ import jinja2
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from nanochat.evaluation.core_bundle import read_bundle
 from nanochat.files import atomic_path
+from nanochat.progress import progress
 
 FEWSHOT_SEED = 1234  # of item i: FEWSHOT_SEED + i
 WINDOW_EXAMPLES = 256  # rendered, sorted by length and batched together
@@ -68,7 +68,7 @@ def evaluate_core(model, tokenizer, bundle, device, *, max_per_task=-1, max_toke
     """
     tasks = read_bundle(bundle, max_per_task)
     n_correct = torch.zeros(len(tasks), dtype=torch.int64, device=device)
-    with tqdm(total=sum(task.n_evaluated for task in tasks), unit="example", mininterval=1, disable=rank > 0) as bar:
+    with progress(total=sum(task.n_evaluated for task in tasks), unit="example", shown=rank == 0) as bar:
         for number, task in enumerate(tasks):
             bar.set_description(f"CORE: {task.label}")
             mine = range(rank, task.n_evaluated, world_size)

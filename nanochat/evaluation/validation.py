@@ -3,12 +3,12 @@
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 from nanochat.data.dataloader import RowPlanner, TokenLoader, n_batches_of_rank
 from nanochat.data.tokens import token_shards
 from nanochat.evaluation.loss import evaluate_loss
 from nanochat.model.engine import generate
+from nanochat.progress import progress
 
 SAMPLE_PROMPT_TOKENS, N_SAMPLES = 16, 2  # of documents
 SAMPLING = {"max_new_tokens": 96, "n_samples": 1, "temperature": 0.8, "top_k": 50}  # as engine.generate has them
@@ -51,7 +51,7 @@ def evaluate_splits(model, dataset, tokenizer, split_tokens, batch_rows, sequenc
     for split in ("val", "train"):
         shards = token_shards(dataset, tokenizer, split)
         n_batches = n_eval_batches(shards, split_tokens, batch_rows, sequence_len)
-        bar = partial(tqdm, desc=f"evaluating {split}", disable=not ranks.is_main,
+        bar = partial(progress, desc=f"evaluating {split}", shown=ranks.is_main,
                       total=n_batches_of_rank(n_batches, ranks.rank, ranks.world_size))
         losses[split] = evaluate_split(model, shards, n_batches, batch_rows, sequence_len, token_bytes,
                                        tokenizer.bos_id, ranks, bar)

@@ -9,10 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nanochat.errors import UserError
 from nanochat.files import parse_json, write_json
+from nanochat.progress import STAGE, progress
 from nanochat.ranks import print0
 from nanochat.runlog import CONFIG, METRICS, SUMMARY, check_run_id, read_run
 
@@ -38,7 +37,7 @@ def experiment_lock(runs_dir, name, report=print0):
 
 def run_module(module, flags):
     """Run `python -m module flags` on this console to its end. Errors: SystemExit where it ends with another code."""
-    child = subprocess.Popen([sys.executable, "-m", module, *map(str, flags)])
+    child = subprocess.Popen([sys.executable, "-m", module, *map(str, flags)], env={**os.environ, STAGE: "1"})
     if code := _wait(child, child.wait):
         raise SystemExit(code)
 
@@ -58,8 +57,8 @@ def run_training(folder, argv, lock, title, fresh=True, environment=None, flags=
     else:  # a process that never gets to its record must not end with the earlier one's status
         (folder / SUMMARY).unlink(missing_ok=True)
     console = folder / CONSOLE
-    with open(console, "wb" if fresh else "ab") as output, tqdm(desc=title, unit="step", disable=None,
-                                                               leave=False) as bar:
+    with open(console, "wb" if fresh else "ab") as output, progress(
+            desc=title, unit="step") as bar:
         child = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),),
                                  env={**os.environ, **(environment or {})})
         code = _wait(child, lambda: _follow(child, folder, bar))

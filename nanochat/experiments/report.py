@@ -3,7 +3,7 @@
 import base64
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
@@ -11,10 +11,23 @@ from markupsafe import Markup  # marks the figures as markup: matplotlib escapes
 
 from nanochat.errors import UserError
 from nanochat.experiments import figures
+from nanochat.experiments.canvas import DASHES
 from nanochat.experiments.comparison import RULES
 from nanochat.experiments.gates import judge_all, quality_margin
 from nanochat.experiments.profiles import BASELINE
-from nanochat.experiments.trials import Trial, check_same_world, facts_of, load_trials, row_of, split
+from nanochat.experiments.runs.listing import read_state
+from nanochat.experiments.runs.watch import progress
+from nanochat.experiments.trials import (
+    Trial,
+    check_same_world,
+    facts_of,
+    load_trials,
+    recipe_of,
+    row_of,
+    seeds_label,
+    split,
+)
+from nanochat.paths import locks_dir
 from nanochat.runlog import find_run
 from nanochat.segments import in_words, part_of, segments_of
 from nanochat.target import BEFORE_THE_CLOCK
@@ -25,10 +38,11 @@ _IMAGE_TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpe
 
 @dataclass(frozen=True)
 class Section:
-    """Figures under one heading; `figures` are (caption, note, markup)."""
+    """Figures under one heading; `figures` are (caption, note, markup). table: (headings, rows) of the same values."""
 
     title: str
     figures: list
+    table: tuple | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,9 @@ class Report:
     trials: list
     verdicts: list
     sections: list
+    states: dict = field(default_factory=dict)  # in words, of runs that have no summary, by id
     marks = MARKS
+    dashes = tuple(" ".join(map(str, dash)) for dash in DASHES)
     rules = RULES.describe()
 
     @property
@@ -79,8 +95,14 @@ class Report:
         return [*(["export TRITON_INTERPRET=1"] if interpreted else []), f"COMMON=({' '.join(shared)})",
                 *(f'python -m scripts.base_train "${{COMMON[@]}}" {flags}'.rstrip() for flags in own)]
 
-    def html(self):
-        return _template("report.html.jinja", autoescape=True).render(report=self)
+    @property
+    def is_over(self):
+        """Whether no run of it is running."""
+        return not any(words.startswith("running") for words in self.states.values())
+
+    def html(self, live=None):
+        """The page. live: what a page that is served says of itself, above the rest (Markup)."""
+        return _template("report.html.jinja", autoescape=True).render(report=self, live=live)
 
     def markdown(self):
         return _template("report.md.jinja", autoescape=False).render(report=self)
@@ -105,11 +127,12 @@ def experiment_report(ledger, experiment_name, runs_dir, miniseries=None, images
 
 
 def runs_report(names, runs_dir, images=()):
-    """The Report of runs chosen by id or folder, each its own group.
+    """The Report of runs chosen by id or folder; those that differ in their seeds alone are one group.
 
     Errors: UserError for a run that is not there, two runs with one id, and runs of other datasets or devices.
     """
-    trials = [Trial(row_of(record), record) for record in (find_run(name, runs_dir) for name in names)]
+    runs = [read_state(find_run(name, runs_dir).folder, locks_dir()) for name in names]
+    trials = list(map(_chosen, runs))
     seen = {}
     for trial in trials:
         first = seen.setdefault(trial.row.run_id, trial)
@@ -117,9 +140,28 @@ def runs_report(names, runs_dir, images=()):
             raise UserError(f"two runs have the id {trial.row.run_id!r}: {first.record.folder} and "
                             f"{trial.record.folder}; name one of them")
     check_same_world(trials)
-    groups = {trial.row.run_id: [trial] for trial in trials}
+    by_recipe = {}
+    for trial in trials:
+        by_recipe.setdefault(str(recipe_of(trial.record)), []).append(trial)
+    groups = {seeds_label([trial.row.run_id for trial in members]): members for members in by_recipe.values()}
     sections = [Section("Overview", _overview(groups)), *_curve_sections(groups), *_image_sections(images)]
-    return Report(", ".join(groups), facts_of(trials), list(groups), trials, [], sections)
+    first, *others = groups
+    title = ", ".join(groups) if len(groups) < 4 else f"{first} and {len(others)} others"
+    states = {run.run_id: ", ".join([run.state, *progress(run)]) for run in runs if run.record.summary is None}
+    return Report(title, facts_of(trials, states), list(groups), trials, [], sections, states)
+
+
+def _chosen(run):
+    """The Trial of a Run; of one without a summary, with the figures so far."""
+    so_far = {}
+    if run.record.summary is None:
+        so_far = {name: run.figures[name] for name in (
+            "target_metric_threshold", "time_to_target_sec_measured", "time_to_target_sec_extrapolated",
+            "tok_per_sec_median", "dt_median_ms", "min_val_bpb")} | {"total_tokens": run.figures["tokens"]}
+    try:
+        return Trial(row_of(run.record, **so_far), run.record)
+    except UserError as error:
+        raise UserError(f"{run.record.folder}: {error}; this is no training's record, or an edited one") from None
 
 
 def _overview(groups):
@@ -138,7 +180,7 @@ def _curve_sections(groups):
     for value, title in (("val_bpb", "Validation"), ("loss", "Training loss")):
         if any(len(t.val_curve if value == "val_bpb" else t.loss_curve) for trials in groups.values() for t in trials):
             sections.append(Section(title, [(f"against {axis}", "", Markup(figures.curves(groups, value, axis)))
-                                            for axis in figures.X_AXES]))
+                                            for axis in figures.X_AXES], figures.curve_table(groups, value)))
     return sections
 
 

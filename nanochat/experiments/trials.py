@@ -14,7 +14,9 @@ from nanochat.runlog import CONFIG, UNTIMED_STEPS, RunRecord, numbers_of, read_r
 from nanochat.target import evaluations_of, time_to_target
 
 INTERPRETED = "Triton interpreted"  # in a device's name
-_NOT_OF_THE_RECIPE = ("seed", "run", "run_id", "model_tag", "resume_from_step", "save_every", "sample_every", "quiet")
+_NOT_OF_THE_RECIPE = {  # flags of a run that repeats of it may differ in
+    "seed", "run", "run_id", "model_tag", "resume_from_step", "quiet", "sample_every", "save_every", "save_minutes",
+    "keep_checkpoints", "time_limit_minutes"}
 HORIZON_FLAGS = ("--num-iterations", "--target-flops", "--target-param-data-ratio")
 
 
@@ -165,7 +167,7 @@ def row_of(record, **cells):
         "timestamp": config.get("created_utc", ""), "git_commit": config.get("git_commit") or "",
         "experiment_name": "", "candidate_flags": record.run_id, "seed": config.get("seed"),
         "depth": config.get("flags", {}).get("depth"), "status": summary.get("status", "failed"),
-        "target_metric_name": summary.get("target_metric_name") or "val_bpb", "dataset_id": config["dataset_id"],
+        "target_metric_name": summary.get("target_metric_name") or "val_bpb", "dataset_id": config.get("dataset_id"),
         "total_tokens": summary.get("tokens"), "device": _device_of(config), "run_id": record.run_id,
         **measured, **cells})
 
@@ -173,7 +175,9 @@ def row_of(record, **cells):
 def _device_of(config):
     """The device as ledgers and comparisons name it, from a record's config: its name, the ranks if several, and
     whether Triton was interpreted, since such times say nothing of a GPU's."""
-    device = config["device"]
+    device = config.get("device")
+    if not isinstance(device, dict) or not isinstance(device.get("name"), str):
+        return ""
     ranks = device.get("world_size", 1)
     return (device["name"] + (f" ({ranks} ranks)" if ranks > 1 else "")
             + (f", {INTERPRETED}" if device.get("triton_interpreted") else ""))
@@ -184,10 +188,9 @@ def recipe_of(record):
     printed or saved; dataset, tokenizer, device."""
     config = record.config
     flags = config.get("flags") if isinstance(config.get("flags"), dict) else {}
-    device = config.get("device")
     return {**{name: value for name, value in flags.items() if name not in _NOT_OF_THE_RECIPE},
             "dataset_id": config.get("dataset_id"), "tokenizer_id": config.get("tokenizer_id"),
-            "device": _device_of(config) if isinstance(device, dict) and "name" in device else None}
+            "device": _device_of(config)}
 
 
 def seeds_label(run_ids):
@@ -223,13 +226,17 @@ def _record(runs_dir, row):
     return record
 
 
-def facts_of(trials):
-    """(name, value) pairs of what the trials have in common: how many, target, dataset, device, seeds, depths."""
+def facts_of(trials, states=()):
+    """(name, value) pairs of what the trials have in common: how many, target, dataset, device, seeds, depths.
+
+    states: of runs without a summary, by id, where that is known."""
     known = [trial.row for trial in trials if trial.row.device]
     targets = {"none" if t.row.target_metric_threshold is None else
                f"{t.row.target_metric_name} {t.row.target_metric_threshold:.5g}" for t in trials}
-    failed = sum(not trial.ok for trial in trials)
-    return [("runs", f"{len(trials)}" + (f", {failed} failed" if failed else "")),
+    running = sum(dict(states).get(trial.row.run_id, "").startswith("running") for trial in trials)
+    failed = sum(not trial.ok for trial in trials) - running
+    return [("runs", f"{len(trials)}" + (f", {running} running" if running else "")
+             + (f", {failed} failed" if failed else "")),
             ("target", ", ".join(sorted(targets))),
             ("dataset", known[0].dataset_id if known else "not known"),
             ("device", known[0].device if known else "not known"),

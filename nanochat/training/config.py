@@ -39,6 +39,8 @@ class TrainingConfig:
         "", "name of the checkpoint folder; empty: d<depth> (with another seed d<depth>-s<seed>). Another run's "
         "checkpoints there are set aside, in <tag>.before-<time> beside it", "TAG")
 
+    quiet: bool = _record(False, "no progress on the console: what is made, and what is wrong; the record has the rest")
+
     device_type: str = _machine("", "cuda, mps or cpu; empty: the best there is", "KIND")
     rank_timeout_sec: float = _machine(
         30.0, "several ranks: one that is silent, or stays within its share of a training step, so long ends the job; "

@@ -6,19 +6,18 @@ import time
 from tqdm import tqdm
 
 from nanochat.errors import UserError
-
-LINE_EVERY_SEC = 10.0  # without a terminal: a line at most this often
+from nanochat.progress import Bar, Tenths
 
 
 class ConsoleSink:
-    """A progress bar with rate and ETA on a terminal, plain lines in a log; one line for each evaluation."""
+    """A progress bar with rate and ETA on a terminal, a line every 10 % in a log; one line for each evaluation."""
 
     def __init__(self, num_iterations, start_step=0):
         self.num_iterations = num_iterations
-        self.bar = tqdm(total=num_iterations, initial=start_step, unit="step", dynamic_ncols=True,
+        self.bar = Bar(total=num_iterations, initial=start_step, unit="step", dynamic_ncols=True,
                         disable=not sys.stderr.isatty())
         self.first = None  # (time, step) of the first training step: it compiles, so rates count from its end
-        self.last_line = 0.0
+        self.start_step, self.tenths = start_step, Tenths(apart_sec=0.0)
 
     def __call__(self, kind, event):
         writer = getattr(self, f"_{kind}", None)
@@ -36,9 +35,9 @@ class ConsoleSink:
             self.bar.update(step - self.bar.n)
             return
         now = time.monotonic()
+        is_first = self.first is None  # it says that the run is alive
         self.first = self.first or (now, step)
-        if now - self.last_line >= LINE_EVERY_SEC or step == self.num_iterations:
-            self.last_line = now
+        if self.tenths.is_due(step - self.start_step, self.num_iterations - self.start_step) or is_first:
             first_time, first_step = self.first
             if step > first_step:
                 per_step = (now - first_time) / (step - first_step)

@@ -11,6 +11,7 @@ from nanochat.kernels.runtime import INTERPRETED
 from nanochat.machine import device_name, peak_memory_mib
 from nanochat.model.gpt import flops_per_token, parameter_counts, scaling_params
 from nanochat.paths import locks_dir, runs_dir
+from nanochat.progress import is_quiet
 from nanochat.provenance import git_commit, utc_now, versions
 from nanochat.ranks import same_on_all
 from nanochat.run_figures import curves_of, figures_of
@@ -74,7 +75,7 @@ def open_record(wandb_name, run_id, record, folder, resume_step, segment):
                                  (folder, f"checkpoints.{folder.name}", "--model-tag")):
             owned.append(Owned(what, locks / lock, run_id, f"{other} {flag}"))
             failed.callback(owned[-1].release)
-        sinks = [ConsoleSink(record["num_iterations"], resume_step or 0)]
+        sinks = [] if is_quiet() else [ConsoleSink(record["num_iterations"], resume_step or 0)]
         if wandb_name != "dummy":
             sinks.append(WandbSink(wandb_name, run_id, record))
         if resume_step is not None:

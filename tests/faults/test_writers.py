@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import resource
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from corpus import golden_tokenizer
-from tqdm import tqdm
 
 from nanochat.data.shard_writer import prepare_shards
 from nanochat.data.sources import _open_shards
@@ -24,14 +22,6 @@ from nanochat.files import note_digests, write_text
 from nanochat.lane_b.infer.record import LaneBRecord, append_record, read_records
 from nanochat.runlog import RunLog, read_run
 from nanochat.training.checkpoint import find_checkpoint, load_model_state, read_meta, save_checkpoint
-
-
-@pytest.fixture(autouse=True)
-def progress_bars_lock_anew():
-    """A bar whose console fails keeps tqdm's lock, and threads of later tests would wait for it for ever."""
-    yield
-    tqdm.set_lock(threading.RLock())
-
 
 CALLS_ON_DISK = ((torch, "save"), (pq, "write_table"), (os, "fsync"), (os, "replace"), (os, "rename"), (Path, "touch"),
                  (Path, "mkdir"), (Path, "write_bytes"), (Path, "write_text"), (Path, "rename"))

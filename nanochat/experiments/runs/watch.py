@@ -47,13 +47,18 @@ def headline(run):
     """The run in one line: steps, loss, val_bpb, speed, time left."""
     train = run.record.of("train")
     loss = number(train[-1].get("loss")) if train else None
-    bits, speed, steps = run.figure("final_val_bpb"), run.figure("tok_per_sec_median"), run.figure("steps") or 0
-    left = seconds_left(run)
-    of = f"/{run.num_iterations:,}" if run.num_iterations else ""
-    parts = [f"{run.run_id}: {run.state}", f"step {steps:,}{of}",
-             loss is not None and f"loss {loss:.4f}", bits is not None and f"val_bpb {bits:.4f}",
-             speed is not None and f"{speed:,.0f} tok/s", left is not None and f"about {duration(left)} left"]
+    bits, speed = run.figure("final_val_bpb"), run.figure("tok_per_sec_median")
+    step, *left = progress(run)
+    parts = [f"{run.run_id}: {run.state}", step, loss is not None and f"loss {loss:.4f}",
+             bits is not None and f"val_bpb {bits:.4f}", speed is not None and f"{speed:,.0f} tok/s", *left]
     return ", ".join(part for part in parts if part)
+
+
+def progress(run):
+    """In words: how many steps of how many, and, where it is known, the time left."""
+    of, left = run.num_iterations, seconds_left(run)
+    return [f"step {run.figure('steps') or 0:,}" + (f"/{of:,}" if of else ""),
+            *([] if left is None else [f"about {duration(left)} left"])]
 
 
 def share_done(run):

@@ -7,7 +7,6 @@ refusal is recorded, the bracket from n-grams stands in, and α is an interval w
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.exponents import Estimate, alpha_of
@@ -16,6 +15,7 @@ from nanochat.lane_b.measure.beta import MIN_LAGS, Beta, measure_beta
 from nanochat.lane_b.measure.corpus import Corpus, check_variety, outliers
 from nanochat.lane_b.measure.correlation import LagEstimate, counters_of, estimate_lags, null_coefficient
 from nanochat.lane_b.measure.documents import N_FOLDS
+from nanochat.progress import progress
 from nanochat.ranks import gather, on_main
 
 DEFAULT_LAGS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 23, 32, 45, 64)
@@ -67,7 +67,7 @@ def measure(corpus, lags, position_losses):
     lags, warnings = _choose_lags(corpus, lags)
     sizes = entropy.ngram_sizes(corpus)
     samples = [(context, size) for size in reversed(sizes) for context in reversed(entropy.CONTEXTS)]
-    with tqdm(total=len(samples) + 1 + len(lags), desc="statistics", unit="part", disable=not ranks.is_main) as bar:
+    with progress(total=len(samples) + 1 + len(lags), desc="statistics", unit="part", shown=ranks.is_main) as bar:
         own = {}
         for sample in (*samples, None)[ranks.rank::ranks.world_size]:
             own[sample] = entropy.score_ngrams(corpus, sample) if sample else null_coefficient(corpus)
