@@ -19,7 +19,7 @@ from types import NoneType
 from typing import NamedTuple, get_args
 
 from nanochat.errors import UserError, warn
-from nanochat.files import atomic_path, locked
+from nanochat.files import atomic_path, locked, read_limited
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 # A spreadsheet would run a text that begins so; tools write an apostrophe before it, which reading takes off again.
@@ -103,7 +103,7 @@ def append_row(path, row):
 
 def _read(path):
     try:
-        return Path(path).read_bytes()
+        return read_limited(path)
     except OSError as error:
         raise UserError(f"cannot read the ledger {path} ({error.strerror})") from None
 
