@@ -76,10 +76,21 @@ def parse_json(data):
         raise ValueError("nested too deeply") from None
 
 
+def read_limited(path, limit=1 << 26):
+    """The bytes of a file that is small by its nature. Errors: OSError, where it is longer than `limit` too (a sparse
+    or endless file in a small one's place would be read until memory ends)."""
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"longer than {limit >> 20} MiB")
+    return data
+
+
 def read_json(path, remedy):
-    """The JSON object in a file. Errors: UserError that names file and line and ends with `remedy`, what to do."""
+    """The JSON object in a file of at most 64 MiB. Errors: UserError that names file and line and ends with `remedy`,
+    what to do."""
     try:
-        value = parse_json(Path(path).read_bytes())
+        value = parse_json(read_limited(path))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); {remedy}") from None
     except json.JSONDecodeError as error:

@@ -41,7 +41,7 @@ def parse_args(argv=None):
                              "that are there keep theirs")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="more than 1: torchrun")
     parser.add_argument("--probe", action="store_true", help="also make gate 3's save/resume and graph-break probe")
-    parser.add_argument("--ledger", default="dev/experiments.csv")
+    parser.add_argument("--ledger", default="dev/experiments.csv", help="the CSV file of runs (dev/experiments.csv)")
     parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
     parser.add_argument("--dry-run", action="store_true", help="print the gates' rules and the commands; run nothing")
     given = list(sys.argv[1:] if argv is None else argv)

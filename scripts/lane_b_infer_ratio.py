@@ -33,16 +33,20 @@ def parse_args(argv):
     parser.add_argument("--calibration-run", nargs="+", required=True, metavar="RUN",
                         help="run ids or folders: whole schedules of two horizons or more, two seeds each")
     threshold = parser.add_mutually_exclusive_group(required=True)
-    threshold.add_argument("--target-metric-threshold", type=float, metavar="BITS_PER_BYTE")
+    threshold.add_argument("--target-metric-threshold", type=float, metavar="BITS_PER_BYTE",
+                           help="the val_bpb to reach, as a number")
     threshold.add_argument("--baseline-run", nargs="+", metavar="RUN", help="threshold: median of their min val_bpb")
     parser.add_argument("--stats-json", help="from scripts.lane_b_stats: its alpha is printed beside the fit's")
-    parser.add_argument("--default-ratio", type=float, default=DEFAULT_RATIO)
+    parser.add_argument("--default-ratio", type=float, default=DEFAULT_RATIO,
+                        help=f"tokens per scaling parameter of the fallback ({DEFAULT_RATIO})")
     parser.add_argument("--fallback", action="store_true",
                         help="where the inference refuses, write the default ratio with decision=fallback instead")
-    parser.add_argument("--resamples", type=int, default=200)
+    parser.add_argument("--resamples", type=int, default=200,
+                        help=f"of the runs, for the intervals (200; {MIN_RESAMPLES} or more)")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling")
-    parser.add_argument("--out", "--output-json", required=True, metavar="FILE.json")
-    parser.add_argument("--plot", metavar="FILE.png")
+    parser.add_argument("--out", "--output-json", required=True, metavar="FILE.json",
+                        help="where the inferred ratio goes: scripts.lane_b_log_run --inference-json reads it")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the curves, the law and the horizon")
     args = parser.parse_args(argv)
     for name, least in (("resamples", MIN_RESAMPLES), ("seed", 0)):
         if getattr(args, name) < least:

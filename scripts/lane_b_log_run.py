@@ -36,7 +36,8 @@ def parse_args(argv):
                                         "notes without alpha_source= are added to theirs")
     for field in fields(LaneBRecord):
         if field.name != "lane_b_decision":
-            columns.add_argument("--" + field.name.replace("_", "-"), metavar="VALUE")
+            columns.add_argument("--" + field.name.replace("_", "-"), metavar="VALUE",
+                                 help=f"the ledger's {field.name}")
     args = parser.parse_args(argv)
     args.runs += args.run
     if bool(args.runs) == args.standing:

@@ -20,7 +20,7 @@ def parse_args(argv=None):
     parser.add_argument("--experiment", help="the experiment's name in the ledger")
     parser.add_argument("--miniseries", help="the experiment over depths that gate 4 judges by")
     parser.add_argument("--lane-b-figures", nargs="+", default=[], metavar="FILE", help="images of the lane B tools")
-    parser.add_argument("--ledger", default="dev/experiments.csv")
+    parser.add_argument("--ledger", default="dev/experiments.csv", help="the CSV file of runs (dev/experiments.csv)")
     parser.add_argument("--markdown", action="store_true", help="Markdown instead of HTML")
     parser.add_argument("--live", action="store_true", help="serve the page on the loopback address until Ctrl-C; "
                         "closing it harms nothing")

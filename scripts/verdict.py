@@ -22,7 +22,7 @@ def parse_args(argv=None):
     parser.add_argument("--experiment", required=True, help="the experiment's name in the ledger")
     parser.add_argument("--miniseries", help="the experiment over depths that gate 4 judges by")
     parser.add_argument("--candidates", nargs="+", metavar="NAME", help="all of the experiment's when left out")
-    parser.add_argument("--ledger", default="dev/experiments.csv")
+    parser.add_argument("--ledger", default="dev/experiments.csv", help="the CSV file of runs (dev/experiments.csv)")
     parser.add_argument("--log", nargs="?", const="dev/LOG_lane_c.md", type=Path, metavar="FILE",
                         help="also add the decisions to this change log (dev/LOG_lane_c.md)")
     return parser.parse_args(argv)

@@ -116,6 +116,15 @@ def test_tools_without_a_model_start_without_torch():
 
 # --- library and scripts ---------------------------------------------------------------------------------------------
 
+def test_every_flag_says_what_it_is_for():
+    calls = [(name, node) for name, tree in modules().items() if not is_within(name, {"dev"})
+             for node in ast.walk(tree) if isinstance(node, ast.Call)
+             and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"]
+    assert len(calls) > 60
+    assert [f"{name}, line {call.lineno}" for name, call in calls
+            if "help" not in {keyword.arg for keyword in call.keywords}] == []
+
+
 def test_library_reads_no_command_line():
     found = {name for name, tree in library().items() for imported in imports(tree) if imported == "argparse"}
     assert found == {f"nanochat.{command}" for command in COMMANDS}

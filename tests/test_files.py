@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from nanochat import files
 from nanochat.errors import UserError
-from nanochat.files import atomic_path, check_output, json_bytes, locked, sha256_of, write_json, write_text
+from nanochat.files import atomic_path, check_output, json_bytes, locked, read_json, sha256_of, write_json, write_text
 
 FINITE_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -256,3 +256,11 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
         with pytest.raises(UserError, match=said):
             check_output("--out", path)
     assert not (tmp_path / "new").exists()
+
+
+def test_an_endless_file_in_place_of_a_small_one_is_refused(tmp_path):
+    with open(tmp_path / "sparse.json", "wb") as file:
+        file.truncate(1 << 40)
+    for path in (tmp_path / "sparse.json", "/dev/zero"):
+        with pytest.raises(UserError, match=r"cannot read .* \(longer than 64 MiB\); remedy"):
+            read_json(path, "remedy")

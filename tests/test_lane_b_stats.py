@@ -136,10 +136,10 @@ def test_groups_of_documents_have_the_errors_of_their_documents():
 
 def test_the_corpus_is_never_in_memory(tmp_path, monkeypatch):
     """Three times the text, the same memory, but for the index: 40 bytes a document, and as much in passing."""
-    for name, tokens in (("counting._COUNT_TOKENS", 1 << 16), ("corpus._BLOCK_TOKENS", 1 << 16),
-                         ("counting.MAX_GROUPS", 100), ("correlation._NULL_TOKENS", 1 << 16),
-                         ("entropy.MAX_NGRAM_TOKENS", 1 << 17), ("entropy.MIN_NGRAM_TOKENS", 1 << 16),
-                         ("entropy._HELD_OUT_TOKENS", 1 << 15)):
+    small = {"counting._COUNT_TOKENS": 1 << 16, "corpus._BLOCK_TOKENS": 1 << 16, "counting.MAX_GROUPS": 100,
+             "correlation._NULL_TOKENS": 1 << 16, "entropy.MAX_NGRAM_TOKENS": 1 << 17,
+             "entropy.MIN_NGRAM_TOKENS": 1 << 16, "entropy._HELD_OUT_TOKENS": 1 << 15}
+    for name, tokens in small.items():
         monkeypatch.setattr(f"nanochat.lane_b.measure.{name}", tokens)
     n_documents, peaks = 1000, []
     for n_shards in (1, 3):

@@ -1,9 +1,10 @@
-"""Time and memory of lane B's statistics against the size of the text, each part of the work by itself.
+"""Processor time and memory of lane B's statistics against the size of the text, each part of the work by itself.
 
     OMP_NUM_THREADS=1 python -m dev.bench.lane_b_scale --million-tokens 32 128 512 --out FILE.csv
 
 The text is made up (Zipf tokens, most of them copied from nearby, documents of 1,000) and lies in token shards on disk.
-Memory is the anonymous part of the resident set, sampled every 20 ms: pages of the mapped shards are the system's.
+Seconds are the processor's, so that other work on the machine counts little. Memory is the anonymous part of the
+resident set, sampled every 20 ms: pages of the mapped shards are the system's.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def write_shard(folder, seed, vocab_size):
 
 
 def measured(function):
-    """(its value, seconds, peak of anonymous memory in MiB)."""
+    """(its value, processor seconds, peak of anonymous memory in MiB)."""
     peak, ended = [0], threading.Event()
 
     def sample():
@@ -61,9 +62,9 @@ def measured(function):
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    start = time.perf_counter()
+    start = time.process_time()
     value = function()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     ended.set()
     sampler.join()
     return value, seconds, peak[0] / 2 ** 20
@@ -76,7 +77,7 @@ def measure_parts(shards, n_tokens, args):
     def part(name, function, per=1):
         value, seconds, mib = measured(function)
         print(f"{n_tokens // 10 ** 6:5d}M tokens  {name:<14} {seconds / per:8.1f} s  {mib:8.0f} MiB", flush=True)
-        rows.append({"part": name, "sec": round(seconds / per, 2), "peak_mib": round(mib)})
+        rows.append({"part": name, "cpu_sec": round(seconds / per, 2), "peak_mib": round(mib)})
         return value
 
     corpus = part("index", lambda: from_shards(shards, args.vocab_size, args.vocab_size + 1, n_tokens))

@@ -23,10 +23,11 @@ _SHARD_MIN_BYTES, _SHARD_MAX_BYTES = 4e6, 100e6  # text in a shard; small ones s
 _BUCKET_BYTES, _MAX_BUCKETS = 64e6, 256  # what is sorted in memory at a time
 
 
-def prepare_shards(folder, name, documents, expected_bytes):
+def prepare_shards(folder, name, documents, expected_bytes, notes=dict):
     """Make `folder` (shard_00000.parquet ..., the last for validation, and dataset.json) unless it is there.
 
-    documents: function returning an iterable of str; expected_bytes: about how much text that is.
+    documents: function returning an iterable of str; expected_bytes: about how much text that is; notes: function
+    returning what else dataset.json shall say, called once all documents are read.
     One process writes while others wait. Errors: UserError for fewer than 2 distinct documents or a full disk;
     whatever goes wrong, no half-written folder is left.
     """
@@ -37,7 +38,7 @@ def prepare_shards(folder, name, documents, expected_bytes):
         shutil.rmtree(temporary, ignore_errors=True)  # left behind by a killed process
         temporary.mkdir(parents=True)
         try:
-            _write(documents(), temporary, name, expected_bytes)
+            _write(documents(), temporary, name, expected_bytes, notes)
             os.rename(temporary, folder)
         except OSError as error:
             raise UserError(f"cannot prepare {folder} ({error.strerror or error}); make room there, or move the cache "
@@ -46,7 +47,7 @@ def prepare_shards(folder, name, documents, expected_bytes):
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(documents, folder, name, expected_bytes):
+def _write(documents, folder, name, expected_bytes, notes):
     spill = folder / "spill"
     spill.mkdir()
     buckets, total_bytes = _spill(documents, spill, name, expected_bytes)
@@ -64,7 +65,7 @@ def _write(documents, folder, name, expected_bytes):
     (folder / "validation").rename(folder / shard_name(n_train))  # the last in name order
     shards = [shard_name(i) for i in range(n_train + 1)]
     write_json(folder / MANIFEST, {"dataset_id": f"{name}-{content.hexdigest()[:8]}",
-                                   "shards": shards})
+                                   "shards": shards, **notes()})
     note_digests(folder, {name: sha256_of(folder / name) for name in shards})
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.data import stdlib_corpus, text_folder
+from nanochat.data.bad_samples import SKIP_BAD, BadSamples
 from nanochat.data.download import fetch_shards
 from nanochat.data.shard_writer import MANIFEST, prepare_shards, shard_name
 from nanochat.data.shards import list_shards, open_shard, shard_fingerprint
@@ -42,12 +43,12 @@ class Dataset:
         return self.shards[-1:]
 
 
-def open_dataset(name):
+def open_dataset(name, skip_bad=SKIP_BAD):
     """The Dataset `stdlib`, `climbmix`, `fineweb-edu`, or of a folder of .parquet, .txt, .md, .jsonl(.gz) files.
 
     stdlib, text folders and a single parquet file are split by content hash into shards on first use, in the cache
     folder; downloads are never started here. dataset_id: name and 8 hex digits, over the documents where we wrote the
-    shards, else over `shard_fingerprint`s.
+    shards, else over `shard_fingerprint`s. skip_bad: the share of a text folder's samples that may be unusable.
     Errors: UserError for an unknown name, for shards that are missing, damaged or without a string column `text`.
     """
     name = str(name)
@@ -69,8 +70,9 @@ def open_dataset(name):
         others = text_folder.other_suffixes(folder)
         raise UserError(f"{folder} holds no .parquet, and no .txt, .md, .jsonl or .jsonl.gz in it or below; it holds "
                         + (f"files of other kinds ({others}): rename or convert them" if others else "no files"))
-    return _prepared(slug, text_folder.folder_key(folder), lambda: text_folder.folder_documents(folder),
-                     text_folder.expected_bytes(folder))
+    bad = BadSamples(skip_bad)
+    return _prepared(slug, text_folder.folder_key(folder), lambda: text_folder.folder_documents(folder, bad),
+                     text_folder.expected_bytes(folder), bad.summary)
 
 
 def download_shards(name, n_train_shards, num_workers=4):
@@ -94,9 +96,9 @@ def _downloaded(name):
     return _open_shards(name, folder)
 
 
-def _prepared(name, key, documents, expected_bytes):
+def _prepared(name, key, documents, expected_bytes, notes=dict):
     folder = base_dir() / f"base_data_{name}-{key}"
-    prepare_shards(folder, name, documents, expected_bytes)
+    prepare_shards(folder, name, documents, expected_bytes, notes)
     return _open_shards(name, folder)
 
 

@@ -119,9 +119,9 @@ def test_a_checkpoint_that_would_run_code_runs_none(tmp_path):
 
 @pytest.mark.parametrize("line", [b"\0", b'{"text": "a"}\n'], ids=["one line", "many lines"])
 def test_a_gzip_bomb_is_refused(tmp_path, line, monkeypatch):
-    monkeypatch.setattr("nanochat.data.text_folder._MAX_LINE_BYTES", 1 << 22)
+    monkeypatch.setattr("nanochat.data.text_folder._MAX_SAMPLE_BYTES", 1 << 22)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * ((8 << 20) // len(line))))
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz, line \d+: a line of more than 4 MiB, or a file that unpacks"):
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz, line \d+: the file unpacks to more than 300"):
         list(folder_documents(tmp_path))
 
 
