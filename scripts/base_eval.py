@@ -64,8 +64,8 @@ def main(argv=None):
         raise UserError(f"--eval {','.join(sorted(unknown))} is unknown; use some of {','.join(KINDS)}")
     if args.hf_path and "sample" in kinds:
         raise UserError("--hf-path has no samples; use --eval core,bpb,position")
-    if args.device_batch_size < 1 or (args.split_tokens < 1 and args.split_tokens != -1):
-        raise UserError("--device-batch-size and --split-tokens must be at least 1")
+    if not 1 <= args.device_batch_size <= 1 << 20 or (args.split_tokens < 1 and args.split_tokens != -1):
+        raise UserError("--device-batch-size and --split-tokens must be at least 1, the first at most 2^20")
     if args.out:
         check_output("--out", args.out)
     device = choose_device(args.device_type)

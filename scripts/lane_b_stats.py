@@ -58,6 +58,8 @@ def parse_args(argv):
     for name in ("max_tokens", "context_tokens", "processes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.processes and args.processes > (most := 4 * os.cpu_count()):
+        parser.error(f"--processes {args.processes} must be at most {most}, four a core: more gain nothing")
     if args.processes and "RANK" in os.environ and not multiprocessing.parent_process():
         parser.error("--processes is for a start without torchrun, which has --nproc-per-node")
     return args

@@ -228,21 +228,34 @@ def test_a_symlinked_ledger_stays_a_symlink(tmp_path):
     assert read_rows(tmp_path / "real.csv", Row) == [ROW]
 
 
-APPEND_ONE = """
-import sys
-from nanochat.lane_b.infer.record import LaneBRecord, append_record, read_records
-path, number = sys.argv[1], int(sys.argv[2])
+APPEND_AT_ONCE = """
+import os, sys
+from pathlib import Path
+from nanochat.experiments.change_log import add_entry
+from nanochat.lane_b.infer.record import LaneBRecord, append_record
+folder = Path(sys.argv[1])
 empty = dict.fromkeys(LaneBRecord.__dataclass_fields__)
-append_record(path, LaneBRecord(**{**empty, "timestamp_utc": "t", "git_commit": "c", "run_id": f"run-{number}",
-    "seed": number, "dataset_id": "d", "target_metric_name": "val_bpb", "lane_b_decision": "inferred",
-    "status": "ok", "notes": f'alpha_source=theory, "{number}"\\n' * 50}))
+may_begin, begin = os.pipe()
+for number in range(100):
+    if os.fork() == 0:
+        os.close(begin)
+        os.read(may_begin, 1)  # until the parent has closed its end
+        append_record(folder / "ledger.csv", LaneBRecord(**{**empty, "timestamp_utc": "t", "git_commit": "c",
+            "run_id": f"run-{number}", "seed": number, "dataset_id": "d", "target_metric_name": "val_bpb",
+            "lane_b_decision": "inferred", "status": "ok", "notes": f'alpha_source=theory, "{number}"\\n' * 50}))
+        assert add_entry(folder / "LOG.md", f"## 2026-01-01 entry {number}\\n\\n" + f"{number} " * 500)
+        os._exit(0)
+os.close(begin)
+sys.exit(any(os.wait()[1] for _ in range(100)))
 """
 
 
-def test_fifty_processes_appending_at_once_leave_fifty_whole_rows(tmp_path):
-    path = tmp_path / "ledger.csv"
-    processes = [subprocess.Popen([sys.executable, "-c", APPEND_ONE, str(path), str(number)]) for number in range(50)]
-    assert [process.wait() for process in processes] == [0] * 50
-    found = read_records(path)
-    assert sorted(row.seed for row in found) == list(range(50))
+def test_a_hundred_processes_appending_at_once_leave_whole_rows_and_entries(tmp_path):
+    (tmp_path / "LOG.md").write_text("# Log\n")
+    assert subprocess.run([sys.executable, "-c", APPEND_AT_ONCE, str(tmp_path)]).returncode == 0
+    found = read_records(tmp_path / "ledger.csv")
+    assert sorted(row.seed for row in found) == list(range(100))
     assert all(row.notes == f'alpha_source=theory, "{row.seed}"\n' * 50 for row in found)
+    title, *entries = (tmp_path / "LOG.md").read_text().split("\n\n## 2026-01-01 ")
+    assert title == "# Log" and sorted(entry.strip() for entry in entries) == sorted(
+        f"entry {number}\n\n" + (f"{number} " * 500).strip() for number in range(100))

@@ -73,7 +73,7 @@ class TrainingConfig:
     target_param_data_ratio: float = _horizon(12.0, "tokens per scaling parameter", "RATIO")
 
     device_batch_size: int = _optimization(
-        32, "rows per device and micro-batch", "ROWS", at_least=1, on_resume=True)
+        32, "rows per device and micro-batch", "ROWS", at_least=1, at_most=1 << 20, on_resume=True)
     total_batch_size: int = _optimization(-1, "tokens per optimizer step; -1: automatic", "TOKENS")
     embedding_lr: float = _optimization(0.3, "AdamW, embeddings", "LR", at_least=0, on_resume=True)
     unembedding_lr: float = _optimization(0.008, "AdamW, head", "LR", at_least=0, on_resume=True)

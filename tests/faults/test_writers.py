@@ -4,105 +4,20 @@ import contextlib
 import errno
 import os
 import resource
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from corpus import golden_tokenizer
+from writers import ONCE, WRITERS
 
-from nanochat.data.shard_writer import prepare_shards
-from nanochat.data.sources import _open_shards
-from nanochat.data.tokenizer import load_tokenizer, train_tokenizer
-from nanochat.data.tokens import TokenShard, write_token_shard
 from nanochat.errors import UserError
-from nanochat.export.folder import check_replaceable, whole_folder
-from nanochat.files import note_digests, write_text
-from nanochat.lane_b.infer.record import LaneBRecord, append_record, read_records
-from nanochat.runlog import RunLog, read_run
-from nanochat.training.checkpoint import find_checkpoint, load_model_state, read_meta, save_checkpoint
 
 CALLS_ON_DISK = ((torch, "save"), (pq, "write_table"), (os, "fsync"), (os, "replace"), (os, "rename"), (Path, "touch"),
                  (Path, "mkdir"), (Path, "write_bytes"), (Path, "write_text"), (Path, "rename"))
-
-
-def append(folder, value):
-    empty = dict.fromkeys(LaneBRecord.__dataclass_fields__)
-    append_record(folder / "l.csv", LaneBRecord(**{
-        **empty, "timestamp_utc": "t", "git_commit": "c", "run_id": f"run-{value}", "dataset_id": "d",
-        "target_metric_name": "val_bpb", "lane_b_decision": "inferred", "status": "ok",
-        "notes": "alpha_source=x " * 99}))
-
-
-def write_tokens(folder, value):
-    write_token_shard(folder / "s.bin", [([500], np.full(500, value, np.uint16))], {"vocab_size": 300, "bos_id": value})
-
-
-def write_checkpoint(folder, value):
-    save_checkpoint(folder, value, {"w": torch.full((99,), float(value))}, {"state": {}}, {"model_config": {}})
-
-
-def read_checkpoint(folder):
-    step = find_checkpoint(folder)
-    values = set(load_model_state(folder, step, read_meta(folder, step), "cpu")["w"].tolist())
-    assert values == {step}
-    return step
-
-
-def prepare(folder, value):
-    prepare_shards(folder / f"d{value}", "d", lambda: (f"text {i} of {value} " * 9 for i in range(20)), 3000)
-
-
-def read_prepared(folder):
-    return max(int(path.name[1:]) for path in folder.glob("d[12]") if _open_shards("d", path))
-
-
-def save_tokenizer(folder, value):
-    (golden_tokenizer() if value == 1 else train_tokenizer(["abc abd abe"] * 9, 266)).save(folder / "t")
-
-
-def read_tokenizer(folder):
-    return {1024: 1, 266: 2}[load_tokenizer(folder / "t").vocab_size]
-
-
-def log(folder, value):
-    writer = RunLog.create(folder, "r", {}) if value == 1 else RunLog.resume(folder, "r", 1)
-    try:
-        writer.event("train", step=value, text="x" * 500)
-        writer.before_checkpoint()
-        writer.finish(status="ok")
-    finally:
-        writer.close()
-
-
-def read_log(folder):
-    return max(event["step"] for event in read_run(folder / "r").of("train"))
-
-
-def export(folder, value):
-    with whole_folder(folder / "e", {"value": value}) as new:
-        write_text(new / "a" / "b", str(value) * 5000)
-
-
-def read_export(folder):
-    check_replaceable(folder / "e")  # all of it is as it was written
-    return int((folder / "e" / "a" / "b").read_text()[0])
-
-
-WRITERS = {  # name -> (write the value 1, then 2; read which is there)
-    "ledger": (append, lambda folder: len(read_records(folder / "l.csv"))),
-    "tokens": (write_tokens, lambda folder: int(TokenShard(folder / "s.bin").tokens[0])),
-    "checkpoint": (write_checkpoint, read_checkpoint),
-    "prepared shards": (prepare, read_prepared),
-    "tokenizer": (save_tokenizer, read_tokenizer),
-    "record": (log, read_log),
-    "report": (lambda folder, value: write_text(folder / "r.html", str(value) * 5000),
-               lambda folder: int((folder / "r.html").read_text()[0])),
-    "digests": (lambda folder, value: note_digests(folder, {"name": str(value) * 64}),
-                lambda folder: int((folder / "sha256.json").read_text().split('"')[3][0])),
-    "export": (export, read_export),
-}
 
 
 def check(name, folder, fault):
@@ -117,7 +32,7 @@ def check(name, folder, fault):
     except UserError as error:  # three files: those that were written say that they do not belong together
         assert name == "tokenizer" and "different tokenizers" in str(error)
     assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
-    if name != "ledger" or read(folder) == 1:  # it has each row once
+    if name not in ONCE or read(folder) == 1:
         write(folder, 2)
     assert read(folder) == 2
 
@@ -178,3 +93,13 @@ def test_the_readers_here_tell_the_values_apart(tmp_path):
         for value in (1, 2):
             write(folder, value)
             assert read(folder) == value, name
+
+
+@pytest.mark.parametrize(("seed", "n_kills"), [(0, 3), pytest.param(None, 30, marks=pytest.mark.slow)])
+def test_a_writer_that_is_killed_and_several_at_once(tmp_path, seed, n_kills):
+    folder = Path(__file__).parent
+    seed = time.time_ns() if seed is None else seed
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder.parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-W", "ignore", folder / "kills.py", tmp_path, str(seed), str(n_kills)],
+                          env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
