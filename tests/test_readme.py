@@ -32,7 +32,7 @@ def python_commands():
     for page in PAGES:
         for words in commands(page):
             if "-m" in words and words[0] in ("python", "torchrun"):
-                module, *arguments = words[words.index("-m") + 1 :]
+                module, *arguments = (re.sub(r"\$\w+", "0", word) for word in words[words.index("-m") + 1 :])
                 found.append((module, [word for word in arguments if word not in ("...", "…")]))
     return found
 
