@@ -11,7 +11,7 @@ import argparse
 from nanochat.errors import UserError, command, say
 from nanochat.experiments.runs.compare import compare
 from nanochat.experiments.runs.listing import STATES, list_runs, read_state, table
-from nanochat.experiments.runs.prune import free, what_to_free
+from nanochat.experiments.runs.prune import free, leftovers, what_to_free
 from nanochat.experiments.runs.watch import watch
 from nanochat.paths import base_dir, checkpoints_dir, locks_dir, runs_dir
 from nanochat.runlog import find_run
@@ -41,7 +41,9 @@ def prune(runs, args):
     """Say what of these runs' files could go, and with --yes let it go."""
     if args.with_last and not args.patterns:
         raise UserError("--with-last takes runs' last checkpoints too: name the runs ('*' for all)")
-    freed, kept, notes = what_to_free(base_dir(), checkpoints_dir(), locks_dir(), runs, args.with_last)
+    freed, kept, notes = what_to_free(checkpoints_dir(), locks_dir(), runs, args.with_last)
+    if not (args.patterns or args.state or args.newest):  # of no run in particular
+        freed += leftovers(base_dir())
     for item in freed:
         say(f"{size(item.n_bytes):>9}  {item.what}: {item.why}")
     for note in notes:

@@ -327,8 +327,18 @@ def test_a_meta_that_cannot_be_read_is_said_and_left(cache, capsys):
     assert path.exists() and "1 checkpoint(s) whose meta cannot be read" in capsys.readouterr().out
 
 
-def test_leftovers_are_a_day_old():
+def test_a_record_that_does_not_tell_the_best_keeps_its_checkpoints(cache, capsys):
+    metrics = runs_dir() / "best" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"val_bpb": 0.5', '"val_bpb": "low"'))
+    script.main(["--prune", "--yes", "best", "diverged"])
+    assert steps_left("best") == [10, 20, 30, 40] and steps_left("diverged") == [20]
+    assert "the record of best does not say which is best" in capsys.readouterr().out
+
+
+def test_leftovers_are_a_day_old_and_of_no_run_in_particular(cache):
     assert LEFTOVER_SEC >= 86400
+    script.main(["--prune", "--yes", "best"])
+    assert len(list((cache / "tokens").iterdir())) == 3
 
 
 @pytest.mark.parametrize(("argv", "words"), [

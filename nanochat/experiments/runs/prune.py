@@ -33,7 +33,7 @@ class Item:
         return sum(path.stat().st_size for path in self.paths if path.exists())
 
 
-def what_to_free(base_dir, checkpoints_dir, locks_dir, runs, with_last=False):
+def what_to_free(checkpoints_dir, locks_dir, runs, with_last=False):
     """(Items that can be freed, Items of kept last and best checkpoints, lines about what is left alone and why).
 
     runs: the Runs whose checkpoints may go; with_last: their newest and best ones, too."""
@@ -57,10 +57,11 @@ def what_to_free(base_dir, checkpoints_dir, locks_dir, runs, with_last=False):
             run = by_id.get(run_id)
             if run is None or not run.is_over:
                 continue
-            for item, is_last in _judged(folder, run, checkpoints):
-                (kept if is_last and not with_last else freed).append(item)
-    freed += [Item(str(path.relative_to(base_dir)), "left by a writer that was killed", [path])
-              for path in leftovers(base_dir)]
+            try:
+                for item, is_last in _judged(folder, run, checkpoints):
+                    (kept if is_last and not with_last else freed).append(item)
+            except UserError as error:
+                notes.append(f"{folder.name}: the record of {run_id} does not say which is best ({error})")
     return freed, kept, notes
 
 
@@ -92,9 +93,10 @@ def lock_of(locks_dir, folder):
 
 
 def leftovers(base_dir):
-    """Temporary files that writers of the cache left a day ago or earlier."""
+    """Items of the temporary files that writers of the cache left a day ago or earlier."""
     found = [path for path in sorted(Path(base_dir).rglob(".*.tmp")) if _TEMPORARY.fullmatch(path.name)]
-    return [path for path in found if path.is_file() and time.time() - path.stat().st_mtime > LEFTOVER_SEC]
+    return [Item(str(path.relative_to(base_dir)), "left by a writer that was killed", [path]) for path in found
+            if path.is_file() and time.time() - path.stat().st_mtime > LEFTOVER_SEC]
 
 
 def _metas(folder):
