@@ -134,7 +134,7 @@ def helped_by(n_helpers, main, argv):
         os.environ.update(RANK="0", LOCAL_RANK="0")
         yield
     except RuntimeError:  # of a collective whose peer is gone
-        if any(helper.exitcode for helper in helpers):
+        if any(helper.join(5) or helper.exitcode for helper in helpers):  # it closes its connections before it is gone
             raise UserError("a process was killed, most likely for lack of memory; use fewer --processes or a smaller "
                             "--max-tokens") from None
         raise
