@@ -375,6 +375,16 @@ def test_another_runs_checkpoints_are_set_aside_not_mixed(corpus):
     assert checkpoint_steps(aside) == [4]
 
 
+def test_a_run_that_goes_on_from_an_earlier_step_sets_the_later_ones_aside(corpus):
+    """Killed before it has saved anew, its newest checkpoint must not be one of the course it left."""
+    main(flags(corpus, 6, "run", "--save-every", "2"))
+    folder = checkpoint_folder("run")
+    assert main([*flags(corpus, 6, "run"), "--resume-from-step", "2", "--save-every", "0"]) == 0
+    assert checkpoint_steps(folder) == [2]
+    [aside] = folder.parent.glob("run.before-*")
+    assert checkpoint_steps(aside) == [4, 6] and not list(folder.glob("*_000004*"))
+
+
 def test_wandb_offline_records_without_a_network(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_SILENT", "true")

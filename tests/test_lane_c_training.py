@@ -66,7 +66,7 @@ def test_checkpoints_do_not_know_of_the_flags(text, first, then):
     train(text, "run", *flags[first], "--save-every", "2", steps=4)
     for path in checkpoint_folder("run").glob("*_000004*"):
         path.unlink()
-    resumed = train(text, "run", *flags[then], "--resume-from-step", "2", steps=4)
+    resumed = train(text, "run", *flags[then], "--resume-from-step", "2", "--allow-changed", steps=4)
     assert list(resumed.values()) == pytest.approx(list(straight.values()), rel=1e-4)
 
 

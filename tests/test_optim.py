@@ -39,6 +39,19 @@ def test_three_steps_match_golden(compiled):
     assert max(errors.values()) < 1e-3, errors
 
 
+def test_a_state_brings_no_learning_rates_of_its_own():
+    """A resume with --allow-changed --matrix-lr ... must do what its flags say."""
+    model = golden_model()
+    saved = MuonAdamW(parameter_groups(model, matrix_lr=0.1, weight_decay=0.5))
+    take_golden_steps(model, saved)
+    optimizer = MuonAdamW(parameter_groups(golden_model()))
+    given = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved.state_dict())
+    assert [{name: value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups] == given
+    assert len(optimizer.state) == len(saved.state) > 0
+
+
 def test_groups_match_golden():
     model = golden_model()
     names = {id(p): name for name, p in model.named_parameters()}

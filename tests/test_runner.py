@@ -28,6 +28,7 @@ from nanochat.experiments.runner import (
 )
 from nanochat.experiments.trials import load_trials
 from nanochat.paths import runs_dir
+from nanochat.progress import QUIET
 
 # A stand-in for scripts.base_train: parses the flags it needs and writes a record as the real one does.
 FAKE_TRAIN = textwrap.dedent("""
@@ -181,7 +182,8 @@ def driver(tmp_path, ledger):
                        lambda flags: [sys.executable, {str(tmp_path / "fake_train.py")!r}, *flags])
     """)
     return subprocess.Popen([sys.executable, "-c", code], start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, QUIET: "1"})
 
 
 def training_since(time_unix_sec):

@@ -89,7 +89,9 @@ def test_a_mistake_is_one_line_with_exit_code_2(model, capsys, arguments, words)
 
 
 def started(*arguments, **streams):
-    return subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.PIPE, **streams)
+    """The program; Ctrl-C reaches it also where these tests run in the background of a shell, which ignores it."""
+    return subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.PIPE, **streams,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def test_text_comes_as_it_is_made_and_ctrl_c_is_one_line(model):

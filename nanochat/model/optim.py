@@ -136,6 +136,13 @@ class MuonAdamW(torch.optim.Optimizer):
         for cast in self.casts.values():
             cast.grad = None
 
+    def load_state_dict(self, state_dict):
+        """Take over the state of a `state_dict`; learning rates and the like stay as they were given."""
+        given = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, options in zip(self.param_groups, given, strict=True):
+            group.update(options)
+
     @torch.no_grad()
     def load_shards(self, shards, n_shards):
         """Take over the state dicts of `n_shards` ranks, by rank: `shards` is gone through once, so that no more than

@@ -167,19 +167,27 @@ def load_optimizer_state(folder, step, meta, device, rank=0):
     return _load(Path(folder), step, f"optim_{step:06d}_rank{rank}.pt", meta, device)
 
 
-def set_aside(folder):
-    """Move another run's checkpoints out of the way, so that `latest` can only mean this run's."""
+def set_aside(folder, after=None):
+    """Move another run's checkpoints out of the way, or this one's of steps `after` the one that it goes on from:
+    `latest` can then only mean the run, and the course, that goes on."""
     folder = Path(folder)
-    if checkpoint_steps(folder):
+    steps = [step for step in checkpoint_steps(folder) if after is None or step > after]
+    if steps:
         stem = f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}"
         names = (f"{stem}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
         aside = next(path for path in map(folder.with_name, names) if not path.exists())
         try:
-            os.replace(folder, aside)
+            if after is None:
+                os.replace(folder, aside)
+            else:
+                aside.mkdir()
+                for path in (path for step in steps for path in _paths_of(folder, step)):
+                    os.replace(path, aside / path.name)
         except OSError as error:
             raise UserError(f"the earlier checkpoints in {folder} cannot be moved aside ({error.strerror}); "
                             "give another --model-tag") from None
-        print0(f"earlier checkpoints of {folder.name} moved to {aside}")
+        which = "earlier checkpoints" if after is None else f"checkpoints after step {after}"
+        print0(f"{which} of {folder.name} moved to {aside}")
 
 
 def _meta_path(folder, step):
@@ -265,11 +273,16 @@ def _is_usable(folder, step):
 
 
 def _forget(folder, step):
-    """Remove what there is of a step; its meta first, with which it is gone."""
-    names = (f"meta_{step:06d}.json", f"model_{step:06d}.pt", f"optim_{step:06d}_rank*.pt")
-    for path in (path for name in names for path in folder.glob(name)):
+    """Remove what there is of a step."""
+    for path in _paths_of(folder, step):
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _paths_of(folder, step):
+    """The files of a step; its meta first, with which it is gone."""
+    names = (f"meta_{step:06d}.json", f"model_{step:06d}.pt", f"optim_{step:06d}_rank*.pt")
+    return [path for name in names for path in folder.glob(name)]
 
 
 def _clear_torn(folder, ranks):

@@ -61,8 +61,8 @@ def run_config(config, data, model, horizon, segment):
 
 
 def open_record(wandb_name, run_id, record, folder, resume_step, segment):
-    """The run's log and its sinks, begun or continued with `segment`; a new run moves another's checkpoints in `folder`
-    aside."""
+    """The run's log and its sinks, begun or continued with `segment`; checkpoints in `folder` of another run, or of
+    steps that this one makes anew, are moved aside."""
     runs = runs_dir()
     if resume_step is None and record["flags"]["resume_from_step"] == "auto" and _died_early(runs / run_id, record):
         resume_step = 0
@@ -81,6 +81,7 @@ def open_record(wandb_name, run_id, record, folder, resume_step, segment):
         if resume_step is not None:
             curves_of(read_run(runs / run_id).events)  # what the end will need, before the work
             log = RunLog.resume(runs, run_id, resume_step, sinks, owned, **segment)
+            checkpoint.set_aside(folder, after=resume_step)
         else:
             checkpoint.set_aside(folder)
             log = RunLog.create(runs, run_id, record, sinks, owned)
