@@ -266,7 +266,7 @@ def test_ranks_share_the_shards_and_all_see_them_all(tmp_path, base_dir):
         tokenizer = Tokenizer({bytes([i]): i for i in range(256)}, {n: 256 + i for i, n in enumerate(SPECIAL_TOKENS)})
         write, made = tokens.write_token_shard, []
         def slow_write(path, groups, header):
-            time.sleep(0.05)
+            time.sleep(0.5)  # long enough for a line of progress
             made.append(path.stem)
             write(path, groups, header)
         tokens.write_token_shard = slow_write
