@@ -44,6 +44,16 @@ def _mend_streams():
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
+def _flush():
+    """Write what the streams hold; where that fails, forget it: Python's end would change the exit code for it."""
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except (OSError, ValueError) as error:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (the process's own from here on)
+            warn(f"the output could not all be written ({error})")
+
+
 def command(main):
     """Wrap a script's `main(argv=None)`: a UserError, and what the machine refuses, become one line on stderr and an
     exit code."""
@@ -52,7 +62,9 @@ def command(main):
     def run(argv=None):
         _mend_streams()
         try:
-            return main(argv)
+            result = main(argv)
+            _flush()
+            return result
         except KeyboardInterrupt:
             line, exit_code = "interrupted; what was whole is kept", 130
         except UserError as error:
@@ -65,6 +77,7 @@ def command(main):
         with contextlib.suppress(OSError):
             print("error: " if rank == "0" else f"error (rank {rank}): ", " ".join(line.split()), sep="",
                   file=sys.stderr)
+        _flush()
         raise SystemExit(exit_code)
 
     return run

@@ -76,10 +76,15 @@ def parse_json(data):
         raise ValueError("nested too deeply") from None
 
 
+def open_binary(path):
+    """A file to read bytes of. A FIFO in its place is empty: nobody waits for who might write to it."""
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+
+
 def read_limited(path, limit=1 << 26):
     """The bytes of a file that is small by its nature. Errors: OSError, where it is longer than `limit` too (a sparse
     or endless file in a small one's place would be read until memory ends)."""
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"longer than {limit >> 20} MiB")
@@ -186,7 +191,7 @@ def is_owned(lock):
 def sha256_of(path, start=0):
     """Hex SHA-256 of a file's bytes from `start` on. Threads hash side by side: nearly all of it is outside Python."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         file.seek(start)
         while block := file.read(1 << 20):
             digest.update(block)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.errors import UserError, warn
-from nanochat.files import json_bytes, parse_json, read_json, write_json
+from nanochat.files import json_bytes, open_binary, parse_json, read_json, write_json
 from nanochat.paths import check_name
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
@@ -210,7 +210,8 @@ def _survives(event, resumed_step):
 
 def _read_events(path):
     try:
-        lines = path.read_bytes().split(b"\n")
+        with open_binary(path) as file:
+            lines = file.read().split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:

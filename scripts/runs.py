@@ -69,7 +69,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.newest is not None and args.newest < 1:
         raise UserError(f"--newest {args.newest} must be at least 1")
-    if args.watch:
+    if args.watch is not None:
         folder = find_run(args.watch, runs_dir()).folder
         return watch(lambda: read_state(folder, locks_dir()))
     if args.compare:

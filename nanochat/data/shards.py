@@ -20,6 +20,8 @@ def list_shards(folder):
 
 def open_shard(path):
     """Open a shard as a pyarrow ParquetFile. Errors: UserError when it is damaged or has no string column `text`."""
+    if Path(path).is_fifo():  # to open it waits for a writer
+        raise _damaged(path, "it is a FIFO")
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True)  # where its writer added any
     except (pa.ArrowException, OSError) as error:

@@ -34,7 +34,7 @@ def other_suffixes(folder):
 def folder_key(folder):
     """8 hex digits over the names and contents of the files: reads them all once."""
     listing = [f"{path.relative_to(folder).as_posix()} {sha256_of(path)}" for path in list_text_files(folder)]
-    return hashlib.sha256("\n".join([_RULES, *listing]).encode()).hexdigest()[:8]
+    return hashlib.sha256("\n".join([_RULES, *listing]).encode(errors="surrogateescape")).hexdigest()[:8]
 
 
 def expected_bytes(folder):

@@ -11,9 +11,10 @@ import operator
 import pickle
 
 from nanochat.errors import UserError
-from nanochat.files import parse_json
+from nanochat.files import parse_json, read_limited
 
 _HEADER = "nanochat tokenizer, version 1"
+_MAX_BYTES = 1 << 30  # 2^24 tokens, the most there may be, are no longer
 _MEND = "train the tokenizer again or copy the file again"
 
 
@@ -33,7 +34,7 @@ def read_text_file(path):
     ranks, special_tokens, pattern, identity = {}, {}, None, None
     number = 1
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_limited(path, _MAX_BYTES).decode().replace("\r\n", "\n").split("\n")
         if lines[0] != _HEADER:
             raise ValueError(f"the file does not begin with {_HEADER!r}")
         if lines.pop() != "":
@@ -65,7 +66,7 @@ def read_pickle_file(path):
     Errors: UserError when the pickle asks for anything but that one class, or is not what an Encoding saves.
     """
     try:
-        unpickler = _EncodingUnpickler(io.BytesIO(path.read_bytes()))
+        unpickler = _EncodingUnpickler(io.BytesIO(read_limited(path, _MAX_BYTES)))
         found = unpickler.load()
     except _RefusedError as refused:
         raise UserError(f"{path} asks for {refused}, which no tokenizer needs and could run any program; refused: "

@@ -18,7 +18,7 @@ import numpy as np
 
 from nanochat.data.shards import read_documents, row_count, shard_key
 from nanochat.errors import UserError
-from nanochat.files import atomic_path, json_bytes, locked, parse_json, sha256_of, sha256_once
+from nanochat.files import atomic_path, json_bytes, locked, open_binary, parse_json, sha256_of, sha256_once
 from nanochat.paths import base_dir
 from nanochat.progress import progress
 from nanochat.ranks import Ranks, print0
@@ -153,7 +153,7 @@ def _header(source, tokenizer):
 
 def _read_header(path):
     try:
-        with open(path, "rb") as file:
+        with open_binary(path) as file:
             header = parse_json(file.read(HEADER_BYTES))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; token_shards makes it") from None

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 from nanochat.errors import UserError
-from nanochat.files import DIGESTS, is_as_noted, locked, note_digests, parse_json, sha256_of
+from nanochat.files import DIGESTS, is_as_noted, locked, note_digests, parse_json, read_limited, sha256_of
 from nanochat.paths import base_dir
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -196,7 +196,7 @@ def _read_text(folder, name):
         if not is_as_noted(path, folder):
             raise UserError(f"{path} is damaged (its bytes differ from those noted in {DIGESTS}); fetch the bundle "
                             "again")
-        return path.read_text(encoding="utf-8")
+        return read_limited(path, MAX_UNPACKED_BYTES).decode().replace("\r\n", "\n")
     except FileNotFoundError:
         raise UserError(f"CORE's tasks are not there: {path} is missing; fetch them with "
                         f"python -m nanochat.core_eval, or unpack eval_bundle.zip as {bundle_folder()}") from None

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.errors import UserError
-from nanochat.files import atomic_path, json_bytes, parse_json, sha256_of, write_json
+from nanochat.files import atomic_path, json_bytes, parse_json, read_limited, sha256_of, write_json
 from nanochat.model.gpt import GPT, GPTConfig, parameter_counts
 from nanochat.paths import check_name, checkpoints_dir
 from nanochat.ranks import Ranks, print0
@@ -212,7 +212,7 @@ def _write_meta(folder, meta):
 
 
 def _parse_meta(folder, step):
-    meta = parse_json(_meta_path(folder, step).read_bytes())
+    meta = parse_json(read_limited(_meta_path(folder, step)))
     if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
         raise ValueError("it has no model_config")
     digest = meta.pop("meta_sha256", None)

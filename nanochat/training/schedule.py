@@ -63,6 +63,9 @@ def plan_horizon(n_scaling_params, reference_scaling_params, flops_per_token, *,
     if total_batch_size_tokens == -1:
         wanted = REFERENCE_BATCH_TOKENS * size_ratio**BATCH_EXPONENT
         total_batch_size_tokens = 2 ** round(math.log2(wanted))
+    if max(target_flops / flops_per_token, target_param_data_ratio * n_scaling_params) >= 1 << 63:
+        raise UserError("--target-flops or --target-param-data-ratio asks for 2^63 tokens or more, beyond what is "
+                        "counted here; lower it")
     if num_iterations != -1:
         steps = num_iterations
     elif target_flops != -1:

@@ -79,11 +79,13 @@ def play(situation):
     without_rights()
     for name, value in situation.env.items():
         os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-    sys.stdin = os.fdopen(0, closefd=False)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding=situation.encoding, closefd=False) for number in (1, 2))
     sys.argv = [situation.program, *situation.argv]
     if situation.within:
         situation.within()
+    for number, name in enumerate(("stdin", "stdout", "stderr")):  # as at Python's start
+        setattr(sys, name, None)
+        with contextlib.suppress(OSError):
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding=situation.encoding, closefd=False))
     return importlib.import_module(situation.program).main(list(situation.argv))
 
 
@@ -132,7 +134,7 @@ def classify(situation, status, error, world, before):
     if any(contents(world / name) != files for name, files in before.items()):
         return LOST, error
     lines = [line for line in error.splitlines() if line.startswith(("error: ", "error (rank")) or ": error: " in line]
-    is_refused = status in (2, 3, 130) and len(lines) == 1
+    is_refused = status in (2, 3, 130) and (len(lines) == 1 or (situation.mute and not error))
     if "Traceback" in error or "Exception ignored" in error or not (status == 0 or is_refused or status > 128):
         return TRACEBACK, f"exit {status}: {error}"
     right = situation.expect in (None, FINE if status == 0 else REFUSED)

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -56,8 +57,13 @@ def read_prepared(folder):
     return max(int(path.name[1:]) for path in folder.glob("d[12]") if _open_shards("d", path))
 
 
+@cache  # its library's threads are lost in a fork
+def small_tokenizer():
+    return train_tokenizer(["abc abd abe"] * 9, 266)
+
+
 def save_tokenizer(folder, value):
-    (golden_tokenizer() if value == 1 else train_tokenizer(["abc abd abe"] * 9, 266)).save(folder / "t")
+    (golden_tokenizer() if value == 1 else small_tokenizer()).save(folder / "t")
 
 
 def read_tokenizer(folder):
