@@ -1,4 +1,4 @@
-"""What compilers make of lane C's kernels for GPUs that are not here:
+"""What compilers make of our kernels for GPUs that are not here:
 
     python -m dev.bench.compiled_kernels --targets sm_90 gfx942
 
@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nanochat.errors import command
+from nanochat.kernels import embedding
 from nanochat.kernels import linear_cross_entropy as loss
 from nanochat.kernels import rms_norm as norm
 from nanochat.model.gpt import GPTConfig
@@ -32,7 +33,7 @@ from nanochat.model.gpt import GPTConfig
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 N_ROWS = 8192
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {"targets": "*i64", "losses": "*fp32", "scale": "*fp32"}
+POINTERS = {"positions": "*i64", "starts": "*i64", "targets": "*i64", "losses": "*fp32", "scale": "*fp32"}
 DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
@@ -55,6 +56,9 @@ def variants(few=False):
         yield (f"rope head={head_dim} {'backward' if backward else 'forward'}", norm._rope_norm_kernel, dtype,
                {"HEADS": 6, "HALF": head_dim // 2, "SCALE": 1.2, "EPS": 1e-7, "BACKWARD": backward,
                 **norm._tiling(N_ROWS, head_dim // 2)[1]})
+    for width, dtype in itertools.product((768,) if few else (768, 1536), dtypes):
+        yield (f"embedding d={width}", embedding._rows_sum_kernel, dtype,
+               {"WIDTH": width, **embedding.rows_sum_tiling(width)[1]})
 
 
 def compiled(kernel, dtype, constants, target):

@@ -17,7 +17,7 @@ from dev.lowering import fake_h100
 from nanochat.errors import command
 
 VOCAB_SIZE = 32768
-FLAGS = {"none": {}, "chunked_ce": {"chunked_ce": True}, "both": {"fused_rmsnorm": True, "chunked_ce": True}}
+FLAGS = {"none": {}, "both": {"fused_rmsnorm": True, "chunked_ce": True}, "fp8": {"fp8": True}}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ of graphs every operation that makes or changes data is one launch, which reads 
 
 import contextlib
 import functools
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -13,15 +14,17 @@ from types import SimpleNamespace
 
 import torch
 from torch._dynamo.utils import counters
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 from torch._inductor import compile_fx
 from torch._inductor.graph import GraphLowering
+from torch._inductor.ir import UserDefinedTritonKernel
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-_TRITON = re.compile(r"triton_\w+\.run\(")
+_TRITON = re.compile(r"\btriton_\w+\.run\(")
 _EXTERN = re.compile(r"extern_kernels\.\w+\(|torch\.ops\.(?!nanochat)[\w.]+\(")
-_CUSTOM = re.compile(r"torch\.ops\.nanochat\.[\w.]+\(")
+_OWN = re.compile(r"torch\.ops\.nanochat\.[\w.]+\(|(?<=\s)(?!triton_)\w+\.run\(")
 _BUFFER = re.compile(r"empty_strided_cuda\(\(([\d, ]+)\), ")
 _MATMULS = {"mm", "bmm", "addmm", "baddbmm"}
 _NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
@@ -29,14 +32,16 @@ _NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_st
 
 @dataclass
 class Work:
-    """Launches by kind and bytes read plus written. `extern` are matmuls and attention of libraries, `custom` our own
-    ops, whose inside is not counted; `buffers` the shapes allocated, to look for (N, V) ones and dense masks."""
+    """Launches by kind and bytes read plus written. `triton` are the compiler's kernels, `own` ours (and ops of ours,
+    whose inside is not counted), `extern` matmuls and attention of libraries; `buffers` the shapes allocated, to look
+    for (N, V) ones and dense masks."""
 
     triton: int = 0
     extern: int = 0
-    custom: int = 0
+    own: int = 0
     eager: int = 0
     triton_bytes: int = 0
+    own_bytes: int = 0
     extern_bytes: int = 0
     eager_bytes: int = 0
     buffers: list = field(default_factory=list)
@@ -120,17 +125,29 @@ class Counter(FakeTensorMode):
         return run
 
 
+@triton_kernel_wrapper_mutation.py_impl(Counter)
+def _(mode, **launch):
+    """A kernel of ours in a graph: it changes data alone, and fake tensors have none."""
+
+
 def generated_work(lowering, source):
     """The Work of one call of what Inductor generated."""
     calls = source.split("def call")[-1]
+    work = Work(
+        triton=len(_TRITON.findall(calls)), own=len(_OWN.findall(calls)), extern=len(_EXTERN.findall(calls)),
+        buffers=[tuple(map(int, re.findall(r"\d+", shape))) for shape in _BUFFER.findall(calls)])
     with V.set_graph_handler(lowering):
-        nodes = [(4 * words, node) for node, words in lowering.count_bytes()[1]]  # it gives 4-byte words
-    return Work(
-        triton=len(_TRITON.findall(calls)), extern=len(_EXTERN.findall(calls)), custom=len(_CUSTOM.findall(calls)),
-        triton_bytes=sum(n for n, node in nodes if not node.is_extern()),
-        extern_bytes=sum(n for n, node in nodes if node.is_extern()),
-        buffers=[tuple(map(int, re.findall(r"\d+", shape))) for shape in _BUFFER.findall(calls)],
-        nodes=[(n, ("extern " if node.is_extern() else "") + _origin(node)) for n, node in nodes])
+        for node, words in lowering.count_bytes()[1]:
+            n_bytes, kind = 4 * words, "extern" if node.is_extern() else "triton"  # it gives 4-byte words
+            if isinstance(node.node, UserDefinedTritonKernel):  # it counts what is written as read too
+                kind = "own"
+                n_bytes -= sum(math.prod(buffer.get_size()) * buffer.get_dtype().itemsize
+                               for buffer in node.node.mutable_args)
+            elif "nanochat." in _origin(node) and kind == "extern":
+                kind = "own"
+            setattr(work, f"{kind}_bytes", getattr(work, f"{kind}_bytes") + n_bytes)
+            work.nodes.append((int(n_bytes), f"{kind} {_origin(node)}"))
+    return work
 
 
 def _origin(node):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from dev.lowering.count import Counter, graph_breaks
+from nanochat.model.attention import choose_backend
+from nanochat.model.fp8 import train_in_fp8
 from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.model.optim import MuonAdamW, parameter_groups
 from nanochat.provenance import git_commit
@@ -25,8 +27,8 @@ def sdpa(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, False)[0]
 
 
-def lowered(case, vocab_size, flags):
-    """(Counter after one whole step, number of graphs, of graph breaks) of a dev.lowering Case."""
+def lowered(case, vocab_size, fp8=False, **flags):
+    """(GPTConfig, Counter after one whole step) of a dev.lowering Case; flags: GPT's."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     shape = model_shape(case.depth, 64, 128)
@@ -42,6 +44,8 @@ def lowered(case, vocab_size, flags):
         compiled = torch.compile(model, dynamic=False)
         optimizer = MuonAdamW(parameter_groups(model), matmul_dtype=torch.bfloat16, compiled=True,
                               casts=model.keep_casts())
+        if fp8:
+            train_in_fp8(model, optimizer, compiled=True)
         for counted in (False, True):  # the first compiles, and makes the optimizer's state
             forward, backward, update = (phase if counted else None for phase in PHASES)
             with counter.during(forward):
@@ -51,23 +55,27 @@ def lowered(case, vocab_size, flags):
             with counter.during(update):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return counter
+    return config, counter
 
 
 def lowered_rows(case, vocab_size, flags, largest=0, code=""):
     """A CSV row for each phase of a case; printed too."""
-    counter = lowered(case, vocab_size, flags)
+    config, counter = lowered(case, vocab_size, **flags)
+    heads = config.n_head, config.n_kv_head, config.head_dim
+    chosen = collections.Counter(choose_backend(torch.device("cuda", 0), torch.bfloat16, heads, True, case.seq_len,
+                                                window)[0] for window in config.windows)
+    attention = " ".join(f"{name} {n}" for name, n in sorted(chosen.items()))
     rows = []
     for phase in PHASES:
         work = counter.work[phase]
         n_by_v = work.buffers.count((case.rows * case.seq_len, vocab_size))
-        masks = sum(shape[-2:] == (case.seq_len, case.seq_len) for shape in work.buffers)
-        rows.append({**dataclasses.asdict(case), "phase": phase, "graphs": len(counter.graphs),
-                     "graph_breaks": graph_breaks(), "triton_launches": work.triton, "extern_calls": work.extern,
-                     "custom_ops": work.custom, "eager_launches": work.eager,
-                     "triton_gb": round(work.triton_bytes / 1e9, 3), "extern_gb": round(work.extern_bytes / 1e9, 3),
-                     "eager_gb": round(work.eager_bytes / 1e9, 3), "n_by_v_buffers": n_by_v,
-                     "dense_masks": masks,
+        dense = sum(shape[-2:] == (case.seq_len, case.seq_len) for shape in work.buffers)
+        rows.append({**dataclasses.asdict(case), "phase": phase, "attention": attention,
+                     "graphs": len(counter.graphs), "graph_breaks": graph_breaks(), "triton_launches": work.triton,
+                     "own_launches": work.own, "extern_calls": work.extern, "eager_launches": work.eager,
+                     **{f"{kind}_gb": round(getattr(work, f"{kind}_bytes") / 1e9, 3)
+                        for kind in ("triton", "own", "extern", "eager")},
+                     "n_by_v_buffers": n_by_v, "dense_mask": dense or "none",
                      "commit": git_commit()[0], "dirty": git_commit()[1], "torch": torch.__version__})
         print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
         by_origin = collections.Counter()

@@ -24,6 +24,18 @@ INTERPRETED = bool(triton and triton.knobs.runtime.interpret)
 TILE_ELEMENTS = 1 << 18 if INTERPRETED else 4096
 
 
+def kernel_op(name):
+    """Decorator: a function that launches kernels, by `launchable`, as torch's operator `name`. A compiler sees the
+    kernels inside and launches them by itself, but for the interpreter's, which have to be run by Python."""
+    declare = torch.library.custom_op if INTERPRETED or triton is None else torch.library.triton_op
+    return declare(name, mutates_args=())
+
+
+def launchable(kernel):
+    """The kernel as it is to be launched within a `kernel_op`."""
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
 def require_kernels(device, flag):
     """UserError unless `device` can run Triton kernels: CUDA, or a CPU under the interpreter."""
     if triton is None:

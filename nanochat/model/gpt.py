@@ -14,10 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.errors import UserError
+from nanochat.kernels.embedding import lookup
 from nanochat.kernels.linear_cross_entropy import SOFTCAP, linear_cross_entropy
 from nanochat.kernels.rms_norm import rms_norm, rope_qk_norm
 from nanochat.model.attention import causal_attention
-from nanochat.model.embedding import embedding
 from nanochat.model.plain import plain_cross_entropy, plain_rms_norm, plain_rope_qk_norm
 
 VOCAB_MULTIPLE = 64
@@ -301,13 +301,14 @@ class GPT(nn.Module):
         start = 0 if kv_cache is None else kv_cache.length
         assert start + T <= self.cos.size(1), "sequence longer than the rotary table"
         cos_sin = self.cos[:, start : start + T], self.sin[:, start : start + T]
-        x = self._smear(self.norm(embedding(idx, self.transformer.wte.weight).to(self.compute_dtype)), kv_cache)
+        look_up = lookup(idx, self.config.padded_vocab_size)
+        x = self._smear(self.norm(look_up(self.transformer.wte.weight).to(self.compute_dtype)), kv_cache)
         x0, backout = x, None
         for i, block in enumerate(self.transformer.h):
             x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
             value_embedding = None
             if self.config.has_value_embedding(i):
-                value_embedding = embedding(idx, self.value_embeds[str(i)].weight).to(x.dtype)
+                value_embedding = look_up(self.value_embeds[str(i)].weight).to(x.dtype)
             x = block(x, value_embedding, cos_sin, kv_cache)
             if i == self.config.n_layer // 2:
                 backout = x

@@ -23,7 +23,7 @@ class Memory:
     optimizer_state: int  # this rank's share
     gradients: int  # of the whole step
     micro_batch_gradients: int  # beside them, where a step has several micro-batches
-    embedding_sums: int  # of the embeddings' gradients, in fp32, at the end of a backward pass
+    embedding_sums: int  # of the embeddings' gradients, in fp32, at a backward pass's end; none on a GPU
     activations: int
     logits: int
     update: int  # what the optimizer needs beside the gradients
@@ -56,7 +56,7 @@ def memory_of(config, model, dtype, device, accumulation, world_size):
             2 * tensor.share(world_size) * tensor.itemsize for tensor in parts.tensors),
         gradients=gradients,
         micro_batch_gradients=with_copy * item + plain if accumulation > 1 else 0,
-        embedding_sums=4 * parts.embedding_numel * has_copies,
+        embedding_sums=4 * parts.embedding_numel * (has_copies and device.type != "cuda"),  # kernels.embedding: none
         activations=tokens * _kept_bytes_per_token(config, model, dtype, device),
         logits=_logits_bytes(config, model, dtype, device, tokens),
         update=_update_bytes(parts, gradient_item, item, matrices, world_size))
