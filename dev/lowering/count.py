@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import torch
 from torch._dynamo.utils import counters
-from torch._inductor import compile_fx
+from torch._inductor import compile_fx, ir
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-_TRITON = re.compile(r"triton_\w+\.run\(")
+_TRITON = re.compile(r"\w+\.run\(")
 _EXTERN = re.compile(r"extern_kernels\.\w+\(|torch\.ops\.(?!nanochat)[\w.]+\(")
 _CUSTOM = re.compile(r"torch\.ops\.nanochat\.[\w.]+\(")
 _BUFFER = re.compile(r"empty_strided_cuda\(\(([\d, ]+)\), ")
@@ -29,8 +29,9 @@ _NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_st
 
 @dataclass
 class Work:
-    """Launches by kind and bytes read plus written. `extern` are matmuls and attention of libraries, `custom` our own
-    ops, whose inside is not counted; `buffers` the shapes allocated, to look for (N, V) ones and dense masks."""
+    """Launches by kind and bytes read plus written. `triton` are Inductor's kernels and ours, `extern` matmuls and
+    attention of libraries, `custom` ops that are opaque: their inside is not counted. `buffers` are the shapes
+    allocated, to look for (N, V) ones and dense masks."""
 
     triton: int = 0
     extern: int = 0
@@ -50,6 +51,8 @@ class Work:
 class Counter(FakeTensorMode):
     """The mode to run in. `work` by the phase that was set when it was done; nothing is counted without a phase."""
 
+    supports_higher_order_operators = True  # launches of our kernels in compiled graphs
+
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
         self.work, self.graphs, self.phase = defaultdict(Work), [], None
@@ -64,6 +67,8 @@ class Counter(FakeTensorMode):
             self.phase = before
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return None  # it fills tensors that have no data
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if self.phase:
             self._count_eager(func, args, kwargs, out)
@@ -124,13 +129,27 @@ def generated_work(lowering, source):
     """The Work of one call of what Inductor generated."""
     calls = source.split("def call")[-1]
     with V.set_graph_handler(lowering):
-        nodes = [(4 * words, node) for node, words in lowering.count_bytes()[1]]  # it gives 4-byte words
+        nodes = [(_launch_bytes(node.node) if _is_ours(node) else 4 * words, node)  # it gives 4-byte words
+                 for node, words in lowering.count_bytes()[1]]
+    external = [node.is_extern() and not _is_ours(node) for _, node in nodes]
     return Work(
         triton=len(_TRITON.findall(calls)), extern=len(_EXTERN.findall(calls)), custom=len(_CUSTOM.findall(calls)),
-        triton_bytes=sum(n for n, node in nodes if not node.is_extern()),
-        extern_bytes=sum(n for n, node in nodes if node.is_extern()),
+        triton_bytes=sum(n for (n, _), is_extern in zip(nodes, external, strict=True) if not is_extern),
+        extern_bytes=sum(n for (n, _), is_extern in zip(nodes, external, strict=True) if is_extern),
         buffers=[tuple(map(int, re.findall(r"\d+", shape))) for shape in _BUFFER.findall(calls)],
-        nodes=[(n, ("extern " if node.is_extern() else "") + _origin(node)) for n, node in nodes])
+        nodes=[(n, ("extern " if is_extern else "") + _origin(node))
+               for (n, node), is_extern in zip(nodes, external, strict=True)])
+
+
+def _is_ours(node):
+    return isinstance(node.node, ir.UserDefinedTritonKernel)
+
+
+def _launch_bytes(kernel):
+    """Of the tensors given to a kernel of ours, each once: Inductor takes what it writes for read as well."""
+    given = {(arg.get_name(), arg.get_layout().offset): arg.get_numel() * arg.get_dtype().itemsize
+             for arg in kernel.inputs}
+    return int(sum(given.values()))
 
 
 def _origin(node):
