@@ -16,7 +16,7 @@ from nanochat.kernels import runtime
 pytestmark = pytest.mark.skipif(runtime.triton is None, reason="Triton is not installed")
 
 # a thread: 64 let an SM hold 1,024 threads, 80 (RoPE's backward) 768
-MOST_REGISTERS = {"rows": 64, "norm": 64, "rope": 80, "embedding": 64}
+MOST_REGISTERS = {"rows": 64, "norm": 64, "rope": 80, "embedding": 48}
 MOST_INSTRUCTIONS = {"bf16": (8, 19), "fp32": (26, 33)}  # an element, in the loops of the loss and of the gradient
 
 
@@ -32,8 +32,8 @@ def compiled(folder, *arguments):
 def assert_within_budget(row):
     kind = row["kernel"].split()[0]
     assert row["spilled"] == 0 and row["wide"] > 0, row
-    # besides the tile: the target, its logit, the loss and the scale, of up to four rows; a row's range, four positions
-    assert row["narrow"] <= {"rows": 14 if "V=1000" in row["kernel"] else 5, "embedding": 6}.get(kind, 0), row
+    # besides the tile: the target, its logit, the loss and the scale, of up to four rows; a row's range, its positions
+    assert row["narrow"] <= {"rows": 14 if "V=1000" in row["kernel"] else 5, "embedding": 7}.get(kind, 0), row
     if row["target"].startswith("gfx"):
         assert row["registers"] <= 128, row  # of 512 for four waves a SIMD
         return

@@ -1,5 +1,10 @@
 """Fused RMSNorm and RoPE + QK-norm against fp64 and against the unfused forms."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +13,7 @@ from kernel_cases import assert_as_exact, kernel_device
 from nanochat.errors import UserError
 from nanochat.kernels import rms_norm as module
 from nanochat.kernels.rms_norm import check_rms_norm, rms_norm, rope_qk_norm
+from nanochat.kernels.runtime import triton
 from nanochat.model.plain import plain_rms_norm, plain_rope_qk_norm
 
 EPS = torch.finfo(torch.float32).eps
@@ -179,6 +185,17 @@ def test_compiles_whole_and_gives_what_eager_gives(device, backend):
     torch.testing.assert_close(with_gradients(compiled, [x], [upstream]), with_gradients(block, [x], [upstream]))
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), block(x))
+
+
+@pytest.mark.skipif(triton is None or torch.cuda.is_available(), reason="needs Triton; a GPU has the tests above")
+@pytest.mark.parametrize("check", ["aot_eager", *(pytest.param(name, marks=pytest.mark.slow)
+                                                  for name in ("opcheck", "inductor"))])
+def test_what_a_compiler_launches_by_itself(check):
+    tests = Path(__file__).parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, tests / "compiled_launches.py", check], capture_output=True, text=True,
+                         env=environment | {"PYTHONPATH": str(tests.parent)})
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize(("changes", "words"), [

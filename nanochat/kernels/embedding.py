@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from nanochat.kernels.runtime import INTERPRETED, jit, kernel_op, launchable, store_rounded, tl, triton
+from nanochat.kernels.runtime import INTERPRETED, jit, kernel_op, store_rounded, tl, triton, wrap_triton
 
-MAX_BLOCK = 1024  # columns a program
-POSITIONS = 4  # whose gradients it loads at a time
+MAX_BLOCK = 256  # columns a program
+POSITIONS = 8  # whose gradients it loads at a time: most tokens have fewer, the commonest some hundreds
 
 
 @jit
@@ -37,15 +37,15 @@ def rows_sum_tiling(width):
     return triton.cdiv(width, block), {"ROWS": POSITIONS, "BLOCK": block, "num_warps": 4}
 
 
-@kernel_op("nanochat::embedding_gradient")
+@kernel_op("nanochat::embedding_gradient", mutates_args=())
 def _embedding_gradient(grad: torch.Tensor, positions: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     grad = grad.reshape(-1, grad.size(-1)).contiguous()
     n_rows, width = starts.numel() - 1, grad.size(1)
     out = grad.new_empty(n_rows, width)
     if out.numel():
         blocks, tile = rows_sum_tiling(width)
-        launchable(_rows_sum_kernel)[(n_rows, blocks)](grad, positions, starts, out, WIDTH=width,
-                                                       INTERPRETED=INTERPRETED, **tile)
+        wrap_triton(_rows_sum_kernel)[(n_rows, blocks)](grad, positions, starts, out, WIDTH=width,
+                                                        INTERPRETED=INTERPRETED, **tile)
     return out
 
 
