@@ -38,7 +38,7 @@ def pretend(folder):
     if torch.backends.cuda.is_built() and torch.version.cuda:
         raise RuntimeError("this torch has CUDA: nothing needs to be faked")
     _answer_for_the_device(torch)
-    _answer_for_triton(torch)
+    answer_for_triton(torch)
     _skip_what_needs_data()
 
 
@@ -87,7 +87,7 @@ def _answer_for_the_device(torch):
         setattr(torch._C, f"_cuda_{name}", _constant(0))
 
 
-def _answer_for_triton(torch):
+def answer_for_triton(torch):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 

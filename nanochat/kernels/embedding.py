@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from nanochat.kernels.runtime import INTERPRETED, jit, kernel_op, launchable, store_rounded, tl, triton
+from nanochat.kernels.runtime import INTERPRETED, jit, kernel_op, store_rounded, tl, triton, wrap_triton
 
 MAX_BLOCK = 1024  # columns a program
 POSITIONS = 4  # whose gradients it loads at a time
@@ -44,8 +44,8 @@ def _embedding_gradient(grad: torch.Tensor, positions: torch.Tensor, starts: tor
     out = grad.new_empty(n_rows, width)
     if out.numel():
         blocks, tile = rows_sum_tiling(width)
-        launchable(_rows_sum_kernel)[(n_rows, blocks)](grad, positions, starts, out, WIDTH=width,
-                                                       INTERPRETED=INTERPRETED, **tile)
+        wrap_triton(_rows_sum_kernel)[(n_rows, blocks)](grad, positions, starts, out, WIDTH=width,
+                                                        INTERPRETED=INTERPRETED, **tile)
     return out
 
 

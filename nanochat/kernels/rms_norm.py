@@ -14,12 +14,12 @@ from nanochat.kernels.runtime import (
     TILE_ELEMENTS,
     jit,
     kernel_op,
-    launchable,
     require_dtype,
     require_kernels,
     store_rounded,
     tl,
     triton,
+    wrap_triton,
 )
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -104,8 +104,8 @@ def _launch_norm(x, grad, eps):
     grads = rows if grad is None else _flat(grad, -1, x.size(-1))
     n_rows, width = rows.shape
     grid, tile = _tiling(n_rows, width)
-    launchable(_norm_kernel)[grid](rows, grads, out, rows.stride(0), grads.stride(0), n_rows, WIDTH=width, EPS=eps,
-                                   BACKWARD=grad is not None, INTERPRETED=INTERPRETED, **tile)
+    wrap_triton(_norm_kernel)[grid](rows, grads, out, rows.stride(0), grads.stride(0), n_rows, WIDTH=width, EPS=eps,
+                                    BACKWARD=grad is not None, INTERPRETED=INTERPRETED, **tile)
     return out
 
 
@@ -122,9 +122,9 @@ def _launch_rope_norm(x, grad, cos, sin, scale, eps):
     n_rows = heads.size(0) * n_heads
     assert n_rows < 2**31, "row numbers are 32-bit"
     grid, tile = _tiling(n_rows, half)
-    launchable(_rope_norm_kernel)[grid](heads, grads, cos, sin, out, *heads.stride()[:2], *grads.stride()[:2], n_rows,
-                                        n_positions, HEADS=n_heads, HALF=half, SCALE=scale, EPS=eps,
-                                        BACKWARD=grad is not None, INTERPRETED=INTERPRETED, **tile)
+    wrap_triton(_rope_norm_kernel)[grid](heads, grads, cos, sin, out, *heads.stride()[:2], *grads.stride()[:2], n_rows,
+                                         n_positions, HEADS=n_heads, HALF=half, SCALE=scale, EPS=eps,
+                                         BACKWARD=grad is not None, INTERPRETED=INTERPRETED, **tile)
     return out
 
 

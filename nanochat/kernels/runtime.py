@@ -25,14 +25,15 @@ TILE_ELEMENTS = 1 << 18 if INTERPRETED else 4096
 
 
 def kernel_op(name):
-    """Decorator: a function that launches kernels, by `launchable`, as torch's operator `name`. A compiler sees the
+    """Decorator: a function that launches kernels, by `wrap_triton`, as torch's operator `name`. A compiler sees the
     kernels inside and launches them by itself, but for the interpreter's, which have to be run by Python."""
     declare = torch.library.custom_op if INTERPRETED or triton is None else torch.library.triton_op
     return declare(name, mutates_args=())
 
 
-def launchable(kernel):
-    """The kernel as it is to be launched within a `kernel_op`."""
+def wrap_triton(kernel):
+    """The kernel as it is to be launched within a `kernel_op`. torch looks for this name in an op's source: by it the
+    cache of compiled graphs finds the kernels, and notices that one has been edited."""
     return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
 
 
