@@ -58,7 +58,8 @@ def test_stores_round_to_nearest_even():
     assert (rms_norm(x) != exact.bfloat16()).float().mean() < 0.002  # fp32 sums sway the ties alone
 
 
-@pytest.mark.skipif(runtime.triton is None or torch.cuda.is_available(), reason="needs Triton, and no GPU")
+@pytest.mark.skipif(runtime.triton is None or torch.cuda.is_available() or torch.__version__ < "2.13",
+                    reason="needs Triton, no GPU, and a torch whose inside is known")
 @pytest.mark.parametrize("check", ["aot_eager", *(pytest.param(name, marks=pytest.mark.slow)
                                                   for name in ("opcheck", "inductor"))])
 def test_what_a_compiler_launches_by_itself(check):
