@@ -1,4 +1,4 @@
-"""What a compiler makes of the norms' ops for a GPU, run on a CPU: in compiled code the compiler launches our kernels
+"""What a compiler makes of our kernels' ops for a GPU, run on a CPU: in compiled code the compiler launches our kernels
 by itself, with sizes and strides that it has worked out, and here the interpreter takes each launch.
 
 A program for a process of its own, without TRITON_INTERPRET: `compiled_launches.py opcheck|aot_eager|inductor`.
@@ -16,10 +16,13 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from dev.lowering.fake_h100 import answer_for_triton
-from nanochat.kernels import rms_norm as module
+from nanochat.kernels import embedding
+from nanochat.kernels import rms_norm as norms
 from nanochat.kernels.rms_norm import rms_norm, rope_qk_norm
 from nanochat.model.plain import plain_rms_norm, plain_rope_qk_norm
 
+KERNELS = {"rms_norm": "_norm_kernel", "rms_norm_backward": "_norm_kernel", "rope_norm": "_rope_norm_kernel",
+           "rope_norm_backward": "_rope_norm_kernel", "embedding_gradient": "_rows_sum_kernel"}
 launched = []
 
 
@@ -53,42 +56,47 @@ def interpret_launches():
 
 def tensors():
     generator = torch.Generator().manual_seed(0)
-    x, weight, upstream, angle = (torch.randn(shape, generator=generator)
-                                  for shape in ((2, 5, 24), (24, 96), (2, 5, 2), (1, 9, 1, 8)))
-    return x, weight, upstream, angle.cos()[:, :5], angle.sin()[:, :5]
+    table, weight, upstream, angle = (torch.randn(shape, generator=generator)
+                                      for shape in ((7, 24), (24, 96), (2, 5, 2), (1, 9, 1, 8)))
+    ids = torch.randint(7, (2, 5), generator=generator)
+    return table, weight, upstream, ids, angle.cos()[:, :5], angle.sin()[:, :5]
 
 
-def results(norm, rope, compiled):
-    """[a block's output, its gradients]: q and k strided views into one product, the gradient of a transposed one."""
-    x, weight, upstream, cos, sin = tensors()
+def results(look_up, norm, rope, compiled):
+    """[a block's output, its gradients]: q and k are strided views into one product, their gradients transposed."""
+    table, weight, upstream, ids, cos, sin = tensors()
+    order = embedding.by_id(ids, len(table))
 
-    def block(x, weight):
-        heads = (norm(x) @ weight).unflatten(-1, (3, 2, 16))
+    def block(table, weight):
+        heads = (norm(look_up(table, ids, *order)) @ weight).unflatten(-1, (3, 2, 16))
         q, k = rope(heads[:, :, 0], heads[:, :, 1], cos, sin)
-        return ((q.transpose(1, 2) * k.transpose(1, 2)).sum(-1).relu().transpose(1, 2)) + heads[:, :, 2].sum(-1)
+        return (q.transpose(1, 2) * k.transpose(1, 2)).sum(-1).relu().transpose(1, 2) + heads[:, :, 2].sum(-1)
 
-    leaves = x.requires_grad_(), weight.requires_grad_()
+    leaves = table.requires_grad_(), weight.requires_grad_()
     y = compiled(block)(*leaves)
     return [y, *torch.autograd.grad(y, leaves, upstream)]
 
 
 def opcheck():
-    x, _, _, cos, sin = tensors()
+    table, _, _, ids, cos, sin = tensors()
+    x = table[ids]
     rows, q = x.flatten(0, 1), x[..., :16].unsqueeze(2)
-    torch.library.opcheck(module._rms_norm, (rows.clone().requires_grad_(), 1e-6))
-    torch.library.opcheck(module._rms_norm_backward, (rows, 2 * rows, 1e-6))
-    torch.library.opcheck(module._rope_norm, (q.clone().requires_grad_(), cos, sin, 1.2, 1e-6))
-    torch.library.opcheck(module._rope_norm_backward, (q, 2 * q, cos, sin, 1.2, 1e-6))
+    torch.library.opcheck(norms._rms_norm, (rows.clone().requires_grad_(), 1e-6))
+    torch.library.opcheck(norms._rms_norm_backward, (rows, 2 * rows, 1e-6))
+    torch.library.opcheck(norms._rope_norm, (q.clone().requires_grad_(), cos, sin, 1.2, 1e-6))
+    torch.library.opcheck(norms._rope_norm_backward, (q, 2 * q, cos, sin, 1.2, 1e-6))
+    torch.library.opcheck(embedding._embedding_gradient, (x, *embedding.by_id(ids, len(table))))
 
 
 def compare(backend):
-    for op, kernel in (("rms_norm", "_norm_kernel"), ("rope_norm", "_rope_norm_kernel")):
-        for name in (op, f"{op}_backward"):  # by these a compiler's cache notices that a kernel has been edited
-            assert [k.__name__ for k in get_triton_kernels_for_op(f"nanochat::{name}")] == [kernel]
-    found = results(rms_norm, rope_qk_norm, lambda block: torch.compile(block, fullgraph=True, backend=backend))
-    expected = results(plain_rms_norm, plain_rope_qk_norm, lambda block: block)
+    for op, kernel in KERNELS.items():
+        assert [found.__name__ for found in get_triton_kernels_for_op(f"nanochat::{op}")] == [kernel]
+    found = results(embedding._Embedding.apply, rms_norm, rope_qk_norm,
+                    lambda block: torch.compile(block, fullgraph=True, backend=backend))
+    expected = results(lambda table, ids, *order: torch.nn.functional.embedding(ids, table), plain_rms_norm,
+                       plain_rope_qk_norm, lambda block: block)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert sorted(launched) == 2 * ["_norm_kernel"] + 4 * ["_rope_norm_kernel"], launched
+    assert sorted(launched) == sorted([*KERNELS.values(), "_rope_norm_kernel", "_rope_norm_kernel"]), launched
 
 
 if __name__ == "__main__":

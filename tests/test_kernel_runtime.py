@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,3 +56,15 @@ def test_stores_round_to_nearest_even():
     x = x.to("cpu" if runtime.INTERPRETED else "cuda")
     exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 2**-23)
     assert (rms_norm(x) != exact.bfloat16()).float().mean() < 0.002  # fp32 sums sway the ties alone
+
+
+@pytest.mark.skipif(runtime.triton is None or torch.cuda.is_available() or torch.__version__ < "2.13",
+                    reason="needs Triton, no GPU, and a torch whose inside is known")
+@pytest.mark.parametrize("check", ["aot_eager", *(pytest.param(name, marks=pytest.mark.slow)
+                                                  for name in ("opcheck", "inductor"))])
+def test_what_a_compiler_launches_by_itself(check):
+    """On a GPU the tests of each op see this; without one `compiled_launches` shows it in a process of its own."""
+    program = Path(__file__).with_name("compiled_launches.py")
+    run = python(f"import runpy, sys; sys.argv[1:] = [{check!r}]; runpy.run_path({str(program)!r}, None, '__main__')",
+                 PYTHONPATH=str(program.parent.parent))
+    assert run.returncode == 0, run.stderr

@@ -48,8 +48,8 @@ step() { # step NAME CANDIDATES FLAGS...
     piece "$name" "$PYTHON" -m dev.bench.train_step --out "$OUT/train_step.csv" --candidates $candidates "$@"
 }
 
-TESTS="tests/test_linear_cross_entropy.py tests/test_rms_norm.py tests/test_attention.py tests/test_fp8.py
-       tests/test_kernel_oracles.py"
+TESTS="tests/test_linear_cross_entropy.py tests/test_rms_norm.py tests/test_embedding.py tests/test_attention.py
+       tests/test_fp8.py tests/test_kernel_oracles.py"
 if [[ $DRY == --dry-run ]]; then
     TESTS="tests/test_attention.py -k flag"
     KERNELS="--kernels norm qk-norm"

@@ -37,7 +37,7 @@ def rows_sum_tiling(width):
     return triton.cdiv(width, block), {"ROWS": POSITIONS, "BLOCK": block, "num_warps": 4}
 
 
-@kernel_op("nanochat::embedding_gradient", mutates_args=())
+@kernel_op("nanochat::embedding_gradient")
 def _embedding_gradient(grad: torch.Tensor, positions: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     grad = grad.reshape(-1, grad.size(-1)).contiguous()
     n_rows, width = starts.numel() - 1, grad.size(1)

@@ -130,22 +130,22 @@ def _launch_rope_norm(x, grad, cos, sin, scale, eps):
 
 # --- ops -------------------------------------------------------------------------------------------------------------
 
-@kernel_op("nanochat::rms_norm", mutates_args=())
+@kernel_op("nanochat::rms_norm")
 def _rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     return _launch_norm(x, None, eps)
 
 
-@kernel_op("nanochat::rms_norm_backward", mutates_args=())
+@kernel_op("nanochat::rms_norm_backward")
 def _rms_norm_backward(x: torch.Tensor, grad: torch.Tensor, eps: float) -> torch.Tensor:
     return _launch_norm(x, grad, eps)
 
 
-@kernel_op("nanochat::rope_norm", mutates_args=())
+@kernel_op("nanochat::rope_norm")
 def _rope_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float, eps: float) -> torch.Tensor:
     return _launch_rope_norm(x, None, cos, sin, scale, eps)
 
 
-@kernel_op("nanochat::rope_norm_backward", mutates_args=())
+@kernel_op("nanochat::rope_norm_backward")
 def _rope_norm_backward(x: torch.Tensor, grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
                         scale: float, eps: float) -> torch.Tensor:
     return _launch_rope_norm(x, grad, cos, sin, scale, eps)

@@ -20,14 +20,21 @@ jit = triton.jit if triton else lambda function: function
 # Triton decides when a kernel is decorated, so this holds for the life of the process.
 INTERPRETED = bool(triton and triton.knobs.runtime.interpret)
 
-# A compiler sees the launches in a triton_op and makes them itself; the interpreter's it cannot make. torch finds an
-# op's kernels by the name wrap_triton, so that its cache of compiled graphs notices when they are edited.
-_COMPILED = triton is not None and not INTERPRETED
-kernel_op = torch.library.triton_op if _COMPILED else torch.library.custom_op
-wrap_triton = torch.library.wrap_triton if _COMPILED else lambda kernel: kernel
-
 # Elements a program works on at a time; the interpreter pays by the operation, so it takes many more.
 TILE_ELEMENTS = 1 << 18 if INTERPRETED else 4096
+
+
+def kernel_op(name):
+    """Decorator: a function that launches kernels, by `wrap_triton`, as torch's operator `name`. A compiler sees the
+    kernels inside and launches them by itself, but for the interpreter's, which have to be run by Python."""
+    declare = torch.library.custom_op if INTERPRETED or triton is None else torch.library.triton_op
+    return declare(name, mutates_args=())
+
+
+def wrap_triton(kernel):
+    """The kernel as it is to be launched within a `kernel_op`. torch looks for this name in an op's source: by it the
+    cache of compiled graphs finds the kernels, and notices that one has been edited."""
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
 
 
 def require_kernels(device, flag):
