@@ -34,8 +34,8 @@ def plain_cross_entropy(logits, targets, vocab_size, softcap=SOFTCAP, reduction=
 
     logits (..., Vpad), before the softcap; targets (...) int64 with -1 ignored, anything else out of range NaN; loss
     in fp32. The softcap bounds the logits, so it stands in for their maximum, and the target's logit is a sum over
-    the same columns: neither needs a pass of its own, as F.cross_entropy's would. That sum is taken of the logits as
-    they come: below_cap, needed in one place alone, is never written. Columns are int32, half a float's lanes else.
+    the same columns: neither needs a pass of its own, as F.cross_entropy's would. Columns are int32, half a float's
+    lanes else.
     """
     def below_cap(x):
         return 2 * softcap * (torch.sigmoid(2 / softcap * x) - 1)  # softcap * (tanh(x / softcap) - 1)
@@ -43,11 +43,17 @@ def plain_cross_entropy(logits, targets, vocab_size, softcap=SOFTCAP, reduction=
     targets_shape, targets = targets.shape, targets.reshape(-1)
     logits = logits.reshape(-1, logits.size(-1)).float()
     column = torch.arange(logits.size(-1), device=logits.device, dtype=torch.int32)
-    partition = torch.exp(below_cap(logits))
-    if vocab_size < logits.size(-1):
+    is_target = column == targets.int().unsqueeze(-1)
+    capped = below_cap(logits)
+    partition = torch.exp(capped)
+    if logits.is_cuda:  # in this form, mask included, the compiler writes the gradient over the logits
         partition = partition.masked_fill(column >= vocab_size, 0.0)
-    of_target = torch.where(column == targets.int().unsqueeze(-1), logits, 0.0).sum(dim=-1)
-    losses = partition.sum(dim=-1).log() - below_cap(of_target)
+        of_target = torch.where(is_target, capped, 0.0).sum(dim=-1)
+    else:  # a CPU's would write `capped` for its two readers
+        if vocab_size < logits.size(-1):
+            partition = partition.masked_fill(column >= vocab_size, 0.0)
+        of_target = below_cap(torch.where(is_target, logits, 0.0).sum(dim=-1))
+    losses = partition.sum(dim=-1).log() - of_target
     losses = torch.where((targets >= 0) & (targets < vocab_size), losses, torch.nan)
     losses = torch.where(targets == IGNORED, 0.0, losses)
     if reduction == "none":
