@@ -29,6 +29,7 @@ def check(rows, flags):
     update = by_phase["optimizer"]
     counts = ("triton_launches", "extern_calls", "eager_launches")
     assert sum(int(update[name]) for name in counts) <= optimizer_launches
+    assert int(by_phase["backward"]["n_by_v_buffers"]) == 0  # the loss's gradient is written over the logits
     if flags == "both":  # the chunked loss holds a part of the logits at a time
         assert sum(int(row["n_by_v_buffers"]) for row in by_phase.values()) == 0
 

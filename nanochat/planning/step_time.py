@@ -19,11 +19,11 @@ from nanochat.model.updates import polar_express_flops
 from nanochat.planning import gpus
 from nanochat.planning.parts import model_parts
 
-# Bytes that compiled kernels read and write, as if no cache held any of them: the solution of the counts at depth 12
-# (8,192 and 32,768 tokens) and depth 24 (dev.lowering)
-BYTES_PER_LAYER_CHANNEL = 135  # a token, forward and backward
+# Bytes that compiled kernels read and write, as if no cache held any of them: the solution of the counts at depth 12,
+# 8,192 and 32,768 tokens (dev/lowered_h100.csv)
+BYTES_PER_LAYER_CHANNEL = 137  # a token, forward and backward
 BYTES_PER_LOGIT = 6  # the loss: one read forward, a read and a write backward
-BYTES_PER_EMBEDDING_ELEMENT = 21  # a micro-batch, whatever its tokens: dense gradients
+BYTES_PER_EMBEDDING_ELEMENT = 5  # a micro-batch, whatever its tokens: the gradients' tables
 MUON_BYTES = 38  # a matrix element that a rank updates
 ADAMW_BYTES = {2: 14, 4: 30}  # an element of that many bytes
 # fp8, from its code: an operand is read for its maximum (2), read (2), written (1), for dW transposed (2)
