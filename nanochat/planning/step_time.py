@@ -20,7 +20,7 @@ from nanochat.planning import gpus
 from nanochat.planning.parts import model_parts
 
 # Bytes that compiled kernels read and write, as if no cache held any of them: the solution of the counts at depth 12,
-# 8,192 and 32,768 tokens (dev/lowered_h100.csv)
+# 8,192 and 32,768 tokens (dev/lowered_h100.csv); at depth 24 they give 175.2 GB where 175.4 were counted
 BYTES_PER_LAYER_CHANNEL = 137  # a token, forward and backward
 BYTES_PER_LOGIT = 6  # the loss: one read forward, a read and a write backward
 BYTES_PER_EMBEDDING_ELEMENT = 5  # a micro-batch, whatever its tokens: the gradients' tables
