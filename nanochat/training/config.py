@@ -37,7 +37,7 @@ class TrainingConfig:
     run_id: str = _record("", "name of the run's record under <cache>/runs; empty: made from tag, time and seed", "ID")
     model_tag: str = _record(
         "", "name of the checkpoint folder; empty: d<depth> (with another seed d<depth>-s<seed>). Another run's "
-        "checkpoints there are set aside, in <tag>.before-<time> beside it", "TAG")
+        "checkpoints there, or later ones of this run, are set aside, in <tag>.before-<time> beside it", "TAG")
 
     quiet: bool = _record(False, "no progress on the console: what is made, and what is wrong; the record has the rest")
 
