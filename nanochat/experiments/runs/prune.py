@@ -109,7 +109,7 @@ def _judged(folder, run, checkpoints):
     good = [step for step, is_good in checkpoints if is_good]
     bits = dict(numbers_of(read_run(run.record.folder).events, "val", "step", "val_bpb"))
     best = min((step for step in good if bits.get(step) is not None), key=bits.get, default=None)
-    aside = ", set aside when another run took its tag" if _SET_ASIDE.fullmatch(folder.name) else ""
+    aside = ", set aside" if _SET_ASIDE.fullmatch(folder.name) else ""
     for step, is_good in checkpoints:
         is_newest, is_best = bool(good) and step == good[-1], step == best
         what = ("diverged" if not is_good else "the newest" if is_newest else "the best" if is_best else
