@@ -5,6 +5,7 @@ Steps, tokens and FLOPs are the training program's own; memory and time are mode
 
 import argparse
 import dataclasses
+import math
 
 from nanochat.errors import UserError, command, warn
 from nanochat.lane_b.infer.inference_file import read_inference
@@ -42,8 +43,11 @@ def parse_args(argv=None):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    if args.price_per_gpu_hour < 0 or args.device_batch_size < 0 or not 1 <= args.nodes <= MAX_NODES:
-        raise UserError(f"--price-per-gpu-hour and --device-batch-size must be at least 0, --nodes 1 to {MAX_NODES}")
+    for flag in ("price_per_gpu_hour", "device_batch_size"):
+        if not 0 <= getattr(args, flag) < math.inf:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 0 and finite")
+    if not 1 <= args.nodes <= MAX_NODES:
+        raise UserError(f"--nodes {args.nodes} must be 1 to {MAX_NODES}")
     gpu = find_gpu(args.gpu)
     inference = read_inference(args.inference_json) if args.inference_json else None
     if inference:

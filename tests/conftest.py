@@ -28,6 +28,12 @@ def base_dir(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.fixture
+def fp32(monkeypatch):
+    """Compute in fp32, also where the machine multiplies bf16 natively."""
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_CUDA:  # not item.keywords: they hold parameters' names too

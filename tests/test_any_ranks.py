@@ -14,17 +14,14 @@ from nanochat.ranks import Ranks
 from nanochat.runlog import read_run
 from scripts.base_train import main
 
+pytestmark = pytest.mark.usefixtures("fp32")
+
 # 5 micro-batches of 4 rows, which neither 2, 3 nor 4 ranks share evenly; the vocabulary divides by 2 and 4, not by 3
 STEPS = 20
 FLAGS = [*TINY_FLAGS, "--depth", "1", "--aspect-ratio", "64", "--max-seq-len", "32", "--device-batch-size", "4",
          "--total-batch-size", "640", "--eval-every", "10", "--eval-tokens", "1664", "--warmup-steps", "5",
          "--device-type", "cpu", "--num-iterations", str(STEPS)]
 LANE_C = ["--fused-rmsnorm", "--chunked-ce"]
-
-
-@pytest.fixture(autouse=True)
-def fp32(monkeypatch):
-    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
 
 
 @pytest.fixture

@@ -19,10 +19,7 @@ from nanochat.runlog import read_run
 from nanochat.training.checkpoint import checkpoint_folder, checkpoint_steps
 from scripts.base_train import main
 
-
-@pytest.fixture(autouse=True)
-def fp32(monkeypatch):
-    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+pytestmark = pytest.mark.usefixtures("fp32")
 
 
 @pytest.fixture

@@ -27,12 +27,9 @@ from nanochat.training.checkpoint import checkpoint_folder, save_checkpoint
 from scripts import base_train
 from scripts.base_eval import main
 
+pytestmark = pytest.mark.usefixtures("fp32")
+
 LENGTH = 64
-
-
-@pytest.fixture(autouse=True)
-def fp32(monkeypatch):
-    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
 
 
 @pytest.fixture

@@ -28,15 +28,12 @@ from nanochat.training.checkpoint import checkpoint_folder, checkpoint_steps, re
 from scripts import base_train
 from scripts.base_train import main, parse_args
 
+pytestmark = pytest.mark.usefixtures("fp32")
+
 
 @pytest.fixture
 def corpus(tmp_path):
     return str(write_corpus(tmp_path / "corpus"))
-
-
-@pytest.fixture(autouse=True)
-def fp32(monkeypatch):
-    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
 
 
 def flags(corpus, steps=12, run_id="run", *more):

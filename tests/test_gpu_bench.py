@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dev.bench import trees
-from dev.bench.measure import run_jobs
+from dev.bench.measure import append_rows, run_jobs
 from dev.bench.train_step import step_flops
 from nanochat.model.gpt import GPTConfig, flops_per_token
 
@@ -37,6 +37,15 @@ def test_rows_are_written_as_they_come_and_a_failure_costs_only_its_job(tmp_path
     failures, left = run_jobs(jobs, path, 1, failed)
     assert list(failures) == ["b"] and not left
     assert rows(path) == [("a", ""), ("b", "first"), ("b", "failed: RuntimeError: out of luck"), ("c", "")]
+
+
+def test_rows_of_another_version_of_a_bench_keep_their_columns(tmp_path):
+    path = tmp_path / "rows.csv"
+    append_rows(path, [{"job": "a", "old": "1,5"}])
+    append_rows(path, [{"job": "b", "new": 2}, {"job": "c", "new": 3}])
+    with open(path, newline="") as file:
+        found = [tuple(row.values()) for row in csv.DictReader(file)]
+    assert found == [("a", "1,5", ""), ("b", "", "2"), ("c", "", "3")]
 
 
 def test_a_second_call_goes_on_where_the_first_ended(tmp_path):

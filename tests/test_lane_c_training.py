@@ -18,13 +18,10 @@ from nanochat.runlog import read_run
 from nanochat.training.checkpoint import checkpoint_folder
 from scripts.base_train import main
 
+pytestmark = pytest.mark.usefixtures("fp32")
+
 FLAGS = {"fused-rmsnorm": ["--fused-rmsnorm"], "chunked-ce": ["--chunked-ce"]}
 FLAGS["both"] = FLAGS["fused-rmsnorm"] + FLAGS["chunked-ce"]
-
-
-@pytest.fixture(autouse=True)
-def fp32(monkeypatch):
-    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
 
 
 @pytest.fixture

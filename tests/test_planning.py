@@ -195,8 +195,9 @@ def test_the_plan_takes_lane_b_s_ratio_with_its_interval(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--gpu", "tpu"], "--gpu 'tpu'"), (["--nodes", "0"], "--nodes 1 to 128"),
-    (["--price-per-gpu-hour", "-1"], "--price-per-gpu-hour"),
+    (["--gpu", "tpu"], "--gpu 'tpu'"), (["--nodes", "0"], "error: --nodes 0 must be 1 to 128"),
+    (["--price-per-gpu-hour", "-1"], "error: --price-per-gpu-hour -1.0 must be at least 0"),
+    (["--price-per-gpu-hour", "inf"], "error: --price-per-gpu-hour inf must be at least 0 and finite"),
     (["--device-batch-size", "7"], "--device-batch-size 7"), (["--inference-json", "nowhere.json"], "nowhere.json"),
 ])
 def test_the_plan_refuses_in_one_line(flags, message, capsys):

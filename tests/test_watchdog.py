@@ -16,6 +16,8 @@ from nanochat.runlog import read_run
 from nanochat.watchdog import BUSY, LEFT, TRAINING, WAITING, Watchdog
 from scripts.base_train import main
 
+pytestmark = pytest.mark.usefixtures("fp32")
+
 STEPS = 12
 FLAGS = [*TINY_FLAGS, "--depth", "1", "--aspect-ratio", "32", "--total-batch-size", "384", "--eval-every", "6",
          "--device-type", "cpu", "--num-iterations", str(STEPS), "--save-every", "3", "--resume-from-step", "auto"]
@@ -100,11 +102,6 @@ def test_a_rank_that_has_left_is_not_gone_and_one_that_is_gone_is_found_sooner_w
     assert not seen(ranks, 20, silent=[1, 2])
     ranks[0]._failing = True
     assert "rank 2 (pid " in seen(ranks, 20, silent=[1, 2])
-
-
-@pytest.fixture(autouse=True)
-def fp32(monkeypatch):
-    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from nanochat.files import atomic_path
+
 FLUSHED_BYTES = 256 << 20  # more than any GPU's L2 cache
 
 
@@ -76,12 +78,15 @@ def cpu_peak_bytes(function):
 
 
 def append_rows(path, rows):
-    """Add dicts of one set of keys to a CSV file, with a header where it is new or empty."""
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows(rows)
+    """Add dicts to a CSV file; a column that only earlier or only later rows have stays empty in the others."""
+    before = []
+    if Path(path).exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            before = list(csv.DictReader(file))
+    with atomic_path(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, {column: None for row in (*before, *rows) for column in row})
+        writer.writeheader()
+        writer.writerows((*before, *rows))
 
 
 def run_jobs(jobs, path, minutes, failed):

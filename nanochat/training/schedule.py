@@ -58,7 +58,7 @@ def plan_horizon(n_scaling_params, reference_scaling_params, flops_per_token, *,
                         ("--target-param-data-ratio", target_param_data_ratio),
                         ("--total-batch-size", total_batch_size_tokens)):
         if value != -1 and not 0 < value < math.inf:
-            raise UserError(f"{flag} {value} must be positive; leave it out or give -1 to do without")
+            raise UserError(f"{flag} {value} must be positive and finite; leave it out or give -1 to do without")
     size_ratio = n_scaling_params / reference_scaling_params  # = D/D_ref, the ratio cancels
     if total_batch_size_tokens == -1:
         wanted = REFERENCE_BATCH_TOKENS * size_ratio**BATCH_EXPONENT

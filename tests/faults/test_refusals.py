@@ -16,10 +16,7 @@ from nanochat.runlog import METRICS, read_run
 from nanochat.training.loop import Trainer
 from scripts.base_train import main
 
-
-@pytest.fixture(autouse=True)
-def fp32(monkeypatch):
-    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+pytestmark = pytest.mark.usefixtures("fp32")
 
 
 @pytest.fixture
