@@ -78,7 +78,8 @@ def main(argv=None):
     runs, broken = list_runs(runs_dir(), locks_dir(), args.patterns, args.state, args.newest)
     if args.prune:
         return prune(runs, args)
-    say("\n".join(table([run.cells() for run in runs])) if runs else f"no such run in {runs_dir()}")
+    asked = "such run" if args.patterns or args.state else "runs"
+    say("\n".join(table([run.cells() for run in runs])) if runs else f"no {asked} in {runs_dir()}")
     for name, reason in broken:
         say(f"broken: {name}: {reason}")
     return None
