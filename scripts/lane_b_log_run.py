@@ -1,7 +1,6 @@
 """Runs and their inference -> rows of lane B's ledger, one a run; any column can be given by hand instead.
 
 python -m scripts.lane_b_log_run RUN --inference-json infer.json --decision inferred
-python -m scripts.lane_b_log_run --standing --inference-json infer.json --baseline-run base-s0 base-s1
 """
 
 import argparse
@@ -9,11 +8,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from nanochat.csv_ledger import parse_cell
-from nanochat.errors import UserError, command
+from nanochat.errors import command
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.infer.inference_file import read_inference
-from nanochat.lane_b.infer.inputs import NUMBER_OR_NONE, check_different, recorded
-from nanochat.lane_b.infer.record import DECISIONS, LaneBRecord, append_record, read_records, record_of_run, standing
+from nanochat.lane_b.infer.inputs import NUMBER_OR_NONE, recorded
+from nanochat.lane_b.infer.record import DECISIONS, LaneBRecord, append_record, read_records, record_of_run
 from nanochat.paths import runs_dir
 from nanochat.runlog import find_run
 from nanochat.target import evaluations_of, time_to_target
@@ -26,11 +25,9 @@ def parse_args(argv):
                                      allow_abbrev=False)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run ids or folders to log")
     parser.add_argument("--run", nargs="+", default=[], help=argparse.SUPPRESS)  # their place before
-    parser.add_argument("--standing", action="store_true", help="log nothing, say which decision came first")
     parser.add_argument("--inference-json", required=True, help="from scripts.lane_b_infer_ratio")
     parser.add_argument("--decision", choices=DECISIONS, help="default: the inference's")
     parser.add_argument("--skip-logged", action="store_true", help="leave out runs that the ledger has")
-    parser.add_argument("--baseline-run", nargs="+", default=[], metavar="RUN", help="with --standing")
     parser.add_argument("--ledger", "--csv", type=Path, default=LEDGER, help="default: the one in ideas/")
     columns = parser.add_argument_group("columns by hand", "each replaces what the run and the inference say; "
                                         "notes without alpha_source= are added to theirs")
@@ -40,8 +37,8 @@ def parse_args(argv):
                                  help=f"the ledger's {field.name}")
     args = parser.parse_args(argv)
     args.runs += args.run
-    if bool(args.runs) == args.standing:
-        parser.error("name runs to log, or ask for --standing")
+    if not args.runs:
+        parser.error("name runs to log")
     return args
 
 
@@ -89,31 +86,10 @@ def log(args, inference):
               f"{'not reached' if reached is None else f'after {reached:.1f} s of training'}")
 
 
-def show_standing(args, inference):
-    """Print how the ledger's runs for this inference's target stand against the baseline's."""
-    if not args.baseline_run:
-        raise UserError("--standing compares with the baseline: give --baseline-run")
-    runs = [find_run(name, runs_dir()) for name in args.baseline_run]
-    check_different([run.run_id for run in runs])
-    baseline = [seconds_to_target(run, inference) for run in runs]
-    target = (inference.dataset_id, inference.target_metric_name, inference.target_metric_threshold,
-              inference.n_scaling_params)
-    records = [record for record in read_records(args.ledger)
-               if (record.dataset_id, record.target_metric_name, record.target_metric_threshold,
-                   record.n_scaling_params) == target]
-    print(f"training seconds to {inference.target_metric_name} {inference.target_metric_threshold:.4f} "
-          "(~ missed: of the longer schedule that would have reached it)")
-    print("\n".join(standing(records, baseline)))
-
-
 @command
 def main(argv=None):
     args = parse_args(argv)
-    inference = read_inference(args.inference_json)
-    if args.standing:
-        show_standing(args, inference)
-    else:
-        log(args, inference)
+    log(args, read_inference(args.inference_json))
 
 
 if __name__ == "__main__":

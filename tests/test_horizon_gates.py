@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 from synthetic_runs import make_trial
@@ -9,6 +10,7 @@ from synthetic_runs import make_trial
 from nanochat.errors import UserError
 from nanochat.experiments.gates import judge
 from nanochat.experiments.probe import Probe
+from nanochat.experiments.report import experiment_report
 from nanochat.experiments.runner import SLACK_BPB
 from nanochat.experiments.trials import load_trials
 from nanochat.paths import runs_dir
@@ -214,3 +216,12 @@ def test_curves_that_are_elsewhere_give_no_crossings(bench, tmp_path):
     bench.pairs()
     trials = [dataclasses.replace(t, record=None) for t in load_trials(bench.ledger, "lane_b", runs_dir())]
     assert judge("shorter", trials).gates[0].outcome == "insufficient"
+
+
+def test_a_report_shows_the_times_that_the_gates_judge(bench):
+    """Half as long a horizon, on a machine that was four times as slow meanwhile."""
+    pytest.importorskip("matplotlib", reason="figures need matplotlib (extra `report`)")
+    bench.pairs(steps=100, step_ms=400.0, baseline={"step_ms": 100.0})
+    means = re.search(r"Training time to target, means: baseline ([\d.]+) s, shorter ([\d.]+) s",
+                      experiment_report(bench.ledger, "lane_b", runs_dir()).html())
+    assert float(means[2]) / float(means[1]) == pytest.approx(101 / 200, rel=0.01)

@@ -5,7 +5,7 @@ import pytest
 
 from nanochat.csv_ledger import columns
 from nanochat.errors import UserError
-from nanochat.lane_b.infer.record import LaneBRecord, append_record, read_records, standing
+from nanochat.lane_b.infer.record import LaneBRecord, append_record, read_records
 
 RECORD = LaneBRecord(
     timestamp_utc="2026-11-23T10:00:00Z", git_commit="abc1234", run_id="d12-inferred-s0", seed=0, dataset_id="d",
@@ -47,15 +47,3 @@ def test_an_unknown_decision_in_a_hand_made_row_is_named_by_line(tmp_path):
     path.write_text(path.read_text().replace(",inferred,", ",infered,"))
     with pytest.raises(UserError, match="line 2: lane_b_decision is 'infered'"):
         append_record(path, replace(RECORD, run_id="other"))
-
-
-def test_the_standing_takes_measured_times_before_extrapolated_ones():
-    rows = [replace(RECORD, time_to_target_sec_measured=measured, time_to_target_sec_extrapolated=extrapolated)
-            for measured, extrapolated in ((80.0, None), (None, 100.0))]
-    rows.append(replace(RECORD, lane_b_decision="confirmation", time_to_target_sec_measured=None))
-    assert standing(rows, [(100.0, None), (110.0, None)]) == [
-        "baseline     100.0  110.0 s, median 105.0",
-        "inferred     80.0  ~100.0 s, median 90.0, -14.3 % against the baseline",
-        "confirmation not reached s",
-        "first: inferred, by 14.3 % of baseline's time; a margin within the seeds' spread above is a tie"]
-    assert standing([], [(None, None)])[-1] == "no winner: no group reached the target in every seed"

@@ -419,23 +419,6 @@ def test_a_run_that_diverged_has_no_time(tmp_path, inferred, make_run):
     assert (row.status, row.time_to_target_sec_extrapolated) == ("nan", None)
 
 
-def test_the_standing_says_which_decision_came_first(tmp_path, inferred, make_run, baseline, capsys):
-    for decision, tokens in (("inferred", inferred["chosen_ratio"]), ("confirmation", inferred["confirmation_ratio"])):
-        for seed in (0, 1):
-            missed = decision == "confirmation" and seed == 1
-            run = make_run(f"{decision}-s{seed}", steps_of(tokens), excess=0.2 * missed, seed=seed)
-            log(tmp_path, "--run", run, "--decision", decision)
-    capsys.readouterr()
-    log(tmp_path, "--standing", "--baseline-run", *baseline)
-    lines = capsys.readouterr().out.splitlines()
-    marks = [(line.split()[0], line.count("~")) for line in lines[1:4]]
-    assert marks == [("baseline", 1), ("inferred", 0), ("confirmation", 1)]  # the worse half misses its own median
-    assert lines[4].startswith("first: inferred")
-    with pytest.raises(SystemExit) as stopped:
-        log(tmp_path, "--standing", "--baseline-run", *baseline, baseline[0])
-    assert stopped.value.code == 3 and f"{baseline[0]} is given 2 times" in capsys.readouterr().err
-
-
 # Files that a person or a crash has changed
 
 json_values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.lists(

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from nanochat.experiments.runner import plan
-from scripts import base_train, experiment, lane_b, lane_b_infer_ratio, lane_b_log_run, lane_b_stats, report
+from scripts import base_train, experiment, lane_b, lane_b_infer_ratio, lane_b_log_run, lane_b_stats, report, verdict
 
 PARSERS = {"scripts.experiment": experiment, "scripts.lane_b_stats": lane_b_stats, "scripts.report": report,
-           "scripts.lane_b_infer_ratio": lane_b_infer_ratio, "scripts.lane_b_log_run": lane_b_log_run}
+           "scripts.lane_b_infer_ratio": lane_b_infer_ratio, "scripts.lane_b_log_run": lane_b_log_run,
+           "scripts.verdict": verdict}
 INFERENCE = {"chosen_ratio": 9.5, "confirmation_ratio": 9.975, "target_metric_threshold": 1.25, "decision": "inferred",
              "fallback_reason": None, "next_num_iterations": None}
 WIDE, TOO_SHORT = ({**INFERENCE, "next_num_iterations": 960, **more} for more in (
@@ -40,7 +41,7 @@ def test_every_stage_is_a_command_that_exists_and_the_trainings_are_of_flags_tha
     ran = run(*argv)
     assert [module.removeprefix("scripts.") for module, _ in ran] == [
         "experiment", "experiment", "lane_b_stats", "lane_b_infer_ratio", "experiment", "lane_b_log_run",
-        "lane_b_log_run", "report", "lane_b_log_run"]
+        "lane_b_log_run", "report", "verdict"]
     asked = [experiment.experiment_of(args) for module, args in ran if module == "scripts.experiment"]
     made = {run.run_id for one in asked for run in plan(one)}
     for one in asked:
@@ -63,7 +64,8 @@ def test_the_calibration_gets_another_horizon_while_the_inference_asks_for_one(r
         inferences = [args for module, args in ran if module == "scripts.lane_b_infer_ratio"]
         assert [len(args.calibration_run) for args in inferences] == [4, 6] and inferences[0].out != inferences[1].out
         assert "lane_b_cpu_calibration.h960.d2.s3" in inferences[1].calibration_run
-        assert ran[-1][1].inference_json == inferences[1].out
+        logged = [args for module, args in ran if module == "scripts.lane_b_log_run"]
+        assert {args.inference_json for args in logged} == {inferences[1].out}
 
 
 def test_a_calibration_that_has_cost_enough_goes_on_with_what_it_has_or_stops_and_says_so(run, capsys):

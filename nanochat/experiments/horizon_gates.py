@@ -34,15 +34,20 @@ class StepTimed(Trial):
         return None if steps is None or self.step_sec is None else steps * self.step_sec
 
 
-def on_one_clock(runs):
-    """The runs as StepTimed, at the median over all of a depth of their median step times."""
+def one_clock(trials):
+    """A function from a trial to its StepTimed, at the median over `trials` of its depth of their median step times."""
     times_ms = {}
-    for trial in runs.trials:
+    for trial in trials:
         if trial.row.dt_median_ms is not None:
             times_ms.setdefault(trial.row.depth, []).append(trial.row.dt_median_ms)
     step_sec = {depth: float(np.median(values)) / 1000 for depth, values in times_ms.items()}
-    return Comparison(*({key: StepTimed(trial.row, trial.record, step_sec.get(key[0])) for key, trial in group.items()}
-                        for group in (runs.baseline, runs.tried)))
+    return lambda trial: StepTimed(trial.row, trial.record, step_sec.get(trial.row.depth))
+
+
+def on_one_clock(runs):
+    """The Comparison with its trials on one_clock."""
+    timed = one_clock(runs.trials)
+    return Comparison(*({key: timed(trial) for key, trial in group.items()} for group in (runs.baseline, runs.tried)))
 
 
 def unfit(runs):

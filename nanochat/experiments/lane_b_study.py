@@ -127,5 +127,4 @@ def _proof(study, inference, found, figures):
                                          inference, "--decision", decision, "--skip-logged"]
     yield "scripts.report", ["--experiment", study.name, "--out", f"dev/reports/{study.name}.html",
                              "--lane-b-figures", *figures]
-    yield "scripts.lane_b_log_run", ["--standing", "--inference-json", inference,
-                                     "--baseline-run", *study.run_ids(study.name, study.seeds, BASELINE)]
+    yield "scripts.verdict", ["--experiment", study.name]

@@ -14,6 +14,7 @@ from nanochat.experiments import figures
 from nanochat.experiments.canvas import DASHES
 from nanochat.experiments.comparison import RULES
 from nanochat.experiments.gates import judge_all, quality_margin
+from nanochat.experiments.horizon_gates import one_clock
 from nanochat.experiments.profiles import BASELINE
 from nanochat.experiments.runs.listing import read_state
 from nanochat.experiments.runs.watch import progress
@@ -116,7 +117,9 @@ def experiment_report(ledger, experiment_name, runs_dir, miniseries=None, images
     groups, (baseline, others) = _groups(trials), split(trials)
     one_depth = len({trial.row.depth for trial in trials}) == 1
     verdicts = judge_all(trials, series, runs_dir) if others and baseline and one_depth else []
-    overview = _overview(groups)
+    by_steps = bool(verdicts) and all(trial.record for trial in trials) and all(
+        trial.horizon_only for tried in others.values() for trial in tried.values())
+    overview = _overview(groups, by_steps)
     if verdicts:
         drawn = figures.excess(groups, BASELINE, quality_margin(baseline, RULES))
         overview.append(("Quality", "val_bpb minus the baseline's, same seed and step; band: gate 2's margin",
@@ -164,11 +167,16 @@ def _chosen(run):
         raise UserError(f"{run.record.folder}: {error}; this is no training's record, or an edited one") from None
 
 
-def _overview(groups):
-    drawn = []
-    if any(t.time_to_target_sec is not None for trials in groups.values() for t in trials):
-        drawn.append(("Training time to target", "bar: mean; line: 95 % interval of the mean; dots: seeds, hollow "
-                      "where extrapolated, with their own interval", Markup(figures.time_bars(groups, 0.95))))
+def _overview(groups, by_steps=False):
+    """by_steps: times to target are on one clock, as the gates of horizons take them."""
+    drawn, timed, note = [], groups, ""
+    if by_steps:
+        clock = one_clock([trial for trials in groups.values() for trial in trials])
+        timed = {label: list(map(clock, trials)) for label, trials in groups.items()}
+        note = "steps to it at the median step time of all runs; "
+    if any(t.time_to_target_sec is not None for trials in timed.values() for t in trials):
+        drawn.append(("Training time to target", f"{note}bar: mean; line: 95 % interval of the mean; dots: seeds, "
+                      "hollow where extrapolated, with their own interval", Markup(figures.time_bars(timed, 0.95))))
     if any(len(t.step_times_ms) for trials in groups.values() for t in trials):
         drawn.append(("Step times", "median, quartiles, 5th to 95th percentile of all seeds, compiling steps left out",
                       Markup(figures.step_times(groups))))

@@ -1,7 +1,6 @@
 """Lane B's ledger: one row a run, 21 columns in a fixed order, filled in by the tools or by hand."""
 
 import math
-import statistics
 from dataclasses import dataclass
 from functools import partial
 
@@ -89,37 +88,3 @@ def _check_trained_as_decided(run, inference, decision, ratio):
         trained = tokens / inference.n_scaling_params
         raise UserError(f"run {run_id} was trained at ratio {trained:.4g} ({tokens} tokens), the {decision} ratio is "
                         f"{ratio:.4g}; give the --decision or --chosen-ratio it was trained for")
-
-
-def standing(records, baseline):
-    """Lines that say which decision reached the target first, and by how much against the baseline.
-
-    `records`: LaneBRecords of one target; `baseline`: (measured, extrapolated) seconds of each baseline run.
-    A group stands by the median over its seeds of the measured time, else the extrapolated one (~);
-    a group with a seed that has neither cannot win.
-    """
-    groups = {"baseline": list(baseline)} | {
-        decision: times for decision in DECISIONS if (times := [
-            (record.time_to_target_sec_measured, record.time_to_target_sec_extrapolated)
-            for record in records if record.lane_b_decision == decision])}
-    medians = {name: statistics.median(pair[1] if pair[0] is None else pair[0] for pair in times)
-               for name, times in groups.items() if (None, None) not in times}
-    lines = []
-    for name, times in groups.items():
-        middle = f", median {medians[name]:.1f}" if name in medians else ""
-        against = ""
-        if name != "baseline" and {name, "baseline"} <= set(medians):
-            against = f", {100 * (medians[name] / medians['baseline'] - 1):+.1f} % against the baseline"
-        lines.append(f"{name:<13}{'  '.join(map(_shown, times))} s{middle}{against}")
-    if not medians:
-        return [*lines, "no winner: no group reached the target in every seed"]
-    order = sorted(medians, key=medians.get)
-    margin = f", by {100 * (1 - medians[order[0]] / medians[order[1]]):.1f} % of {order[1]}'s time" if order[1:] else ""
-    return [*lines, f"first: {order[0]}{margin}; a margin within the seeds' spread above is a tie"]
-
-
-def _shown(pair):
-    measured, extrapolated = pair
-    if measured is not None:
-        return f"{measured:.1f}"
-    return "not reached" if extrapolated is None else f"~{extrapolated:.1f}"
