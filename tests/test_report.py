@@ -11,13 +11,14 @@ import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from synthetic_runs import make_run, make_trial
 
 from nanochat.errors import UserError
-from nanochat.experiments import figures
+from nanochat.experiments import canvas, figures
 from nanochat.experiments.gates import judge_all
 from nanochat.experiments.report import experiment_report, runs_report
 from nanochat.experiments.trials import load_trials
@@ -270,6 +271,14 @@ def test_a_run_under_way_is_no_failure_and_has_its_figures_so_far():
     assert '<tr><th scope="row">going</th><td>running, step 100/100, about 0 s left</td><td class="n">1.4' in page
     assert '<tr class="bad"><th scope="row">stale</th><td>stale, step 100/100</td>' in page
     assert "3, 1 running, 1 failed" in page and not report.is_over
+
+
+def test_what_the_pointer_shows_is_the_text_itself():
+    figure, axes = canvas.new_axes()
+    axes.plot([0, 1], [0, 1])
+    canvas.hover(axes, [(0.2, 'a < b & "c"\n</title>'), (0.8, "é")])
+    svg = ElementTree.fromstring(canvas.to_svg(figure, "name", 'a "<&>"'))
+    assert [title.text for title in svg.iter("{http://www.w3.org/2000/svg}title")] == ['a < b & "c"\n</title>', "é"]
 
 
 def test_curves_say_their_values_in_the_alternative_text_under_the_pointer_and_in_a_table(matrix):

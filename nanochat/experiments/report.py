@@ -56,6 +56,7 @@ class Report:
     verdicts: list
     sections: list
     states: dict = field(default_factory=dict)  # in words, of runs that have no summary, by id
+    is_over: bool = False  # whether it is of certain runs, and none of these is running
     marks = MARKS
     dashes = tuple(" ".join(map(str, dash)) for dash in DASHES)
     rules = RULES.describe()
@@ -94,11 +95,6 @@ class Report:
         interpreted = any(record.config["device"].get("triton_interpreted") for record in self.records)
         return [*(["export TRITON_INTERPRET=1"] if interpreted else []), f"COMMON=({' '.join(shared)})",
                 *(f'python -m scripts.base_train "${{COMMON[@]}}" {flags}'.rstrip() for flags in own)]
-
-    @property
-    def is_over(self):
-        """Whether no run of it is running."""
-        return not any(words.startswith("running") for words in self.states.values())
 
     def html(self, live=None):
         """The page. live: what a page that is served says of itself, above the rest (Markup)."""
@@ -148,7 +144,8 @@ def runs_report(names, runs_dir, images=()):
     first, *others = groups
     title = ", ".join(groups) if len(groups) < 4 else f"{first} and {len(others)} others"
     states = {run.run_id: ", ".join([run.state, *progress(run)]) for run in runs if run.record.summary is None}
-    return Report(title, facts_of(trials, states), list(groups), trials, [], sections, states)
+    return Report(title, facts_of(trials, states), list(groups), trials, [], sections, states,
+                  all(run.is_over for run in runs))
 
 
 def _chosen(run):
