@@ -129,15 +129,18 @@ def test_axis_labels_keep_their_digits(ledger):
 def test_commands_name_no_folder_of_this_machine():
     folder = make_run("one", **SMALL).folder
     config = json.loads((folder / "config.json").read_text())
-    config["flags"]["tokenizer_dir"] = f"{runs_dir().parent}/tokenizer x"
+    config["flags"] |= {"tokenizer_dir": f"{runs_dir().parent}/tokenizer x", "model_tag": f"{runs_dir().parent}2/y"}
     write_json(folder / "config.json", config)
     commands = "\n".join(runs_report(["one"], runs_dir()).commands)
-    assert "--tokenizer-dir=$NANOCHAT_BASE_DIR'/tokenizer x'" in commands and str(runs_dir().parent) not in commands
+    assert commands.count(str(runs_dir().parent)) == 1 and f"--model-tag={runs_dir().parent}2/y" in commands
     assert "--fused-rmsnorm" not in commands and "--depth=4" in commands
 
 
-def test_commands_give_the_flags_back(tmp_path):
+@pytest.mark.parametrize("where", ["NANOCHAT_BASE_DIR", "HOME"])
+def test_commands_give_the_flags_back(tmp_path, monkeypatch, where):
     """In a real shell, with a stand-in `python` that writes down its arguments."""
+    monkeypatch.delenv("NANOCHAT_BASE_DIR")
+    monkeypatch.setenv(where, str(tmp_path / "my folder"))
     given = vars(base_train.parse_args(shlex.split(
         "--depth 4 --seed 0 --save-every 0 --weight-decay 0 --chunked-ce --eval-every -1")))
     for name, seed in (("one", 0), ("other", 7)):
@@ -149,7 +152,7 @@ def test_commands_give_the_flags_back(tmp_path):
     commands = runs_report(["one", "other"], runs_dir()).commands
     shell = "\n".join(["python() { printf '%s\\0' \"$@\"; echo; }", *commands])
     printed = subprocess.run(["bash", "-c", shell], check=True, capture_output=True, text=True,
-                             env={"NANOCHAT_BASE_DIR": str(runs_dir().parent)}).stdout
+                             env={where: str(tmp_path / "my folder")}).stdout
     for line, name in zip(printed.splitlines(), ("one", "other"), strict=True):
         flags = base_train.parse_args(line.rstrip("\0").split("\0")[2:]).to_dict()
         assert flags == json.loads((runs_dir() / name / "config.json").read_text())["flags"]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -254,7 +255,7 @@ def test_a_mean_and_a_difference_in_percent_are_of_the_runs_they_name():
     make_run("b-s0", candidate="both", bpb_shift=0.1, **SMALL)
     text = "\n".join(compare([state_of(name) for name in ("a-s0", "a-s1", "a-s2", "b-s0")]))
     bits = {name: state_of(name).figure("min_val_bpb") for name in ("a-s0", "a-s1", "b-s0")}
-    assert f"mean of 2  {(bits['a-s0'] + bits['a-s1']) / 2:11.4f}" in text
+    assert f"mean, finished  {(bits['a-s0'] + bits['a-s1']) / 2:11.4f}" in text
     difference = bits["b-s0"] - bits["a-s0"]
     assert f"min val_bpb: {difference:+.4f} ({100 * difference / bits['a-s0']:+.1f} %)" in text
 
@@ -303,7 +304,8 @@ def test_watching_without_a_terminal_is_a_line_every_tenth_until_the_end(capsys)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(", ")[1] for line in lines] == [
         "step 1/40", *(f"step {4 * tenth}/40" for tenth in range(1, 11)), "step 40/40"]
-    assert lines[5].endswith("left") and lines[-1].startswith("r: finished") and "\x1b" not in "".join(lines)
+    assert lines[5].split(", ")[2].endswith("left") and lines[-1].startswith("r: finished")
+    assert "\x1b" not in "".join(lines)
 
 
 def test_watching_takes_a_twentieth_of_a_core(monkeypatch):
@@ -322,6 +324,21 @@ def test_watching_takes_a_twentieth_of_a_core(monkeypatch):
 def test_a_run_that_failed_ends_the_watching_with_1(capsys):
     make_run("bad", nan_at=20, **SMALL)
     assert script.main(["--watch", "bad"]) == 1
+
+
+def test_a_terminal_of_80_columns_shows_the_time_left_of_a_run_with_a_name_as_they_are_made():
+    name = "quickstart-20261126-050342-s42"
+    metrics = make_run(name, steps=1000, finished=False).folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(json.dumps(line | {"time_unix_sec": 1e9 + line["step"]}) + "\n"
+                               for line in lines if line["step"] <= 500))
+    run = replace(state_of(name), state="running")
+    assert frame(run, 80, 24)[0].startswith(f"{name}: running, step 500/1,000, about 8 min left, ")
+
+
+def test_a_loss_that_is_not_finite_is_said():
+    make_run("bad", nan_at=20, **SMALL)
+    assert ", loss not finite" in frame(state_of("bad"), 80, 24)[0]
 
 
 def test_the_frame_fits_the_terminal_and_shows_the_ends():

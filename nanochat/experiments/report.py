@@ -33,6 +33,7 @@ from nanochat.segments import in_words, part_of, segments_of
 from nanochat.target import BEFORE_THE_CLOCK
 
 MARKS = {"pass": "✓", "fail": "✗", "insufficient": "?", "not shown": "~"}
+_CACHE = '"${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"'  # in a shell, as paths.base_dir has it
 _IMAGE_TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 
 
@@ -207,7 +208,7 @@ def _groups(trials, labels=()):
 
 
 def _flags(record):
-    """A run's flags as shell words; the cache folder it used becomes $NANOCHAT_BASE_DIR."""
+    """A run's flags as shell words; the cache folder it used becomes the one of whoever runs them."""
     cache = str(record.folder.resolve().parent.parent)
     items = []
     for name, value in record.config["flags"].items():
@@ -215,9 +216,8 @@ def _flags(record):
         if value is True:
             items.append(flag)
         elif value is not None and value is not False and value != "":  # a 0 is a value
-            inside = str(value).startswith(f"{cache}/")
-            items.append(f"{flag}=" + ("$NANOCHAT_BASE_DIR" if inside else "")
-                         + shlex.quote(str(value).removeprefix(cache)))
+            rest = str(value).removeprefix(f"{cache}/")
+            items.append(f"{flag}=" + (f"{_CACHE}/" if rest != str(value) else "") + shlex.quote(rest))
     return items
 
 

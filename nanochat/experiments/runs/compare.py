@@ -79,8 +79,7 @@ def _figures(groups):
                  for run in one.runs]
         if len(one.runs) > 1:
             found = [(list(one.values(name).values()), digits) for name, digits in shown.values()]
-            n_finished = sum(run.state == "finished" for run in one.runs)
-            rows.append((f"  {one.label}", f"mean of {n_finished}",
+            rows.append((f"  {one.label}", "mean, finished",
                          *(_formatted(np.mean(values) if values else None, digits) for values, digits in found)))
             rows.append(("", "sd", *(_formatted(np.std(values, ddof=1) if len(values) > 1 else None, digits)
                                      for values, digits in found)))

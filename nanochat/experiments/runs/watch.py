@@ -46,13 +46,13 @@ def frame(run, columns, rows):
 
 
 def headline(run):
-    """The run in one line: steps, loss, val_bpb, speed, time left."""
+    """The run in one line, which a narrow terminal cuts at its end: steps, time left, loss, val_bpb, speed."""
     train = run.record.of("train")
     loss = number(train[-1].get("loss")) if train else None
     bits, speed = run.figure("final_val_bpb"), run.figure("tok_per_sec_median")
-    step, *left = progress(run)
-    parts = [f"{run.run_id}: {run.state}", step, loss is not None and f"loss {loss:.4f}",
-             bits is not None and f"val_bpb {bits:.4f}", speed is not None and f"{speed:,.0f} tok/s", *left]
+    parts = [f"{run.run_id}: {run.state}", *progress(run),
+             train and ("loss not finite" if loss is None else f"loss {loss:.4f}"),
+             bits is not None and f"val_bpb {bits:.4f}", speed is not None and f"{speed:,.0f} tok/s"]
     return printable(", ".join(part for part in parts if part))
 
 
