@@ -33,8 +33,13 @@ def figures_of(events, target_metric_name=None, target_metric_threshold=None):
         "min_val_bpb": min((value for value in bits if value is not None), default=None),
         "final_val_bpb": bits[-1] if bits else None,
         "core_metric": core[-1] if core else None,
-        "tok_per_sec_median": statistics.median(step.tok_per_sec for step in timed) if timed else None,
-        "dt_median_ms": statistics.median(step.dt_ms for step in timed) if timed else None,
+        "tok_per_sec_median": _median(step.tok_per_sec for step in timed),
+        "dt_median_ms": _median(step.dt_ms for step in timed),
         "train_time_sec": train[-1].train_time_sec if train else 0.0,
         **target,
     }
+
+
+def _median(values):
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None

@@ -4,6 +4,7 @@ python -m scripts.export --model-tag quickstart --to my_model
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def main(argv=None):
     say(f"{trained.name} is in {to}, {sum(path.stat().st_size for path in files) / 1e6:,.1f} MB: "
         f"{', '.join(path.relative_to(to).as_posix() for path in files)}")
     if args.format == "upstream":
-        say(f"try it: NANOCHAT_BASE_DIR={to} python -m scripts.sample --model-tag {trained.tag}")
+        say(f"try it: NANOCHAT_BASE_DIR={shlex.quote(str(to))} python -m scripts.sample --model-tag {trained.tag}")
     else:
         say(f"try it with transformers (the extra hf): {to / 'README.md'} has the lines of Python")
     return 0

@@ -10,7 +10,7 @@ import argparse
 
 from nanochat.errors import UserError, command, say
 from nanochat.experiments.runs.compare import compare
-from nanochat.experiments.runs.listing import STATES, list_runs, read_state, table
+from nanochat.experiments.runs.listing import STATES, list_runs, printable, read_state, table
 from nanochat.experiments.runs.prune import free, leftovers, what_to_free
 from nanochat.experiments.runs.watch import watch
 from nanochat.paths import base_dir, checkpoints_dir, locks_dir, runs_dir
@@ -34,6 +34,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.yes or args.with_last) and not args.prune:
         parser.error("--yes and --with-last go with --prune")
+    if (args.watch or args.compare) and (args.patterns or args.state or args.newest):
+        parser.error("--watch and --compare name their runs; NAME, --state and --newest are for the list and --prune")
     return args
 
 
@@ -45,9 +47,9 @@ def prune(runs, args):
     if not (args.patterns or args.state or args.newest):  # of no run in particular
         freed += leftovers(base_dir())
     for item in freed:
-        say(f"{size(item.n_bytes):>9}  {item.what}: {item.why}")
+        say(printable(f"{size(item.n_bytes):>9}  {item.what}: {item.why}"))
     for note in notes:
-        say(f"left alone: {note}")
+        say(printable(f"left alone: {note}"))
     if kept:
         say(f"kept: {len(kept)} newest and best checkpoints, {size(sum(item.n_bytes for item in kept))}; "
             "--with-last and the runs' names take them too")
@@ -56,7 +58,7 @@ def prune(runs, args):
         return say(f"{total} could be freed" + ("; --yes frees it" if freed else ""))
     n_bytes, refused = free(freed, locks_dir())
     for line in refused:
-        say(f"left alone: {line}")
+        say(printable(f"left alone: {line}"))
     return say(f"{size(n_bytes)} freed")
 
 
@@ -71,17 +73,20 @@ def main(argv=None):
         raise UserError(f"--newest {args.newest} must be at least 1")
     if args.watch is not None:
         folder = find_run(args.watch, runs_dir()).folder
-        return watch(lambda: read_state(folder, locks_dir()))
+        try:
+            return watch(lambda: read_state(folder, locks_dir()))
+        except KeyboardInterrupt:  # how one leaves a run that goes on
+            return 130
     if args.compare:
         runs = [read_state(find_run(name, runs_dir()).folder, locks_dir()) for name in args.compare]
-        return say("\n".join(compare(runs)))
+        return say("\n".join(map(printable, compare(runs))))
     runs, broken = list_runs(runs_dir(), locks_dir(), args.patterns, args.state, args.newest)
     if args.prune:
         return prune(runs, args)
     asked = "such run" if args.patterns or args.state else "runs"
     say("\n".join(table([run.cells() for run in runs])) if runs else f"no {asked} in {runs_dir()}")
     for name, reason in broken:
-        say(f"broken: {name}: {reason}")
+        say(printable(f"broken: {name}: {reason}"))
     return None
 
 

@@ -6,6 +6,7 @@ python -m scripts.sample --model-tag quickstart "def fib("
 import argparse
 import contextlib
 import itertools
+import shlex
 import sys
 import time
 
@@ -65,8 +66,10 @@ def main(argv=None):
         warn("the output was closed; stopped")
         return 0
     speed = "" if asks else f", {n_tokens / (time.perf_counter() - started):,.0f} tok/s"
+    given = {"--model-tag": args.model_tag, "--step": args.step, "--tokenizer-dir": args.tokenizer_dir}
+    flags = [word for flag, value in given.items() if value not in ("", "latest") for word in (flag, value)]
     note(f"{n_samples} sample(s), {n_tokens:,} tokens{speed}; take the model elsewhere with\n"
-         f"python -m scripts.export --model-tag {args.model_tag} --to {trained.tag}")
+         + shlex.join(["python", "-m", "scripts.export", *flags, "--to", trained.tag]))
     return 0
 
 

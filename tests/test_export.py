@@ -168,8 +168,8 @@ def test_weights_are_those_of_the_vocabulary(tmp_path):
 def test_upstreams_layout_is_a_cache_folder_for_its_programs_and_ours(tmp_path, monkeypatch, capsys):
     write_model(dtype=torch.bfloat16)
     before = load_trained("tiny", 7, CPU, torch.float32)
-    to = export(tmp_path / "out", "--format", "upstream")
-    assert f"NANOCHAT_BASE_DIR={to} python -m scripts.sample --model-tag tiny" in capsys.readouterr().out
+    to = export(tmp_path / "my cache", "--format", "upstream")
+    assert f"NANOCHAT_BASE_DIR='{to}' python -m scripts.sample --model-tag tiny" in capsys.readouterr().out
     shutil.rmtree(checkpoint_folder("tiny"))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(to))
     after = load_trained("tiny", "latest", CPU, torch.float32)
@@ -260,6 +260,10 @@ def test_a_rename_that_fails_puts_the_earlier_export_back(place, monkeypatch):
     with pytest.raises(UserError, match="Input/output error"):
         filled(place / "out", d="3")
     assert content(place) == before and len(calls) == 3
+    calls[:] = calls[:1]
+    with pytest.raises(UserError, match="Input/output error"):
+        filled(place / "new", d="3")
+    assert content(place) == before
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

@@ -6,12 +6,12 @@ import threading
 import time
 
 import pytest
-from synthetic_runs import make_run
+from synthetic_runs import make_run, make_trial
 
 from nanochat.errors import UserError
 from nanochat.experiments import live
 from nanochat.experiments.live import LivePage, LiveServer
-from nanochat.experiments.report import runs_report
+from nanochat.experiments.report import experiment_report, runs_report
 from nanochat.files import Owned, write_json
 from nanochat.paths import locks_dir, runs_dir
 from nanochat.runlog import RunLog
@@ -60,7 +60,7 @@ def test_it_is_bound_to_the_loopback_address_and_reloads_itself(serve):
     status, headers, body = ask(server)
     assert server.server_address[0] == "127.0.0.1" and status == 200 and "page" in body and "hold it still" in body
     assert headers["Refresh"] == str(live.RELOAD_SEC) and headers["Cache-Control"] == "no-store"
-    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert {"default-src 'none'", "frame-ancestors 'none'"} <= set(headers["Content-Security-Policy"].split("; "))
     status, headers, body = ask(server, "/?still")
     assert status == 200 and "Refresh" not in headers and "follow the runs" in body
     assert ask(server, method="HEAD")[::2] == (200, "")
@@ -105,9 +105,10 @@ def test_drawing_takes_a_twentieth_of_a_core(monkeypatch):
     assert page.reload_sec == 80
 
 
-def test_a_record_that_breaks_is_said_in_the_page_which_goes_on(serve, monkeypatch):
+@pytest.mark.parametrize("error", [UserError, OSError])
+def test_a_record_that_breaks_is_said_in_the_page_which_goes_on(serve, monkeypatch, error):
     monkeypatch.setattr(live, "RELOAD_SEC", 0)
-    fault = [UserError("line 3: <b>not</b> an event")]
+    fault = [error("line 3: <b>not</b> an event")]
 
     def report():
         if fault:
@@ -129,6 +130,27 @@ def test_clients_that_go_away_or_say_nonsense_end_nothing(serve, capsys):
         connection.close()
     time.sleep(0.05)
     assert ask(server)[0] == 200 and capsys.readouterr() == ("", "")
+
+
+def test_a_fault_of_the_program_is_seen_in_its_terminal(serve, capsys):
+    server = serve(lambda: 1 / 0)
+    with pytest.raises(http.client.RemoteDisconnected):
+        ask(server)
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_page_of_runs_that_are_over_is_drawn_anew_when_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(live, "RELOAD_SEC", 0)
+    reports = iter([Drawn("finished", is_over=True), Drawn("resumed")])
+    page = LivePage(lambda: next(reports))
+    assert "finished" in page.get(False)[1] and page.is_over
+    assert "resumed" in page.get(False)[1] and not page.is_over
+
+
+def test_a_page_of_an_experiment_never_says_that_it_is_over(tmp_path):
+    make_trial(tmp_path / "ledger.csv", "one", **SMALL)  # its next run has no line yet
+    page = LivePage(lambda: experiment_report(tmp_path / "ledger.csv", "one", runs_dir()))
+    assert "comes again by itself" in page.get(False)[1] and not page.is_over
 
 
 def test_a_port_that_is_taken_is_said(serve):

@@ -11,13 +11,14 @@ import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from synthetic_runs import make_run, make_trial
 
 from nanochat.errors import UserError
-from nanochat.experiments import figures
+from nanochat.experiments import canvas, figures
 from nanochat.experiments.gates import judge_all
 from nanochat.experiments.report import experiment_report, runs_report
 from nanochat.experiments.trials import load_trials
@@ -128,15 +129,18 @@ def test_axis_labels_keep_their_digits(ledger):
 def test_commands_name_no_folder_of_this_machine():
     folder = make_run("one", **SMALL).folder
     config = json.loads((folder / "config.json").read_text())
-    config["flags"]["tokenizer_dir"] = f"{runs_dir().parent}/tokenizer x"
+    config["flags"] |= {"tokenizer_dir": f"{runs_dir().parent}/tokenizer x", "model_tag": f"{runs_dir().parent}2/y"}
     write_json(folder / "config.json", config)
     commands = "\n".join(runs_report(["one"], runs_dir()).commands)
-    assert "--tokenizer-dir=$NANOCHAT_BASE_DIR'/tokenizer x'" in commands and str(runs_dir().parent) not in commands
+    assert commands.count(str(runs_dir().parent)) == 1 and f"--model-tag={runs_dir().parent}2/y" in commands
     assert "--fused-rmsnorm" not in commands and "--depth=4" in commands
 
 
-def test_commands_give_the_flags_back(tmp_path):
+@pytest.mark.parametrize("where", ["NANOCHAT_BASE_DIR", "HOME"])
+def test_commands_give_the_flags_back(tmp_path, monkeypatch, where):
     """In a real shell, with a stand-in `python` that writes down its arguments."""
+    monkeypatch.delenv("NANOCHAT_BASE_DIR")
+    monkeypatch.setenv(where, str(tmp_path / "my folder"))
     given = vars(base_train.parse_args(shlex.split(
         "--depth 4 --seed 0 --save-every 0 --weight-decay 0 --chunked-ce --eval-every -1")))
     for name, seed in (("one", 0), ("other", 7)):
@@ -148,7 +152,7 @@ def test_commands_give_the_flags_back(tmp_path):
     commands = runs_report(["one", "other"], runs_dir()).commands
     shell = "\n".join(["python() { printf '%s\\0' \"$@\"; echo; }", *commands])
     printed = subprocess.run(["bash", "-c", shell], check=True, capture_output=True, text=True,
-                             env={"NANOCHAT_BASE_DIR": str(runs_dir().parent)}).stdout
+                             env={where: str(tmp_path / "my folder")}).stdout
     for line, name in zip(printed.splitlines(), ("one", "other"), strict=True):
         flags = base_train.parse_args(line.rstrip("\0").split("\0")[2:]).to_dict()
         assert flags == json.loads((runs_dir() / name / "config.json").read_text())["flags"]
@@ -270,6 +274,14 @@ def test_a_run_under_way_is_no_failure_and_has_its_figures_so_far():
     assert '<tr><th scope="row">going</th><td>running, step 100/100, about 0 s left</td><td class="n">1.4' in page
     assert '<tr class="bad"><th scope="row">stale</th><td>stale, step 100/100</td>' in page
     assert "3, 1 running, 1 failed" in page and not report.is_over
+
+
+def test_what_the_pointer_shows_is_the_text_itself():
+    figure, axes = canvas.new_axes()
+    axes.plot([0, 1], [0, 1])
+    canvas.hover(axes, [(0.2, 'a < b & "c"\n</title>'), (0.8, "é")])
+    svg = ElementTree.fromstring(canvas.to_svg(figure, "name", 'a "<&>"'))
+    assert [title.text for title in svg.iter("{http://www.w3.org/2000/svg}title")] == ['a < b & "c"\n</title>', "é"]
 
 
 def test_curves_say_their_values_in_the_alternative_text_under_the_pointer_and_in_a_table(matrix):

@@ -4,9 +4,11 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from synthetic_runs import make_run
 
 from nanochat import files
 from nanochat.errors import UserError
+from nanochat.experiments.runs import listing
+from nanochat.experiments.runs import watch as following
 from nanochat.experiments.runs.compare import compare
 from nanochat.experiments.runs.listing import RECENT_SEC, list_runs, read_state, table
 from nanochat.experiments.runs.prune import LEFTOVER_SEC
@@ -107,6 +111,42 @@ def test_a_run_under_way_shows_what_its_summary_will(capsys):
         assert done[cell] == going[cell] != "·", cell
 
 
+def test_a_run_that_ends_while_it_is_read_never_looks_stale(monkeypatch):
+    log = RunLog.create(runs_dir(), "r", {"flags": {}}, owned=[owned("r")])
+    read = listing.read_run
+
+    def ends_then(*arguments):
+        record = read(*arguments)
+        log.finish(status="ok", steps=1), log.close()
+        return record
+    monkeypatch.setattr(listing, "read_run", ends_then)
+    assert state_of("r").state == "running"
+    monkeypatch.setattr(listing, "read_run", read)
+    assert state_of("r").state == "finished"
+
+
+@pytest.mark.parametrize("last", [b"", b"[]\n", b'{"kind": "val", "time_unix_sec": null}\n', b"\xff\n", None])
+def test_a_copy_is_as_old_as_its_last_event_and_its_files_say_it_otherwise(last):
+    folder = make_run("copy", finished=False, **SMALL).folder
+    hour_ago = time.time() - 3600
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    earlier = [json.dumps(json.loads(line) | {"time_unix_sec": hour_ago}) + "\n" for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(earlier))
+    run = state_of("copy")
+    assert run.state == "stale" and 3600 <= run.age_sec < 3660
+    if last is None:
+        (folder / "metrics.jsonl").unlink()
+    else:
+        (folder / "metrics.jsonl").write_bytes(last)
+    write_json(folder / "summary.json", {"status": "ok"})
+    assert state_of("copy", skip_curves=True).age_sec < 60
+
+
+def test_a_copied_record_is_listed_by_the_name_that_commands_take():
+    shutil.copytree(make_run("r", **SMALL).folder, runs_dir() / "r-copy")
+    assert sorted(run.cells()[0] for run in list_runs(runs_dir(), locks_dir())[0]) == ["r", "r-copy"]
+
+
 def test_runs_are_chosen_by_name_state_and_age():
     for at, name in enumerate(("x-s0", "x-s1", "y")):
         folder = make_run(name, **SMALL).folder
@@ -159,7 +199,26 @@ def test_no_record_that_reads_makes_a_traceback(capsys, config, summary):
         frame(state_of("strange"), 80, 24)
 
 
-def test_a_strangers_name_does_not_move_the_cursor():
+def test_a_speed_that_is_not_known_is_left_out_of_the_median():
+    metrics = make_run("r", finished=False, **SMALL).folder / "metrics.jsonl"
+    for value in (20.48, None):
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        lines[20]["dt_ms"] = lines[20]["tok_per_sec"] = None
+        lines[30]["tok_per_sec"] = value
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert state_of("r").cells()[6] == "20,480"
+
+
+def test_a_strangers_name_does_not_move_the_cursor(capsys):
+    for name in ("a", "b"):
+        folder = make_run(name, seed=1, candidate=name, **SMALL).folder
+        config = json.loads((folder / "config.json").read_text())
+        config["flags"]["depth"] = name
+        write_json(folder / "config.json", config | {"run_id": f"{name}\x1b[2J"})
+    (runs_dir() / "c\x1b[2J").mkdir()
+    for argv in ([], ["--compare", "a", "b"], ["--watch", "a"]):
+        script.main(argv)
+    assert "\x1b" not in capsys.readouterr().out
     assert table([("a\x1b[2Jb",)], ("run",), slice(0)) == ["run", "a?[2Jb"]
 
 
@@ -187,6 +246,27 @@ def test_seeds_of_one_candidate_are_a_mean_and_no_difference():
     make_run("a-s0", seed=0, **SMALL), make_run("a-s1", seed=1, **SMALL)
     text = "\n".join(compare([state_of("a-s0"), state_of("a-s1")]))
     assert "seeds of one candidate" in text and "mean" in text and "minus" not in text
+
+
+def test_a_mean_and_a_difference_in_percent_are_of_the_runs_they_name():
+    for seed, shift in ((0, 0.0), (1, 0.5)):
+        make_run(f"a-s{seed}", seed=seed, bpb_shift=shift, **SMALL)
+    make_run("a-s2", seed=2, bpb_shift=-1, finished=False, **SMALL)
+    make_run("b-s0", candidate="both", bpb_shift=0.1, **SMALL)
+    text = "\n".join(compare([state_of(name) for name in ("a-s0", "a-s1", "a-s2", "b-s0")]))
+    bits = {name: state_of(name).figure("min_val_bpb") for name in ("a-s0", "a-s1", "b-s0")}
+    assert f"mean, finished  {(bits['a-s0'] + bits['a-s1']) / 2:11.4f}" in text
+    difference = bits["b-s0"] - bits["a-s0"]
+    assert f"min val_bpb: {difference:+.4f} ({100 * difference / bits['a-s0']:+.1f} %)" in text
+
+
+def test_values_that_differ_at_their_end_are_shown_to():
+    for name in ("a", "b"):
+        folder = make_run(name, **SMALL).folder
+        config = json.loads((folder / "config.json").read_text())
+        config["flags"]["dataset"] = "/a/folder" * 10 + name
+        write_json(folder / "config.json", config)
+    assert "/a/folderb" in "\n".join(compare([state_of("a"), state_of("b")]))
 
 
 def test_what_cannot_be_compared_is_said():
@@ -224,12 +304,41 @@ def test_watching_without_a_terminal_is_a_line_every_tenth_until_the_end(capsys)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(", ")[1] for line in lines] == [
         "step 1/40", *(f"step {4 * tenth}/40" for tenth in range(1, 11)), "step 40/40"]
-    assert lines[5].endswith("left") and lines[-1].startswith("r: finished") and "\x1b" not in "".join(lines)
+    assert lines[5].split(", ")[2].endswith("left") and lines[-1].startswith("r: finished")
+    assert "\x1b" not in "".join(lines)
+
+
+def test_watching_takes_a_twentieth_of_a_core(monkeypatch):
+    make_run("r", finished=False, **SMALL)
+    times, waits = iter([0.0, 4.0]), []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(following.time, "thread_time", lambda: next(times))
+    monkeypatch.setattr(following.time, "sleep", sleep)
+    assert script.main(["--watch", "r"]) == 130
+    assert waits == [80]
 
 
 def test_a_run_that_failed_ends_the_watching_with_1(capsys):
     make_run("bad", nan_at=20, **SMALL)
     assert script.main(["--watch", "bad"]) == 1
+
+
+def test_a_terminal_of_80_columns_shows_the_time_left_of_a_run_with_a_name_as_they_are_made():
+    name = "quickstart-20261126-050342-s42"
+    metrics = make_run(name, steps=1000, finished=False).folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(json.dumps(line | {"time_unix_sec": 1e9 + line["step"]}) + "\n"
+                               for line in lines if line["step"] <= 500))
+    run = replace(state_of(name), state="running")
+    assert frame(run, 80, 24)[0].startswith(f"{name}: running, step 500/1,000, about 8 min left, ")
+
+
+def test_a_loss_that_is_not_finite_is_said():
+    make_run("bad", nan_at=20, **SMALL)
+    assert ", loss not finite" in frame(state_of("bad"), 80, 24)[0]
 
 
 def test_the_frame_fits_the_terminal_and_shows_the_ends():
@@ -320,6 +429,32 @@ def test_a_folder_that_a_run_takes_meanwhile_is_left_alone(cache, monkeypatch, c
     assert "left alone: best, step 10" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("lock", ["checkpoints.best", "run.best"])
+def test_what_another_machine_may_be_writing_is_left_alone(cache, capsys, lock):
+    entry = {"owner": "best", "host": "elsewhere", "pid": 1}
+    write_json(locks_dir() / lock, entry)
+    script.main(["--prune", "--yes", "best"])
+    assert steps_left("best") == [10, 20, 30, 40] and json.loads((locks_dir() / lock).read_text()) == entry
+    said = capsys.readouterr().out
+    assert "another machine may be writing it; if none does, delete " in said and lock in said
+    (locks_dir() / lock).unlink()
+    script.main(["--prune", "--yes", "best"])
+    assert steps_left("best") == [20, 40]
+
+
+def test_a_copied_record_does_not_judge_the_runs_checkpoints(cache):
+    shutil.copytree(runs_dir() / "best", runs_dir() / "copy")
+    write_json(runs_dir() / "best" / "summary.json", {"status": 3})  # the run's own cannot be read
+    script.main(["--prune", "--yes", "--with-last", "*"])
+    assert steps_left("best") == [10, 20, 30, 40]
+
+
+def test_a_checkpoint_without_its_model_is_not_the_newest(cache):
+    (checkpoints_dir() / "old.before-20261126-010203" / "model_000040.pt").unlink()
+    script.main(["--prune", "--yes", "old"])
+    assert steps_left("old.before-20261126-010203") == [30]
+
+
 def test_a_meta_that_cannot_be_read_is_said_and_left(cache, capsys):
     path = checkpoints_dir() / "best" / "meta_000010.json"
     path.write_text("{")
@@ -343,6 +478,7 @@ def test_leftovers_are_a_day_old_and_of_no_run_in_particular(cache):
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["--watch", "no"], "no run 'no'"), (["--compare", "no"], "no run 'no'"), (["--newest", "0"], "at least 1"),
+    (["x", "--watch", "y"], "name their runs"), (["--compare", "x", "--newest", "2"], "name their runs"),
     (["--yes"], "go with --prune"), (["--prune", "--with-last"], "name the runs")])
 def test_wrong_calls_are_refused(capsys, argv, words):
     with pytest.raises(SystemExit) as stop:

@@ -3,6 +3,7 @@
 import os
 import pty
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -51,7 +52,18 @@ def test_prompts_are_continued_and_the_end_says_what_to_do_next(model, capsys):
     done = sampled(capsys, "the red", "", "--num-samples", "2")
     assert done.out == "".join(expected(model, prompt, seed) for prompt in ("the red", "") for seed in (42, 43))
     assert "tiny_000007 on " in done.err
-    assert "4 sample(s), " in done.err and "python -m scripts.export --model-tag tiny --to tiny" in done.err
+    assert "4 sample(s), " in done.err and "python -m scripts.export --model-tag tiny" in done.err
+
+
+def test_the_next_command_is_of_the_same_checkpoint_as_a_shell_takes_it(model, tmp_path, capsys):
+    folder = tmp_path / "with space" / "tiny"
+    folder.parent.mkdir()
+    folder.symlink_to(checkpoint_folder("tiny"))
+    assert main(["--model-tag", str(folder), "--tokenizer-dir", GOLDEN_TOKENIZER, "--step", "7", "a",
+                 "--max-new-tokens", "1"]) == 0
+    assert shlex.split(capsys.readouterr().err.splitlines()[-1]) == [
+        "python", "-m", "scripts.export", "--model-tag", str(folder), "--step", "7", "--tokenizer-dir",
+        GOLDEN_TOKENIZER, "--to", "tiny"]
 
 
 def test_the_flags_are_those_of_the_sampler(model, capsys):

@@ -73,7 +73,8 @@ def to_svg(figure, name, alt):
     svg = svg[svg.index("<svg"):].replace("<svg", f'<svg role="img" aria-label="{html.escape(alt)}"', 1)
     for stand_in, variable in _VARIABLES.items():
         svg = svg.replace(stand_in, f"var({variable})")
-    svg = re.sub(rf'<g id="{_HOVER}([^"]*)">', r'<g class="hover"><title>\1</title>', svg)
+    svg = re.sub(rf'<g id="{_HOVER}([^"]*)">',  # matplotlib has escaped once more what was escaped
+                 lambda strip: f'<g class="hover"><title>{html.unescape(strip[1])}</title>', svg)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # group names repeat from figure to figure; markers and clips do not
     svg = re.sub(r' (?:d|x|y)="[^"]*"', lambda drawn: re.sub(r"(\.\d\d)\d+", r"\1", drawn[0]), svg)
     return re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)

@@ -5,6 +5,7 @@ Reads records alone; takes at most a twentieth of one core, and little of that a
 
 import html
 import os
+import sys
 import threading
 import time
 from http import HTTPStatus
@@ -13,13 +14,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from markupsafe import Markup
 
 from nanochat.errors import UserError
+from nanochat.experiments.runs.watch import SHARE_OF_A_CORE
 
 ADDRESS = "127.0.0.1"
 RELOAD_SEC = 10
-SHARE_OF_A_CORE = 0.05  # that drawing may take
 _FAULT = """<!doctype html><html lang="en"><meta charset="utf-8"><title>not shown</title>
 <main><h1>Not shown</h1><p>{}</p></main></html>"""
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
+           "frame-ancestors 'none'")
 
 
 class LivePage:
@@ -32,7 +34,7 @@ class LivePage:
     def get(self, is_still):
         """(status, page). is_still: without the browser's reload. A record that cannot be read is the page's text."""
         with self._lock:
-            if self._drawn_at is None or not (self.is_over or time.monotonic() - self._drawn_at < self.reload_sec):
+            if self._drawn_at is None or time.monotonic() - self._drawn_at >= self.reload_sec:
                 self._draw()
             return self._pages[is_still]
 
@@ -42,7 +44,7 @@ class LivePage:
             report = self.report()
             self.is_over = report.is_over
             self._pages = {still: (HTTPStatus.OK, report.html(live=self._words(still))) for still in (False, True)}
-        except UserError as error:  # it may be mended meanwhile
+        except (UserError, OSError) as error:  # it may be mended, or whole again, meanwhile
             page = _FAULT.format(html.escape(str(error)))
             self._pages = dict.fromkeys((False, True), (HTTPStatus.SERVICE_UNAVAILABLE, page))
         self.reload_sec = max(RELOAD_SEC, round((time.thread_time() - began) / SHARE_OF_A_CORE))
@@ -105,6 +107,8 @@ class LiveServer(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         """A client that went away is no news."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
     def run(self):
         """Serve until Ctrl-C, after the runs in the queue for the processor."""

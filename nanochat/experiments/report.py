@@ -34,6 +34,7 @@ from nanochat.segments import in_words, part_of, segments_of
 from nanochat.target import BEFORE_THE_CLOCK
 
 MARKS = {"pass": "✓", "fail": "✗", "insufficient": "?", "not shown": "~"}
+_CACHE = '"${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"'  # in a shell, as paths.base_dir has it
 _IMAGE_TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 
 
@@ -57,6 +58,7 @@ class Report:
     verdicts: list
     sections: list
     states: dict = field(default_factory=dict)  # in words, of runs that have no summary, by id
+    is_over: bool = False  # whether it is of certain runs, and none of these is running
     marks = MARKS
     dashes = tuple(" ".join(map(str, dash)) for dash in DASHES)
     rules = RULES.describe()
@@ -95,11 +97,6 @@ class Report:
         interpreted = any(record.config["device"].get("triton_interpreted") for record in self.records)
         return [*(["export TRITON_INTERPRET=1"] if interpreted else []), f"COMMON=({' '.join(shared)})",
                 *(f'python -m scripts.base_train "${{COMMON[@]}}" {flags}'.rstrip() for flags in own)]
-
-    @property
-    def is_over(self):
-        """Whether no run of it is running."""
-        return not any(words.startswith("running") for words in self.states.values())
 
     def html(self, live=None):
         """The page. live: what a page that is served says of itself, above the rest (Markup)."""
@@ -151,7 +148,8 @@ def runs_report(names, runs_dir, images=()):
     first, *others = groups
     title = ", ".join(groups) if len(groups) < 4 else f"{first} and {len(others)} others"
     states = {run.run_id: ", ".join([run.state, *progress(run)]) for run in runs if run.record.summary is None}
-    return Report(title, facts_of(trials, states), list(groups), trials, [], sections, states)
+    return Report(title, facts_of(trials, states), list(groups), trials, [], sections, states,
+                  all(run.is_over for run in runs))
 
 
 def _chosen(run):
@@ -218,7 +216,7 @@ def _groups(trials, labels=()):
 
 
 def _flags(record):
-    """A run's flags as shell words; the cache folder it used becomes $NANOCHAT_BASE_DIR."""
+    """A run's flags as shell words; the cache folder it used becomes the one of whoever runs them."""
     cache = str(record.folder.resolve().parent.parent)
     items = []
     for name, value in record.config["flags"].items():
@@ -226,9 +224,8 @@ def _flags(record):
         if value is True:
             items.append(flag)
         elif value is not None and value is not False and value != "":  # a 0 is a value
-            inside = str(value).startswith(f"{cache}/")
-            items.append(f"{flag}=" + ("$NANOCHAT_BASE_DIR" if inside else "")
-                         + shlex.quote(str(value).removeprefix(cache)))
+            rest = str(value).removeprefix(f"{cache}/")
+            items.append(f"{flag}=" + (f"{_CACHE}/" if rest != str(value) else "") + shlex.quote(rest))
     return items
 
 

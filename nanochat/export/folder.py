@@ -16,8 +16,9 @@ MANIFEST = "export.json"  # what was exported, and the SHA-256 of each file
 def whole_folder(folder, about):
     """Yield an empty folder to be filled; on success it becomes `folder`, with a manifest of `about` (a dict).
 
-    Whatever goes wrong in the block, `folder` stays as it was; a SIGKILL can leave a `.*.tmp` beside it. Errors:
-    UserError where `folder` is there and not as an earlier export left it, or cannot be written.
+    Whatever goes wrong in the block, `folder` stays as it was; a SIGKILL can leave a `.*.tmp` beside it, or between
+    two renames, the earlier export as a `.*.old`. Errors: UserError where `folder` is there and not as an earlier
+    export left it, or cannot be written.
     """
     folder = Path(folder).absolute()
     check_replaceable(folder)
@@ -34,7 +35,8 @@ def whole_folder(folder, about):
         try:
             os.rename(temporary, folder)
         except OSError:
-            os.rename(replaced, folder)
+            if replaced.exists():
+                os.rename(replaced, folder)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError

@@ -26,9 +26,9 @@ class Group:
     recipe: dict
     runs: list
 
-    def values(self, metric, state=None):
-        """{seed: value} of the runs that have one, of those in `state` alone where that is given."""
-        found = {run.seed: run.figure(metric) for run in self.runs if state in (None, run.state)}
+    def values(self, metric):
+        """{seed: value} of the finished runs that have one."""
+        found = {run.seed: run.figure(metric) for run in self.runs if run.state == "finished"}
         return {seed: value for seed, value in found.items() if value is not None}
 
 
@@ -63,23 +63,24 @@ def _flags_that_differ(groups):
         return ["the same flags, dataset and device: these runs are seeds of one candidate"]
     rows = []
     for name in dict.fromkeys(name for one in groups for name in one.recipe):
-        words = ["·" if (value := one.recipe.get(name)) in (None, "") else str(value)[:40] for one in groups]
+        words = ["·" if (value := one.recipe.get(name)) in (None, "") else str(value) for one in groups]
         if len(set(words)) > 1:
             rows.append((_WORLD[name][0] if name in _WORLD else f"--{name.replace('_', '-')}", *words))
     return table(rows, ("what differs", *(one.label for one in groups)), slice(1, None))
 
 
 def _figures(groups):
-    """One row for each run, and for several seeds their mean and standard deviation."""
-    shown = {heading: metric for heading, metric in METRICS.items() if any(one.values(metric[0]) for one in groups)}
+    """One row for each run, and for several seeds the mean and standard deviation of those that finished."""
+    shown = {heading: (name, digits) for heading, (name, digits) in METRICS.items()
+             if any(run.figure(name) is not None for one in groups for run in one.runs)}
     rows = []
     for one in groups:
         rows += [(run.run_id, run.state, *(_formatted(run.figure(name), digits) for name, digits in shown.values()))
                  for run in one.runs]
         if len(one.runs) > 1:
             found = [(list(one.values(name).values()), digits) for name, digits in shown.values()]
-            rows.append((f"  {one.label}", "mean", *(_formatted(np.mean(values) if values else None, digits)
-                                                    for values, digits in found)))
+            rows.append((f"  {one.label}", "mean, finished",
+                         *(_formatted(np.mean(values) if values else None, digits) for values, digits in found)))
             rows.append(("", "sd", *(_formatted(np.std(values, ddof=1) if len(values) > 1 else None, digits)
                                      for values, digits in found)))
     return table(rows, ("run", "state", *shown), slice(2, None))
@@ -88,11 +89,12 @@ def _figures(groups):
 def _difference(heading, first, other):
     """The paired difference of one figure in words; None where no seed has it in both groups, or it is the same."""
     name, digits = METRICS[heading]
-    before, after = first.values(name, "finished"), other.values(name, "finished")
+    before, after = first.values(name), other.values(name)
     seeds = [seed for seed in before if seed in after]
     if all(before[seed] == after[seed] for seed in seeds):
         return None
-    found, level = paired([after[seed] - before[seed] for seed in seeds], CONFIDENCE), np.mean([*before.values()])
+    found = paired([after[seed] - before[seed] for seed in seeds], CONFIDENCE)
+    level = np.mean([before[seed] for seed in seeds])
     interval = ("no interval from one seed" if found.n == 1 else "all alike" if found.lo is None else
                 f"{CONFIDENCE:.0%} interval {found.lo:+,.{digits}f} to {found.hi:+,.{digits}f}, n={found.n}")
     return f"{heading}: {found.mean:+,.{digits}f}" + (f" ({100 * found.mean / level:+.1f} %)" if level else "") + (

@@ -2,13 +2,14 @@
 
 import fnmatch
 import math
+import os
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from nanochat.errors import UserError
-from nanochat.files import is_owned
+from nanochat.files import is_owned, open_binary, parse_json
 from nanochat.run_figures import figures_of
 from nanochat.runlog import CONFIG, METRICS, SUMMARY, RunRecord, read_run
 from nanochat.target import BEFORE_THE_CLOCK, check_target
@@ -16,6 +17,7 @@ from nanochat.target import METRICS as TARGET_METRICS
 
 STATES = ("running", "finished", "stopped", "failed", "stale")
 RECENT_SEC = 900.0  # a run whose process cannot be seen from here runs while its record is younger
+_TAIL_BYTES = 1 << 16  # of a record's events, among which is the last one
 _STATE_OF_STATUS = {"ok": "finished", "interrupted": "stopped"}  # of any other status: failed
 _HEADINGS = ("run", "state", "age", "steps", "tokens", "min val_bpb", "tok/s", "target")
 
@@ -74,9 +76,9 @@ class Run:
         steps, of = self.figure("steps"), self.num_iterations
         speed, bits, tokens = (self.figure(name) for name in ("tok_per_sec_median", "min_val_bpb", "tokens"))
         state = self.state if self.state != "failed" else f"failed ({self.record.status[:20]})"
-        return (self.run_id, state, duration(self.age_sec), f"{steps or 0:,.0f}" + (f"/{of:,.0f}" if of else ""),
-                f"{(tokens or 0) / 1e6:,.2f}M", "·" if bits is None else f"{bits:.4f}",
-                "·" if speed is None else f"{speed:,.0f}", self._target())
+        return (self.record.folder.name, state, duration(self.age_sec),
+                f"{steps or 0:,.0f}" + (f"/{of:,.0f}" if of else ""), f"{(tokens or 0) / 1e6:,.2f}M",
+                "·" if bits is None else f"{bits:.4f}", "·" if speed is None else f"{speed:,.0f}", self._target())
 
     def _target(self):
         threshold = self.figure("target_metric_threshold")
@@ -93,13 +95,11 @@ def read_state(folder, locks_dir, skip_curves=False, now_unix_sec=None):
     """The Run of a record's folder. locks_dir: where running processes say what they write.
 
     Errors: UserError, as read_run."""
+    owned = is_owned(Path(locks_dir) / f"run.{Path(folder).absolute().name}")  # first: a run ends, then lets it go
     record = read_run(folder, skip_curves)
-    files = [path for name in (CONFIG, METRICS, SUMMARY) if (path := record.folder / name).exists()]
-    written = max(path.stat().st_mtime for path in files)
-    age_sec = max(0.0, (time.time() if now_unix_sec is None else now_unix_sec) - written)
+    age_sec = max(0.0, (time.time() if now_unix_sec is None else now_unix_sec) - _written_unix_sec(record.folder))
     if record.summary is not None:
         return Run(record, _STATE_OF_STATUS.get(record.status, "failed"), age_sec)
-    owned = is_owned(Path(locks_dir) / f"run.{record.folder.name}")
     return Run(record, "running" if (age_sec < RECENT_SEC if owned is None else owned) else "stale", age_sec)
 
 
@@ -125,7 +125,7 @@ def list_runs(runs_dir, locks_dir, patterns=(), states=(), newest=None):
 
 def table(rows, headings=_HEADINGS, numbers=slice(2, -1)):
     """Lines of a table for the terminal; the columns `numbers` are set to the right."""
-    rows = [[_printable(cell) for cell in row] for row in (headings, *rows)]
+    rows = [[printable(cell) for cell in row] for row in (headings, *rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     to_right = range(len(widths))[numbers]
     return ["  ".join(cell.rjust(width) if at in to_right else cell.ljust(width)
@@ -145,6 +145,19 @@ def number(value):
     return value if type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value) else None
 
 
-def _printable(text):
+def printable(text):
     """A record may be a stranger's: no text of it moves the cursor."""
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _written_unix_sec(folder):
+    """When a record was last written: by its files, or by its last event where that is older (the files are a copy)."""
+    files = [path for name in (CONFIG, METRICS, SUMMARY) if (path := folder / name).exists()]
+    written = max(path.stat().st_mtime for path in files)
+    try:
+        with open_binary(folder / METRICS) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            stamp = number(parse_json(file.read().split(b"\n")[-2]).get("time_unix_sec"))
+    except (OSError, IndexError, ValueError, AttributeError):  # no events, or no such one
+        stamp = None
+    return written if stamp is None else min(written, stamp)

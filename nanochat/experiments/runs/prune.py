@@ -38,10 +38,10 @@ def what_to_free(checkpoints_dir, locks_dir, runs, with_last=False):
 
     runs: the Runs whose checkpoints may go; with_last: their newest and best ones, too."""
     freed, kept, notes = [], [], []
-    by_id = {run.run_id: run for run in runs}
+    by_id = {run.run_id: run for run in runs if run.run_id == run.record.folder.name}  # a copy may lack the best's step
     for folder in sorted(path for path in Path(checkpoints_dir).glob("*") if path.is_dir()):
-        if is_owned(lock_of(locks_dir, folder)):
-            notes.append(f"{folder.name}: a run is writing it")
+        if why := _taken(lock_of(locks_dir, folder)):
+            notes.append(f"{folder.name}: {why}")
             continue
         by_run, unknown = {}, 0
         for step, path in _metas(folder):
@@ -75,6 +75,8 @@ def free(items, locks_dir):
         try:
             with ExitStack() as held:
                 for lock in [lock_of(locks_dir, folder), Path(locks_dir) / f"run.{item.run_id}"] if item.run_id else []:
+                    if why := _taken(lock):
+                        raise UserError(why)
                     held.callback(Owned(folder, lock, "scripts.runs --prune", "it is left alone").release)
                 size = item.n_bytes
                 for path in item.paths:
@@ -92,6 +94,15 @@ def lock_of(locks_dir, folder):
     return Path(locks_dir) / f"checkpoints.{folder.name}"
 
 
+def _taken(lock):
+    """In words: who writes what a lock stands for, or may; "" where nobody does. The lock of a machine that cannot be
+    asked is not tried: to have it would end a run whose disk does not carry locks from there to here."""
+    owned = is_owned(lock)
+    if owned is None and lock.exists():
+        return f"a process of another machine may be writing it; if none does, delete {lock}"
+    return "a run is writing it" if owned else ""
+
+
 def leftovers(base_dir):
     """Items of the temporary files that writers of the cache left a day ago or earlier."""
     found = [path for path in sorted(Path(base_dir).rglob(".*.tmp")) if _TEMPORARY.fullmatch(path.name)]
@@ -106,7 +117,7 @@ def _metas(folder):
 
 def _judged(folder, run, checkpoints):
     """(Item, whether it is the newest good one or the best) of one run's checkpoints in a folder."""
-    good = [step for step, is_good in checkpoints if is_good]
+    good = [step for step, is_good in checkpoints if is_good and _files_of(folder, step)[1].exists()]
     bits = dict(numbers_of(read_run(run.record.folder).events, "val", "step", "val_bpb"))
     best = min((step for step in good if bits.get(step) is not None), key=bits.get, default=None)
     aside = ", set aside" if _SET_ASIDE.fullmatch(folder.name) else ""
@@ -114,7 +125,10 @@ def _judged(folder, run, checkpoints):
         is_newest, is_best = bool(good) and step == good[-1], step == best
         what = ("diverged" if not is_good else "the newest" if is_newest else "the best" if is_best else
                 "neither the newest nor the best")
-        paths = [folder / f"meta_{step:06d}.json", folder / f"model_{step:06d}.pt",
-                 *sorted(folder.glob(f"optim_{step:06d}_rank*.pt"))]
         why = f"{what} of run {run.run_id}, {run.state}{aside}"
-        yield Item(f"{folder.name}, step {step:,}", why, paths, run.run_id), is_newest or is_best
+        yield Item(f"{folder.name}, step {step:,}", why, _files_of(folder, step), run.run_id), is_newest or is_best
+
+
+def _files_of(folder, step):
+    return [folder / f"meta_{step:06d}.json", folder / f"model_{step:06d}.pt",
+            *sorted(folder.glob(f"optim_{step:06d}_rank*.pt"))]

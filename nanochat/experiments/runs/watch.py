@@ -7,10 +7,11 @@ import time
 import numpy as np
 
 from nanochat.errors import say
-from nanochat.experiments.runs.listing import duration, number
+from nanochat.experiments.runs.listing import duration, number, printable
 from nanochat.runlog import numbers_of
 
 INTERVAL_SEC = 2.0
+SHARE_OF_A_CORE = 0.05  # that looking at runs may take from them: a long run's record takes its time to read
 CURVE_LINES = 12
 _TO_START = "\x1b[{}F\x1b[J"  # the cursor to the beginning of the frame, and what is below it erased
 
@@ -21,6 +22,7 @@ def watch(read, interval_sec=INTERVAL_SEC):
     Ctrl-C ends the watching, not the run. Errors: UserError as read()."""
     is_terminal, drawn, tenth = sys.stdout.isatty(), 0, -1
     while True:
+        began = time.thread_time()
         run = read()
         if is_terminal:
             lines = frame(run, *shutil.get_terminal_size())
@@ -31,7 +33,7 @@ def watch(read, interval_sec=INTERVAL_SEC):
             say(headline(run))
         if run.is_over:
             return 0 if run.state == "finished" else 1
-        time.sleep(interval_sec)
+        time.sleep(max(interval_sec, (time.thread_time() - began) / SHARE_OF_A_CORE))
 
 
 def frame(run, columns, rows):
@@ -44,14 +46,14 @@ def frame(run, columns, rows):
 
 
 def headline(run):
-    """The run in one line: steps, loss, val_bpb, speed, time left."""
+    """The run in one line, which a narrow terminal cuts at its end: steps, time left, loss, val_bpb, speed."""
     train = run.record.of("train")
     loss = number(train[-1].get("loss")) if train else None
     bits, speed = run.figure("final_val_bpb"), run.figure("tok_per_sec_median")
-    step, *left = progress(run)
-    parts = [f"{run.run_id}: {run.state}", step, loss is not None and f"loss {loss:.4f}",
-             bits is not None and f"val_bpb {bits:.4f}", speed is not None and f"{speed:,.0f} tok/s", *left]
-    return ", ".join(part for part in parts if part)
+    parts = [f"{run.run_id}: {run.state}", *progress(run),
+             train and ("loss not finite" if loss is None else f"loss {loss:.4f}"),
+             bits is not None and f"val_bpb {bits:.4f}", speed is not None and f"{speed:,.0f} tok/s"]
+    return printable(", ".join(part for part in parts if part))
 
 
 def progress(run):
@@ -69,9 +71,11 @@ def share_done(run):
 def seconds_left(run):
     """Wall-clock seconds to the last step, evaluations included, at the pace since the run began or was resumed; None
     for a run that is over or too young."""
+    if run.is_over or not run.num_iterations:
+        return None
     stamps = [(event["step"], stamp) for event in _since_resume(run.record.events)
               if event["kind"] == "train" and (stamp := number(event.get("time_unix_sec"))) is not None]
-    if run.is_over or not run.num_iterations or len(stamps) < 2:
+    if len(stamps) < 2:
         return None
     (first, began), (last, now) = stamps[0], stamps[-1]
     return max(0.0, (run.num_iterations - last) * (now - began) / (last - first)) if last > first else None
