@@ -35,7 +35,7 @@ from nanochat.lane_b.infer.horizon import CONFIRMATION_FACTOR, DEFAULT_RATIO, in
 from nanochat.paths import base_dir
 from nanochat.runlog import read_run
 from nanochat.target import evaluations_of, first_crossing
-from nanochat.training.schedule import lr_multiplier
+from nanochat.training.schedule import lr_multipliers
 
 PREDICTIONS, RESULTS = Path("dev/lane_b_study_predictions.csv"), Path("dev/lane_b_study.csv")
 COLUMNS = ("cell", "target_ratio", "threshold", "n_scaling_params", "decision", "horizon", "horizon_steps",
@@ -51,6 +51,8 @@ PARAMS = {"d2w64": 229_400, "d3w96": 528_456}
 RATES = {"auto": 1, "tuned": 8}  # times the recipe's, which the automatic scale makes too low at 2,048 tokens a step
 HORIZONS = ("shortest_whole", "quickest", "neighbour", "default")
 RECIPE = {"--matrix-lr": 0.02, "--embedding-lr": 0.3, "--unembedding-lr": 0.008}
+
+multipliers = cache(lr_multipliers)
 
 
 @dataclass(frozen=True)
@@ -168,11 +170,6 @@ def curve(record, seed=0):
     found = [e for e in evaluations_of(record.events, "val_bpb") if e.step]
     return Run(Progress(multipliers(record.config["num_iterations"]), np.array([e.step for e in found])),
                np.array([e.metric for e in found]), seed)
-
-
-@cache
-def multipliers(horizon):
-    return np.array([lr_multiplier(step, horizon) for step in range(horizon)])
 
 
 def calibrate(args, cell, pool, steps):
