@@ -300,11 +300,9 @@ def test_download_command_fetches_training_shards_and_the_last(two_shard_downloa
     (["--dataset", "stdlib", "-n", "2"], "-n is for downloads"),
     (["--dataset", "nowhere"], "known names are"),
 ])
-def test_wrong_arguments_are_one_line_and_exit_code_2(two_shard_download, arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+def test_wrong_arguments_are_one_line_and_exit_code_2(two_shard_download, arguments, message, refusal):
+    error = refusal(main, arguments)
+    assert message in error and error.count("\n") == 1
 
 
 def test_module_runs_as_a_command(tmp_path):
