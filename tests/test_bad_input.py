@@ -1,7 +1,6 @@
 """What a person can get wrong, through the training program: one line, exit code 2, nothing half-written."""
 
 import errno
-import os
 import pickle
 import shutil
 
@@ -9,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from checkpoints import DAMAGES
+from checkpoints import DAMAGES, Malicious
 from corpus import GOLDEN_TOKENIZER, TINY_FLAGS, write_corpus
 
 from nanochat.data.tokenizer import load_tokenizer, train_tokenizer
@@ -91,14 +90,6 @@ def test_blank_documents_among_others_do_no_harm(corpus):
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
-
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
 
 def test_a_tokenizer_pickle_that_asks_for_anything_but_an_encoding(corpus, tmp_path, capsys):
     folder = tmp_path / "tokenizer"

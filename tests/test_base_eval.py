@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from checkpoints import DAMAGES, META, write_upstream
+from checkpoints import DAMAGES, META, TINY_LENGTH, write_model, write_upstream
 from core_bundles import accuracy_by_brute_force, write_bundle
 from corpus import GOLDEN_TOKENIZER, TINY_FLAGS, golden_tokenizer, write_corpus
 from golden_figures import CONFIG, golden_model
@@ -20,7 +20,6 @@ from nanochat.data.tokens import token_shards
 from nanochat.evaluation.core_bundle import bundle_folder
 from nanochat.lane_b.measure.position_losses import read_position_losses
 from nanochat.model.engine import generate
-from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.paths import runs_dir
 from nanochat.runlog import read_run
 from nanochat.training.checkpoint import checkpoint_folder, save_checkpoint
@@ -29,26 +28,9 @@ from scripts.base_eval import main
 
 pytestmark = pytest.mark.usefixtures("fp32")
 
-LENGTH = 64
-
-
 @pytest.fixture
 def corpus(tmp_path):
     return str(write_corpus(tmp_path / "corpus", n_shards=2))
-
-
-def write_model(tag="tiny", step=7, seed=0, **meta):
-    """A small model that has an opinion (its head is not near zero), as a checkpoint of ours."""
-    tokenizer = golden_tokenizer()
-    config = GPTConfig(LENGTH, tokenizer.vocab_size, 2, 2, 2, 32, "L")
-    model = GPT(config)
-    model.init_weights(seed)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(100)
-    save_checkpoint(checkpoint_folder(tag), step, model.state_dict(), {},
-                    {**META, "model_config": config.to_dict(), "tokenizer_id": tokenizer.tokenizer_id,
-                     "total_batch_size_tokens": 256, **meta})
-    return model.eval()
 
 
 def flags(corpus, *more):
@@ -80,7 +62,7 @@ def test_text_and_tokenizer_are_the_checkpoints_own_where_none_are_given(corpus,
     assert own == results(flags(corpus, "--eval", "bpb"), tmp_path)
 
 
-def brute_force(model, tokenizer, corpus, split, n_batches, rows=2, length=LENGTH):
+def brute_force(model, tokenizer, corpus, split, n_batches, rows=2, length=TINY_LENGTH):
     """Bits per byte token by token in fp64, from logits; {tokens since BOS: [nats]}."""
     nats = n_bytes = 0.0
     by_position = {}
@@ -110,7 +92,7 @@ def test_bits_per_byte_and_losses_by_position_are_those_of_brute_force(corpus, t
         bits, by_position = brute_force(model, golden_tokenizer(), corpus, split, n_batches=4)
         assert found[f"{split}_bpb"] == pytest.approx(bits, rel=1e-6)
         assert f"{split}: {bits:.4f} bits per byte" in printed
-    assert found["counts_by_position"] == [len(by_position.get(n, ())) for n in range(LENGTH)]
+    assert found["counts_by_position"] == [len(by_position.get(n, ())) for n in range(TINY_LENGTH)]
     for n, nats in enumerate(found["nats_by_position"]):
         mean = sum(by_position[n]) / len(by_position[n]) if n in by_position else None
         assert nats == (None if mean is None else pytest.approx(mean, rel=1e-6))
@@ -168,7 +150,7 @@ def test_more_tokens_than_the_split_has_are_one_pass_and_at_least_one_batch(tmp_
     model, tokenizer = write_model(), golden_tokenizer()
     found = results(flags(corpus, "--eval", "bpb", "--split-tokens", str(10**12)), tmp_path)
     shards = token_shards(open_dataset(corpus), tokenizer, "val")
-    planner, n_used, n_batches = RowPlanner(shards, LENGTH + 1, 0, shuffle=False), 0, 0
+    planner, n_used, n_batches = RowPlanner(shards, TINY_LENGTH + 1, 0, shuffle=False), 0, 0
     while (n_used := n_used + sum(len(planner.next_row()) for _ in range(2))) <= documents:
         n_batches += 1
     assert n_batches >= 20 or documents == 2

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus import TINY_FLAGS, write_corpus
+from corpus import TINY_FLAGS
 from ranks import run_on_ranks
 
 from nanochat.files import json_bytes, write_json
@@ -29,11 +29,6 @@ from scripts import base_train
 from scripts.base_train import main, parse_args
 
 pytestmark = pytest.mark.usefixtures("fp32")
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    return str(write_corpus(tmp_path / "corpus"))
 
 
 def flags(corpus, steps=12, run_id="run", *more):

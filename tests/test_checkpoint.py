@@ -1,7 +1,6 @@
 import errno
 import json
 import os
-import pickle
 import re
 import resource
 import subprocess
@@ -345,27 +344,6 @@ def test_a_meta_that_is_not_what_was_written_never_hides_the_usable_ones(tmp_pat
     save(tmp_path, 2)
     DAMAGES["truncated"](tmp_path / FILES[0])
     assert "the newest usable checkpoint is step 1" in refusal(load, tmp_path, 2)
-
-
-class Malicious:
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))],
-                         ids=["zip", "bare pickle"])
-def test_a_model_that_would_run_code_is_refused_and_does_not(tmp_path, write):
-    evil = Malicious(f"touch {tmp_path / 'ran'}")
-    (tmp_path / "meta_000001.json").write_text(json.dumps({"model_config": {}}))  # upstream's have no digests
-    write({"w": evil}, tmp_path / "model_000001.pt")
-    message = refusal(load_model_state, tmp_path, 1, read_meta(tmp_path, 1), "cpu")
-    assert "not a file of tensors alone" in message
-    assert not (tmp_path / "ran").exists()
-    pickle.loads(pickle.dumps(evil))  # it does where it is let
-    assert (tmp_path / "ran").exists()
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
