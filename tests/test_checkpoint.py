@@ -1,4 +1,3 @@
-import errno
 import json
 import os
 import re
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoints import DAMAGES, META, UPSTREAM_META, write_upstream
+from full_disk import full_disk
 from golden_figures import CONFIG, batch, golden_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -164,7 +164,7 @@ def test_whichever_write_fails_nothing_of_the_step_is_left_and_the_newest_usable
                 nonlocal n_calls
                 n_calls += 1
                 if n_calls == at_call:
-                    raise OSError(errno.ENOSPC, "No space left on device")
+                    full_disk()
                 return call(*arguments, **options)
             return counted
 
@@ -247,9 +247,6 @@ def save_with_troubles(rank, world_size, folder):
             report[f"files after {name}"] = names(folder)
         dist.barrier()
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     def refuse():
         raise UserError("taken")
 
@@ -259,10 +256,10 @@ def save_with_troubles(rank, world_size, folder):
     attempt("good", save_own, 1)
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr(torch, "save", full)
+            patch.setattr(torch, "save", full_disk)
         attempt("rank 1 full", save_own, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "write_json", full)
+        patch.setattr(checkpoint, "write_json", full_disk)
         attempt("meta full", save_own, 3)
     state = load_optimizer_state(folder, 1, read_meta(folder, 1), "cpu", rank)
     report["own state"] = state["state"][0]["step"]
