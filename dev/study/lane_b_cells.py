@@ -32,7 +32,7 @@ from nanochat.experiments.lane_b_study import CALIBRATION_SHARES, MAX_CALIBRATIO
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.infer.curve_law import Progress, Run
 from nanochat.lane_b.infer.horizon import CONFIRMATION_FACTOR, DEFAULT_RATIO, infer_horizon
-from nanochat.paths import base_dir
+from nanochat.paths import runs_dir
 from nanochat.runlog import read_run
 from nanochat.target import evaluations_of, first_crossing
 from nanochat.training.schedule import lr_multipliers
@@ -147,7 +147,7 @@ def make_texts(args, names):
 def train(args, cell, steps, seed, *more, what=""):
     """The record of a run of the cell, made now where it is not there."""
     run_id = f"study.{cell.name}.h{steps}{what}.s{seed}"
-    folder = base_dir() / "runs" / run_id
+    folder = runs_dir() / run_id
     if not (folder / "summary.json").exists():
         shutil.rmtree(folder, ignore_errors=True)  # what a killed study left
         depth, head_dim, aspect_ratio = SIZES[cell.size]
