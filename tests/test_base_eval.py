@@ -45,16 +45,6 @@ def results(arguments, tmp_path):
     return json.loads(path.read_text())
 
 
-def refused(arguments, capsys):
-    """The one line that a mistake ends with."""
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
-
-
 def test_text_and_tokenizer_are_the_checkpoints_own_where_none_are_given(corpus, tmp_path):
     write_model(user_config={"dataset": str(corpus), "tokenizer_dir": str(GOLDEN_TOKENIZER)})
     small = ["--split-tokens", "512", "--device-batch-size", "2"]
@@ -246,48 +236,49 @@ def test_upstreams_checkpoint_is_not_resumed(corpus, refusal):
     (["--eval", "sample", "--num-samples", "0"], "at least 1 sample"),
     (["--eval", "sample", "--max-new-tokens", "100000"], "ask for fewer"),
 ])
-def test_a_mistake_is_one_line_with_exit_code_2(corpus, capsys, change, words):
+def test_a_mistake_is_one_line_with_exit_code_2(corpus, refusal, change, words):
     write_model()
-    assert words in refused([*flags(corpus, "--eval", "bpb"), *change], capsys)
+    line = refusal(main, [*flags(corpus, "--eval", "bpb"), *change]).splitlines()[-1]
+    assert line.startswith("error: ") and words in line
 
 
-def test_a_tokenizer_of_another_size_is_refused(corpus, capsys, monkeypatch):
+def test_a_tokenizer_of_another_size_is_refused(corpus, refusal, monkeypatch):
     write_model()
     monkeypatch.setattr("nanochat.training.trained.load_tokenizer", lambda folder: SmallTokenizer())
-    line = refused(flags(corpus), capsys)
+    line = refusal(main, flags(corpus)).splitlines()[-1]
     assert f"vocabulary is {golden_tokenizer().vocab_size}" in line and "--tokenizer-dir" in line
 
 
-def test_another_tokenizer_of_the_same_size_is_refused(corpus, capsys):
+def test_another_tokenizer_of_the_same_size_is_refused(corpus, refusal):
     write_model(tokenizer_id="another")
-    line = refused(flags(corpus), capsys)
+    line = refusal(main, flags(corpus)).splitlines()[-1]
     assert "trained with tokenizer another" in line and "--tokenizer-dir" in line
 
 
 @pytest.mark.parametrize("name", ["model_000008.pt", "meta_000008.json"])
 @pytest.mark.parametrize("damage", ["truncated", "other bytes"])
-def test_a_damaged_checkpoint_is_named_with_the_newest_usable(corpus, capsys, name, damage):
+def test_a_damaged_checkpoint_is_named_with_the_newest_usable(corpus, refusal, name, damage):
     for step in (6, 7, 8):
         write_model(step=step)
     DAMAGES[damage](checkpoint_folder("tiny") / name)
     DAMAGES["half"](checkpoint_folder("tiny") / "model_000007.pt")
-    line = refused(flags(corpus), capsys)
+    line = refusal(main, flags(corpus)).splitlines()[-1]
     assert name in line and line.endswith("the newest usable checkpoint is step 6")
 
 
-def test_losses_that_are_not_finite_are_no_results(corpus, tmp_path, capsys):
+def test_losses_that_are_not_finite_are_no_results(corpus, tmp_path, refusal):
     model = write_model()
     with torch.no_grad():
         model.lm_head.weight.fill_(math.nan)
     save_checkpoint(checkpoint_folder("tiny"), 9, model.state_dict(), {},
                     {**META, "model_config": model.config.to_dict()})
     path = tmp_path / "results.json"
-    assert "not finite" in refused(flags(corpus, "--eval", "bpb", "--step", "9", "--out", str(path)), capsys)
+    assert "not finite" in refusal(main, flags(corpus, "--eval", "bpb", "--step", "9", "--out", str(path)))
     assert not path.exists()
 
 
-def test_results_that_cannot_be_written_are_one_line(corpus, tmp_path, capsys):
+def test_results_that_cannot_be_written_are_one_line(corpus, tmp_path, refusal):
     write_model()
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "results.json"
-    assert "--out" in refused(flags(corpus, "--eval", "bpb", "--out", str(path)), capsys)
+    assert "--out" in refusal(main, flags(corpus, "--eval", "bpb", "--out", str(path)))

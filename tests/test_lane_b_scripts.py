@@ -18,7 +18,7 @@ from nanochat.lane_b.infer.inference_file import read_inference
 from nanochat.lane_b.infer.inputs import read_statistics
 from nanochat.lane_b.infer.record import read_records
 from nanochat.runlog import RunLog
-from nanochat.training.schedule import lr_multiplier
+from nanochat.training.schedule import lr_multipliers
 from scripts import lane_b_infer_ratio, lane_b_log_run
 
 WORKSHEET = (Path(__file__).parents[1] / "ideas" / "lane_b_inference_worksheet.md").read_text()
@@ -32,8 +32,7 @@ RECIPE = {"warmup_steps": 40, "warmdown_ratio": 0.65, "final_lr_frac": 0.05, "ma
 def curve(steps):
     """(evaluated steps, bits per byte) of a whole schedule by a law whose learning rates are too low."""
     at = np.unique([*range(20, steps + 1, 20), steps])
-    multipliers = np.array([lr_multiplier(step, steps) for step in range(steps)])
-    return at, FORMS["relaxing"].loss(Progress(multipliers, at), 1.5, 0.6, 0.4, 0.1, 30.0)
+    return at, FORMS["relaxing"].loss(Progress(lr_multipliers(steps), at), 1.5, 0.6, 0.4, 0.1, 30.0)
 
 
 def end_of(steps):
