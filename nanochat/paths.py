@@ -1,4 +1,4 @@
-"""Where files are kept: the cache folder and what is directly in it."""
+"""Where files are kept: the cache folder, what is directly in it, and the files of a checkpoint."""
 
 import os
 import re
@@ -41,6 +41,28 @@ def runs_dir():
 def checkpoints_dir():
     """Where the checkpoint folders are, one a tag: <cache folder>/base_checkpoints."""
     return base_dir() / "base_checkpoints"
+
+
+def checkpoint_steps(folder):
+    """Steps of the complete checkpoints in `folder`, ascending: those that have a meta file."""
+    names = [path.stem.removeprefix("meta_") for path in Path(folder).glob("meta_*.json")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def meta_path(folder, step):
+    """The meta file of a checkpoint."""
+    return Path(folder) / f"meta_{step:06d}.json"
+
+
+def model_path(folder, step):
+    """The weights' file of a checkpoint."""
+    return Path(folder) / f"model_{step:06d}.pt"
+
+
+def checkpoint_files(folder, step):
+    """The files of a checkpoint: its meta, with which it is gone, then those of the others that are there."""
+    others = [model_path(folder, step), *sorted(Path(folder).glob(f"optim_{step:06d}_rank*.pt"))]
+    return [meta_path(folder, step), *(path for path in others if path.exists())]
 
 
 def locks_dir():

@@ -6,9 +6,7 @@ python -m scripts.lane_b_infer_ratio --calibration-run cal-480-s0 cal-480-s1 cal
 
 import argparse
 from dataclasses import asdict
-from functools import cache
-
-import numpy as np
+from functools import cache, partial
 
 from nanochat.errors import command
 from nanochat.files import check_output, write_json
@@ -22,7 +20,7 @@ from nanochat.paths import runs_dir
 from nanochat.provenance import utc_now
 from nanochat.runlog import find_run
 from nanochat.target import check_target
-from nanochat.training.schedule import lr_multiplier
+from nanochat.training.schedule import lr_multipliers
 
 MIN_RESAMPLES = 40  # a 95 % interval of fewer is their extremes
 
@@ -76,14 +74,6 @@ def statistics_of(args, setting):
     return corpus
 
 
-def schedule_of(flags):
-    """The multipliers of a horizon of so many steps, as the runs' flags have them."""
-    @cache
-    def schedule(horizon):
-        return np.array([lr_multiplier(step, horizon, **flags) for step in range(horizon)])
-    return schedule
-
-
 @command
 def main(argv=None):
     args = parse_args(argv)
@@ -92,7 +82,7 @@ def main(argv=None):
     records = [find_run(name, runs_dir()) for name in args.calibration_run]
     setting = inputs.common_setting(records)
     corpus, (threshold, source) = statistics_of(args, setting), threshold_of(args, setting)
-    schedule = schedule_of(setting.schedule)
+    schedule = cache(partial(lr_multipliers, **setting.schedule))
     runs = [inputs.curve_of_run(record, schedule) for record in records]
     default_steps = args.default_ratio * setting.n_scaling_params / setting.step_tokens
     inference = None

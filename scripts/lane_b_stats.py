@@ -28,7 +28,7 @@ from nanochat.lane_b.measure.position_losses import check_same_model, check_same
 from nanochat.lane_b.measure.statistics import DEFAULT_LAGS, measure
 from nanochat.lane_b.measure.statistics_figure import draw_statistics
 from nanochat.lane_b.measure.statistics_file import VERSION, describe, statistics_document
-from nanochat.paths import base_dir, runs_dir
+from nanochat.paths import runs_dir
 from nanochat.progress import QUIET_HELP, be_quiet, say_next
 from nanochat.provenance import utc_now, versions
 from nanochat.ranks import helped_by, print0, start_ranks, stop_ranks
@@ -93,7 +93,7 @@ def main(argv=None):
     check_output("--out", args.out)
     check_plot(args.plot)
     dataset = open_dataset(args.dataset)
-    tokenizer = load_tokenizer(args.tokenizer_dir or base_dir() / "tokenizer")
+    tokenizer = load_tokenizer(args.tokenizer_dir)
     losses = [read_position_losses(name, runs_dir()) for name in args.position_losses]
     check_same_text(losses, dataset.dataset_id, tokenizer.tokenizer_id)
     check_same_model(losses)

@@ -10,7 +10,6 @@ from nanochat.data.shards import sample_documents
 from nanochat.data.sources import open_dataset
 from nanochat.data.tokenizer import load_tokenizer
 from nanochat.errors import UserError, command
-from nanochat.paths import base_dir
 
 TEXTS = {
     "prose": """The ferry left an hour late, because the captain would not sail without her dog. Nobody complained.
@@ -94,7 +93,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.max_chars < 1:
         raise UserError("--max-chars must be at least 1")
-    tokenizer = load_tokenizer(args.tokenizer_dir or base_dir() / "tokenizer")
+    tokenizer = load_tokenizer(args.tokenizer_dir)
     other = load_tokenizer(args.compare) if args.compare else None
     dataset = open_dataset(args.dataset)
     samples = {name: [text] for name, text in TEXTS.items()}

@@ -1,11 +1,17 @@
-"""Checkpoints for tests: the meta of ours, those of upstream, and what can happen to a file."""
+"""Checkpoints for tests: a small one of ours, those of upstream, and what can happen to a file."""
 
 import json
+import os
 import shutil
 
 import torch
+from corpus import golden_tokenizer
 from golden_figures import CONFIG, arrays
 
+from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.training.checkpoint import checkpoint_folder, save_checkpoint
+
+TINY_LENGTH = 64  # of write_model's rows
 META = {"model_config": CONFIG.to_dict(), "user_config": {"depth": 4, "target": None}, "run_id": "a",
         "loop_state": {"step": 1, "train_time_sec": 0.1 + 0.2, "loader": {"epoch": 0, "buffer": [[0, 1], [2, 3]]}}}
 UPSTREAM_META = {  # the keys of a checkpoint that upstream writes
@@ -22,6 +28,30 @@ DAMAGES = {
     "other bytes": lambda path: path.write_bytes(bytes(256)),
     "of another step": lambda path: shutil.copy(path.with_name(path.name.replace("2", "1", 1)), path),
 }
+
+
+class Malicious:
+    """Its pickle touches a file where it is let."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def write_model(tag="tiny", step=7, seed=0, **meta):
+    """A small model that has an opinion (its head is not near zero), as a checkpoint of ours."""
+    tokenizer = golden_tokenizer()
+    config = GPTConfig(TINY_LENGTH, tokenizer.vocab_size, 2, 2, 2, 32, "L")
+    model = GPT(config)
+    model.init_weights(seed)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(100)
+    save_checkpoint(checkpoint_folder(tag), step, model.state_dict(), {},
+                    {**META, "model_config": config.to_dict(), "tokenizer_id": tokenizer.tokenizer_id,
+                     "total_batch_size_tokens": 256, **meta})
+    return model.eval()
 
 
 def write_upstream(folder, prefix="", **config):

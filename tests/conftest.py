@@ -29,6 +29,25 @@ def base_dir(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def corpus(tmp_path):
+    """The folder of a small corpus, as a flag names it."""
+    from corpus import write_corpus
+    return str(write_corpus(tmp_path / "corpus"))
+
+
+@pytest.fixture
+def refusal(capsys):
+    """A function that calls a program which must end with an exit code, and returns what it says on stderr."""
+    def said(program, *arguments, exit_code=2):
+        with pytest.raises(SystemExit) as stopped:
+            program(*arguments)
+        assert stopped.value.code == exit_code
+        return capsys.readouterr().err
+
+    return said
+
+
+@pytest.fixture
 def fp32(monkeypatch):
     """Compute in fp32, also where the machine multiplies bf16 natively."""
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")

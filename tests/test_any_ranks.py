@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from corpus import TINY_FLAGS, write_corpus
+from corpus import TINY_FLAGS
 from ranks import run_on_ranks, train_on_ranks
 
 from nanochat.model.gpt import GPT, GPTConfig
@@ -22,11 +22,6 @@ FLAGS = [*TINY_FLAGS, "--depth", "1", "--aspect-ratio", "64", "--max-seq-len", "
          "--total-batch-size", "640", "--eval-every", "10", "--eval-tokens", "1664", "--warmup-steps", "5",
          "--device-type", "cpu", "--num-iterations", str(STEPS)]
 LANE_C = ["--fused-rmsnorm", "--chunked-ce"]
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    return str(write_corpus(tmp_path / "corpus"))
 
 
 def train(world_size, corpus, name, *more):

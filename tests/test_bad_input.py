@@ -1,7 +1,5 @@
 """What a person can get wrong, through the training program: one line, exit code 2, nothing half-written."""
 
-import errno
-import os
 import pickle
 import shutil
 
@@ -9,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from checkpoints import DAMAGES
+from checkpoints import DAMAGES, Malicious
 from corpus import GOLDEN_TOKENIZER, TINY_FLAGS, write_corpus
+from full_disk import full_disk
 
 from nanochat.data.tokenizer import load_tokenizer, train_tokenizer
 from nanochat.errors import UserError
@@ -91,14 +90,6 @@ def test_blank_documents_among_others_do_no_harm(corpus):
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
-
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
 
 def test_a_tokenizer_pickle_that_asks_for_anything_but_an_encoding(corpus, tmp_path, capsys):
     folder = tmp_path / "tokenizer"
@@ -197,16 +188,13 @@ def test_a_run_is_not_resumed_with_another_optimizer(corpus, capsys):
 def test_a_disk_that_fills_up_while_saving_keeps_the_previous_checkpoint(corpus, capsys, record_too):
     save, saves = torch.save, []
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with pytest.MonkeyPatch.context() as patch:
         def fills_up(*arguments):
             saves.append(None)
             if len(saves) > 3:  # the optimizer of the second checkpoint
                 if record_too:
-                    patch.setattr("nanochat.runlog.os.fsync", full)
-                full()
+                    patch.setattr("nanochat.runlog.os.fsync", full_disk)
+                full_disk()
             save(*arguments)
 
         patch.setattr(torch, "save", fills_up)

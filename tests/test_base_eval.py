@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from checkpoints import DAMAGES, META, write_upstream
+from checkpoints import DAMAGES, META, TINY_LENGTH, write_model, write_upstream
 from core_bundles import accuracy_by_brute_force, write_bundle
 from corpus import GOLDEN_TOKENIZER, TINY_FLAGS, golden_tokenizer, write_corpus
 from golden_figures import CONFIG, golden_model
@@ -20,7 +20,6 @@ from nanochat.data.tokens import token_shards
 from nanochat.evaluation.core_bundle import bundle_folder
 from nanochat.lane_b.measure.position_losses import read_position_losses
 from nanochat.model.engine import generate
-from nanochat.model.gpt import GPT, GPTConfig
 from nanochat.paths import runs_dir
 from nanochat.runlog import read_run
 from nanochat.training.checkpoint import checkpoint_folder, save_checkpoint
@@ -29,26 +28,9 @@ from scripts.base_eval import main
 
 pytestmark = pytest.mark.usefixtures("fp32")
 
-LENGTH = 64
-
-
 @pytest.fixture
 def corpus(tmp_path):
     return str(write_corpus(tmp_path / "corpus", n_shards=2))
-
-
-def write_model(tag="tiny", step=7, seed=0, **meta):
-    """A small model that has an opinion (its head is not near zero), as a checkpoint of ours."""
-    tokenizer = golden_tokenizer()
-    config = GPTConfig(LENGTH, tokenizer.vocab_size, 2, 2, 2, 32, "L")
-    model = GPT(config)
-    model.init_weights(seed)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(100)
-    save_checkpoint(checkpoint_folder(tag), step, model.state_dict(), {},
-                    {**META, "model_config": config.to_dict(), "tokenizer_id": tokenizer.tokenizer_id,
-                     "total_batch_size_tokens": 256, **meta})
-    return model.eval()
 
 
 def flags(corpus, *more):
@@ -63,16 +45,6 @@ def results(arguments, tmp_path):
     return json.loads(path.read_text())
 
 
-def refused(arguments, capsys):
-    """The one line that a mistake ends with."""
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
-
-
 def test_text_and_tokenizer_are_the_checkpoints_own_where_none_are_given(corpus, tmp_path):
     write_model(user_config={"dataset": str(corpus), "tokenizer_dir": str(GOLDEN_TOKENIZER)})
     small = ["--split-tokens", "512", "--device-batch-size", "2"]
@@ -80,7 +52,7 @@ def test_text_and_tokenizer_are_the_checkpoints_own_where_none_are_given(corpus,
     assert own == results(flags(corpus, "--eval", "bpb"), tmp_path)
 
 
-def brute_force(model, tokenizer, corpus, split, n_batches, rows=2, length=LENGTH):
+def brute_force(model, tokenizer, corpus, split, n_batches, rows=2, length=TINY_LENGTH):
     """Bits per byte token by token in fp64, from logits; {tokens since BOS: [nats]}."""
     nats = n_bytes = 0.0
     by_position = {}
@@ -110,7 +82,7 @@ def test_bits_per_byte_and_losses_by_position_are_those_of_brute_force(corpus, t
         bits, by_position = brute_force(model, golden_tokenizer(), corpus, split, n_batches=4)
         assert found[f"{split}_bpb"] == pytest.approx(bits, rel=1e-6)
         assert f"{split}: {bits:.4f} bits per byte" in printed
-    assert found["counts_by_position"] == [len(by_position.get(n, ())) for n in range(LENGTH)]
+    assert found["counts_by_position"] == [len(by_position.get(n, ())) for n in range(TINY_LENGTH)]
     for n, nats in enumerate(found["nats_by_position"]):
         mean = sum(by_position[n]) / len(by_position[n]) if n in by_position else None
         assert nats == (None if mean is None else pytest.approx(mean, rel=1e-6))
@@ -168,7 +140,7 @@ def test_more_tokens_than_the_split_has_are_one_pass_and_at_least_one_batch(tmp_
     model, tokenizer = write_model(), golden_tokenizer()
     found = results(flags(corpus, "--eval", "bpb", "--split-tokens", str(10**12)), tmp_path)
     shards = token_shards(open_dataset(corpus), tokenizer, "val")
-    planner, n_used, n_batches = RowPlanner(shards, LENGTH + 1, 0, shuffle=False), 0, 0
+    planner, n_used, n_batches = RowPlanner(shards, TINY_LENGTH + 1, 0, shuffle=False), 0, 0
     while (n_used := n_used + sum(len(planner.next_row()) for _ in range(2))) <= documents:
         n_batches += 1
     assert n_batches >= 20 or documents == 2
@@ -238,13 +210,10 @@ def test_the_last_validation_of_a_run_is_base_evals_on_the_same_tokens(corpus, t
     assert found["val_bpb"] == read_run(runs_dir() / "run").summary["final_val_bpb"]
 
 
-def test_upstreams_checkpoint_is_not_resumed(corpus, capsys):
+def test_upstreams_checkpoint_is_not_resumed(corpus, refusal):
     write_upstream(checkpoint_folder("tiny"))
-    with pytest.raises(SystemExit) as stopped:
-        base_train.main([*TINY_FLAGS, "--dataset", corpus, "--num-iterations", "200", "--model-tag", "tiny",
-                         "--resume-from-step", "latest"])
-    assert stopped.value.code == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
+    line = refusal(base_train.main, [*TINY_FLAGS, "--dataset", corpus, "--num-iterations", "200", "--model-tag", "tiny",
+                                     "--resume-from-step", "latest"]).splitlines()[-1]
     assert line.startswith("error: the checkpoint of step 100") and "scripts.base_eval" in line
     assert not runs_dir().exists()
 
@@ -267,48 +236,49 @@ def test_upstreams_checkpoint_is_not_resumed(corpus, capsys):
     (["--eval", "sample", "--num-samples", "0"], "at least 1 sample"),
     (["--eval", "sample", "--max-new-tokens", "100000"], "ask for fewer"),
 ])
-def test_a_mistake_is_one_line_with_exit_code_2(corpus, capsys, change, words):
+def test_a_mistake_is_one_line_with_exit_code_2(corpus, refusal, change, words):
     write_model()
-    assert words in refused([*flags(corpus, "--eval", "bpb"), *change], capsys)
+    line = refusal(main, [*flags(corpus, "--eval", "bpb"), *change]).splitlines()[-1]
+    assert line.startswith("error: ") and words in line
 
 
-def test_a_tokenizer_of_another_size_is_refused(corpus, capsys, monkeypatch):
+def test_a_tokenizer_of_another_size_is_refused(corpus, refusal, monkeypatch):
     write_model()
     monkeypatch.setattr("nanochat.training.trained.load_tokenizer", lambda folder: SmallTokenizer())
-    line = refused(flags(corpus), capsys)
+    line = refusal(main, flags(corpus)).splitlines()[-1]
     assert f"vocabulary is {golden_tokenizer().vocab_size}" in line and "--tokenizer-dir" in line
 
 
-def test_another_tokenizer_of_the_same_size_is_refused(corpus, capsys):
+def test_another_tokenizer_of_the_same_size_is_refused(corpus, refusal):
     write_model(tokenizer_id="another")
-    line = refused(flags(corpus), capsys)
+    line = refusal(main, flags(corpus)).splitlines()[-1]
     assert "trained with tokenizer another" in line and "--tokenizer-dir" in line
 
 
 @pytest.mark.parametrize("name", ["model_000008.pt", "meta_000008.json"])
 @pytest.mark.parametrize("damage", ["truncated", "other bytes"])
-def test_a_damaged_checkpoint_is_named_with_the_newest_usable(corpus, capsys, name, damage):
+def test_a_damaged_checkpoint_is_named_with_the_newest_usable(corpus, refusal, name, damage):
     for step in (6, 7, 8):
         write_model(step=step)
     DAMAGES[damage](checkpoint_folder("tiny") / name)
     DAMAGES["half"](checkpoint_folder("tiny") / "model_000007.pt")
-    line = refused(flags(corpus), capsys)
+    line = refusal(main, flags(corpus)).splitlines()[-1]
     assert name in line and line.endswith("the newest usable checkpoint is step 6")
 
 
-def test_losses_that_are_not_finite_are_no_results(corpus, tmp_path, capsys):
+def test_losses_that_are_not_finite_are_no_results(corpus, tmp_path, refusal):
     model = write_model()
     with torch.no_grad():
         model.lm_head.weight.fill_(math.nan)
     save_checkpoint(checkpoint_folder("tiny"), 9, model.state_dict(), {},
                     {**META, "model_config": model.config.to_dict()})
     path = tmp_path / "results.json"
-    assert "not finite" in refused(flags(corpus, "--eval", "bpb", "--step", "9", "--out", str(path)), capsys)
+    assert "not finite" in refusal(main, flags(corpus, "--eval", "bpb", "--step", "9", "--out", str(path)))
     assert not path.exists()
 
 
-def test_results_that_cannot_be_written_are_one_line(corpus, tmp_path, capsys):
+def test_results_that_cannot_be_written_are_one_line(corpus, tmp_path, refusal):
     write_model()
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "results.json"
-    assert "--out" in refused(flags(corpus, "--eval", "bpb", "--out", str(path)), capsys)
+    assert "--out" in refusal(main, flags(corpus, "--eval", "bpb", "--out", str(path)))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus import TINY_FLAGS, write_corpus
+from corpus import TINY_FLAGS
 from ranks import run_on_ranks
 
 from nanochat.files import json_bytes, write_json
@@ -29,11 +29,6 @@ from scripts import base_train
 from scripts.base_train import main, parse_args
 
 pytestmark = pytest.mark.usefixtures("fp32")
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    return str(write_corpus(tmp_path / "corpus"))
 
 
 def flags(corpus, steps=12, run_id="run", *more):
@@ -183,13 +178,10 @@ def poison(monkeypatch, is_poisoned):
 
 
 @pytest.mark.parametrize("rollbacks", [0, 2])
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_status(corpus, monkeypatch, capsys, rollbacks):
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_status(corpus, monkeypatch, refusal, rollbacks):
     poison(monkeypatch, lambda n_batches: n_batches > 8)
     policy = ["--on-nan", "rollback", "--max-rollbacks", str(rollbacks)] if rollbacks else []
-    with pytest.raises(SystemExit) as stopped:
-        main(flags(corpus, 30, "nan", "--save-every", "2", *policy))
-    assert stopped.value.code == 2
-    assert "not finite" in capsys.readouterr().err
+    assert "not finite" in refusal(main, flags(corpus, 30, "nan", "--save-every", "2", *policy))
     record = read_run(runs_dir() / "nan")
     assert record.status == "nan" and len(record.of("resume")) == rollbacks
     assert record.of("train")[-1]["loss"] is None and record.of("train")[-1]["nonfinite"] == ["loss"]
@@ -286,45 +278,36 @@ def test_all_of_ones_own_text_is_trained_on_unless_asked_otherwise(dataset, rule
     (["--stop-at-target"], "--target-metric-threshold"),
     (["--num-iterations", "-1", "--target-param-data-ratio", "-1"], "--target-param-data-ratio"),
 ])
-def test_a_mistake_is_one_line_with_exit_code_2_and_leaves_nothing(corpus, capsys, change, words):
-    with pytest.raises(SystemExit) as stopped:
-        main([*flags(corpus), *change])
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
+def test_a_mistake_is_one_line_with_exit_code_2_and_leaves_nothing(corpus, refusal, change, words):
+    message = refusal(main, [*flags(corpus), *change]).splitlines()[-1]
     assert message.startswith("error: ") and words in message
     assert not list(runs_dir().glob("*/config.json")) if runs_dir().exists() else True
 
 
-def test_a_taken_run_id_is_refused_and_the_old_record_stays(corpus, capsys):
+def test_a_taken_run_id_is_refused_and_the_old_record_stays(corpus, refusal):
     main(flags(corpus, 2))
     before = (runs_dir() / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(SystemExit):
-        main(flags(corpus, 2))
-    assert "taken" in capsys.readouterr().err
+    assert "taken" in refusal(main, flags(corpus, 2))
     assert (runs_dir() / "run" / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("change", [["--seed", "7"], ["--depth", "3"], ["--num-iterations", "13"],
                                     ["--total-batch-size", "512"], ["--crop", "drop"]], ids=str)
-def test_another_run_is_not_resumed_whatever_is_allowed(corpus, capsys, change):
+def test_another_run_is_not_resumed_whatever_is_allowed(corpus, refusal, change):
     main(flags(corpus, 4))
-    with pytest.raises(SystemExit) as stopped:
-        main([*flags(corpus, 4), "--resume-from-step", "4", "--allow-changed", *change])
-    assert stopped.value.code == 2
-    assert "it is of another run: " in capsys.readouterr().err
+    resume = [*flags(corpus, 4), "--resume-from-step", "4", "--allow-changed", *change]
+    assert "it is of another run: " in refusal(main, resume)
 
 
-def test_what_changes_the_numbers_is_named_and_refused_unless_allowed_and_then_recorded(corpus, capsys, monkeypatch):
+def test_what_changes_the_numbers_is_named_and_refused_unless_allowed_and_then_recorded(corpus, capsys, monkeypatch,
+                                                                                             refusal):
     main(flags(corpus, 6, "run", "--save-every", "2"))
     resume = [*flags(corpus, 6), "--resume-from-step", "4", "--warmup-steps", "3", "--device-batch-size", "4",
               "--chunked-ce"]
     monkeypatch.setenv("NANOCHAT_DTYPE", "bfloat16")
     monkeypatch.setattr(record_module, "versions", lambda: {"torch": "9.9"})
     monkeypatch.setattr(record_module, "git_commit", lambda: ("f" * 40, False))
-    with pytest.raises(SystemExit) as stopped:
-        main(resume)
-    assert stopped.value.code == 2
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    [line] = [line for line in refusal(main, resume).splitlines() if line.startswith("error: ")]
     assert "compute_dtype was float32, is bfloat16; " in line and f"torch was {torch.__version__}, is 9.9; " in line
     assert "--device-batch-size was 2, is 4; " in line and "--chunked-ce was False, is True; " in line
     assert "--warmup-steps was 40, is 3; " in line and "--allow-changed" in line and "commit" not in line
@@ -345,23 +328,21 @@ def test_what_changes_no_numbers_goes_through(corpus):
     assert segments_of(read_run(runs_dir() / "run"))[1]["changed"] == []
 
 
-def test_a_checkpoint_of_an_earlier_version_has_the_defaults_of_flags_that_came_later(corpus, capsys):
+def test_a_checkpoint_of_an_earlier_version_has_the_defaults_of_flags_that_came_later(corpus, refusal):
     main(flags(corpus, 4))
     meta = read_meta(checkpoint_folder("run"), 4)
     del meta["segment"], meta["user_config"]["fp8"], meta["user_config"]["chunked_ce"], meta["user_config"]["crop"]
     write_json(checkpoint_folder("run") / "meta_000004.json",
                {**meta, "meta_sha256": hashlib.sha256(json_bytes(meta)).hexdigest()})
-    with pytest.raises(SystemExit):
-        main([*flags(corpus, 4), "--resume-from-step", "4", "--crop", "drop", "--chunked-ce"])
-    line = capsys.readouterr().err.splitlines()[-1]
+    resume = [*flags(corpus, 4), "--resume-from-step", "4", "--crop", "drop", "--chunked-ce"]
+    line = refusal(main, resume).splitlines()[-1]
     assert "--chunked-ce was False, is True; resume" in line and "--fp8" not in line
 
 
-def test_resuming_a_step_that_is_not_there_names_the_newest(corpus, capsys):
+def test_resuming_a_step_that_is_not_there_names_the_newest(corpus, refusal):
     main(flags(corpus, 4))
-    with pytest.raises(SystemExit):
-        main([*flags(corpus, 4), "--resume-from-step", "3"])
-    assert "newest usable checkpoint is step 4" in capsys.readouterr().err
+    error = refusal(main, [*flags(corpus, 4), "--resume-from-step", "3"])
+    assert "newest usable checkpoint is step 4" in error
 
 
 def test_another_runs_checkpoints_are_set_aside_not_mixed(corpus):
@@ -394,13 +375,10 @@ def test_wandb_offline_records_without_a_network(corpus, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("change", "words"), [
     (["--run-id", "other"], "--model-tag"), (["--model-tag", "other", "--resume-from-step", "latest"], "no checkpoint"),
     (["--resume-from-step", "latest"], "--run-id"), ([], "taken")])
-def test_a_second_writer_is_refused_with_the_owners_name(corpus, capsys, change, words):
+def test_a_second_writer_is_refused_with_the_owners_name(corpus, refusal, change, words):
     with started(flags(corpus, 100_000, "run", "--save-every", "2")) as process:
         wait_for_lines("run", 5, process)
-        with pytest.raises(SystemExit) as stopped:
-            main([*flags(corpus, 100_000), *change])
-        assert stopped.value.code == 2
-        line = capsys.readouterr().err.strip().splitlines()[-1]
+        line = refusal(main, [*flags(corpus, 100_000), *change]).splitlines()[-1]
         assert words in line
         assert words.startswith("--") == (f"run run (pid {process.pid}" in line)
         before = trained_lines("run")

@@ -1,5 +1,4 @@
 import csv
-import errno
 import io
 import subprocess
 import sys
@@ -7,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -165,11 +165,7 @@ def test_a_disk_that_is_full_leaves_the_ledger_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "ledger.csv"
     append_row(path, ROW)
     before = path.read_bytes()
-
-    def full(self, data):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(UserError, match=r"cannot write the ledger .*No space left"):
         append_row(path, replace(ROW, run_id="b"))
     assert path.read_bytes() == before

@@ -21,7 +21,7 @@ from nanochat.lane_b.infer.crossing import (
     time_to,
 )
 from nanochat.lane_b.infer.curve_law import FORMS, Progress, Run, fit
-from nanochat.training.schedule import lr_multiplier
+from nanochat.training.schedule import lr_multipliers as schedule
 
 TRUTH = {
     "ends": (1.5, 0.4, 0.4),
@@ -29,10 +29,6 @@ TRUTH = {
     "relaxing": (1.5, 0.6, 0.4, 0.12, 30.0),
     "multi_power": (1.5, 0.6, 0.4, 0.3, 20.0, 0.4, 0.6),
 }
-
-
-def schedule(horizon):
-    return np.array([lr_multiplier(step, horizon) for step in range(horizon)])
 
 
 def made_run(form, values, horizon, seed=0, noise=0.0, evaluations=28):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from full_disk import full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,10 +163,7 @@ def test_conversion_that_fails_leaves_nothing(tmp_path, base_dir):
 
 
 def test_full_disk_while_converting_is_one_line_and_leaves_nothing(tmp_path, base_dir, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(shard_writer.pq, "write_table", full)
+    monkeypatch.setattr(shard_writer.pq, "write_table", full_disk)
     with pytest.raises(UserError, match=r"cannot prepare .*No space left on device"):
         open_dataset(text_folder(tmp_path / "corpus", a="first text", b="second text"))
     assert [path.name for path in base_dir.iterdir() if path.is_dir()] == []
@@ -300,11 +298,9 @@ def test_download_command_fetches_training_shards_and_the_last(two_shard_downloa
     (["--dataset", "stdlib", "-n", "2"], "-n is for downloads"),
     (["--dataset", "nowhere"], "known names are"),
 ])
-def test_wrong_arguments_are_one_line_and_exit_code_2(two_shard_download, arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+def test_wrong_arguments_are_one_line_and_exit_code_2(two_shard_download, arguments, message, refusal):
+    error = refusal(main, arguments)
+    assert message in error and error.count("\n") == 1
 
 
 def test_module_runs_as_a_command(tmp_path):

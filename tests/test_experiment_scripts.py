@@ -43,13 +43,6 @@ def matrix(ledger):
     return ledger
 
 
-def refused(capsys, main, *argv):
-    with pytest.raises(SystemExit) as stop:
-        main([str(arg) for arg in argv])
-    assert stop.value.code == 2
-    return capsys.readouterr().err
-
-
 def test_dry_run_prints_rules_and_commands_and_runs_nothing(ledger, capsys):
     experiment.main(["--name", "x", "--profile", "cpu", "--candidates", "baseline", "both", "--seeds", "0", "1",
                      "--ledger", str(ledger), "--dry-run", "--", "--device-type", "cpu"])
@@ -135,8 +128,8 @@ def test_what_a_profile_trains_on_is_prepared_where_it_is_missing(ledger, base_d
     (["--profile", "cpu", "--target-from", "nothing"], "no experiment 'nothing'"),
     (["--profile", "cpu", "--nproc-per-node", "0"], "at least 1"),
 ])
-def test_experiment_refuses_in_one_line(matrix, capsys, argv, message):
-    error = refused(capsys, experiment.main, "--name", "x", "--ledger", matrix, *argv)
+def test_experiment_refuses_in_one_line(matrix, refusal, argv, message):
+    error = refusal(experiment.main, ["--name", "x", "--ledger", str(matrix), *argv])
     assert error.count("\n") == 1 and message in error
 
 
@@ -158,14 +151,14 @@ def test_verdict_goes_into_the_log_above_older_entries(matrix, tmp_path, capsys)
     assert "**chunked-ce** (`--chunked-ce`): **insufficient**" in text and text.endswith("older\n\nText.\n")
 
 
-def test_a_verdict_without_the_records_says_so_and_is_not_logged(matrix, tmp_path, capsys, monkeypatch):
+def test_a_verdict_without_the_records_says_so_and_is_not_logged(matrix, tmp_path, capsys, monkeypatch, refusal):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "elsewhere"))
     verdict.main(["--experiment", "lane_c", "--ledger", str(matrix)])
     assert "note: 4 of 4 runs have no record in" in capsys.readouterr().out
     log = tmp_path / "LOG.md"
     log.write_text("# Log\n")
-    argv = ("--experiment", "lane_c", "--ledger", matrix, "--log", log)
-    assert "where they were made" in refused(capsys, verdict.main, *argv) and log.read_text() == "# Log\n"
+    argv = ["--experiment", "lane_c", "--ledger", str(matrix), "--log", str(log)]
+    assert "where they were made" in refusal(verdict.main, argv) and log.read_text() == "# Log\n"
 
 
 def test_the_same_verdict_is_logged_once(matrix, tmp_path, capsys):
@@ -188,11 +181,12 @@ def test_a_longer_baseline_leaves_the_threshold_of_rows_that_are_there(matrix):
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "create it"), ("no title\n", "line 1")])
-def test_verdict_refuses_a_log_without_a_title(matrix, tmp_path, capsys, text, message):
+def test_verdict_refuses_a_log_without_a_title(matrix, tmp_path, refusal, text, message):
     log = tmp_path / "LOG.md"
     if text is not None:
         log.write_text(text)
-    assert message in refused(capsys, verdict.main, "--experiment", "lane_c", "--ledger", matrix, "--log", log)
+    argv = ["--experiment", "lane_c", "--ledger", str(matrix), "--log", str(log)]
+    assert message in refusal(verdict.main, argv)
     assert log.exists() == (text is not None) and (text is None or log.read_text() == text)
 
 
@@ -201,14 +195,14 @@ def test_verdict_refuses_a_log_without_a_title(matrix, tmp_path, capsys, text, m
     (["--experiment", "lane_c", "--candidates", "both"], "no candidate 'both'"),
     (["--experiment", "lane_c", "--ledger", "nowhere.csv"], "nowhere.csv"),
 ])
-def test_verdict_refuses_in_one_line(matrix, capsys, argv, message):
-    error = refused(capsys, verdict.main, "--ledger", matrix, *argv)
+def test_verdict_refuses_in_one_line(matrix, refusal, argv, message):
+    error = refusal(verdict.main, ["--ledger", str(matrix), *argv])
     assert error.count("\n") == 1 and message in error
 
 
-def test_verdict_names_the_line_of_a_hand_made_mistake(matrix, capsys):
+def test_verdict_names_the_line_of_a_hand_made_mistake(matrix, refusal):
     matrix.write_text(matrix.read_text().replace("lane_c,1,4", "lane_c,one,4", 1))
-    assert "line 4: seed is 'one'" in refused(capsys, verdict.main, "--ledger", matrix, "--experiment", "lane_c")
+    assert "line 4: seed is 'one'" in refusal(verdict.main, ["--ledger", str(matrix), "--experiment", "lane_c"])
 
 
 @pytest.mark.parametrize(("script", "argv"), [

@@ -1,4 +1,3 @@
-import errno
 import hashlib
 import json
 import math
@@ -13,6 +12,7 @@ import threading
 import time
 
 import pytest
+from full_disk import full_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -73,10 +73,7 @@ def test_old_file_stays_when_the_block_raises(old, error):
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_old_file_stays_when_the_disk_refuses_at_the_end(old, monkeypatch, call):
-    def refuse(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(files.os, call, refuse)
+    monkeypatch.setattr(files.os, call, full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_text(old, "new")
     assert_untouched(old)

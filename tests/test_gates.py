@@ -31,6 +31,10 @@ class Bench:
         make_trial(self.ledger, experiment, candidate=CANDIDATE, depth=depth, seed=seed,
                    **{"step_ms": 100 * (1 - gain) * jitter} | candidate)
 
+    def pairs(self, n_seeds, **run):
+        for seed in range(n_seeds):
+            self.pair(seed, **run)
+
     def baseline(self, seed, depth=4, experiment="lane_c", **run):
         make_trial(self.ledger, experiment, depth=depth, seed=seed, **run)
 
@@ -54,8 +58,7 @@ def outcomes(verdict):
 
 
 def test_a_real_gain_is_promoted(bench):
-    for seed in range(3):
-        bench.pair(seed)
+    bench.pairs(3)
     bench.miniseries()
     verdict = bench.verdict()
     assert (verdict.decision, verdict.decided_by) == ("promote", "all four gates")
@@ -74,8 +77,7 @@ def test_slower_in_one_seed_fails_gate_1_alone(bench):
 
 
 def test_equal_times_are_not_a_gain(bench):
-    for seed in range(3):
-        bench.pair(seed, step_ms=100.0)
+    bench.pairs(3, step_ms=100.0)
     bench.miniseries()
     verdict = bench.verdict()
     assert outcomes(verdict) == ["fail", "pass", "pass", "pass"] and verdict.decision == "reject"
@@ -83,15 +85,14 @@ def test_equal_times_are_not_a_gain(bench):
 
 
 def test_target_never_reached_where_the_baseline_reached_it_fails_gate_1(bench):
-    for seed in range(2):
-        bench.pair(seed, gain=-0.05, bpb_shift=0.2)
+    bench.pairs(2, gain=-0.05, bpb_shift=0.2)
     bench.miniseries()
     assert "not lower in seed 0, 1" in bench.verdict().gates[0].detail
 
 
 def test_worse_end_fails_gate_2_alone(bench):
-    for seed in range(3):  # baseline sd 0.0005: the margin is 2 sd; the excess comes after the target was reached
-        bench.pair(seed, bpb_shift=0.0028, threshold=2.5, baseline={"threshold": 2.5})
+    # baseline sd 0.0005: the margin is 2 sd; the excess comes after the target was reached
+    bench.pairs(3, bpb_shift=0.0028, threshold=2.5, baseline={"threshold": 2.5})
     bench.miniseries()
     verdict = bench.verdict()
     assert outcomes(verdict) == ["pass", "fail", "pass", "pass"]
@@ -128,8 +129,7 @@ def test_a_loss_spike_fails_gate_3_alone(bench):
 
 
 def test_a_spike_that_the_baseline_has_too_is_the_datas(bench):
-    for seed in range(3):
-        bench.pair(seed, spike_at=150, baseline={"spike_at": 150})
+    bench.pairs(3, spike_at=150, baseline={"spike_at": 150})
     bench.miniseries()
     assert bench.verdict().decision == "promote"
 
@@ -139,8 +139,7 @@ def test_a_spike_that_the_baseline_has_too_is_the_datas(bench):
     (Probe(2, 0.0, 10), "2 graph breaks"),
 ])
 def test_a_failed_probe_fails_gate_3_alone(bench, probe, words):
-    for seed in range(3):
-        bench.pair(seed)
+    bench.pairs(3)
     bench.miniseries()
     bench.probe = probe
     verdict = bench.verdict()
@@ -148,8 +147,7 @@ def test_a_failed_probe_fails_gate_3_alone(bench, probe, words):
 
 
 def test_an_uncompiled_probe_says_nothing_of_graph_breaks(bench):
-    for seed in range(3):
-        bench.pair(seed)
+    bench.pairs(3)
     bench.miniseries()
     bench.probe = Probe(None, 0.0, 10)
     verdict = bench.verdict()
@@ -159,15 +157,13 @@ def test_an_uncompiled_probe_says_nothing_of_graph_breaks(bench):
 @pytest.mark.parametrize(("steps", "outcome"), [(50, "insufficient"), (60, "pass")])
 def test_runs_too_short_to_look_for_a_spike_are_not_called_stable(bench, steps, outcome):
     short = {"steps": steps, "eval_every": 5}
-    for seed in range(2):
-        bench.pair(seed, baseline=short, **short)
+    bench.pairs(2, baseline=short, **short)
     gate = bench.verdict(miniseries=False).gates[2]
     assert gate.outcome == outcome and ("too short to look for a spike" in gate.detail) == (steps == 50)
 
 
 def test_identical_differences_are_no_interval_and_never_promoted(bench):
-    for seed in range(3):
-        bench.pair(seed, step_ms=95.0)
+    bench.pairs(3, step_ms=95.0)
     bench.miniseries(step_ms=95.0)
     verdict = bench.verdict()
     assert outcomes(verdict) == ["pass"] * 4 and (verdict.gain.lo, verdict.gain.p) == (None, None)
@@ -192,8 +188,7 @@ def test_noise_of_early_evaluations_excuses_no_late_excess(bench, monkeypatch, s
 
 @pytest.mark.parametrize(("world", "word"), [({"device": "H200"}, "device"), ({"dataset_id": "books-2"}, "dataset")])
 def test_a_miniseries_of_another_world_is_refused(bench, world, word):
-    for seed in range(2):
-        bench.pair(seed)
+    bench.pairs(2)
     bench.miniseries(baseline=world, **world)
     with pytest.raises(UserError, match=f"another {word}.*miniseries"):
         bench.verdict()
@@ -212,8 +207,7 @@ def test_runs_of_another_tokenizer_are_not_compared(bench):
 def test_an_interpreters_times_are_not_judged_but_its_numbers_are(bench, worse, decision):
     """A kernel six times slower in the interpreter: gates 1 and 4 say neither that it is slower nor that it is not."""
     device = {"device": "CPU, Triton interpreted"}
-    for seed in range(3):
-        bench.pair(seed, step_ms=600.0, baseline=device, **device, **worse)
+    bench.pairs(3, step_ms=600.0, baseline=device, **device, **worse)
     bench.miniseries(step_ms=600.0, baseline=device, **device)
     verdict = bench.verdict()
     assert verdict.decision == decision and outcomes(verdict)[0] == outcomes(verdict)[3] == "insufficient"
@@ -224,8 +218,7 @@ def test_an_interpreters_times_are_not_judged_but_its_numbers_are(bench, worse, 
 
 def test_a_kernel_whose_bits_per_byte_rise_over_the_depths_fails_in_the_interpreter_too(bench):
     device = {"device": "CPU, Triton interpreted"}
-    for seed in range(3):
-        bench.pair(seed, baseline=device, **device)
+    bench.pairs(3, baseline=device, **device)
     bench.miniseries(bpb_shift=0.05, threshold=2.5, baseline={"threshold": 2.5, **device}, **device)
     assert (bench.verdict().decision, bench.verdict().decided_by) == ("reject", "gate 4 generalisation")
 
@@ -255,8 +248,7 @@ def test_a_run_without_summary_counts_as_failed(bench):
 
 
 def test_slower_at_every_depth_fails_gate_4_alone(bench):
-    for seed in range(3):
-        bench.pair(seed)
+    bench.pairs(3)
     bench.miniseries(gain=-0.05)
     verdict = bench.verdict()
     assert outcomes(verdict) == ["pass", "pass", "pass", "fail"]
@@ -265,15 +257,13 @@ def test_slower_at_every_depth_fails_gate_4_alone(bench):
 
 
 def test_worse_bits_per_byte_at_every_depth_fails_gate_4_alone(bench):
-    for seed in range(3):
-        bench.pair(seed)
+    bench.pairs(3)
     bench.miniseries(bpb_shift=0.02, threshold=2.5, baseline={"threshold": 2.5})
     assert outcomes(bench.verdict()) == ["pass", "pass", "pass", "fail"]
 
 
 def test_slower_at_one_depth_of_four_is_not_systematic(bench):
-    for seed in range(3):
-        bench.pair(seed)
+    bench.pairs(3)
     bench.miniseries()
     bench.pair(0, gain=-0.03, depth=6, experiment="miniseries")
     assert outcomes(bench.verdict()) == ["pass"] * 4
@@ -317,8 +307,7 @@ def test_missing_runs_are_insufficient_never_a_pass(bench, missing):
 
 
 def test_runs_whose_curves_are_elsewhere_are_insufficient(bench, monkeypatch, tmp_path):
-    for seed in range(3):
-        bench.pair(seed)
+    bench.pairs(3)
     bench.miniseries()
     trials, series = (load_trials(bench.ledger, name, tmp_path / "nowhere") for name in ("lane_c", "miniseries"))
     verdict = judge(CANDIDATE, trials, series, bench.probe)

@@ -100,10 +100,8 @@ def test_two_trees_step_in_turn(monkeypatch, capsys):
     assert ours.partition("loss")[2] == others.partition("loss")[2] and "3 pairs" in ratio
 
 
-def test_a_folder_that_is_no_checkout_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        trees.main([str(tmp_path)])
-    assert "is no checkout" in capsys.readouterr().err
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path, refusal):
+    assert "is no checkout" in refusal(trees.main, [str(tmp_path)])
 
 
 def test_a_steps_flops_are_its_matmuls():

@@ -15,16 +15,12 @@ from nanochat.lane_b.infer.curve_law import FORMS, Law, Progress, Run
 from nanochat.lane_b.infer.horizon import TooShort, infer_horizon
 from nanochat.lane_b.infer.horizon_figure import draw_inference
 from nanochat.lane_b.infer.inputs import Setting
-from nanochat.training.schedule import lr_multiplier
+from nanochat.training.schedule import lr_multipliers
 
 LOW_RATES, NEAR_BEST = (1.5, 0.6, 0.4, 0.05, 30.0), (1.5, 0.6, 0.4, 0.3, 300.0)  # the gain of the landing: small, large
 DEFAULT_STEPS = 1200
 SETTING = Setting("books", "bpe", 1_000_000, 2048, 0.05, {})
-
-
-@cache
-def schedule(horizon):
-    return np.array([lr_multiplier(step, horizon) for step in range(horizon)])
+schedule = cache(lr_multipliers)
 
 
 def truth(values=LOW_RATES):

@@ -18,7 +18,7 @@ from nanochat.lane_b.infer.inference_file import read_inference
 from nanochat.lane_b.infer.inputs import read_statistics
 from nanochat.lane_b.infer.record import read_records
 from nanochat.runlog import RunLog
-from nanochat.training.schedule import lr_multiplier
+from nanochat.training.schedule import lr_multipliers
 from scripts import lane_b_infer_ratio, lane_b_log_run
 
 WORKSHEET = (Path(__file__).parents[1] / "ideas" / "lane_b_inference_worksheet.md").read_text()
@@ -32,8 +32,7 @@ RECIPE = {"warmup_steps": 40, "warmdown_ratio": 0.65, "final_lr_frac": 0.05, "ma
 def curve(steps):
     """(evaluated steps, bits per byte) of a whole schedule by a law whose learning rates are too low."""
     at = np.unique([*range(20, steps + 1, 20), steps])
-    multipliers = np.array([lr_multiplier(step, steps) for step in range(steps)])
-    return at, FORMS["relaxing"].loss(Progress(multipliers, at), 1.5, 0.6, 0.4, 0.1, 30.0)
+    return at, FORMS["relaxing"].loss(Progress(lr_multipliers(steps), at), 1.5, 0.6, 0.4, 0.1, 30.0)
 
 
 def end_of(steps):
@@ -353,13 +352,11 @@ def test_notes_by_hand_keep_the_source_of_alpha(tmp_path, inferred, make_run):
     assert row.notes == "alpha_source=curves; state=ok; the fan was loud"
 
 
-def test_logging_again_skips_what_is_there_only_when_asked(tmp_path, inferred, make_run, capsys):
+def test_logging_again_skips_what_is_there_only_when_asked(tmp_path, inferred, make_run, refusal):
     runs = [make_run(f"inferred-s{seed}", steps_of(inferred["chosen_ratio"]), seed=seed) for seed in (0, 1)]
     assert len(log(tmp_path, "--run", runs[0])) == 1
     assert [row.run_id for row in log(tmp_path, "--skip-logged", "--run", *runs)] == runs
-    with pytest.raises(SystemExit):
-        log(tmp_path, "--run", runs[0])
-    assert "line 2: run_id 'inferred-s0' is already there" in capsys.readouterr().err
+    assert "line 2: run_id 'inferred-s0' is already there" in refusal(log, tmp_path, "--run", runs[0])
 
 
 @pytest.mark.parametrize("flags, change, fault", [
@@ -368,24 +365,20 @@ def test_logging_again_skips_what_is_there_only_when_asked(tmp_path, inferred, m
     ([], {"config": {"n_scaling_params": 7}}, "has n_scaling_params 7"),
     (["--seed", "one"], {}, "seed is 'one', not a whole number"),
 ])
-def test_a_row_that_would_not_be_true_is_refused(tmp_path, inferred, make_run, capsys, flags, change, fault):
+def test_a_row_that_would_not_be_true_is_refused(tmp_path, inferred, make_run, refusal, flags, change, fault):
     run = make_run("inferred-s0", steps_of(inferred["chosen_ratio"]), **change)
-    with pytest.raises(SystemExit) as stopped:
-        log(tmp_path, "--run", run, *flags)
-    assert stopped.value.code == 2 and fault in capsys.readouterr().err
+    assert fault in refusal(log, tmp_path, "--run", run, *flags)
     assert not (tmp_path / "lane_b.csv").exists()
 
 
 @pytest.mark.parametrize("name, value, fault", [
     ("decision", "guessed", "decision is 'guessed'"), ("target_metric_name", "loss", "target_metric_name is 'loss'"),
     ("schema_version", 1, "schema_version 1 (this program reads 2); make the file again with")])
-def test_an_inference_that_names_what_nobody_knows_is_an_error(tmp_path, inferred, make_run, capsys, name, value,
+def test_an_inference_that_names_what_nobody_knows_is_an_error(tmp_path, inferred, make_run, refusal, name, value,
                                                                 fault):
     run = make_run("inferred-s0", steps_of(inferred["chosen_ratio"]))
     (tmp_path / "infer.json").write_text(json.dumps(inferred | {name: value}))
-    with pytest.raises(SystemExit) as stopped:
-        log(tmp_path, "--run", run)
-    assert stopped.value.code == 2 and f"infer.json: {fault}" in capsys.readouterr().err
+    assert f"infer.json: {fault}" in refusal(log, tmp_path, "--run", run)
 
 
 @pytest.mark.parametrize("summary, code, fault", [
@@ -393,11 +386,9 @@ def test_an_inference_that_names_what_nobody_knows_is_an_error(tmp_path, inferre
     ({"final_val_bpb": "low"}, 2, "final_val_bpb is 'low'"),
     ({"dt_median_ms": "quick"}, 2, "dt_median_ms is 'quick'"),
 ])
-def test_a_record_without_a_metric_is_one_line(tmp_path, inferred, make_run, capsys, summary, code, fault):
+def test_a_record_without_a_metric_is_one_line(tmp_path, inferred, make_run, refusal, summary, code, fault):
     run = make_run("odd", steps_of(inferred["chosen_ratio"]), excess=0.5, summary=summary)
-    with pytest.raises(SystemExit) as stopped:
-        log(tmp_path, "--run", run)
-    assert (stopped.value.code, fault in capsys.readouterr().err) == (code, True)
+    assert fault in refusal(log, tmp_path, "--run", run, exit_code=code)
     assert not (tmp_path / "lane_b.csv").exists()
 
 

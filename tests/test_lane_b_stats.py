@@ -272,56 +272,47 @@ def test_default_lags_end_at_a_tenth_of_the_documents_and_say_so():
     ([{"text": "alone " * 3000}, {"text": "validation"}], "only 1 different document"),
     ([{"text": "~" * (1000 + i)} for i in range(200)], "one token makes up 100% of the text"),
 ])
-def test_a_corpus_that_cannot_do_exits_with_3_and_writes_nothing(corpus, tmp_path, capsys, documents, words):
+def test_a_corpus_that_cannot_do_exits_with_3_and_writes_nothing(corpus, tmp_path, refusal, documents, words):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    with pytest.raises(SystemExit) as stop:
-        main(arguments(corpus, tmp_path, "--dataset", str(tmp_path / "text")))
-    assert stop.value.code == 3
-    error = capsys.readouterr().err.splitlines()[-1]
+    text = str(tmp_path / "text")
+    error = refusal(main, arguments(corpus, tmp_path, "--dataset", text), exit_code=3).splitlines()[-1]
     assert error.startswith("error: ") and words in error
     assert not (tmp_path / "stats.json").exists()
 
 
-def test_losses_of_another_dataset_exit_with_3(corpus, tmp_path, capsys):
+def test_losses_of_another_dataset_exit_with_3(corpus, tmp_path, refusal):
     event = {"tokens": 10, "nats_by_position": [1.0, 1.0], "counts_by_position": [1, 1], "dataset_id": "climbmix-1"}
     (tmp_path / "event.json").write_text(json.dumps(event))
-    with pytest.raises(SystemExit) as stop:
-        main(arguments(corpus, tmp_path, "--position-losses", str(tmp_path / "event.json")))
-    assert stop.value.code == 3 and not (tmp_path / "stats.json").exists()
-    assert "entropy measured on another distribution than the training text" in capsys.readouterr().err
+    argv = arguments(corpus, tmp_path, "--position-losses", str(tmp_path / "event.json"))
+    assert "entropy measured on another distribution than the training text" in refusal(main, argv, exit_code=3)
+    assert not (tmp_path / "stats.json").exists()
 
 
 @pytest.mark.parametrize("more", [["--lags", "0,1"], ["--lags", "a"], ["--max-tokens", "0"], ["--split", "test"]])
-def test_flags_without_sense_exit_with_2(corpus, tmp_path, more, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments(corpus, tmp_path, *more))
-    assert stop.value.code == 2 and capsys.readouterr().err
+def test_flags_without_sense_exit_with_2(corpus, tmp_path, more, refusal):
+    assert refusal(main, arguments(corpus, tmp_path, *more))
 
 
-def test_losses_of_different_models_exit_with_3(corpus, tmp_path, capsys):
+def test_losses_of_different_models_exit_with_3(corpus, tmp_path, refusal):
     dataset_id = open_dataset(str(corpus / "text")).dataset_id
     for name in ("a.json", "b.json"):
         event = {"tokens": 10, "nats_by_position": [1.0, 1.0], "counts_by_position": [1, 1], "dataset_id": dataset_id,
                  "model_config": {"n_layer": len(list(tmp_path.iterdir()))}}
         (tmp_path / name).write_text(json.dumps(event))
-    with pytest.raises(SystemExit) as stop:
-        main(arguments(corpus, tmp_path, "--position-losses", str(tmp_path / "a.json"), str(tmp_path / "b.json")))
-    assert stop.value.code == 3 and "are of different models" in capsys.readouterr().err
+    argv = arguments(corpus, tmp_path, "--position-losses", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
+    assert "are of different models" in refusal(main, argv, exit_code=3)
 
 
 @pytest.mark.parametrize("path", ["missing/stats.json", "."])
-def test_an_output_that_cannot_be_written_is_named_before_the_work(corpus, tmp_path, path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments(corpus, tmp_path, "--output-json", str(tmp_path / path)))
-    assert stop.value.code == 2 and "--out" in capsys.readouterr().err
+def test_an_output_that_cannot_be_written_is_named_before_the_work(corpus, tmp_path, path, refusal):
+    assert "--out" in refusal(main, arguments(corpus, tmp_path, "--output-json", str(tmp_path / path)))
 
 
-def test_a_missing_matplotlib_is_named_before_the_work(corpus, tmp_path, monkeypatch, capsys):
+def test_a_missing_matplotlib_is_named_before_the_work(corpus, tmp_path, monkeypatch, refusal):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SystemExit) as stop:
-        main(arguments(corpus, tmp_path, "--plot", str(tmp_path / "stats.png")))
-    assert stop.value.code == 2 and "pip install 'nanochat[report]'" in capsys.readouterr().err
+    argv = arguments(corpus, tmp_path, "--plot", str(tmp_path / "stats.png"))
+    assert "pip install 'nanochat[report]'" in refusal(main, argv)
     assert not (tmp_path / "stats.json").exists()
 
 

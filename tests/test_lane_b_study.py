@@ -68,13 +68,12 @@ def test_the_calibration_gets_another_horizon_while_the_inference_asks_for_one(r
         assert {args.inference_json for args in logged} == {inferences[1].out}
 
 
-def test_a_calibration_that_has_cost_enough_goes_on_with_what_it_has_or_stops_and_says_so(run, capsys):
+def test_a_calibration_that_has_cost_enough_goes_on_with_what_it_has_or_stops_and_says_so(run, refusal):
     wider = {**WIDE, "next_num_iterations": 1280}
     assert "scripts.report" in [module for module, _ in run(inferences=[WIDE, wider])]
-    with pytest.raises(SystemExit) as stop:
-        run("--name", "other", inferences=[TOO_SHORT, {**TOO_SHORT, "next_num_iterations": 1280}])
-    assert stop.value.code == 2
-    assert "after a calibration of 2.25 baseline runs a seed: no horizon up to 1080" in capsys.readouterr().err
+    shorter = [TOO_SHORT, {**TOO_SHORT, "next_num_iterations": 1280}]
+    error = refusal(lambda: run("--name", "other", inferences=shorter))
+    assert "after a calibration of 2.25 baseline runs a seed: no horizon up to 1080" in error
 
 
 def test_a_target_from_outside_takes_the_place_of_the_run_that_would_set_it(run):
@@ -100,8 +99,6 @@ def test_a_dry_run_prints_what_is_known_and_runs_nothing(run, base_dir, capsys):
 @pytest.mark.parametrize(("argv", "message"), [
     (["--target-metric-threshold", "-1"], "bits per byte are above 0"),
     (["--profile", "miniseries"], "use one of cpu, d12"), (["--name", "a/b"], "cannot name a folder")])
-def test_a_study_that_cannot_be_is_refused_in_one_line(argv, message, capsys, base_dir):
-    with pytest.raises(SystemExit) as stop:
-        lane_b.main(argv)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and message in error and not list(base_dir.iterdir())
+def test_a_study_that_cannot_be_is_refused_in_one_line(argv, message, refusal, base_dir):
+    error = refusal(lane_b.main, argv)
+    assert error.count("\n") == 1 and message in error and not list(base_dir.iterdir())

@@ -200,11 +200,9 @@ def test_the_plan_takes_lane_b_s_ratio_with_its_interval(tmp_path, capsys):
     (["--price-per-gpu-hour", "inf"], "error: --price-per-gpu-hour inf must be at least 0 and finite"),
     (["--device-batch-size", "7"], "--device-batch-size 7"), (["--inference-json", "nowhere.json"], "nowhere.json"),
 ])
-def test_the_plan_refuses_in_one_line(flags, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        plan_script.main(["--depth", "12", *flags])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+def test_the_plan_refuses_in_one_line(flags, message, refusal):
+    error = refusal(plan_script.main, ["--depth", "12", *flags])
+    assert message in error and error.count("\n") == 1
 
 
 # --- measured --------------------------------------------------------------------------------------------------------

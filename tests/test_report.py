@@ -333,13 +333,11 @@ def test_runs_of_other_worlds_are_refused(world, word):
     (["one", "--lane-b-figures", "beta.csv"], "not an image"),
     (["one", "--lane-b-figures", "missing.png"], "cannot read"),
 ])
-def test_script_refuses_in_one_line_and_writes_nothing(matrix, tmp_path, capsys, argv, message):
+def test_script_refuses_in_one_line_and_writes_nothing(matrix, tmp_path, refusal, argv, message):
     out = tmp_path / "report.html"
     make_run("one", **SMALL)
-    with pytest.raises(SystemExit) as stop:
-        script.main(["--ledger", str(matrix.ledger), "--out", str(out), *argv])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and message in error and not out.exists()
+    error = refusal(script.main, ["--ledger", str(matrix.ledger), "--out", str(out), *argv])
+    assert error.count("\n") == 1 and message in error and not out.exists()
 
 
 def test_script_writes_both_forms(ledger, tmp_path):

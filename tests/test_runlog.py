@@ -1,4 +1,3 @@
-import errno
 import math
 import os
 import re
@@ -6,6 +5,7 @@ import resource
 from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -189,12 +189,8 @@ def test_status_is_the_summarys(tmp_path, status):
 def test_summary_that_cannot_be_written_leaves_an_unfinished_run(tmp_path, monkeypatch):
     log = start(tmp_path)
     log.event("train", step=1)
-
-    def refuse(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", refuse)
+        patch.setattr(files.os, "replace", full_disk)
         with pytest.raises(UserError, match=r"No space left on device\); make room"):
             log.finish(status="ok")
     log.close()

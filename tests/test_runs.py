@@ -411,9 +411,8 @@ def test_pruning_keeps_the_newest_and_the_best_and_touches_no_running_run(cache,
     assert capsys.readouterr().out.endswith("0.0 MiB freed\n")
 
 
-def test_the_last_checkpoints_go_when_they_are_asked_for_by_name(cache):
-    with pytest.raises(SystemExit):
-        script.main(["--prune", "--yes", "--with-last"])
+def test_the_last_checkpoints_go_when_they_are_asked_for_by_name(cache, refusal):
+    refusal(script.main, ["--prune", "--yes", "--with-last"])
     script.main(["--prune", "--yes", "--with-last", "old", "going"])
     assert not (checkpoints_dir() / "old.before-20261126-010203").exists()
     assert steps_left("going") == steps_left("best") == [10, 20, 30, 40]
@@ -480,7 +479,5 @@ def test_leftovers_are_a_day_old_and_of_no_run_in_particular(cache):
     (["--watch", "no"], "no run 'no'"), (["--compare", "no"], "no run 'no'"), (["--newest", "0"], "at least 1"),
     (["x", "--watch", "y"], "name their runs"), (["--compare", "x", "--newest", "2"], "name their runs"),
     (["--yes"], "go with --prune"), (["--prune", "--with-last"], "name the runs")])
-def test_wrong_calls_are_refused(capsys, argv, words):
-    with pytest.raises(SystemExit) as stop:
-        script.main(argv)
-    assert stop.value.code == 2 and words in capsys.readouterr().err
+def test_wrong_calls_are_refused(refusal, argv, words):
+    assert words in refusal(script.main, argv)

@@ -9,13 +9,11 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from checkpoints import META
+from checkpoints import write_model
 from corpus import GOLDEN_TOKENIZER, golden_tokenizer
 
 from nanochat.model.engine import generate
-from nanochat.model.gpt import GPT, GPTConfig
-from nanochat.training.checkpoint import checkpoint_folder, save_checkpoint
+from nanochat.training.checkpoint import checkpoint_folder
 from scripts.sample import main
 
 PROGRAM = [sys.executable, "-m", "scripts.sample", "--model-tag", "tiny", "--tokenizer-dir", GOLDEN_TOKENIZER]
@@ -23,16 +21,10 @@ PROGRAM = [sys.executable, "-m", "scripts.sample", "--model-tag", "tiny", "--tok
 
 @pytest.fixture
 def model(monkeypatch):
-    """A small model that has an opinion, and cannot write a BOS of its own accord."""
+    """A small model; what it samples is the same text in every process."""
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    config = GPTConfig(64, golden_tokenizer().vocab_size, 2, 2, 2, 32, "L")
-    model = GPT(config)
-    model.init_weights(0)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(100)
-    save_checkpoint(checkpoint_folder("tiny"), 7, model.state_dict(), {}, {**META, "model_config": config.to_dict()})
-    return model.eval()
+    return write_model()
 
 
 def expected(model, prompt, seed=42, n=128, top_k=50, temperature=0.8):

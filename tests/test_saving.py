@@ -1,6 +1,5 @@
 """Saving in the background: what is saved is what was there, failures end all ranks at one step, old ones go late."""
 
-import errno
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from full_disk import full_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import run_on_ranks
@@ -88,10 +88,7 @@ def test_weights_that_are_huge_but_finite_are_good(tmp_path):
 
 
 def test_a_failure_waits_until_it_is_collected_and_leaves_nothing(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(torch, "save", full_disk)
     saver = Trained(1).saver(tmp_path / "d4")
     saver.save({"step": 1}, lambda: None)
     saver._saving.exception()  # until it is done
@@ -106,9 +103,6 @@ def save_on_two_ranks(rank, world_size, folder):
     ranks, folder, report = Ranks(rank, rank, world_size), Path(folder), {}
     trained = Trained(rank)
     saver = trained.saver(folder, ranks)
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
     def taken():
         raise UserError("taken by another")
@@ -125,7 +119,7 @@ def save_on_two_ranks(rank, world_size, folder):
     attempt(1)
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr(torch, "save", full)
+            patch.setattr(torch, "save", full_disk)
         attempt(2)
     attempt(3, taken)
     attempt(4)

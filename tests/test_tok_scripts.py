@@ -61,11 +61,9 @@ def test_the_share_of_the_text_that_was_read_is_said_and_why(corpus, capsys, lim
     (["--max-chars", "0"], "must be at least 1"),
     (["--dataset", "nowhere"], "known names are"),
 ])
-def test_wrong_arguments_are_one_line_and_save_nothing(corpus, base_dir, capsys, arguments, message):
-    with pytest.raises(SystemExit) as stop:
-        tok_train.main(["--dataset", corpus, *arguments])
-    last_line = capsys.readouterr().err.strip().split("\n")[-1]
-    assert stop.value.code == 2 and last_line.startswith("error: ") and message in last_line
+def test_wrong_arguments_are_one_line_and_save_nothing(corpus, base_dir, refusal, arguments, message):
+    last_line = refusal(tok_train.main, ["--dataset", corpus, *arguments]).splitlines()[-1]
+    assert last_line.startswith("error: ") and message in last_line
     assert not (base_dir / "tokenizer").exists()
 
 
@@ -94,10 +92,8 @@ def test_comparison_shows_the_other_tokenizer_and_our_gain(corpus, tmp_path, cap
     assert gain == f"{float(ours) - 1:+.1%}"
 
 
-def test_missing_tokenizer_is_one_line(corpus, capsys):
-    with pytest.raises(SystemExit) as stop:
-        tok_eval.main(["--dataset", corpus])
-    assert stop.value.code == 2 and "python -m scripts.tok_train" in capsys.readouterr().err
+def test_missing_tokenizer_is_one_line(corpus, refusal):
+    assert "python -m scripts.tok_train" in refusal(tok_eval.main, ["--dataset", corpus])
 
 
 @pytest.mark.parametrize("script", ["tok_train", "tok_eval"])

@@ -1,6 +1,5 @@
 """The loop with everything around it replaced by fakes, and its clock turned by hand."""
 
-import errno
 import json
 import math
 import signal
@@ -8,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from full_disk import full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -685,11 +685,7 @@ def test_closing_the_record_writes_the_summary_and_closes_the_sinks(tmp_path):
 def test_a_full_disk_at_the_end_is_said_but_never_hides_what_ended_the_run(tmp_path, monkeypatch, capsys):
     log = record(tmp_path)
     log.sinks.append(Sink())
-
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("nanochat.runlog.os.fsync", full)
+    monkeypatch.setattr("nanochat.runlog.os.fsync", full_disk)
     with pytest.raises(UserError, match="No space left on device"):
         close_record(log, "ok", torch.device("cpu"), (None, None), 0.0, World())
     log = RunLog(log.folder, [Sink()])

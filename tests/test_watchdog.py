@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from corpus import TINY_FLAGS, write_corpus
+from corpus import TINY_FLAGS
 
 from nanochat.paths import runs_dir
 from nanochat.ranks import Ranks
@@ -102,11 +102,6 @@ def test_a_rank_that_has_left_is_not_gone_and_one_that_is_gone_is_found_sooner_w
     assert not seen(ranks, 20, silent=[1, 2])
     ranks[0]._failing = True
     assert "rank 2 (pid " in seen(ranks, 20, silent=[1, 2])
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    return str(write_corpus(tmp_path / "corpus"))
 
 
 def torchrun(corpus, fault, rank, step, *more, world_size=2, max_restarts=0):

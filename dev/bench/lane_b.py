@@ -27,7 +27,6 @@ from nanochat.lane_b.measure.correlation import counters_of, estimate_lags
 from nanochat.lane_b.measure.documents import from_arrays
 from nanochat.lane_b.measure.kneser_ney import KneserNey
 from nanochat.machine import device_name
-from nanochat.paths import base_dir
 from nanochat.provenance import git_commit
 
 
@@ -60,7 +59,7 @@ def made_tokens(n_tokens, vocab_size, seed=0):
 
 
 def read_corpus(args, n_tokens):
-    tokenizer = load_tokenizer(args.tokenizer_dir or base_dir() / "tokenizer")
+    tokenizer = load_tokenizer(args.tokenizer_dir)
     shards = [(shard.tokens, shard.offsets) for shard in token_shards(open_dataset(args.dataset), tokenizer)]
     return from_shards(shards, tokenizer.bos_id, tokenizer.vocab_size, n_tokens)
 

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from dev.study.curve_laws import read_cells, schedule
+from dev.study.curve_laws import read_cells
 from nanochat.errors import command
 from nanochat.lane_b.infer.crossing import MAX_EXTRAPOLATION, Prediction, first_crossing, lack_of_fit, slope_test
 from nanochat.lane_b.infer.curve_law import FORMS
+from nanochat.training.schedule import lr_multipliers
 
 COLUMNS = ("cell", "form", "calibration", "lack_of_fit_f", "lack_of_fit_p", "slopes", "threshold",
            "whole_measured", "whole", "whole_lo", "whole_hi", "horizon_run", "time_measured", "time", "time_lo",
@@ -84,7 +85,7 @@ def study(cells, form, copies):
         measured = Measured(by_horizon)
         for calibration in calibrations(measured.horizons):
             runs = [run.late() for horizon in calibration for run in by_horizon[horizon]]
-            prediction = Prediction(form, runs, schedule, copies)
+            prediction = Prediction(form, runs, lr_multipliers, copies)
             misfit = lack_of_fit(prediction.law, runs)
             head = {"cell": cell, "form": form.name, "lack_of_fit_f": misfit.ratio,
                     "lack_of_fit_p": misfit.p, "calibration": "+".join(map(str, calibration)),

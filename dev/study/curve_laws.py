@@ -19,14 +19,14 @@ import numpy as np
 
 from dev.study.other_forms import OTHER_FORMS
 from nanochat.errors import command
-from nanochat.lane_b.infer.crossing import first_crossing, shortest_whole
+from nanochat.lane_b.infer.crossing import MAX_EXTRAPOLATION, first_crossing, shortest_whole
 from nanochat.lane_b.infer.curve_law import ALPHA_LOG_SD, FORMS, Progress, Run, fit
-from nanochat.training.schedule import lr_multiplier
+from nanochat.training.schedule import lr_multipliers
 
 COLUMNS = ("cell", "split", "fitted_horizons", "horizon", "form", "prior", "first_step", "rms_log_loss",
            "end_error_bpb", "late_rms_bpb", "crossing_own_error_pct", "crossing_shorter_error_pct",
            "shortest_whole_error_pct", "at_bound")
-MAX_EXTRAPOLATION, SHORTEST_STEPS = 1.5, 300
+SHORTEST_STEPS = 300
 PRIORS = (ALPHA_LOG_SD, 1e6)  # with the exponent's prior and without
 
 
@@ -36,11 +36,6 @@ def parse_args(argv):
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--first-steps", type=int, nargs="+", default=[100, 200, 300, 400])
     return parser.parse_args(argv)
-
-
-def schedule(horizon):
-    """The project's multipliers of a horizon of so many steps."""
-    return np.array([lr_multiplier(step, horizon) for step in range(horizon)])
 
 
 def read_cells(path):
@@ -56,7 +51,7 @@ def read_cells(path):
     for cell, runs in cells.items():
         found[cell] = defaultdict(list)
         for (horizon, seed), (steps, losses) in sorted(runs.items()):
-            found[cell][horizon].append(Run(Progress(schedule(horizon), np.array(steps)), np.array(losses), seed))
+            found[cell][horizon].append(Run(Progress(lr_multipliers(horizon), np.array(steps)), np.array(losses), seed))
     return found
 
 
@@ -81,13 +76,13 @@ def errors(law, runs, shorter):
     """The errors of one law at the horizon of `runs`; `shorter`: the runs of the next shorter horizon, or None."""
     horizon = runs[0].horizon
     steps = np.arange(max(1, round(0.25 * horizon)), horizon + 1)
-    predicted = law.at(Progress(schedule(horizon), steps))
+    predicted = law.at(Progress(lr_multipliers(horizon), steps))
     ends = [run.loss[-1] for run in runs]
     late = [run.late() for run in runs]
     observed = np.mean([run.loss for run in late], axis=0)
     row = {"end_error_bpb": predicted[-1] - np.mean(ends),
-           "shortest_whole_error_pct": 100 * (shortest_whole(law, schedule, np.mean(ends), SHORTEST_STEPS, 3 * horizon)
-                                             / horizon - 1)}
+           "shortest_whole_error_pct": 100 * (shortest_whole(law, lr_multipliers, np.mean(ends), SHORTEST_STEPS,
+                                                            3 * horizon) / horizon - 1)}
     if law.form.ends_only:
         return row
     row["late_rms_bpb"] = np.sqrt(np.mean((law.at(late[0].progress) - observed) ** 2))

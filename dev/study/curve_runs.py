@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nanochat.errors import UserError, command
-from nanochat.paths import base_dir
+from nanochat.paths import runs_dir
 from nanochat.runlog import read_run
 from nanochat.target import evaluations_of
 
@@ -47,7 +47,7 @@ def run_id(cell, ratio, seed):
 def train(args, cell, ratio, seed):
     """One run, unless its record is complete already."""
     name, (text, rates) = run_id(cell, ratio, seed), CELLS[cell]
-    if (base_dir() / "runs" / name / "summary.json").exists():
+    if (runs_dir() / name / "summary.json").exists():
         return
     factor = TUNED_FACTOR if rates == "tuned" else 1
     steps = round(ratio * STEPS_PER_RATIO)
@@ -64,7 +64,7 @@ def train(args, cell, ratio, seed):
 def write_curves(path):
     """Every evaluation of every complete run in the cache, as (cell, seed, steps of the horizon, step, val_bpb)."""
     rows = []
-    for folder in sorted((base_dir() / "runs").iterdir()):
+    for folder in sorted(runs_dir().iterdir()):
         cell, _, rest = folder.name.partition("-r")
         if cell not in CELLS or not (folder / "summary.json").exists():
             continue

@@ -32,10 +32,10 @@ from nanochat.experiments.lane_b_study import CALIBRATION_SHARES, MAX_CALIBRATIO
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.infer.curve_law import Progress, Run
 from nanochat.lane_b.infer.horizon import CONFIRMATION_FACTOR, DEFAULT_RATIO, infer_horizon
-from nanochat.paths import base_dir
+from nanochat.paths import runs_dir
 from nanochat.runlog import read_run
 from nanochat.target import evaluations_of, first_crossing
-from nanochat.training.schedule import lr_multiplier
+from nanochat.training.schedule import lr_multipliers
 
 PREDICTIONS, RESULTS = Path("dev/lane_b_study_predictions.csv"), Path("dev/lane_b_study.csv")
 COLUMNS = ("cell", "target_ratio", "threshold", "n_scaling_params", "decision", "horizon", "horizon_steps",
@@ -51,6 +51,8 @@ PARAMS = {"d2w64": 229_400, "d3w96": 528_456}
 RATES = {"auto": 1, "tuned": 8}  # times the recipe's, which the automatic scale makes too low at 2,048 tokens a step
 HORIZONS = ("shortest_whole", "quickest", "neighbour", "default")
 RECIPE = {"--matrix-lr": 0.02, "--embedding-lr": 0.3, "--unembedding-lr": 0.008}
+
+multipliers = cache(lr_multipliers)
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def make_texts(args, names):
 def train(args, cell, steps, seed, *more, what=""):
     """The record of a run of the cell, made now where it is not there."""
     run_id = f"study.{cell.name}.h{steps}{what}.s{seed}"
-    folder = base_dir() / "runs" / run_id
+    folder = runs_dir() / run_id
     if not (folder / "summary.json").exists():
         shutil.rmtree(folder, ignore_errors=True)  # what a killed study left
         depth, head_dim, aspect_ratio = SIZES[cell.size]
@@ -168,11 +170,6 @@ def curve(record, seed=0):
     found = [e for e in evaluations_of(record.events, "val_bpb") if e.step]
     return Run(Progress(multipliers(record.config["num_iterations"]), np.array([e.step for e in found])),
                np.array([e.metric for e in found]), seed)
-
-
-@cache
-def multipliers(horizon):
-    return np.array([lr_multiplier(step, horizon) for step in range(horizon)])
 
 
 def calibrate(args, cell, pool, steps):

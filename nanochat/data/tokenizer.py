@@ -13,6 +13,7 @@ import tiktoken
 from nanochat.data.tokenizer_files import read_pickle_file, read_text_file, to_text, vocabulary_id
 from nanochat.errors import UserError
 from nanochat.files import atomic_path, write_text
+from nanochat.paths import base_dir
 
 # GPT-4's split pattern, except that digits go in groups of one or two instead of up to three.
 SPLIT_PATTERN = (
@@ -112,9 +113,12 @@ def train_tokenizer(texts, vocab_size):
     return Tokenizer(ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
 
 
-def load_tokenizer(folder):
-    """The Tokenizer saved in a folder, ours or upstream's. Errors: UserError naming the file of what is wrong."""
-    folder = Path(folder)
+def load_tokenizer(folder=None):
+    """The Tokenizer saved in a folder, ours or upstream's; empty or None: the cache's own.
+
+    Errors: UserError naming the file of what is wrong.
+    """
+    folder = Path(folder or base_dir() / "tokenizer")
     readers = {TEXT_FILE: read_text_file, PICKLE_FILE: read_pickle_file}
     there = [folder / name for name in readers if os.path.exists(folder / name)]  # no error for too long a name
     if not there:

@@ -17,6 +17,7 @@ from nanochat.progress import progress
 
 FEWSHOT_SEED = 1234  # of item i: FEWSHOT_SEED + i
 WINDOW_EXAMPLES = 256  # rendered, sorted by length and batched together
+BATCH_TOKENS = 8192  # at most in one forward pass
 
 # By task type: how an example before the item is written (its answer included), and the item itself. `option` is one
 # of the item's choices, one of its contexts, or its continuation.
@@ -57,13 +58,12 @@ class Option:
 
 
 @torch.no_grad()
-def evaluate_core(model, tokenizer, bundle, device, *, max_per_task=-1, max_tokens=None, batch_tokens=8192,
-                  rank=0, world_size=1):
+def evaluate_core(model, tokenizer, bundle, device, *, max_per_task=-1, max_tokens=None, rank=0, world_size=1):
     """CoreResult of `model(idx)`: (B, T) int64 token ids -> (B, T, vocab) logits. Prompts come in many lengths, so
     give the model as it is, not a compiled one.
 
-    bundle: the folder with core.yaml. max_tokens: longer prompts lose their beginning. batch_tokens: at most in one
-    forward pass. With several ranks every world_size-th example is this one's, and counts are summed over ranks.
+    bundle: the folder with core.yaml. max_tokens: longer prompts lose their beginning. With several ranks every
+    world_size-th example is this one's, and counts are summed over ranks.
     Errors: UserError when the bundle is missing or damaged.
     """
     tasks = read_bundle(bundle, max_per_task)
@@ -76,7 +76,7 @@ def evaluate_core(model, tokenizer, bundle, device, *, max_per_task=-1, max_toke
                 window = mine[at:at + WINDOW_EXAMPLES]
                 examples = [options_of(task, index, tokenizer) for index in window]
                 scores = score_options([crop(option, max_tokens) for options in examples for option in options],
-                                       model, tokenizer.bos_id, device, batch_tokens)
+                                       model, tokenizer.bos_id, device, BATCH_TOKENS)
                 n_correct[number] += count_correct(task, window, examples, scores)
                 bar.update(len(window) * world_size)
         bar.update(bar.total - bar.n)

@@ -120,9 +120,9 @@ def _check_members(members):
 
 
 def _read_config(folder, name):
-    path = folder / name
+    path, text = folder / name, _read_text(folder, name)
     try:
-        entries = yaml.safe_load(_read_text(folder, name))["icl_tasks"]
+        entries = yaml.safe_load(text)["icl_tasks"]
         for entry in entries:
             if not isinstance(entry["num_fewshot"][0], int) or entry["num_fewshot"][0] < 0:
                 raise TypeError("num_fewshot is a list of one count")
@@ -135,8 +135,6 @@ def _read_config(folder, name):
                 raise TypeError("continuation_delimiter is a text")
         if len({entry["label"] for entry in entries}) < len(entries):
             raise TypeError("two tasks have one label")
-    except UserError:
-        raise
     except (yaml.YAMLError, LookupError, TypeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a list of tasks under icl_tasks ({reason}); fetch the bundle again") from None
@@ -146,15 +144,13 @@ def _read_config(folder, name):
 
 
 def _read_baselines(folder, name):
-    path = folder / name
+    path, text = folder / name, _read_text(folder, name)
     try:
-        rows = csv.DictReader(_read_text(folder, name).splitlines())
+        rows = csv.DictReader(text.splitlines())
         baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in rows}
         if not all(0 <= percent < 100 for percent in baselines.values()):
             raise ValueError
         return baselines
-    except UserError:
-        raise
     except (KeyError, ValueError, TypeError, csv.Error):
         raise UserError(f"{path}: not a table with the columns `Eval Task` and `Random baseline` (percent); "
                         "fetch the bundle again") from None

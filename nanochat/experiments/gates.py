@@ -27,7 +27,7 @@ from nanochat.experiments.probe import read_probe
 from nanochat.experiments.trials import INTERPRETED, check_comparable, check_same_world, split
 
 
-def judge(candidate, trials, miniseries=(), probe=None, rules=RULES):
+def judge(candidate, trials, miniseries=(), probe=None):
     """The verdict on one candidate against the baseline.
 
     trials: those of the experiment, at one depth. miniseries: those of gate 4's experiment. probe: the candidate's
@@ -49,7 +49,7 @@ def judge(candidate, trials, miniseries=(), probe=None, rules=RULES):
     if len(depths) > 1:
         raise UserError(f"this experiment has depths {listed(depths)}; a candidate is judged at one depth, "
                         "several depths are gate 4's miniseries")
-    gates = _gates(runs, series, probe, rules)
+    gates = _gates(runs, series, probe, RULES)
     return Verdict(candidate, next(iter(runs.tried.values())).row.candidate_flags, gates, *decide(gates))
 
 

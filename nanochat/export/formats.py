@@ -9,6 +9,7 @@ import torch
 from nanochat.data.tokenizer import BOS
 from nanochat.export.hf_tokenizer import tokenizer_json
 from nanochat.files import atomic_path, json_bytes, write_json, write_text
+from nanochat.paths import model_path
 from nanochat.training.checkpoint import load_model_state
 
 MODELING = Path(__file__).with_name("modeling_nanochat.py")
@@ -63,7 +64,7 @@ def write_upstream(folder, trained, name):
     optimizer's state."""
     checkpoints = folder / "base_checkpoints" / trained.tag
     state = load_model_state(trained.folder, trained.step, trained.meta, "cpu")
-    with atomic_path(checkpoints / f"model_{trained.step:06d}.pt") as temporary, open(temporary, "wb") as file:
+    with atomic_path(model_path(checkpoints, trained.step)) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
     meta = {key: value for key, value in trained.meta.items() if key != "files_sha256"}
     meta["user_config"] = {key: value for key, value in trained.user_config.items() if key != "tokenizer_dir"}

@@ -99,18 +99,18 @@ def quantised(x, dtype):
     return (x.float() * per_unit).clamp(-largest, largest).to(dtype), per_unit.reciprocal()
 
 
-def check_fp8(device, dtype, model_dim, rows_tokens, flag="--fp8"):
+def check_fp8(device, dtype, model_dim, rows_tokens):
     """UserError when such a model cannot be trained in fp8 here; rows_tokens: tokens of a micro-batch on one device."""
     if device.type == "cuda":
         if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
-            raise UserError(f"{flag} needs an NVIDIA GPU of compute capability 8.9 or more; leave the flag out")
+            raise UserError("--fp8 needs an NVIDIA GPU of compute capability 8.9 or more; leave the flag out")
     elif device.type != "cpu":  # there it works, slowly: for tests
-        raise UserError(f"{flag} needs an NVIDIA GPU, and this run is on {device.type}; leave the flag out")
+        raise UserError(f"--fp8 needs an NVIDIA GPU, and this run is on {device.type}; leave the flag out")
     if dtype not in COMPUTE_DTYPES:
-        raise UserError(f"{flag} needs bfloat16 as the compute dtype; unset NANOCHAT_DTYPE or leave the flag out")
+        raise UserError("--fp8 needs bfloat16 as the compute dtype; unset NANOCHAT_DTYPE or leave the flag out")
     if model_dim < LEAST_SIDE or model_dim % SIDE_MULTIPLE:
-        raise UserError(f"{flag} takes widths from {LEAST_SIDE}, multiples of {SIDE_MULTIPLE}, not {model_dim}; leave "
+        raise UserError(f"--fp8 takes widths from {LEAST_SIDE}, multiples of {SIDE_MULTIPLE}, not {model_dim}; leave "
                         "the flag out")
     if rows_tokens % SIDE_MULTIPLE:
-        raise UserError(f"{flag} takes micro-batches of a multiple of {SIDE_MULTIPLE} tokens, not {rows_tokens}; "
+        raise UserError(f"--fp8 takes micro-batches of a multiple of {SIDE_MULTIPLE} tokens, not {rows_tokens}; "
                         "change --device-batch-size")

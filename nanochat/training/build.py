@@ -20,7 +20,6 @@ from nanochat.model.attention import plan_attention
 from nanochat.model.fp8 import check_fp8, train_in_fp8
 from nanochat.model.gpt import GPT, SOFTCAP, GPTConfig, flops_per_token, scaling_params
 from nanochat.model.optim import MuonAdamW, parameter_groups
-from nanochat.paths import base_dir
 from nanochat.ranks import print0, same_on_all
 from nanochat.training import checkpoint, schedule
 from nanochat.training.loop import Hooks
@@ -58,7 +57,7 @@ def training_dtype(device):
 
 def open_data(config):
     """The Data that --dataset and --tokenizer-dir name; shards are tokenised now where the cache lacks them."""
-    tokenizer = load_tokenizer(config.tokenizer_dir or base_dir() / "tokenizer")
+    tokenizer = load_tokenizer(config.tokenizer_dir)
     dataset = open_dataset(config.dataset)
     return Data(dataset, tokenizer, token_shards(dataset, tokenizer, "train"), token_shards(dataset, tokenizer, "val"))
 

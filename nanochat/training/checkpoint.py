@@ -18,19 +18,13 @@ import torch.distributed as dist
 from nanochat.errors import UserError
 from nanochat.files import atomic_path, json_bytes, parse_json, read_limited, sha256_of, write_json
 from nanochat.model.gpt import GPT, GPTConfig, parameter_counts
-from nanochat.paths import check_name, checkpoints_dir
+from nanochat.paths import check_name, checkpoint_files, checkpoint_steps, checkpoints_dir, meta_path
 from nanochat.ranks import Ranks, print0
 
 
 def checkpoint_folder(tag):
     """<cache folder>/base_checkpoints/<tag>. Errors: UserError for a tag that cannot name a folder."""
     return checkpoints_dir() / check_name("--model-tag", tag)
-
-
-def checkpoint_steps(folder):
-    """Steps of the complete checkpoints in `folder`, ascending."""
-    names = [path.stem.removeprefix("meta_") for path in Path(folder).glob("meta_*.json")]
-    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def save_checkpoint(folder, step, model_state, optimizer_state, meta, ranks=None, group=None):
@@ -49,7 +43,7 @@ def save_checkpoint(folder, step, model_state, optimizer_state, meta, ranks=None
     good = all(bool(torch.isfinite(value).all()) for value in model_state.values())
     try:
         _clear_torn(folder, ranks)
-        _meta_path(folder, step).unlink(missing_ok=True)  # while a step is written anew, it is not there
+        meta_path(folder, step).unlink(missing_ok=True)  # while a step is written anew, it is not there
         for name, state in states.items():
             digests[name] = _write_state(folder / name, state)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
@@ -72,7 +66,7 @@ def save_checkpoint(folder, step, model_state, optimizer_state, meta, ranks=None
 
 def mark_bad(folder, step):
     """Note in a checkpoint's meta that what it holds has diverged; nothing where there is none of that step."""
-    if _meta_path(folder, step).exists():
+    if meta_path(folder, step).exists():
         _write_meta(folder, {**read_meta(folder, step), "good": False})
 
 
@@ -118,7 +112,7 @@ def read_meta(folder, step):
     try:
         return _parse_meta(Path(folder), step)
     except (OSError, ValueError) as error:
-        raise UserError(f"{_meta_path(folder, step)} is damaged ({_reason(error)}); "
+        raise UserError(f"{meta_path(folder, step)} is damaged ({_reason(error)}); "
                         f"{newest_usable(folder, step)}") from None
 
 
@@ -141,7 +135,7 @@ def load_model(folder, step, device, compute_dtype):
                             f"{described:,} parameters, its file holds {stored:,}")
         model = GPT(config, compute_dtype)
     except (TypeError, ArithmeticError) as error:
-        raise UserError(f"{_meta_path(folder, step)} describes a model that cannot be ({_reason(error)}); "
+        raise UserError(f"{meta_path(folder, step)} describes a model that cannot be ({_reason(error)}); "
                         f"{newest_usable(folder, step)}") from None
     model.to(device)
     load_state(model, state, folder, step)
@@ -181,17 +175,13 @@ def set_aside(folder, after=None):
                 os.replace(folder, aside)
             else:
                 aside.mkdir()
-                for path in (path for step in steps for path in _paths_of(folder, step)):
+                for path in (path for step in steps for path in checkpoint_files(folder, step)):
                     os.replace(path, aside / path.name)
         except OSError as error:
             raise UserError(f"the earlier checkpoints in {folder} cannot be moved aside ({error.strerror}); "
                             "give another --model-tag") from None
         which = "earlier checkpoints" if after is None else f"checkpoints after step {after}"
         print0(f"{which} of {folder.name} moved to {aside}")
-
-
-def _meta_path(folder, step):
-    return Path(folder) / f"meta_{step:06d}.json"
 
 
 def _write_state(path, state):
@@ -205,14 +195,14 @@ def _write_state(path, state):
 def _write_meta(folder, meta):
     """Write the meta with a digest of itself; returns why it could not be, or None."""
     try:
-        write_json(_meta_path(folder, meta["step"]), {**meta, "meta_sha256": _meta_digest(meta)})
+        write_json(meta_path(folder, meta["step"]), {**meta, "meta_sha256": _meta_digest(meta)})
     except OSError as error:
         return _reason(error)
     return None
 
 
 def _parse_meta(folder, step):
-    meta = parse_json(read_limited(_meta_path(folder, step)))
+    meta = parse_json(read_limited(meta_path(folder, step)))
     if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
         raise ValueError("it has no model_config")
     digest = meta.pop("meta_sha256", None)
@@ -274,15 +264,9 @@ def _is_usable(folder, step):
 
 def _forget(folder, step):
     """Remove what there is of a step."""
-    for path in _paths_of(folder, step):
+    for path in checkpoint_files(folder, step):
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def _paths_of(folder, step):
-    """The files of a step; its meta first, with which it is gone."""
-    names = (f"meta_{step:06d}.json", f"model_{step:06d}.pt", f"optim_{step:06d}_rank*.pt")
-    return [path for name in names for path in folder.glob(name)]
 
 
 def _clear_torn(folder, ranks):

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from nanochat.errors import UserError
 
 REFERENCE_DEPTH = 12
@@ -111,6 +113,11 @@ def lr_multiplier(step, num_iterations, *, warmup_steps=40, warmdown_ratio=0.65,
         return 1.0
     left = (num_iterations - step) / warmdown_steps
     return left + (1 - left) * final_lr_frac
+
+
+def lr_multipliers(num_iterations, **shape):
+    """`lr_multiplier` of every step of a horizon, float64 (num_iterations,)."""
+    return np.array([lr_multiplier(step, num_iterations, **shape) for step in range(num_iterations)])
 
 
 def muon_momentum(step, num_iterations, *, warmdown_ratio=0.65):

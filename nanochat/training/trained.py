@@ -6,7 +6,6 @@ from pathlib import Path
 from nanochat.data.tokenizer import Tokenizer, load_tokenizer
 from nanochat.errors import UserError
 from nanochat.model.gpt import GPT
-from nanochat.paths import base_dir
 from nanochat.training import checkpoint
 
 
@@ -65,7 +64,7 @@ def load_trained(model_tag, step, device, compute_dtype, tokenizer_dir=""):
     folder = trained_folder(model_tag)
     step = checkpoint.find_checkpoint(folder, step)
     user_config = checkpoint.read_meta(folder, step).get("user_config") or {}
-    tokenizer = load_tokenizer(tokenizer_dir or user_config.get("tokenizer_dir") or base_dir() / "tokenizer")
+    tokenizer = load_tokenizer(tokenizer_dir or user_config.get("tokenizer_dir"))
     model, meta = checkpoint.load_model(folder, step, device, compute_dtype)
     if model.config.vocab_size != tokenizer.vocab_size:
         raise UserError(f"the model's vocabulary is {model.config.vocab_size}, the tokenizer's "

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nanochat.errors import UserError
 from nanochat.files import Owned, is_owned, read_json
+from nanochat.paths import checkpoint_files, checkpoint_steps, meta_path, model_path
 from nanochat.runlog import numbers_of, read_run
 
 LEFTOVER_SEC = 86400.0  # a temporary file that nobody has written for so long is a killed writer's
@@ -44,9 +45,9 @@ def what_to_free(checkpoints_dir, locks_dir, runs, with_last=False):
             notes.append(f"{folder.name}: {why}")
             continue
         by_run, unknown = {}, 0
-        for step, path in _metas(folder):
+        for step in checkpoint_steps(folder):
             try:
-                meta = read_json(path, "")
+                meta = read_json(meta_path(folder, step), "")
             except UserError:
                 unknown += 1
                 continue
@@ -110,14 +111,9 @@ def leftovers(base_dir):
             if path.is_file() and time.time() - path.stat().st_mtime > LEFTOVER_SEC]
 
 
-def _metas(folder):
-    found = [(path.stem.removeprefix("meta_"), path) for path in folder.glob("meta_*.json")]
-    return sorted((int(step), path) for step, path in found if step.isdecimal())
-
-
 def _judged(folder, run, checkpoints):
     """(Item, whether it is the newest good one or the best) of one run's checkpoints in a folder."""
-    good = [step for step, is_good in checkpoints if is_good and _files_of(folder, step)[1].exists()]
+    good = [step for step, is_good in checkpoints if is_good and model_path(folder, step).exists()]
     bits = dict(numbers_of(read_run(run.record.folder).events, "val", "step", "val_bpb"))
     best = min((step for step in good if bits.get(step) is not None), key=bits.get, default=None)
     aside = ", set aside" if _SET_ASIDE.fullmatch(folder.name) else ""
@@ -126,9 +122,5 @@ def _judged(folder, run, checkpoints):
         what = ("diverged" if not is_good else "the newest" if is_newest else "the best" if is_best else
                 "neither the newest nor the best")
         why = f"{what} of run {run.run_id}, {run.state}{aside}"
-        yield Item(f"{folder.name}, step {step:,}", why, _files_of(folder, step), run.run_id), is_newest or is_best
-
-
-def _files_of(folder, step):
-    return [folder / f"meta_{step:06d}.json", folder / f"model_{step:06d}.pt",
-            *sorted(folder.glob(f"optim_{step:06d}_rank*.pt"))]
+        item = Item(f"{folder.name}, step {step:,}", why, checkpoint_files(folder, step), run.run_id)
+        yield item, is_newest or is_best
