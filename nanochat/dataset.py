@@ -15,9 +15,9 @@ from nanochat.progress import QUIET_HELP, be_quiet, say_next
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m nanochat.dataset", description="Prepare the shards of a dataset.")
-    parser.add_argument("--dataset", default="climbmix", help=f"stdlib, {', '.join(DOWNLOADS)}, or a folder")
+    parser.add_argument("--dataset", default="climbmix", help=f"stdlib, {', '.join(DOWNLOADS)}, or a folder (climbmix)")
     parser.add_argument("-n", "--num-files", type=int, help="training shards to download, about 100 MB each; -1: all")
-    parser.add_argument("-w", "--num-workers", type=int, default=4, help="parallel downloads")
+    parser.add_argument("-w", "--num-workers", type=int, default=4, help="parallel downloads (%(default)s)")
     parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
     parser.add_argument("--skip-bad", type=float, default=SKIP_BAD, metavar="SHARE",
                         help="of a text folder's samples (lines, rows, files), as many that cannot be used may be left "

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Make .venv with everything this project needs; does nothing when it is there and up to date.
-# Sourced by the other scripts. PYTHON chooses the interpreter (3.10 to 3.13); EXTRAS defaults to dev,report.
+# Sourced by the other scripts; by itself: bash runs/setup.sh && source .venv/bin/activate.
+# PYTHON chooses the interpreter (3.10 to 3.13); EXTRAS defaults to dev,report.
+[ "${BASH_SOURCE[0]}" != "$0" ] || { set -e; cd "$(dirname "$0")/.."; }
 PYTHON="${PYTHON:-python3}"
 EXTRAS="${EXTRAS:-dev,report}"
 WANTED="$EXTRAS $(cksum < pyproject.toml)"

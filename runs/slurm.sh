@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # A training on several nodes that goes on by itself: a rank that dies or hangs is restarted from the newest whole
 # checkpoint; 120 s before the time limit SLURM warns, the ranks save and end, and the job queues again.
-#   sbatch --nodes 4 runs/slurm.sh --depth 24 --target-param-data-ratio 8 --save-minutes 20     flags of base_train
-# Before: bash runs/setup.sh, the dataset and the tokenizer (README, Train), NANOCHAT_BASE_DIR on a disk of all nodes.
+#   sbatch --nodes 4 runs/slurm.sh --depth 24 --target-param-data-ratio 8 --device-batch-size 16 --save-minutes 20
+# The flags are base_train's. Before: bash runs/setup.sh, the dataset and the tokenizer (README, Train), and
+# NANOCHAT_BASE_DIR on a disk of all nodes.
 #SBATCH --job-name=nanochat
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

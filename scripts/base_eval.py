@@ -24,30 +24,29 @@ SPLIT_TOKENS, SPLIT_TOKENS_CPU = 40 * 524288, 2**17
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="base_eval", description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m scripts.base_eval", description=__doc__.splitlines()[0])
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model-tag", help="checkpoints: a name under <cache>, or an absolute path")
     which.add_argument("--hf-path", help="a causal language model of Hugging Face: a folder, or a name on the hub "
                                          "(openai-community/gpt2); needs the extra hf; core, bpb and position")
-    add("--eval", default=argparse.SUPPRESS, help=f"what to evaluate: {','.join(KINDS)} (default: bpb,sample; with "
-                                                  "--hf-path core)")
-    add("--step", default="latest", help="the checkpoint's step, or latest")
+    add("--eval", default=argparse.SUPPRESS, help=f"what to evaluate: {','.join(KINDS)} (bpb,sample; with --hf-path "
+                                                  "core)")
+    add("--step", default="latest", help="the checkpoint's step, or latest (%(default)s)")
     add("--dataset", default="", help="stdlib, climbmix, fineweb-edu, or a folder of text; empty: what the checkpoint "
                                       "says it was trained on, else climbmix")
     add("--tokenizer-dir", default="", help="folder of the tokenizer; empty: what the checkpoint says, else "
                                             "<cache>/tokenizer")
     add("--split-tokens", type=int, default=-1, help=f"tokens evaluated of each split; -1: {SPLIT_TOKENS:,}, on a CPU "
                                                      f"{SPLIT_TOKENS_CPU:,}")
-    add("--device-batch-size", type=int, default=32, help="rows per device and batch")
-    add("--max-per-task", type=int, default=-1, help="core: examples answered of each task; -1 all")
+    add("--device-batch-size", type=int, default=32, help="rows per device and batch (%(default)s)")
+    add("--max-per-task", type=int, default=-1, help="core: examples answered of each task; -1 all (%(default)s)")
     add("--prompt", action="append", help="sample: a text to continue instead of the beginnings of validation "
                                           "documents; several times for several")
-    add("--num-samples", type=int, dest="n_samples", help="sample: continuations of each prompt")
-    add("--max-new-tokens", type=int, help="sample: tokens of each at most")
-    add("--temperature", type=float, help="sample: 0 takes the likeliest token")
-    add("--top-k", type=int, help="sample: among so many likeliest tokens; 0: all")
+    add("--num-samples", type=int, dest="n_samples", help="sample: continuations of each prompt (%(default)s)")
+    add("--max-new-tokens", type=int, help="sample: tokens of each at most (%(default)s)")
+    add("--temperature", type=float, help="sample: 0 takes the likeliest token (%(default)s)")
+    add("--top-k", type=int, help="sample: among so many likeliest tokens; 0: all (%(default)s)")
     parser.set_defaults(**validation.SAMPLING)
     add("--quiet", action="store_true", help=QUIET_HELP)
     add("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")

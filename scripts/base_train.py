@@ -23,7 +23,7 @@ from nanochat.watchdog import Watchdog
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="base_train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m scripts.base_train", description=__doc__)
     topics = {}
     for flag in dataclasses.fields(TrainingConfig):
         marks = flag.metadata

@@ -24,22 +24,23 @@ from nanochat.ranks import print0
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m scripts.experiment", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="the experiment's name in the ledger and in its run ids")
     parser.add_argument("--profile", required=True, help=f"training protocol: {', '.join(PROFILES)}")
     parser.add_argument("--candidates", nargs="+", default=[BASELINE], metavar="NAME",
-                        help=f"{', '.join(CANDIDATES)}, or NAME='--its-flags ...'")
+                        help=f"{', '.join(CANDIDATES)}, or NAME='--its-flags ...' ({BASELINE})")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="the same for every candidate (0 1)")
     parser.add_argument("--depths", nargs="+", type=int, help="the profile's when left out")
     parser.add_argument("--series", action="store_true", help="the profile's series of depths, which gate 4 judges by")
     parser.add_argument("--dataset", default="", help="instead of the profile's, which is prepared when missing; the "
                         "tokenizer is then base_train's default, or that of -- --tokenizer-dir")
-    parser.add_argument("--target-metric-name", default="val_bpb", help="val_bpb or core")
+    parser.add_argument("--target-metric-name", default="val_bpb", help="val_bpb or core (%(default)s)")
     parser.add_argument("--target-metric-threshold", type=float, help="no time to target when left out")
     parser.add_argument("--target-from", metavar="EXPERIMENT",
                         help="take as threshold a val_bpb that every baseline seed of that experiment reached; rows "
                              "that are there keep theirs")
-    parser.add_argument("--nproc-per-node", type=int, default=1, help="more than 1: torchrun")
+    parser.add_argument("--nproc-per-node", type=int, default=1, help="more than 1: torchrun (1)")
     parser.add_argument("--probe", action="store_true", help="also make gate 3's save/resume and graph-break probe")
     parser.add_argument("--ledger", default="dev/experiments.csv", help="the CSV file of runs (dev/experiments.csv)")
     parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)

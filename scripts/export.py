@@ -17,14 +17,14 @@ from nanochat.training.trained import load_trained
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="export", description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m scripts.export", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model-tag", required=True, help="checkpoints, ours or upstream's: a name under <cache>, or an absolute path")
     add("--to", required=True, metavar="DIR", help="the folder to write: a new one, or an earlier export to replace")
     add("--format", choices=FORMATS, default="hf", help="hf: fp32 safetensors, tokenizer.json, the model's code, for "
-                                                        "transformers; upstream: a cache folder of upstream's")
-    add("--step", default="latest", help="the checkpoint's step, or latest")
+                                                        "transformers; upstream: a cache folder of upstream's "
+                                                        "(%(default)s)")
+    add("--step", default="latest", help="the checkpoint's step, or latest (%(default)s)")
     add("--tokenizer-dir", default="", help="folder of the tokenizer; empty: what the checkpoint says, else "
                                             "<cache>/tokenizer")
     return parser.parse_args(argv)

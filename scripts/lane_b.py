@@ -18,7 +18,8 @@ from nanochat.target import check_target
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m scripts.lane_b", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="cpu", help=f"training protocol: {', '.join(SETTINGS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2],
                         help="of the proof (0 1 2); the gates ask for three. Target and calibration have others")

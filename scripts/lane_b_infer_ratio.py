@@ -26,8 +26,8 @@ MIN_RESAMPLES = 40  # a 95 % interval of fewer is their extremes
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m scripts.lane_b_infer_ratio", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--calibration-run", nargs="+", required=True, metavar="RUN",
                         help="run ids or folders: whole schedules of two horizons or more, two seeds each")
     threshold = parser.add_mutually_exclusive_group(required=True)
@@ -36,12 +36,12 @@ def parse_args(argv):
     threshold.add_argument("--baseline-run", nargs="+", metavar="RUN", help="threshold: median of their min val_bpb")
     parser.add_argument("--stats-json", help="from scripts.lane_b_stats: its alpha is printed beside the fit's")
     parser.add_argument("--default-ratio", type=float, default=DEFAULT_RATIO,
-                        help=f"tokens per scaling parameter of the fallback ({DEFAULT_RATIO})")
+                        help=f"tokens per scaling parameter to compare with, and to fall back to ({DEFAULT_RATIO})")
     parser.add_argument("--fallback", action="store_true",
                         help="where the inference refuses, write the default ratio with decision=fallback instead")
     parser.add_argument("--resamples", type=int, default=200,
                         help=f"of the runs, for the intervals (200; {MIN_RESAMPLES} or more)")
-    parser.add_argument("--seed", type=int, default=0, help="of the resampling")
+    parser.add_argument("--seed", type=int, default=0, help="of the resampling (%(default)s)")
     parser.add_argument("--out", "--output-json", required=True, metavar="FILE.json",
                         help="where the inferred ratio goes: scripts.lane_b_log_run --inference-json reads it")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the curves, the law and the horizon")

@@ -21,8 +21,8 @@ LEDGER = Path(__file__).resolve().parents[1] / "ideas" / "lane_b_inference_schem
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m scripts.lane_b_log_run", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run ids or folders to log")
     parser.add_argument("--run", nargs="+", default=[], help=argparse.SUPPRESS)  # their place before
     parser.add_argument("--inference-json", required=True, help="from scripts.lane_b_infer_ratio")

@@ -37,12 +37,14 @@ _TOKENS_A_PROCESS = 1 << 23
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m scripts.lane_b_stats", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="a name of nanochat.dataset, or a folder")
     parser.add_argument("--tokenizer-dir", "--tokenizer", metavar="DIR",
                         help="default: the one of scripts.tok_train in the cache folder")
     parser.add_argument("--split", choices=("train", "val"), default="train", help="which text (default: train)")
-    parser.add_argument("--max-tokens", type=int, default=32_000_000, help="whole documents up to about this many")
+    parser.add_argument("--max-tokens", type=int, default=32_000_000,
+                        help="whole documents up to about this many (%(default)s)")
     parser.add_argument("--lags", type=parse_lags, metavar="N,N,...",
                         help=f"default: {','.join(map(str, DEFAULT_LAGS))}, up to a tenth of the median document")
     parser.add_argument("--position-losses", nargs="+", default=[], metavar="RUN_OR_FILE",

@@ -9,7 +9,7 @@ from nanochat.runlog import read_run
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="leaderboard", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m scripts.leaderboard", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run ids")
     parser.add_argument("--what", default="`runs/speedrun.sh` on 8×H100", help="the row's description")
     return parser.parse_args(argv)

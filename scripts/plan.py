@@ -21,18 +21,19 @@ PLANNED = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern",
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="plan", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m scripts.plan", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in dataclasses.fields(TrainingConfig):
         if flag.name in PLANNED:
             kind = {"action": "store_true"} if flag.type is bool else {
                 "type": flag.type, "metavar": flag.metadata["unit"], "default": flag.default}
             also = ["--ratio"] if flag.name == "target_param_data_ratio" else []
-            parser.add_argument(f"--{flag.name.replace('_', '-')}", *also, help=flag.metadata["help"], **kind)
-    parser.add_argument("--device-batch-size", type=int, default=0, help="rows; 0: the most that fit")
-    parser.add_argument("--vocab-size", type=int, default=32768, help="of the tokenizer")
-    parser.add_argument("--gpu", default="h100", help=", ".join(GPUS))
-    parser.add_argument("--gpus", type=int, default=8, help="of one node")
+            parser.add_argument(f"--{flag.name.replace('_', '-')}", *also, **kind,
+                                help=flag.metadata["help"] + ("" if flag.type is bool else " (%(default)s)"))
+    parser.add_argument("--device-batch-size", type=int, default=0, help="rows; 0: the most that fit (0)")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="of the tokenizer (%(default)s)")
+    parser.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)} (h100)")
+    parser.add_argument("--gpus", type=int, default=8, help="of one node (%(default)s)")
     parser.add_argument("--nodes", type=int, default=1, help=f"a table for 1, 2, 4, ... up to {MAX_NODES} nodes")
     parser.add_argument("--price-per-gpu-hour", type=float, default=0.0, help="for the cost, in any currency")
     parser.add_argument("--inference-json", default="", help="lane B's infer.json: its ratio, with its interval")

@@ -22,20 +22,20 @@ VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if 
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="sample", description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m scripts.sample", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("prompt", nargs="*", help="a text to continue, or empty for a document from its beginning; without any they "
                                   "are asked for in a terminal, or are the lines of the standard input")
     add("--model-tag", required=True, help="checkpoints, ours or upstream's: a name under <cache>, or an absolute path")
-    add("--step", default="latest", help="the checkpoint's step, or latest")
+    add("--step", default="latest", help="the checkpoint's step, or latest (%(default)s)")
     add("--tokenizer-dir", default="", help="folder of the tokenizer; empty: what the checkpoint says, else "
                                             "<cache>/tokenizer")
-    add("--num-samples", type=int, default=1, help="continuations of each prompt, by the seeds SEED, SEED + 1, ...")
-    add("--max-new-tokens", type=int, default=128, help="tokens of each continuation at most")
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    add("--top-k", type=int, default=50, help="among so many likeliest tokens; 0: all")
-    add("--seed", type=int, default=42, help="the same seed, the same text")
+    add("--num-samples", type=int, default=1, help="continuations of each prompt, by the seeds SEED, SEED + 1, ... "
+                                                    "(%(default)s)")
+    add("--max-new-tokens", type=int, default=128, help="tokens of each continuation at most (%(default)s)")
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
+    add("--top-k", type=int, default=50, help="among so many likeliest tokens; 0: all (%(default)s)")
+    add("--seed", type=int, default=42, help="the same seed, the same text (%(default)s)")
     add("--device-type", default="", help="cuda, mps or cpu; empty: the best there is")
     return parser.parse_args(argv)
 

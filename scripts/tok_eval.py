@@ -61,10 +61,11 @@ trotzdem jeden Sonntag. „Wer weiß“, sagte er, „eines Tages läuft er wied
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.tok_eval", description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="climbmix", help="stdlib, climbmix, fineweb-edu, or a folder of texts")
+    parser.add_argument("--dataset", default="climbmix",
+                        help="stdlib, climbmix, fineweb-edu, or a folder of text (climbmix)")
     parser.add_argument("--tokenizer-dir", type=Path, help="default: <cache folder>/tokenizer")
     parser.add_argument("--compare", type=Path, help="folder of a second tokenizer")
-    parser.add_argument("--max-chars", type=int, default=2_000_000, help="characters read of each split")
+    parser.add_argument("--max-chars", type=int, default=2_000_000, help="characters read of each split (%(default)s)")
     return parser.parse_args(argv)
 
 

@@ -22,10 +22,14 @@ _REPORT_CHARS = 1_000_000  # validation text for the compression figure
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.tok_train", description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="climbmix", help="stdlib, climbmix, fineweb-edu, or a folder of texts")
-    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens, the nine special ones among them")
-    parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="stop reading after this many characters")
-    parser.add_argument("--doc-cap", type=int, default=10_000, help="characters taken of each document at most")
+    parser.add_argument("--dataset", default="climbmix",
+                        help="stdlib, climbmix, fineweb-edu, or a folder of text (climbmix)")
+    parser.add_argument("--vocab-size", type=int, default=32768,
+                        help="tokens, the nine special ones among them (%(default)s)")
+    parser.add_argument("--max-chars", type=int, default=2_000_000_000,
+                        help="stop reading after this many characters (%(default)s)")
+    parser.add_argument("--doc-cap", type=int, default=10_000,
+                        help="characters taken of each document at most (%(default)s)")
     parser.add_argument("--tokenizer-dir", type=Path, help="where to save it (default: <cache folder>/tokenizer)")
     parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
     return parser.parse_args(argv)

@@ -18,7 +18,8 @@ from nanochat.provenance import utc_now
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m scripts.verdict", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", required=True, help="the experiment's name in the ledger")
     parser.add_argument("--miniseries", help="the experiment over depths that gate 4 judges by")
     parser.add_argument("--candidates", nargs="+", metavar="NAME", help="all of the experiment's when left out")

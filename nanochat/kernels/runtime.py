@@ -1,4 +1,4 @@
-"""What both kernels need: Triton where there is one, the interpreter's quirks, checks made before a model is built.
+"""What the kernels share: Triton where there is one, the interpreter's quirks, checks made before a model is built.
 
 On machines without Triton (macOS) this imports all the same: the kernels are plain functions that nobody may launch.
 """

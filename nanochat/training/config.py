@@ -24,7 +24,7 @@ def _topic(title):
 
 
 _record, _machine, _data, _model = map(_topic, ("record", "machine", "data", "model"))
-_horizon, _optimization = map(_topic, ("horizon (the first that is given)", "optimization"))
+_horizon, _optimization = map(_topic, ("horizon (the first that is given; -1: not)", "optimization"))
 _events = _topic("evaluation, samples, checkpoints (every so many steps; -1 never)")
 
 
@@ -48,8 +48,8 @@ class TrainingConfig:
     no_compile: bool = _machine(False, "run the model uncompiled (slower; starts at once)", on_resume=True)
     attention: str = _machine("auto", "auto, varlen, flex, sdpa or blockwise: what computes attention", "BACKEND",
                               choices=("auto", "varlen", "flex", "sdpa", "blockwise"), on_resume=True)
-    fp8: bool = _machine(False, "the large matmuls of training in fp8, H100 or newer; a gain for large models alone",
-                         on_resume=True)
+    fp8: bool = _machine(False, "the large matmuls of training in fp8, from compute capability 8.9 on; meant for large "
+                         "models", on_resume=True)
     fp8_recipe: str = _machine("tensorwise", "one scale for each tensor", "NAME", choices=("tensorwise",),
                                on_resume=True)
 
@@ -85,7 +85,7 @@ class TrainingConfig:
         0.65, "share of the steps with falling learning rates", "SHARE", at_least=0, at_most=1, on_resume=True)
     final_lr_frac: float = _optimization(0.05, "last learning rate over the peak", "SHARE", at_least=0, on_resume=True)
     resume_from_step: str = _optimization("-1", "a step, or latest: go on from that checkpoint; auto: "
-                                           "from the newest whole one, or begin where there is none", "STEP")
+                                           "from the newest whole one, or begin where there is none; -1: begin", "STEP")
     allow_changed: bool = _optimization(False, "resume although flags, dtype, device or versions that decide the "
                                         "numbers are not those of the checkpoint; the record says which")
 

@@ -1,7 +1,7 @@
 """All of a corpus's statistics, measured in one go.
 
-Without β the inference has no use for them, so whatever leaves no β is refused as a whole. γ may be missing: that
-refusal is recorded, the bracket from n-grams stands in, and α is an interval without a point.
+α = γ / 2β needs β, so whatever leaves no β is refused as a whole. γ may be missing: that refusal is recorded, the
+bracket from n-grams stands in, and α is an interval without a point.
 """
 
 from dataclasses import dataclass
