@@ -18,8 +18,7 @@ from pathlib import Path
 from types import NoneType
 from typing import NamedTuple, get_args
 
-from nanochat.errors import UserError, warn
-from nanochat.files import atomic_path, locked, read_limited
+from nanochat.common import UserError, atomic_path, locked, read_limited, warn
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 # A spreadsheet would run a text that begins so; tools write an apostrophe before it, which reading takes off again.

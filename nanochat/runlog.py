@@ -11,9 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.errors import UserError, warn
-from nanochat.files import json_bytes, open_binary, parse_json, read_json, write_json
-from nanochat.paths import check_name
+from nanochat.common import UserError, check_name, json_bytes, open_binary, parse_json, read_json, warn, write_json
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 _ALWAYS = ("step", "tokens", "train_time_sec")  # numbers that every event of a curve has
@@ -22,7 +20,7 @@ UNTIMED_STEPS = 11  # a run's first steps compile; they are not on the training 
 
 class RunLog:
     """Writes one run's folder. Sinks (console, wandb) receive the same events the file does; one that fails is left
-    out from then on, with a warning. owned: the files.Owned folders that this run alone may write."""
+    out from then on, with a warning. owned: the files.RunLock folders that this run alone may write."""
 
     def __init__(self, folder, sinks=(), owned=()):
         self.folder = Path(folder)

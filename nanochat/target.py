@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 from scipy.stats import f as f_distribution
 
 from nanochat import power_law
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.runlog import numbers_of
 
 METRICS = {"val_bpb": "lower", "core": "higher"}  # the metric's name and the direction that is better

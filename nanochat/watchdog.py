@@ -11,8 +11,7 @@ import threading
 import time
 from collections import namedtuple
 
-from nanochat.errors import UserError
-from nanochat.files import json_bytes, parse_json
+from nanochat.common import UserError, json_bytes, parse_json
 
 BEAT_SEC = 1.0
 SURE_SEC = 8.0  # of silence are enough where a peer's connection is gone already, or torchrun ends this rank

@@ -5,19 +5,29 @@ python -m scripts.base_eval --model-tag d12 --eval core,bpb,sample,position
 
 import argparse
 
-from nanochat.data.sources import open_dataset
-from nanochat.data.tokens import token_shards
-from nanochat.errors import UserError, command
-from nanochat.evaluation import validation
-from nanochat.evaluation.core import evaluate_core
-from nanochat.evaluation.core_bundle import bundle_folder
-from nanochat.evaluation.hf_model import load_hf
-from nanochat.files import check_output, write_json
-from nanochat.machine import choose_compute_dtype, choose_device, device_name, keep_freed_memory
-from nanochat.paths import base_dir
-from nanochat.progress import QUIET_HELP, be_quiet, say_next
-from nanochat.ranks import on_main, print0, start_ranks, stop_ranks
-from nanochat.training.trained import load_trained
+from nanochat import validation
+from nanochat.common import (
+    QUIET_HELP,
+    UserError,
+    base_dir,
+    check_output,
+    choose_compute_dtype,
+    choose_device,
+    command,
+    device_name,
+    keep_freed_memory,
+    print0,
+    print_next_command,
+    set_quiet,
+    write_json,
+)
+from nanochat.core_bundle import bundle_folder
+from nanochat.core_eval import evaluate_core
+from nanochat.dataset import open_dataset
+from nanochat.distributed import on_main, start_ranks, stop_ranks
+from nanochat.hf_model import load_hf
+from nanochat.tokens import token_shards
+from nanochat.trained import load_trained
 
 KINDS = ("core", "bpb", "sample", "position")
 SPLIT_TOKENS, SPLIT_TOKENS_CPU = 40 * 524288, 2**17
@@ -57,7 +67,7 @@ def parse_args(argv=None):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    be_quiet(args.quiet)
+    set_quiet(args.quiet)
     kinds = getattr(args, "eval", "core" if args.hf_path else "bpb,sample").split(",")
     if unknown := set(kinds) - set(KINDS):
         raise UserError(f"--eval {','.join(sorted(unknown))} is unknown; use some of {','.join(KINDS)}")
@@ -84,7 +94,7 @@ def main(argv=None):
                 "model_tag": subject.tag, "step": subject.step, "tokens": subject.tokens, "dataset_id":
                 dataset and dataset.dataset_id, "tokenizer_id": subject.tokenizer.tokenizer_id, **results})
         if args.model_tag:
-            say_next("scripts.sample", "--model-tag", args.model_tag)
+            print_next_command("scripts.sample", "--model-tag", args.model_tag)
     finally:
         stop_ranks()
     return 0

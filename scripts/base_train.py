@@ -8,17 +8,24 @@ import dataclasses
 import math
 import time
 
-from nanochat.errors import UserError, command
-from nanochat.machine import choose_device, device_name, keep_freed_memory
-from nanochat.model.gpt import flops_per_token
+from nanochat import build, record, schedule
+from nanochat.checkpoint import checkpoint_folder, newest_usable
+from nanochat.common import (
+    UserError,
+    choose_device,
+    command,
+    device_name,
+    keep_freed_memory,
+    print0,
+    print_next_command,
+    set_quiet,
+)
+from nanochat.config import TrainingConfig
+from nanochat.distributed import on_main, start_ranks, stop_ranks
+from nanochat.gpt import flops_per_token
+from nanochat.loop import Trainer
 from nanochat.planning.report import at_start
-from nanochat.progress import be_quiet, say_next
-from nanochat.ranks import on_main, print0, start_ranks, stop_ranks
-from nanochat.training import build, record, schedule
-from nanochat.training.checkpoint import checkpoint_folder, newest_usable
-from nanochat.training.config import TrainingConfig
-from nanochat.training.loop import Trainer
-from nanochat.training.plan import Cadence, Place, Plan, Schedule
+from nanochat.run_plan import Cadence, Place, Plan, Schedule
 from nanochat.watchdog import Watchdog
 
 
@@ -38,7 +45,7 @@ def parse_args(argv=None):
 def main(argv=None):
     started = time.monotonic()
     config = parse_args(argv)
-    be_quiet(config.quiet)
+    set_quiet(config.quiet)
     device = choose_device(config.device_type)
     dtype, dtype_reason = build.training_dtype(device)
     keep_freed_memory(device)
@@ -105,7 +112,7 @@ def train(config, place, dtype, dtype_reason, started):
     if ranks.is_main:
         print0(record.describe_end(summary, log.folder))
         if status == "ok":
-            say_next(*(("scripts.sample", "--model-tag", config.tag) if config.save_every != 0 else
+            print_next_command(*(("scripts.sample", "--model-tag", config.tag) if config.save_every != 0 else
                        ("scripts.report", run_id)))
         if status == "nan":
             raise UserError(f"the run diverged: loss, validation or weights are not finite at step {trainer.step}; "

@@ -10,17 +10,22 @@ import signal
 import sys
 from functools import partial
 
-from nanochat.data.sources import download_shards
-from nanochat.errors import UserError, command
+from nanochat.common import (
+    QUIET_HELP,
+    UserError,
+    check_output,
+    command,
+    print0,
+    print_next_command,
+    runs_dir,
+    set_quiet,
+)
+from nanochat.dataset import download_shards
 from nanochat.experiments import runner
 from nanochat.experiments.comparison import RULES
 from nanochat.experiments.launch import run_module
 from nanochat.experiments.probe import probe_candidates
 from nanochat.experiments.profiles import BASELINE, CANDIDATES, PROFILES, candidate_flags, find_profile
-from nanochat.files import check_output
-from nanochat.paths import runs_dir
-from nanochat.progress import QUIET_HELP, be_quiet, say_next
-from nanochat.ranks import print0
 
 
 def parse_args(argv=None):
@@ -88,7 +93,7 @@ def prepare(experiment):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    be_quiet(args.quiet)
+    set_quiet(args.quiet)
     if args.nproc_per_node < 1:
         raise UserError(f"--nproc-per-node {args.nproc_per_node} must be at least 1")
     experiment = experiment_of(args)
@@ -112,7 +117,8 @@ def main(argv=None):
         probe_candidates(experiment, runs_dir(), training)
     print(f"{made} runs made; rows in {args.ledger}, records in {runs_dir()}")
     judged = len(args.candidates) > 1
-    say_next("scripts.verdict" if judged else "scripts.report", "--experiment", args.name, "--ledger", args.ledger)
+    print_next_command("scripts.verdict" if judged else "scripts.report",
+                       "--experiment", args.name, "--ledger", args.ledger)
 
 
 if __name__ == "__main__":

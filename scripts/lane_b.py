@@ -9,11 +9,9 @@ import shlex
 import signal
 import sys
 
-from nanochat.errors import command
+from nanochat.common import QUIET_HELP, base_dir, command, set_quiet
 from nanochat.experiments.lane_b_study import SETTINGS, Study, commands
 from nanochat.experiments.launch import run_module
-from nanochat.paths import base_dir
-from nanochat.progress import QUIET_HELP, be_quiet
 from nanochat.target import check_target
 
 
@@ -34,7 +32,7 @@ def parse_args(argv=None):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    be_quiet(args.quiet)
+    set_quiet(args.quiet)
     name = args.name or f"lane_b_{args.profile}"
     study = Study(name, args.profile, tuple(args.seeds), base_dir() / name, args.target_metric_threshold)
     if args.target_metric_threshold is not None:

@@ -8,19 +8,16 @@ import argparse
 from dataclasses import asdict
 from functools import cache, partial
 
-from nanochat.errors import command
-from nanochat.files import check_output, write_json
+from nanochat.common import check_output, command, runs_dir, utc_now, write_json
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.figure import check_plot
 from nanochat.lane_b.infer import inputs
 from nanochat.lane_b.infer.horizon import DEFAULT_RATIO, infer_horizon
 from nanochat.lane_b.infer.horizon_figure import draw_inference
 from nanochat.lane_b.infer.inference_file import VERSION, describe, inference_document, refused_document
-from nanochat.paths import runs_dir
-from nanochat.provenance import utc_now
 from nanochat.runlog import find_run
+from nanochat.schedule import lr_multipliers
 from nanochat.target import check_target
-from nanochat.training.schedule import lr_multipliers
 
 MIN_RESAMPLES = 40  # a 95 % interval of fewer is their extremes
 

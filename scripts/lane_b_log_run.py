@@ -7,13 +7,12 @@ import argparse
 from dataclasses import fields, replace
 from pathlib import Path
 
+from nanochat.common import command, runs_dir
 from nanochat.csv_ledger import parse_cell
-from nanochat.errors import command
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.infer.inference_file import read_inference
 from nanochat.lane_b.infer.inputs import NUMBER_OR_NONE, recorded
 from nanochat.lane_b.infer.record import DECISIONS, LaneBRecord, append_record, read_records, record_of_run
-from nanochat.paths import runs_dir
 from nanochat.runlog import find_run
 from nanochat.target import evaluations_of, time_to_target
 

@@ -17,21 +17,28 @@ import time
 
 import scipy
 
-from nanochat.data.sources import open_dataset
-from nanochat.data.tokenizer import load_tokenizer
-from nanochat.data.tokens import token_shards
-from nanochat.errors import command
-from nanochat.files import check_output, write_json
+from nanochat.common import (
+    QUIET_HELP,
+    check_output,
+    command,
+    print0,
+    print_next_command,
+    runs_dir,
+    set_quiet,
+    utc_now,
+    versions,
+    write_json,
+)
+from nanochat.dataset import open_dataset
+from nanochat.distributed import spawn_workers, start_ranks, stop_ranks
 from nanochat.lane_b.figure import check_plot
 from nanochat.lane_b.measure.corpus import check_vocabulary, from_shards
 from nanochat.lane_b.measure.position_losses import check_same_model, check_same_text, read_position_losses
 from nanochat.lane_b.measure.statistics import DEFAULT_LAGS, measure
 from nanochat.lane_b.measure.statistics_figure import draw_statistics
 from nanochat.lane_b.measure.statistics_file import VERSION, describe, statistics_document
-from nanochat.paths import runs_dir
-from nanochat.progress import QUIET_HELP, be_quiet, say_next
-from nanochat.provenance import utc_now, versions
-from nanochat.ranks import helped_by, print0, start_ranks, stop_ranks
+from nanochat.tokenizer import load_tokenizer
+from nanochat.tokens import token_shards
 
 _TOKENS_A_PROCESS = 1 << 23
 
@@ -91,7 +98,7 @@ def read_shards(dataset, tokenizer, split, max_tokens):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    be_quiet(args.quiet)
+    set_quiet(args.quiet)
     check_output("--out", args.out)
     check_plot(args.plot)
     dataset = open_dataset(args.dataset)
@@ -105,7 +112,7 @@ def main(argv=None):
     if "RANK" not in os.environ:
         n_tokens = min(args.max_tokens, sum(len(tokens) for tokens, _ in shards))
         n_helpers = (args.processes or min(os.cpu_count(), 1 + n_tokens // _TOKENS_A_PROCESS)) - 1
-    with helped_by(n_helpers, main, argv) if n_helpers else contextlib.nullcontext():
+    with spawn_workers(n_helpers, main, argv) if n_helpers else contextlib.nullcontext():
         measure_and_write(args, argv, dataset, tokenizer, losses, shards)
 
 
@@ -129,7 +136,7 @@ def measure_and_write(args, argv, dataset, tokenizer, losses, shards):
     write_json(args.out, document)
     print0(describe(document))
     print0(f"written: {args.out}")
-    say_next("scripts.lane_b_infer_ratio", "--stats-json", args.out, "--calibration-run", "RUN", "RUN",
+    print_next_command("scripts.lane_b_infer_ratio", "--stats-json", args.out, "--calibration-run", "RUN", "RUN",
              "--target-metric-threshold", "BITS_PER_BYTE", "--out", "infer.json")
     if args.plot:
         draw_statistics(statistics, args.plot)

@@ -2,9 +2,8 @@
 
 import argparse
 
-from nanochat.errors import command
+from nanochat.common import check_name, command, runs_dir
 from nanochat.experiments.leaderboard import leaderboard_row, time_to_target_line
-from nanochat.paths import check_name, runs_dir
 from nanochat.runlog import read_run
 
 

@@ -7,13 +7,13 @@ import argparse
 import dataclasses
 import math
 
-from nanochat.errors import UserError, command, warn
+from nanochat.common import UserError, command, warn
+from nanochat.config import TrainingConfig
+from nanochat.gpt import scaling_params
 from nanochat.lane_b.infer.inference_file import read_inference
-from nanochat.model.gpt import scaling_params
 from nanochat.planning.estimate import MAX_NODES, estimate, with_fitting_rows
 from nanochat.planning.gpus import GPUS, find_gpu
 from nanochat.planning.report import describe, logits_in_words, nodes_table
-from nanochat.training.config import TrainingConfig
 
 # flags of scripts.base_train that a plan depends on
 PLANNED = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "fp8", "fused_rmsnorm", "chunked_ce",

@@ -7,11 +7,9 @@ machine's own address that follows the runs: python -m scripts.report --live RUN
 import argparse
 from pathlib import Path
 
-from nanochat.errors import UserError, command, say
+from nanochat.common import UserError, check_output, command, runs_dir, say, write_text
 from nanochat.experiments.live import LiveServer
 from nanochat.experiments.report import experiment_report, runs_report
-from nanochat.files import check_output, write_text
-from nanochat.paths import runs_dir
 
 
 def parse_args(argv=None):

@@ -8,12 +8,11 @@ python -m scripts.runs --prune                        what checkpoints and lefto
 
 import argparse
 
-from nanochat.errors import UserError, command, say
+from nanochat.common import UserError, base_dir, checkpoints_dir, command, locks_dir, runs_dir, say
 from nanochat.experiments.runs.compare import compare
 from nanochat.experiments.runs.listing import STATES, list_runs, printable, read_state, table
 from nanochat.experiments.runs.prune import free, leftovers, what_to_free
 from nanochat.experiments.runs.watch import watch
-from nanochat.paths import base_dir, checkpoints_dir, locks_dir, runs_dir
 from nanochat.runlog import find_run
 
 

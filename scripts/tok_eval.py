@@ -6,10 +6,10 @@ python -m scripts.tok_eval --dataset stdlib [--compare OTHER_TOKENIZER_DIR]
 import argparse
 from pathlib import Path
 
-from nanochat.data.shards import sample_documents
-from nanochat.data.sources import open_dataset
-from nanochat.data.tokenizer import load_tokenizer
-from nanochat.errors import UserError, command
+from nanochat.common import UserError, command
+from nanochat.dataset import open_dataset
+from nanochat.shards import sample_documents
+from nanochat.tokenizer import load_tokenizer
 
 TEXTS = {
     "prose": """The ferry left an hour late, because the captain would not sail without her dog. Nobody complained.

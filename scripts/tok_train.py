@@ -9,13 +9,19 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from nanochat.data.shards import row_count, sample_documents
-from nanochat.data.sources import open_dataset
-from nanochat.data.tokenizer import TEXT_FILE, load_tokenizer, train_tokenizer
-from nanochat.errors import UserError, command
-from nanochat.files import check_output
-from nanochat.paths import base_dir
-from nanochat.progress import QUIET_HELP, be_quiet, progress, say_next
+from nanochat.common import (
+    QUIET_HELP,
+    UserError,
+    base_dir,
+    check_output,
+    command,
+    print_next_command,
+    progress,
+    set_quiet,
+)
+from nanochat.dataset import open_dataset
+from nanochat.shards import row_count, sample_documents
+from nanochat.tokenizer import TEXT_FILE, load_tokenizer, train_tokenizer
 
 _REPORT_CHARS = 1_000_000  # validation text for the compression figure
 
@@ -54,7 +60,7 @@ def share_read(tally, n_rows, max_chars, doc_cap):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    be_quiet(args.quiet)
+    set_quiet(args.quiet)
     if args.max_chars < 1 or args.doc_cap < 1:
         raise UserError("--max-chars and --doc-cap must be at least 1")
     folder = args.tokenizer_dir or base_dir() / "tokenizer"
@@ -75,7 +81,7 @@ def main(argv=None):
     print(f"tokenizer {tokenizer.tokenizer_id}: {tokenizer.vocab_size:,} tokens, trained in {train_sec:.1f} s on "
           f"{dataset.dataset_id}, {n_bytes / n_tokens:.3f} bytes per token on validation text, saved in {folder}")
     where = ["--tokenizer-dir", folder] if args.tokenizer_dir else []
-    say_next("scripts.base_train", "--dataset", args.dataset, *where)
+    print_next_command("scripts.base_train", "--dataset", args.dataset, *where)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,11 @@
 import argparse
 from pathlib import Path
 
-from nanochat.errors import UserError, command
+from nanochat.common import UserError, check_output, command, print_next_command, runs_dir, utc_now
 from nanochat.experiments.change_log import add_entry, verdict_entry
 from nanochat.experiments.comparison import RULES
 from nanochat.experiments.gates import judge_all
 from nanochat.experiments.trials import facts_of, load_trials
-from nanochat.files import check_output
-from nanochat.paths import runs_dir
-from nanochat.progress import say_next
-from nanochat.provenance import utc_now
 
 
 def parse_args(argv=None):
@@ -51,7 +47,7 @@ def main(argv=None):
         added = add_entry(args.log, entry)
         print(f"added to {args.log}" if added else f"{args.log}: its newest entry says the same, nothing added")
     series = ["--miniseries", args.miniseries] if args.miniseries else []
-    say_next("scripts.report", "--experiment", args.experiment, *series, "--ledger", args.ledger)
+    print_next_command("scripts.report", "--experiment", args.experiment, *series, "--ledger", args.ledger)
 
 
 if __name__ == "__main__":

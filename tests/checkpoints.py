@@ -8,8 +8,8 @@ import torch
 from corpus import golden_tokenizer
 from golden_figures import CONFIG, arrays
 
-from nanochat.model.gpt import GPT, GPTConfig
-from nanochat.training.checkpoint import checkpoint_folder, save_checkpoint
+from nanochat.checkpoint import checkpoint_folder, save_checkpoint
+from nanochat.gpt import GPT, GPTConfig
 
 TINY_LENGTH = 64  # of write_model's rows
 META = {"model_config": CONFIG.to_dict(), "user_config": {"depth": 4, "target": None}, "run_id": "a",

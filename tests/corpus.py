@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.data.tokenizer import load_tokenizer
+from nanochat.tokenizer import load_tokenizer
 
 GOLDEN_TOKENIZER = str(Path(__file__).parent / "golden" / "tokenizer_1024")
 WORDS = ("the", "a", "red", "green", "old", "small", "dog", "cat", "sees", "finds", "near", "under", "and", "then")

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import torch
 
-from nanochat.ranks import Ranks
-from nanochat.training.checkpoint import find_checkpoint, load_model_state, load_optimizer_state, read_meta
-from nanochat.training.saving import Saver
+from nanochat.checkpoint import find_checkpoint, load_model_state, load_optimizer_state, read_meta
+from nanochat.distributed import Ranks
+from nanochat.saving import Saver
 
 CALLS_ON_DISK = ((torch, "save"), (os, "fsync"), (os, "replace"), (Path, "touch"), (Path, "unlink"))
 

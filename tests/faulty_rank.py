@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 
-from nanochat.training.loop import Trainer
+from nanochat.loop import Trainer
 from scripts.base_train import main
 
 FAULTS = {

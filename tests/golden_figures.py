@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 
 FOLDER = Path(__file__).parent / "golden"
 FACTS = json.loads((FOLDER / "gpt_small.json").read_text())

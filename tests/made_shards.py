@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from nanochat.data.tokens import TokenShard, write_token_shard
+from nanochat.tokens import TokenShard, write_token_shard
 
 BOS = 0
 LONGEST = 10_000  # the token at position p > 0 of document d is d * LONGEST + p

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 
+from nanochat.common import runs_dir
 from nanochat.experiments.ledger import append_experiment
 from nanochat.experiments.profiles import CANDIDATES
 from nanochat.experiments.trials import row_of
-from nanochat.paths import runs_dir
 from nanochat.runlog import RunLog, find_run
 from nanochat.target import evaluations_of, time_to_target
 

@@ -7,10 +7,10 @@ import torch
 from corpus import TINY_FLAGS
 from ranks import run_on_ranks, train_on_ranks
 
-from nanochat.model.gpt import GPT, GPTConfig
-from nanochat.model.optim import SMALL_NUMEL, MuonAdamW, parameter_groups
-from nanochat.paths import base_dir, runs_dir
-from nanochat.ranks import Ranks
+from nanochat.common import base_dir, runs_dir
+from nanochat.distributed import Ranks
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import SMALL_NUMEL, MuonAdamW, parameter_groups
 from nanochat.runlog import read_run
 from scripts.base_train import main
 
@@ -69,7 +69,7 @@ def graphs_compiled_by_a_run(rank, world_size, arguments):
     """(graphs compiled by the end of the warm-up, by the end of the run)."""
     from torch._dynamo.utils import counters
 
-    from nanochat.training import build
+    from nanochat import build
 
     warm_up, compiled = build.warm_up, []
 

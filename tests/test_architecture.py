@@ -134,7 +134,7 @@ def test_json_has_one_reader():
     """files.parse_json, which says in words what no JSON is; json.loads raises five kinds of errors."""
     assert {name for name, tree in {**library(), **scripts()}.items()
             if {"json.loads", "json.load"} & {ast.unparse(node.func) for node in ast.walk(tree)
-                                              if isinstance(node, ast.Call)}} == {"nanochat.files"}
+                                              if isinstance(node, ast.Call)}} == {"nanochat.common"}
 
 
 def is_main_guard(node):

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanochat.errors import UserError
-from nanochat.model import attention
-from nanochat.model.attention import causal_attention, choose_backend, plan_attention, why_not
-from nanochat.model.gpt import GPTConfig
-from nanochat.training.config import TrainingConfig
+from nanochat import attention
+from nanochat.attention import causal_attention, choose_backend, plan_attention, why_not
+from nanochat.common import UserError
+from nanochat.config import TrainingConfig
+from nanochat.gpt import GPTConfig
 
 
 def brute_force(q, k, v, window):

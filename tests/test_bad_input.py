@@ -11,11 +11,10 @@ from checkpoints import DAMAGES, Malicious
 from corpus import GOLDEN_TOKENIZER, TINY_FLAGS, write_corpus
 from full_disk import full_disk
 
-from nanochat.data.tokenizer import load_tokenizer, train_tokenizer
-from nanochat.errors import UserError
-from nanochat.paths import runs_dir
+from nanochat.checkpoint import checkpoint_folder, checkpoint_steps
+from nanochat.common import UserError, runs_dir
 from nanochat.runlog import read_run
-from nanochat.training.checkpoint import checkpoint_folder, checkpoint_steps
+from nanochat.tokenizer import load_tokenizer, train_tokenizer
 from scripts.base_train import main
 
 pytestmark = pytest.mark.usefixtures("fp32")
@@ -142,7 +141,7 @@ def test_a_dtype_that_cannot_train(corpus, capsys, monkeypatch, dtype, words):
     (["--fp8-recipe", "rowwise"], "--fp8-recipe rowwise must be tensorwise"),
 ])
 def test_kernels_that_the_device_cannot_run_are_refused_before_any_text_is_opened(capsys, monkeypatch, flag, words):
-    monkeypatch.setattr("nanochat.training.build.open_data", lambda args: pytest.fail("text was opened first"))
+    monkeypatch.setattr("nanochat.build.open_data", lambda args: pytest.fail("text was opened first"))
     monkeypatch.setattr("nanochat.kernels.runtime.INTERPRETED", False)
     assert words in refused(["--depth", "2", "--device-type", "cpu", *flag], capsys)
     assert_nothing_begun()
@@ -155,7 +154,7 @@ def test_wandb_that_does_not_start_begins_no_record_and_moves_no_checkpoint(corp
         def __init__(self, *_):
             raise UserError("wandb does not start")
 
-    monkeypatch.setattr("nanochat.training.record.WandbSink", NoWandb)
+    monkeypatch.setattr("nanochat.record.WandbSink", NoWandb)
     assert "wandb does not start" in refused(flags(corpus, 2, "--run", "name"), capsys)
     assert [path.name for path in runs_dir().iterdir()] == ["earlier"]
     assert checkpoint_steps(checkpoint_folder("run")) == [2]

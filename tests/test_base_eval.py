@@ -14,15 +14,15 @@ from core_bundles import accuracy_by_brute_force, write_bundle
 from corpus import GOLDEN_TOKENIZER, TINY_FLAGS, golden_tokenizer, write_corpus
 from golden_figures import CONFIG, golden_model
 
-from nanochat.data.dataloader import RowPlanner, TokenLoader
-from nanochat.data.sources import open_dataset
-from nanochat.data.tokens import token_shards
-from nanochat.evaluation.core_bundle import bundle_folder
+from nanochat.checkpoint import checkpoint_folder, save_checkpoint
+from nanochat.common import runs_dir
+from nanochat.core_bundle import bundle_folder
+from nanochat.dataloader import RowPlanner, TokenLoader
+from nanochat.dataset import open_dataset
+from nanochat.engine import generate
 from nanochat.lane_b.measure.position_losses import read_position_losses
-from nanochat.model.engine import generate
-from nanochat.paths import runs_dir
 from nanochat.runlog import read_run
-from nanochat.training.checkpoint import checkpoint_folder, save_checkpoint
+from nanochat.tokens import token_shards
 from scripts import base_train
 from scripts.base_eval import main
 
@@ -194,7 +194,7 @@ class SmallTokenizer:
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."], ids=["plain", "compiled"])
 def test_upstreams_checkpoint_is_evaluated(corpus, tmp_path, monkeypatch, prefix):
-    monkeypatch.setattr("nanochat.training.trained.load_tokenizer", lambda folder: SmallTokenizer())
+    monkeypatch.setattr("nanochat.trained.load_tokenizer", lambda folder: SmallTokenizer())
     write_upstream(checkpoint_folder("tiny"), prefix)
     found = results(flags(corpus, "--eval", "bpb,sample,position", "--split-tokens", "1024"), tmp_path)
     bits, _ = brute_force(golden_model().eval(), SmallTokenizer(), corpus, "val", n_batches=1, length=512)
@@ -244,7 +244,7 @@ def test_a_mistake_is_one_line_with_exit_code_2(corpus, refusal, change, words):
 
 def test_a_tokenizer_of_another_size_is_refused(corpus, refusal, monkeypatch):
     write_model()
-    monkeypatch.setattr("nanochat.training.trained.load_tokenizer", lambda folder: SmallTokenizer())
+    monkeypatch.setattr("nanochat.trained.load_tokenizer", lambda folder: SmallTokenizer())
     line = refusal(main, flags(corpus)).splitlines()[-1]
     assert f"vocabulary is {golden_tokenizer().vocab_size}" in line and "--tokenizer-dir" in line
 

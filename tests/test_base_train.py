@@ -18,13 +18,12 @@ import torch
 from corpus import TINY_FLAGS
 from ranks import run_on_ranks
 
-from nanochat.files import json_bytes, write_json
-from nanochat.model import gpt
-from nanochat.paths import runs_dir
+from nanochat import gpt
+from nanochat import record as record_module
+from nanochat.checkpoint import checkpoint_folder, checkpoint_steps, read_meta
+from nanochat.common import json_bytes, runs_dir, write_json
 from nanochat.runlog import read_run
 from nanochat.segments import segments_of
-from nanochat.training import record as record_module
-from nanochat.training.checkpoint import checkpoint_folder, checkpoint_steps, read_meta
 from scripts import base_train
 from scripts.base_train import main, parse_args
 

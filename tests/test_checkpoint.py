@@ -16,12 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import run_on_ranks
 
-from nanochat.errors import UserError
-from nanochat.model.gpt import GPT, GPTConfig
-from nanochat.model.optim import MuonAdamW, parameter_groups
-from nanochat.ranks import Ranks, on_main
-from nanochat.training import checkpoint
-from nanochat.training.checkpoint import (
+from nanochat import checkpoint
+from nanochat.checkpoint import (
     checkpoint_folder,
     checkpoint_steps,
     find_checkpoint,
@@ -33,6 +29,10 @@ from nanochat.training.checkpoint import (
     save_checkpoint,
     set_aside,
 )
+from nanochat.common import UserError
+from nanochat.distributed import Ranks, on_main
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW, parameter_groups
 
 ROOT = Path(__file__).parent.parent
 

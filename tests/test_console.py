@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.errors import UserError
-from nanochat.training import console
-from nanochat.training.console import ConsoleSink, WandbSink
+from nanochat import console
+from nanochat.common import UserError
+from nanochat.console import ConsoleSink, WandbSink
 
 ROOT = Path(__file__).parent.parent
 
@@ -157,7 +157,7 @@ def test_wandb_that_does_not_start_is_a_user_error_that_says_why(monkeypatch, er
 
 def test_wandb_offline_records_a_run_without_a_network(tmp_path):
     code = """
-from nanochat.training.console import WandbSink
+from nanochat.console import WandbSink
 sink = WandbSink("name", "run-1", {"depth": 4})
 sink("train", {"step": 1, "loss": 2.5})
 sink.close()

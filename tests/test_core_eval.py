@@ -13,9 +13,9 @@ import torch
 from core_bundles import accuracy_by_brute_force, write_bundle
 
 from nanochat import core_eval
-from nanochat.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
-from nanochat.errors import UserError
-from nanochat.evaluation.core import (
+from nanochat.common import UserError
+from nanochat.core_bundle import Task, bundle_folder, download_bundle, read_bundle
+from nanochat.core_eval import (
     CoreResult,
     Option,
     crop,
@@ -25,7 +25,7 @@ from nanochat.evaluation.core import (
     render_prompts,
     score_options,
 )
-from nanochat.evaluation.core_bundle import Task, bundle_folder, download_bundle, read_bundle
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 MADE_TASKS = json.loads((GOLDEN / "core_prompts.json").read_text(encoding="utf-8"))

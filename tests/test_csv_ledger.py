@@ -10,8 +10,8 @@ from full_disk import full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat.common import UserError
 from nanochat.csv_ledger import append_row, columns, read_rows
-from nanochat.errors import UserError
 from nanochat.lane_b.infer.record import read_records
 
 

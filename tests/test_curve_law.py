@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.infer.crossing import (
     Horizon,
@@ -21,7 +21,7 @@ from nanochat.lane_b.infer.crossing import (
     time_to,
 )
 from nanochat.lane_b.infer.curve_law import FORMS, Progress, Run, fit
-from nanochat.training.schedule import lr_multipliers as schedule
+from nanochat.schedule import lr_multipliers as schedule
 
 TRUTH = {
     "ends": (1.5, 0.4, 0.4),

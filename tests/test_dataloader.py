@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_shards import BOS, LONGEST, make_shards
 
-from nanochat.data import dataloader, packing
-from nanochat.data.dataloader import TokenLoader
-from nanochat.data.packing import CROPS, DocumentOrder
-from nanochat.data.tokens import TokenShard, write_token_shard
-from nanochat.errors import UserError
+from nanochat import dataloader, packing
+from nanochat.common import UserError
+from nanochat.dataloader import TokenLoader
+from nanochat.packing import CROPS, DocumentOrder
+from nanochat.tokens import TokenShard, write_token_shard
 
 
 @pytest.fixture
@@ -208,8 +208,8 @@ def test_a_program_that_forgets_to_close_ends_quietly(tmp_path, shards):
     script = tmp_path / "forgets.py"
     script.write_text(textwrap.dedent("""
         import sys
-        from nanochat.data.dataloader import TokenLoader
-        from nanochat.data.tokens import TokenShard
+        from nanochat.dataloader import TokenLoader
+        from nanochat.tokens import TokenShard
 
         loader = TokenLoader([TokenShard(path) for path in sys.argv[1:]], 64, 512)
         print(next(loader)[0].shape)

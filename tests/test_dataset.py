@@ -16,13 +16,12 @@ from full_disk import full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.data import shard_writer, stdlib_corpus
-from nanochat.data import sources as dataset_module
-from nanochat.data.shard_writer import prepare_shards
-from nanochat.data.shards import read_documents
-from nanochat.data.sources import Download, open_dataset
-from nanochat.dataset import main
-from nanochat.errors import UserError
+from nanochat import dataset as dataset_module
+from nanochat import shard_writer, stdlib_corpus
+from nanochat.common import UserError
+from nanochat.dataset import Download, main, open_dataset
+from nanochat.shard_writer import prepare_shards
+from nanochat.shards import read_documents
 
 
 def parquet_folder(folder, n_shards=3):

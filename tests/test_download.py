@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat.data import sources
-from nanochat.data.download import fetch_shards
-from nanochat.data.shards import read_documents
-from nanochat.data.sources import Download, download_shards, open_dataset
-from nanochat.errors import UserError
+from nanochat import dataset as sources
+from nanochat.common import UserError
+from nanochat.dataset import Download, download_shards, open_dataset
+from nanochat.download import fetch_shards
+from nanochat.shards import read_documents
 
 REPO = "owner/repository"
 

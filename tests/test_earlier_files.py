@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.data.sources import open_dataset
-from nanochat.data.tokenizer import Tokenizer, load_tokenizer
-from nanochat.data.tokens import token_shards
+from nanochat.common import runs_dir
+from nanochat.dataset import open_dataset
 from nanochat.experiments.ledger import append_experiment, read_experiments
 from nanochat.lane_b.infer.record import append_record, read_records
-from nanochat.paths import runs_dir
 from nanochat.runlog import read_run
+from nanochat.tokenizer import Tokenizer, load_tokenizer
+from nanochat.tokens import token_shards
 from scripts import base_eval, base_train
 
 FILES = Path(__file__).parent / "golden" / "before_packages.zip"

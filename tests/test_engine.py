@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from nanochat.errors import UserError
-from nanochat.model.engine import KVCache, generate, sample_token, stream, whole_characters
-from nanochat.model.gpt import GPT, GPTConfig
+from nanochat.common import UserError
+from nanochat.engine import KVCache, generate, sample_token, stream, whole_characters
+from nanochat.gpt import GPT, GPTConfig
 
 LENGTH = 20
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from lane_b_sources import Markov, OrderTwo, Renewal, cut
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.measure.corpus import from_documents
 from nanochat.lane_b.measure.documents import from_arrays

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from nanochat.errors import UserError, command
+from nanochat.common import UserError, command
 
 
 class Refusal(UserError):
@@ -83,14 +83,14 @@ def test_wrapped_main_keeps_its_name_and_docstring():
 
 
 def test_an_ascii_terminal_shows_what_it_can():
-    code = "from nanochat.errors import command\ncommand(lambda argv: print('Stra\\xdfe \\u4e2d'))()"
+    code = "from nanochat.common import command\ncommand(lambda argv: print('Stra\\xdfe \\u4e2d'))()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True,
                           env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.stdout == b"Stra\\xdfe \\u4e2d\n"
 
 
 def test_output_that_cannot_be_written_is_said_once_and_then_goes_nowhere():
-    code = "from nanochat.errors import say\nfor i in range(3):\n    say('line', i)"
+    code = "from nanochat.common import say\nfor i in range(3):\n    say('line', i)"
     done = subprocess.run(["bash", "-c", f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} > /dev/full"],
                           capture_output=True, check=True)
     assert done.stderr.count(b"warning: the output cannot be written") == 1 == done.stderr.count(b"\n")

@@ -10,13 +10,13 @@ from checkpoints import META, write_upstream
 from corpus import GOLDEN_TOKENIZER, golden_tokenizer
 from golden_figures import CONFIG, arrays, batch, golden_model
 
-from nanochat.errors import UserError
+from nanochat.checkpoint import checkpoint_folder, save_checkpoint
+from nanochat.common import UserError
 from nanochat.export import folder as export_folder
 from nanochat.export import formats
 from nanochat.export.folder import check_replaceable, whole_folder
-from nanochat.model.gpt import GPT, GPTConfig
-from nanochat.training.checkpoint import checkpoint_folder, save_checkpoint
-from nanochat.training.trained import load_trained
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.trained import load_trained
 from scripts.export import main
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def test_transformers_gives_our_logits(transformers, tmp_path, sizes, dtype):
 
 @torch.no_grad()
 def test_upstreams_checkpoint_gives_upstreams_figures(transformers, tmp_path, monkeypatch):
-    monkeypatch.setattr("nanochat.training.trained.load_tokenizer", lambda folder: NoTokenizer())
+    monkeypatch.setattr("nanochat.trained.load_tokenizer", lambda folder: NoTokenizer())
     write_upstream(checkpoint_folder("tiny"), "_orig_mod.")
     to = export(tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(to, trust_remote_code=True)

@@ -7,9 +7,9 @@ from corpus import golden_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nanochat.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.export.hf_tokenizer import byte_characters, tokenizer_json
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="the extra hf is not installed")
 

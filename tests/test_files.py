@@ -16,9 +16,18 @@ from full_disk import full_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanochat import files
-from nanochat.errors import UserError
-from nanochat.files import atomic_path, check_output, json_bytes, locked, read_json, sha256_of, write_json, write_text
+from nanochat import common as files
+from nanochat.common import (
+    UserError,
+    atomic_path,
+    check_output,
+    json_bytes,
+    locked,
+    read_json,
+    sha256_of,
+    write_json,
+    write_text,
+)
 
 FINITE_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -82,7 +91,7 @@ def test_old_file_stays_when_the_disk_refuses_at_the_end(old, monkeypatch, call)
 def test_old_file_stays_when_the_disk_is_full(old):
     out = finished(python("""
         import resource, signal, sys
-        from nanochat.files import write_text
+        from nanochat.common import write_text
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
         write_text(sys.argv[2], "x" * 5000)
@@ -154,7 +163,7 @@ def test_process_killed_while_it_writes_leaves_the_old_or_the_new_file_whole(tmp
     for _ in range(8):
         process = python("""
             import sys
-            from nanochat.files import atomic_path
+            from nanochat.common import atomic_path
             print("ready", flush=True)
             for n in range(10**9):
                 with atomic_path(sys.argv[1]) as temporary, open(temporary, "w") as file:
@@ -198,7 +207,7 @@ def test_lock_keeps_processes_apart(tmp_path):
     workers = [python("""
         import sys
         from pathlib import Path
-        from nanochat.files import locked
+        from nanochat.common import locked
         path = Path(sys.argv[1])
         for _ in range(200):
             with locked(path):
@@ -216,7 +225,7 @@ def test_lock_is_free_again_after_an_error_and_after_a_kill(tmp_path):
         raise RuntimeError
     holder = python("""
         import sys, time
-        from nanochat.files import locked
+        from nanochat.common import locked
         with locked(sys.argv[1]):
             print("held", flush=True)
             time.sleep(60)

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.errors import UserError
-from nanochat.model.fp8 import E4M3, E5M2, Fp8Weight, check_fp8, quantised, train_in_fp8
-from nanochat.model.gpt import GPT, GPTConfig, Linear
-from nanochat.model.optim import MuonAdamW, parameter_groups
+from nanochat.common import UserError
+from nanochat.fp8 import E4M3, E5M2, Fp8Weight, check_fp8, quantised, train_in_fp8
+from nanochat.gpt import GPT, GPTConfig, Linear
+from nanochat.optim import MuonAdamW, parameter_groups
 
 FORMATS = {E4M3: (3, -6, 448.0), E5M2: (2, -14, 57344.0)}  # mantissa bits, least normal exponent, largest value
 CONFIG = GPTConfig(16, 130, n_layer=1, n_head=2, n_kv_head=2, n_embd=128)  # small: a CPU multiplies fp8 one by one

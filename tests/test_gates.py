@@ -7,13 +7,12 @@ import pytest
 from scipy import stats
 from synthetic_runs import make_trial
 
-from nanochat.errors import UserError
+from nanochat.common import UserError, runs_dir
 from nanochat.experiments.comparison import Rules
 from nanochat.experiments.gates import judge
 from nanochat.experiments.paired import paired
 from nanochat.experiments.probe import Probe
 from nanochat.experiments.trials import load_trials
-from nanochat.paths import runs_dir
 
 CANDIDATE = "fused-rmsnorm"
 

@@ -5,9 +5,9 @@ import torch
 from golden_figures import CONFIG, FACTS, arrays, batch, golden_model, relative_error
 from kernel_cases import kernel_device
 
-from nanochat.errors import UserError
-from nanochat.model.engine import KVCache
-from nanochat.model.gpt import GPT, GPTConfig, flops_per_token, parameter_counts, scaling_params
+from nanochat.common import UserError
+from nanochat.engine import KVCache
+from nanochat.gpt import GPT, GPTConfig, flops_per_token, parameter_counts, scaling_params
 
 
 def test_logits_match_golden():

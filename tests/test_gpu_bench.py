@@ -11,7 +11,7 @@ import pytest
 from dev.bench import trees
 from dev.bench.measure import append_rows, run_jobs
 from dev.bench.train_step import step_flops
-from nanochat.model.gpt import GPTConfig, flops_per_token
+from nanochat.gpt import GPTConfig, flops_per_token
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,13 +8,13 @@ import torch
 from core_bundles import accuracy_by_brute_force, write_bundle
 from corpus import WORDS, write_corpus
 
-from nanochat.data.dataloader import TokenLoader
-from nanochat.data.sources import open_dataset
-from nanochat.data.tokens import token_shards
-from nanochat.errors import UserError
-from nanochat.evaluation.core import evaluate_core
-from nanochat.evaluation.core_bundle import bundle_folder
-from nanochat.evaluation.hf_model import load_hf
+from nanochat.common import UserError
+from nanochat.core_bundle import bundle_folder
+from nanochat.core_eval import evaluate_core
+from nanochat.dataloader import TokenLoader
+from nanochat.dataset import open_dataset
+from nanochat.hf_model import load_hf
+from nanochat.tokens import token_shards
 from scripts.base_eval import main
 
 N_POSITIONS, VOCAB = 64, 300

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.exponents import Estimate, alpha_of
 from nanochat.lane_b.infer.crossing import Horizon, Prediction, end_of, time_to
@@ -15,7 +15,7 @@ from nanochat.lane_b.infer.curve_law import FORMS, Law, Progress, Run
 from nanochat.lane_b.infer.horizon import TooShort, infer_horizon
 from nanochat.lane_b.infer.horizon_figure import draw_inference
 from nanochat.lane_b.infer.inputs import Setting
-from nanochat.training.schedule import lr_multipliers
+from nanochat.schedule import lr_multipliers
 
 LOW_RATES, NEAR_BEST = (1.5, 0.6, 0.4, 0.05, 30.0), (1.5, 0.6, 0.4, 0.3, 300.0)  # the gain of the landing: small, large
 DEFAULT_STEPS = 1200

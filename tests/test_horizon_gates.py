@@ -7,13 +7,12 @@ import re
 import pytest
 from synthetic_runs import make_trial
 
-from nanochat.errors import UserError
+from nanochat.common import UserError, runs_dir
 from nanochat.experiments.gates import judge
 from nanochat.experiments.probe import Probe
 from nanochat.experiments.report import experiment_report
 from nanochat.experiments.runner import SLACK_BPB
 from nanochat.experiments.trials import load_trials
-from nanochat.paths import runs_dir
 
 SEEDS = (0, 1, 2)
 

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.lane_b.infer.curve_law import FORMS, Progress
 from nanochat.lane_b.infer.inference_file import read_inference
 from nanochat.lane_b.infer.inputs import read_statistics
 from nanochat.lane_b.infer.record import read_records
 from nanochat.runlog import RunLog
-from nanochat.training.schedule import lr_multipliers
+from nanochat.schedule import lr_multipliers
 from scripts import lane_b_infer_ratio, lane_b_log_run
 
 WORKSHEET = (Path(__file__).parents[1] / "ideas" / "lane_b_inference_worksheet.md").read_text()

@@ -11,10 +11,9 @@ import pytest
 from lane_b_sources import Copying, cut
 from ranks import run_on_ranks
 
-from nanochat.data.sources import open_dataset
-from nanochat.data.tokenizer import train_tokenizer
-from nanochat.data.tokens import TokenShard, write_token_shard
-from nanochat.errors import UserError
+from nanochat.common import UserError
+from nanochat.dataset import open_dataset
+from nanochat.distributed import Ranks, all_reduce_sum, spawn_workers, start_ranks
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.measure.beta import measure_beta
 from nanochat.lane_b.measure.corpus import from_documents, from_shards
@@ -25,7 +24,8 @@ from nanochat.lane_b.measure.fit import BrokenPowerLaw
 from nanochat.lane_b.measure.statistics import DEFAULT_LAGS, measure
 from nanochat.lane_b.measure.statistics_figure import draw_statistics
 from nanochat.lane_b.measure.statistics_file import statistics_document
-from nanochat.ranks import Ranks, add_up, helped_by, start_ranks
+from nanochat.tokenizer import train_tokenizer
+from nanochat.tokens import TokenShard, write_token_shard
 from scripts.lane_b_stats import main, parse_args
 
 
@@ -337,9 +337,9 @@ def test_processes_give_one_file_and_the_last_word_to_the_first(corpus, tmp_path
 
 
 def test_a_killed_process_is_named():
-    with pytest.raises(UserError, match="fewer --processes"), helped_by(1, _die, ()):
+    with pytest.raises(UserError, match="fewer --processes"), spawn_workers(1, _die, ()):
         start_ranks()
-        add_up(Ranks(0, 0, 2), np.zeros(1))
+        all_reduce_sum(Ranks(0, 0, 2), np.zeros(1))
 
 
 def _die(_):

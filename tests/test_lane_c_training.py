@@ -13,9 +13,9 @@ from corpus import TINY_FLAGS
 from golden_figures import batch, golden_model
 from kernel_cases import kernel_device
 
-from nanochat.paths import runs_dir
+from nanochat.checkpoint import checkpoint_folder
+from nanochat.common import runs_dir
 from nanochat.runlog import read_run
-from nanochat.training.checkpoint import checkpoint_folder
 from scripts.base_train import main
 
 pytestmark = pytest.mark.usefixtures("fp32")

@@ -8,12 +8,10 @@ import time
 import pytest
 from synthetic_runs import make_run, make_trial
 
-from nanochat.errors import UserError
+from nanochat.common import RunLock, UserError, locks_dir, runs_dir, write_json
 from nanochat.experiments import live
 from nanochat.experiments.live import LivePage, LiveServer
 from nanochat.experiments.report import experiment_report, runs_report
-from nanochat.files import Owned, write_json
-from nanochat.paths import locks_dir, runs_dir
 from nanochat.runlog import RunLog
 from scripts import report as script
 
@@ -81,7 +79,7 @@ def test_what_else_is_asked_for_is_not_there(serve):
 def test_it_follows_the_record_to_the_end_of_the_run(monkeypatch):
     config = json.loads((make_run("r", **SMALL).folder / "config.json").read_text()) | {"seed": 1}
     del config["run_id"]
-    owned = [Owned(runs_dir() / "going", locks_dir() / "run.going", "going", "")]
+    owned = [RunLock(runs_dir() / "going", locks_dir() / "run.going", "going", "")]
     log = RunLog.create(runs_dir(), "going", config, owned=owned)
     page = LivePage(lambda: runs_report(["r", "going"], runs_dir()))
     monkeypatch.setattr(live.time, "monotonic", lambda: now)

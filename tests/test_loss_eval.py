@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.evaluation import loss as loss_eval
-from nanochat.evaluation.loss import evaluate_loss, tokens_since_bos
-from nanochat.ranks import Ranks
+from nanochat import loss_eval
+from nanochat.distributed import Ranks
+from nanochat.loss_eval import evaluate_loss, tokens_since_bos
 
 BOS, OTHER_SPECIAL, VOCAB = 11, 10, 12
 TOKEN_BYTES = torch.tensor([1, 1, 2, 3, 5, 8, 1, 4, 2, 16, 0, 0], dtype=torch.int32)

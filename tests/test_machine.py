@@ -9,12 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import provenance
-from nanochat.errors import UserError
-from nanochat.machine import choose_compute_dtype, choose_device, device_name, peak_bf16_flops, peak_memory_mib
-from nanochat.paths import base_dir, runs_dir
-from nanochat.provenance import git_commit, versions
-from nanochat.ranks import Ranks, print0, start_ranks, stop_ranks
+from nanochat import common as provenance
+from nanochat.common import (
+    UserError,
+    base_dir,
+    choose_compute_dtype,
+    choose_device,
+    device_name,
+    git_commit,
+    peak_bf16_flops,
+    peak_memory_mib,
+    print0,
+    runs_dir,
+    versions,
+)
+from nanochat.distributed import Ranks, start_ranks, stop_ranks
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
 
@@ -33,7 +42,7 @@ def set_ranks(monkeypatch, **values):
 # --- import and folders ----------------------------------------------------------------------------------------------
 
 def test_importing_does_not_import_torch():
-    code = ("import sys, nanochat.paths, nanochat.machine, nanochat.ranks, nanochat.provenance; "
+    code = ("import sys, nanochat.common, nanochat.common, nanochat.distributed, nanochat.common; "
             "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
@@ -219,7 +228,7 @@ def test_cpu_is_named_with_its_core_count():
 
 
 def test_time_is_utc_to_the_second():
-    code = "from nanochat.provenance import utc_now; print(utc_now(), end='')"
+    code = "from nanochat.common import utc_now; print(utc_now(), end='')"
     far_east = subprocess.run([sys.executable, "-c", code], env={**os.environ, "TZ": "EAST-14"}, capture_output=True,
                               text=True, check=True).stdout
     written = datetime.strptime(far_east, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)

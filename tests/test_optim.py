@@ -9,11 +9,11 @@ from golden_figures import FACTS, arrays, batch, golden_model, relative_error
 from ranks import run_on_ranks
 
 from dev.bench.ranks import count_step
-from nanochat.model import optim
-from nanochat.model.gpt import Linear
-from nanochat.model.optim import MuonAdamW, parameter_groups
-from nanochat.model.updates import adamw_update, muon_direction, muon_update, polar_express
-from nanochat.ranks import Ranks
+from nanochat import optim
+from nanochat.distributed import Ranks
+from nanochat.gpt import Linear
+from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.updates import adamw_update, muon_direction, muon_update, polar_express
 
 
 def take_golden_steps(model, optimizer):

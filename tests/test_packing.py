@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_shards import make_shards
 
-from nanochat.data import packing
-from nanochat.data.packing import CROPS, DocumentOrder, RowPlanner
-from nanochat.errors import UserError
+from nanochat import packing
+from nanochat.common import UserError
+from nanochat.packing import CROPS, DocumentOrder, RowPlanner
 
 lengths_strategy = st.lists(st.lists(st.integers(1, 40), max_size=12), min_size=1, max_size=4).filter(any)
 property_test = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

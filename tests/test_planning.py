@@ -16,20 +16,19 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from dev.bench.plan import CPU, SHAPES, planned_memory, record_rows
-from nanochat.errors import UserError
-from nanochat.machine import choose_compute_dtype
-from nanochat.model.gpt import GPT, GPTConfig, parameter_counts, scaling_params
-from nanochat.model.optim import MuonAdamW, parameter_groups
-from nanochat.model.updates import polar_express, polar_express_flops
+from nanochat import build
+from nanochat.common import UserError, choose_compute_dtype
+from nanochat.config import TrainingConfig
+from nanochat.distributed import Ranks
+from nanochat.gpt import GPT, GPTConfig, parameter_counts, scaling_params
+from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.planning.estimate import estimate, with_fitting_rows
 from nanochat.planning.gpus import GPUS, LINK_SHARE, gpu_of_device
 from nanochat.planning.memory import memory_of
 from nanochat.planning.parts import MatrixStack, Tensor, model_parts
 from nanochat.planning.report import at_start, nodes_table
 from nanochat.planning.step_time import collective_bytes, collective_sec
-from nanochat.ranks import Ranks
-from nanochat.training import build
-from nanochat.training.config import TrainingConfig
+from nanochat.updates import polar_express, polar_express_flops
 from scripts import base_train
 from scripts import plan as plan_script
 

@@ -8,8 +8,8 @@ import types
 import pytest
 from tqdm import tqdm
 
-from nanochat import progress as module
-from nanochat.progress import QUIET, SILENCE_SEC, STAGE, Bar, Tenths, be_quiet, progress, say_next
+from nanochat import common as module
+from nanochat.common import QUIET, SILENCE_SEC, STAGE, Bar, TenPercentSteps, print_next_command, progress, set_quiet
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_what_moves_in_leaps_or_learns_its_total_on_the_way_is_said_once(clock, 
 @pytest.mark.parametrize("quiet", [True, False])
 def test_quiet_and_other_ranks_show_nothing_but_count(clock, capsys, monkeypatch, quiet):
     monkeypatch.setenv(QUIET, "")
-    be_quiet(quiet)
+    set_quiet(quiet)
     assert list(progress(items(50, clock), total=50, shown=quiet)) == list(range(50))
     with progress(total=5, shown=quiet) as bar:
         bar.set_description("x"), bar.update(2)
@@ -63,7 +63,7 @@ def test_quiet_and_other_ranks_show_nothing_but_count(clock, capsys, monkeypatch
 
 
 def test_a_tenth_is_due_once():
-    tenths = Tenths(apart_sec=0.0)
+    tenths = TenPercentSteps(apart_sec=0.0)
     assert [n for n in (*range(45), *range(5, 101)) if tenths.is_due(n, 100)] == list(range(10, 101, 10))
 
 
@@ -105,8 +105,8 @@ def test_a_terminal_that_goes_away_ends_nothing_and_leaves_no_lock(n_writes):
 
 
 def test_the_next_command_is_what_a_shell_takes_and_stages_leave_it_out(clock, capsys, monkeypatch):
-    say_next("scripts.tok_train", "--dataset", "my folder")
+    print_next_command("scripts.tok_train", "--dataset", "my folder")
     assert capsys.readouterr().out == "next: python -m scripts.tok_train --dataset 'my folder'\n"
     monkeypatch.setenv(STAGE, "1")
-    say_next("scripts.tok_train")
+    print_next_command("scripts.tok_train")
     assert capsys.readouterr().out == ""

@@ -17,15 +17,13 @@ import numpy as np
 import pytest
 from synthetic_runs import make_run, make_trial
 
-from nanochat.errors import UserError
+from nanochat.common import RunLock, UserError, locks_dir, runs_dir, write_json
+from nanochat.config import TrainingConfig
 from nanochat.experiments import canvas, figures
 from nanochat.experiments.gates import judge_all
 from nanochat.experiments.report import experiment_report, runs_report
 from nanochat.experiments.trials import load_trials
-from nanochat.files import Owned, write_json
-from nanochat.paths import locks_dir, runs_dir
 from nanochat.runlog import RunLog
-from nanochat.training.config import TrainingConfig
 from scripts import base_train
 from scripts import report as script
 
@@ -266,7 +264,7 @@ def test_runs_are_chosen_by_name_and_seeds_of_one_recipe_are_one_group():
 def test_a_run_under_way_is_no_failure_and_has_its_figures_so_far():
     make_run("one", **SMALL), make_run("going", seed=7, finished=False, **SMALL)
     stale = make_run("stale", seed=8, finished=False, **SMALL).folder
-    owned = [Owned(runs_dir() / name, locks_dir() / f"run.{name}", name, "") for name in ("going", "stale")]
+    owned = [RunLock(runs_dir() / name, locks_dir() / f"run.{name}", name, "") for name in ("going", "stale")]
     owned[1].release()
     report = runs_report(["one", "going", stale], runs_dir())
     owned[0].release()

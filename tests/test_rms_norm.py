@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from kernel_cases import assert_as_exact, kernel_device
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.kernels import rms_norm as module
 from nanochat.kernels.rms_norm import check_rms_norm, rms_norm, rope_qk_norm
 from nanochat.kernels.runtime import triton
-from nanochat.model.plain import plain_rms_norm, plain_rope_qk_norm
+from nanochat.plain import plain_rms_norm, plain_rope_qk_norm
 
 EPS = torch.finfo(torch.float32).eps
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

@@ -9,8 +9,8 @@ from full_disk import full_disk
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from nanochat import files
-from nanochat.errors import UserError
+from nanochat import common as files
+from nanochat.common import UserError
 from nanochat.runlog import CONFIG, METRICS, SUMMARY, RunLog, check_run_id, find_run, read_run
 
 SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from nanochat.errors import UserError
+from nanochat.common import QUIET, UserError, runs_dir
 from nanochat.experiments.gates import judge_all
 from nanochat.experiments.ledger import ExperimentRow, read_experiments
 from nanochat.experiments.probe import GRAPH_BREAK, Probe, probe_candidates, read_probe
@@ -27,13 +27,11 @@ from nanochat.experiments.runner import (
     training_command,
 )
 from nanochat.experiments.trials import load_trials
-from nanochat.paths import runs_dir
-from nanochat.progress import QUIET
 
 # A stand-in for scripts.base_train: parses the flags it needs and writes a record as the real one does.
 FAKE_TRAIN = textwrap.dedent("""
     import argparse, os, sys, time
-    from nanochat.paths import runs_dir
+    from nanochat.common import runs_dir
     from nanochat.runlog import RunLog
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for name in ("run-id", "dataset"):
@@ -175,7 +173,7 @@ def driver(tmp_path, ledger):
         import sys
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         from test_runner import experiment
-        from nanochat.paths import runs_dir
+        from nanochat.common import runs_dir
         from nanochat.experiments.runner import run_experiment
         asked = experiment(seeds=(0, 1), extra_flags=("--pause-sec", "0.6"))
         run_experiment(asked, {str(ledger)!r}, runs_dir(),
@@ -231,7 +229,7 @@ def test_a_terminated_runner_ends_its_training_too(tmp_path, ledger, fake):
         import signal, sys
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         from test_runner import experiment
-        from nanochat.paths import runs_dir
+        from nanochat.common import runs_dir
         from nanochat.experiments.runner import run_experiment
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         run_experiment(experiment(extra_flags=("--pause-sec", "30")), {str(ledger)!r}, runs_dir(),

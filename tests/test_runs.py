@@ -17,16 +17,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from synthetic_runs import make_run
 
-from nanochat import files
-from nanochat.errors import UserError
+from nanochat import common as files
+from nanochat.common import RunLock, UserError, checkpoints_dir, is_owned, locks_dir, runs_dir, write_json
 from nanochat.experiments.runs import listing
 from nanochat.experiments.runs import watch as following
 from nanochat.experiments.runs.compare import compare
 from nanochat.experiments.runs.listing import RECENT_SEC, list_runs, read_state, table
 from nanochat.experiments.runs.prune import LEFTOVER_SEC
 from nanochat.experiments.runs.watch import curve, frame, watch
-from nanochat.files import Owned, is_owned, write_json
-from nanochat.paths import checkpoints_dir, locks_dir, runs_dir
 from nanochat.runlog import RunLog
 from scripts import runs as script
 
@@ -34,7 +32,7 @@ SMALL = {"steps": 40, "eval_every": 10}
 
 
 def owned(run_id, folder=None, lock=None):
-    return Owned(folder or runs_dir() / run_id, locks_dir() / (lock or f"run.{run_id}"), run_id, "wait")
+    return RunLock(folder or runs_dir() / run_id, locks_dir() / (lock or f"run.{run_id}"), run_id, "wait")
 
 
 def dead_pid():

@@ -12,8 +12,8 @@ import pytest
 from checkpoints import write_model
 from corpus import GOLDEN_TOKENIZER, golden_tokenizer
 
-from nanochat.model.engine import generate
-from nanochat.training.checkpoint import checkpoint_folder
+from nanochat.checkpoint import checkpoint_folder
+from nanochat.engine import generate
 from scripts.sample import main
 
 PROGRAM = [sys.executable, "-m", "scripts.sample", "--model-tag", "tiny", "--tokenizer-dir", GOLDEN_TOKENIZER]

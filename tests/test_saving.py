@@ -12,10 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import run_on_ranks
 
-from nanochat.errors import UserError
-from nanochat.ranks import Ranks
-from nanochat.training import checkpoint
-from nanochat.training.checkpoint import (
+from nanochat import checkpoint
+from nanochat.checkpoint import (
     checkpoint_steps,
     load_model_state,
     load_optimizer_state,
@@ -24,7 +22,9 @@ from nanochat.training.checkpoint import (
     remove_old,
     save_checkpoint,
 )
-from nanochat.training.saving import Saver
+from nanochat.common import UserError
+from nanochat.distributed import Ranks
+from nanochat.saving import Saver
 
 
 class Trained:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from nanochat.errors import UserError
-from nanochat.training.schedule import (
+from nanochat.common import UserError
+from nanochat.schedule import (
     Horizon,
     ModelShape,
     count_micro_batches,

@@ -4,7 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat.data.shards import (
+from nanochat.common import UserError
+from nanochat.shards import (
     list_shards,
     open_shard,
     read_documents,
@@ -12,7 +13,6 @@ from nanochat.data.shards import (
     sample_documents,
     shard_fingerprint,
 )
-from nanochat.errors import UserError
 
 
 def shard(path, texts, column="text", **options):

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from corpus import TINY_FLAGS, write_corpus
 
-from nanochat.paths import base_dir, runs_dir
+from nanochat.checkpoint import checkpoint_steps
+from nanochat.common import base_dir, runs_dir
 from nanochat.runlog import read_run
-from nanochat.training.checkpoint import checkpoint_steps
 from scripts.base_train import parse_args
 
 SCRIPT = Path(__file__).parent.parent / "runs" / "slurm.sh"

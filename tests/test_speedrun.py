@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.experiments.leaderboard import leaderboard_row, time_to_target_line
 from nanochat.runlog import RunRecord
 from scripts import base_train

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.data import stdlib_corpus
-from nanochat.data.stdlib_corpus import corpus_documents, corpus_key, cut_code, topics
-from nanochat.errors import UserError
+from nanochat import stdlib_corpus
+from nanochat.common import UserError
+from nanochat.stdlib_corpus import corpus_documents, corpus_key, cut_code, topics
 
 SENTENCE = "A sentence that is long enough to be a document of its own.\n"
 

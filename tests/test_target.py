@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import curve_fit, minimize_scalar
 from scipy.stats import f as f_distribution
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.target import Evaluation, TimeToTarget, check_target, evaluations_of, time_to_target
 
 SEC_PER_TOKEN = 1e-4

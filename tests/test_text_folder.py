@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.data.bad_samples import BadSamples
-from nanochat.data.sources import open_dataset
-from nanochat.data.text_folder import cut_text, folder_documents, folder_key, list_text_files
-from nanochat.errors import UserError
+from nanochat.bad_samples import BadSamples
+from nanochat.common import UserError
+from nanochat.dataset import open_dataset
+from nanochat.text_folder import cut_text, folder_documents, folder_key, list_text_files
 
 
 def test_files_are_found_in_subfolders_but_hidden_ones_left_out(tmp_path):
@@ -94,7 +94,7 @@ def test_bad_lines_are_counted_named_and_left_out_up_to_a_share(tmp_path_factory
     n_good = lines.count(b'{"text": "fine"}')
     bad = BadSamples(share)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanochat.data.text_folder._MAX_SAMPLE_BYTES", 4096)
+        patch.setattr("nanochat.text_folder._MAX_SAMPLE_BYTES", 4096)
         if len(places) > share * (n_good + len(places)):
             with pytest.raises(UserError, match=f"of {n_good + len(places)} samples cannot be used") as refusal:
                 list(folder_documents(folder, bad))

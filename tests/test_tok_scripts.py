@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat.data.tokenizer import load_tokenizer
+from nanochat.tokenizer import load_tokenizer
 from scripts import tok_eval, tok_train
 
 

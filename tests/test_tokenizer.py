@@ -15,9 +15,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nanochat.data import tokenizer as tokenizer_module
-from nanochat.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, load_tokenizer, train_tokenizer
-from nanochat.errors import UserError
+from nanochat import tokenizer as tokenizer_module
+from nanochat.common import UserError
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, load_tokenizer, train_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer_1024"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())

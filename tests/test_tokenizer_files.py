@@ -11,8 +11,8 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.data.tokenizer_files import read_pickle_file, read_text_file, to_text, vocabulary_id
-from nanochat.errors import UserError
+from nanochat.common import UserError
+from nanochat.tokenizer_files import read_pickle_file, read_text_file, to_text, vocabulary_id
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer_1024" / "tokenizer.pkl"
 VOCABULARY = ({bytes([i]): i for i in range(256)} | {b"ab": 256}, {"<|bos|>": 257, "<|x y\u2028|>": 258}, "\\s+|\"é\n")

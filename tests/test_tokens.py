@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanochat.data.shard_writer import prepare_shards
-from nanochat.data.sources import Dataset
-from nanochat.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from nanochat.data.tokens import HEADER_BYTES, TokenShard, token_shards, write_token_shard
-from nanochat.errors import UserError
+from nanochat.common import UserError
+from nanochat.dataset import Dataset
+from nanochat.shard_writer import prepare_shards
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
+from nanochat.tokens import HEADER_BYTES, TokenShard, token_shards, write_token_shard
 
 TEXTS = ["one fish", "two <|bos|> fish", "", "rød fisk, blå fisk", "   ", "x" * 3000]
 KEPT = [text for text in TEXTS if text.strip()]
@@ -55,7 +55,7 @@ def test_tokens_are_the_documents_of_each_split_each_after_bos(tmp_path):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=40), min_size=1, max_size=30))
 def test_any_text_comes_back_in_order_through_small_groups(tmp_path, monkeypatch, texts):
-    monkeypatch.setattr("nanochat.data.tokens.GROUP_CHARACTERS", 16)
+    monkeypatch.setattr("nanochat.tokens.GROUP_CHARACTERS", 16)
     kept = [text for text in texts if text and not text.isspace()]
     dataset = make_dataset(tmp_path / "d", [*texts, "end"], ["val"])
     tokenizer = bytes_tokenizer()
@@ -128,7 +128,7 @@ def test_a_damaged_cache_is_named_and_made_again(tmp_path, capsys, damage):
 def test_bytes_are_read_once_a_process(tmp_path, monkeypatch):
     dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
     token_shards(dataset, tokenizer)
-    monkeypatch.setattr("nanochat.files.sha256_of", lambda *_: pytest.fail("hashed again"))
+    monkeypatch.setattr("nanochat.common.sha256_of", lambda *_: pytest.fail("hashed again"))
     token_shards(dataset, tokenizer)
 
 
@@ -209,7 +209,7 @@ def test_another_tokenizer_has_its_own_cache(tmp_path):
 
 def test_a_failure_half_way_leaves_nothing(tmp_path, base_dir, monkeypatch):
     dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
-    monkeypatch.setattr("nanochat.data.tokens.GROUP_CHARACTERS", 1)
+    monkeypatch.setattr("nanochat.tokens.GROUP_CHARACTERS", 1)
     encode = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda text: encode(text) if "fish" in text else 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -259,9 +259,9 @@ def test_ranks_share_the_shards_and_all_see_them_all(tmp_path, base_dir):
     script.write_text(textwrap.dedent("""
         import sys, time
         from pathlib import Path
-        from nanochat.data import tokens
-        from nanochat.data.sources import Dataset
-        from nanochat.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+        from nanochat import tokens
+        from nanochat.dataset import Dataset
+        from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
         tokenizer = Tokenizer({bytes([i]): i for i in range(256)}, {n: 256 + i for i, n in enumerate(SPECIAL_TOKENS)})
         write, made = tokens.write_token_shard, []

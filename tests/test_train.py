@@ -11,15 +11,15 @@ from full_disk import full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.errors import UserError
-from nanochat.ranks import Ranks
+from nanochat import loop as train
+from nanochat import schedule, stopping
+from nanochat.common import UserError
+from nanochat.distributed import Ranks
+from nanochat.loop import Hooks, Trainer
+from nanochat.record import close_failed_record, close_record, summarize
+from nanochat.run_plan import Cadence, Place, Plan, Schedule
 from nanochat.runlog import RunLog, read_run
-from nanochat.training import loop as train
-from nanochat.training import schedule, stopping
-from nanochat.training.loop import Hooks, Trainer
-from nanochat.training.plan import Cadence, Place, Plan, Schedule
-from nanochat.training.record import close_failed_record, close_record, summarize
-from nanochat.training.stopping import STOP_SIGNALS
+from nanochat.stopping import STOP_SIGNALS
 from nanochat.watchdog import Watchdog
 
 EVALUATION_SEC, SAVING_SEC = 1000.0, 500.0  # must never show on the training clock

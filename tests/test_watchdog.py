@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from corpus import TINY_FLAGS
 
-from nanochat.paths import runs_dir
-from nanochat.ranks import Ranks
+from nanochat.common import runs_dir
+from nanochat.distributed import Ranks
 from nanochat.runlog import read_run
 from nanochat.watchdog import BUSY, LEFT, TRAINING, WAITING, Watchdog
 from scripts.base_train import main

@@ -24,11 +24,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nanochat.errors import command
+from nanochat.common import command
+from nanochat.gpt import GPTConfig
 from nanochat.kernels import embedding
 from nanochat.kernels import linear_cross_entropy as loss
 from nanochat.kernels import rms_norm as norm
-from nanochat.model.gpt import GPTConfig
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 N_ROWS = 8192

@@ -16,10 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from nanochat.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
-from nanochat.errors import UserError, command, say
-from nanochat.files import parse_json
+from nanochat.common import UserError, command, parse_json, say
 from nanochat.runlog import METRICS
+from nanochat.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
 
 FLAGS = ("--depth 1 --aspect-ratio 64 --head-dim 16 --max-seq-len 32 --device-batch-size 2 --total-batch-size 64 "
          "--window-pattern L --core-metric-every -1 --eval-tokens 512 --eval-every 250 --sample-every 1000 "

@@ -12,9 +12,9 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from dev.bench.variants import masked_loss, sliced_loss
-from nanochat.errors import command
-from nanochat.model.gpt import GPTConfig
-from nanochat.model.plain import plain_linear_cross_entropy
+from nanochat.common import command
+from nanochat.gpt import GPTConfig
+from nanochat.plain import plain_linear_cross_entropy
 
 FORMS = {"sliced before the softcap": sliced_loss, "masked after it": masked_loss,
          "plain path": plain_linear_cross_entropy}

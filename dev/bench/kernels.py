@@ -25,10 +25,16 @@ import triton
 
 from dev.bench.measure import peak_bytes, percentiles, rates, run_jobs, time_interleaved
 from dev.bench.variants import Unavailable, interpreted_losses, losses, norms, qk_norms, sliced_loss
-from nanochat.errors import UserError, command
-from nanochat.machine import choose_compute_dtype, choose_device, device_name, keep_freed_memory
-from nanochat.model.gpt import GPTConfig
-from nanochat.provenance import git_commit
+from nanochat.common import (
+    UserError,
+    choose_compute_dtype,
+    choose_device,
+    command,
+    device_name,
+    git_commit,
+    keep_freed_memory,
+)
+from nanochat.gpt import GPTConfig
 
 HEAD_DIM = 128
 POSITIONS = 2048

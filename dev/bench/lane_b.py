@@ -18,16 +18,14 @@ import scipy
 import torch
 
 from dev.bench.measure import append_rows, percentiles, time_interleaved
-from nanochat.data.sources import open_dataset
-from nanochat.data.tokenizer import load_tokenizer
-from nanochat.data.tokens import token_shards
-from nanochat.errors import command
+from nanochat.common import command, device_name, git_commit
+from nanochat.dataset import open_dataset
 from nanochat.lane_b.measure.corpus import from_documents, from_shards
 from nanochat.lane_b.measure.correlation import counters_of, estimate_lags
 from nanochat.lane_b.measure.documents import from_arrays
 from nanochat.lane_b.measure.kneser_ney import KneserNey
-from nanochat.machine import device_name
-from nanochat.provenance import git_commit
+from nanochat.tokenizer import load_tokenizer
+from nanochat.tokens import token_shards
 
 
 def parse_args(argv):

@@ -19,13 +19,11 @@ import torch
 
 from dev.bench.lane_b import made_tokens
 from dev.bench.measure import append_rows, status_bytes
-from nanochat.data.tokens import TokenShard, write_token_shard
-from nanochat.errors import command
+from nanochat.common import command, device_name, git_commit
 from nanochat.lane_b.measure import entropy
 from nanochat.lane_b.measure.corpus import from_shards, outliers
 from nanochat.lane_b.measure.correlation import counters_of, estimate_lags, null_coefficient
-from nanochat.machine import device_name
-from nanochat.provenance import git_commit
+from nanochat.tokens import TokenShard, write_token_shard
 
 _SHARD_TOKENS, _DOCUMENT_TOKENS = 1 << 25, 1000
 

@@ -17,14 +17,11 @@ import numpy as np
 import torch
 
 from dev.bench.measure import append_rows
-from nanochat.data.dataloader import RowPlanner, TokenLoader, fill_rows
-from nanochat.data.sources import open_dataset
-from nanochat.data.tokenizer import load_tokenizer
-from nanochat.data.tokens import TokenShard, token_shards, write_token_shard
-from nanochat.errors import command
-from nanochat.machine import choose_device, device_name
-from nanochat.progress import progress
-from nanochat.provenance import git_commit
+from nanochat.common import choose_device, command, device_name, git_commit, progress
+from nanochat.dataloader import RowPlanner, TokenLoader, fill_rows
+from nanochat.dataset import open_dataset
+from nanochat.tokenizer import load_tokenizer
+from nanochat.tokens import TokenShard, token_shards, write_token_shard
 
 PARTS = ("loader", "planner", "filler")
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanochat.files import atomic_path
+from nanochat.common import atomic_path
 
 FLUSHED_BYTES = 256 << 20  # more than any GPU's L2 cache
 

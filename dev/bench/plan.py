@@ -16,14 +16,13 @@ from typing import NamedTuple
 import torch
 
 from dev.bench.measure import append_rows, cpu_peak_bytes
-from nanochat.errors import command
-from nanochat.machine import choose_compute_dtype
+from nanochat import build, schedule
+from nanochat.common import choose_compute_dtype, command
+from nanochat.config import TrainingConfig
+from nanochat.distributed import Ranks
 from nanochat.planning.estimate import estimate
 from nanochat.planning.gpus import GPUS
 from nanochat.planning.memory import memory_of
-from nanochat.ranks import Ranks
-from nanochat.training import build, schedule
-from nanochat.training.config import TrainingConfig
 
 
 class Record(NamedTuple):

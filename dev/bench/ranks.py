@@ -14,11 +14,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dev.bench.measure import append_rows
-from nanochat.errors import command
-from nanochat.model import optim
-from nanochat.model.gpt import GPT, GPTConfig
-from nanochat.ranks import Ranks
-from nanochat.training.schedule import model_shape
+from nanochat import optim
+from nanochat.common import command
+from nanochat.distributed import Ranks
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.schedule import model_shape
 
 MIB = 2**20
 

@@ -12,17 +12,24 @@ import time
 import torch
 
 from dev.bench.measure import append_rows, peak_bytes, percentiles, rates, time_interleaved
-from nanochat.errors import UserError, command
+from nanochat.attention import BACKENDS, why_not
+from nanochat.common import (
+    UserError,
+    choose_compute_dtype,
+    choose_device,
+    command,
+    device_name,
+    git_commit,
+    keep_freed_memory,
+    versions,
+)
+from nanochat.fp8 import check_fp8, train_in_fp8
+from nanochat.gpt import GPT, SOFTCAP, GPTConfig, flops_per_token
 from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
 from nanochat.kernels.rms_norm import check_rms_norm, rms_norm
-from nanochat.machine import choose_compute_dtype, choose_device, device_name, keep_freed_memory
-from nanochat.model.attention import BACKENDS, why_not
-from nanochat.model.fp8 import check_fp8, train_in_fp8
-from nanochat.model.gpt import GPT, SOFTCAP, GPTConfig, flops_per_token
-from nanochat.model.optim import MuonAdamW, parameter_groups
-from nanochat.model.updates import polar_express_flops
-from nanochat.provenance import git_commit, versions
-from nanochat.training.schedule import model_shape
+from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.schedule import model_shape
+from nanochat.updates import polar_express_flops
 
 RESIDUAL_TOO = "fused, residual norms too"  # a choice that --fused-rmsnorm does not make in a compiled model
 CANDIDATES = {

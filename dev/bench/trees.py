@@ -12,16 +12,16 @@ import sys
 from pathlib import Path
 
 from dev.bench.measure import percentiles
-from nanochat.errors import UserError, command
+from nanochat.common import UserError, command
 
 PAIRS = 40
 # both trees have these names since the first benchmark of the step
 WORKER = """
 import sys, time
 from dev.bench import train_step
-from nanochat.machine import choose_compute_dtype, choose_device, keep_freed_memory
-from nanochat.model.gpt import GPTConfig
-from nanochat.training.schedule import model_shape
+from nanochat.common import choose_compute_dtype, choose_device, keep_freed_memory
+from nanochat.gpt import GPTConfig
+from nanochat.schedule import model_shape
 args = train_step.parse_args(sys.argv[1:])
 device = choose_device("cpu")
 keep_freed_memory(device)

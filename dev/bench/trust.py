@@ -19,18 +19,16 @@ import torch
 from dev.bench.loader import made_shard
 from dev.bench.measure import append_rows, cpu_ms, percentiles, time_interleaved
 from nanochat import files
-from nanochat.data.shard_writer import prepare_shards
-from nanochat.data.shards import list_shards, read_documents
-from nanochat.data.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
-from nanochat.data.tokens import HEADER_BYTES, TokenShard
-from nanochat.errors import command
-from nanochat.machine import device_name
-from nanochat.model.gpt import GPT, GPTConfig
-from nanochat.model.optim import MuonAdamW, parameter_groups
-from nanochat.provenance import git_commit
-from nanochat.ranks import Ranks
+from nanochat.common import command, device_name, git_commit
+from nanochat.distributed import Ranks
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.runlog import RunLog
-from nanochat.training.saving import Saver
+from nanochat.saving import Saver
+from nanochat.shard_writer import prepare_shards
+from nanochat.shards import list_shards, read_documents
+from nanochat.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+from nanochat.tokens import HEADER_BYTES, TokenShard
 
 
 def parse_args(argv):
@@ -64,7 +62,7 @@ def parts_of(folder, n_tokens):
     prepare_shards(folder / "d", "d", lambda: texts, sum(map(len, texts)))
     shards = list_shards(folder / "d")
     tokenizer = train_tokenizer(texts[:50], MIN_VOCAB_SIZE + 300)
-    log = RunLog.create(folder, "r", {}, owned=[files.Owned(folder, folder / "lock", "bench", "")])
+    log = RunLog.create(folder, "r", {}, owned=[files.RunLock(folder, folder / "lock", "bench", "")])
 
     def fresh(function):
         def timed():

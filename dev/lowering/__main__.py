@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dev.lowering import fake_h100
-from nanochat.errors import command
+from nanochat.common import command
 
 VOCAB_SIZE = 32768
 FLAGS = {"none": {}, "both": {"fused_rmsnorm": True, "chunked_ce": True}, "fp8": {"fp8": True}}

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from dev.lowering.count import Counter, graph_breaks
-from nanochat.model.attention import choose_backend
-from nanochat.model.fp8 import train_in_fp8
-from nanochat.model.gpt import GPT, GPTConfig
-from nanochat.model.optim import MuonAdamW, parameter_groups
-from nanochat.provenance import git_commit
-from nanochat.training.schedule import model_shape
+from nanochat.attention import choose_backend
+from nanochat.common import git_commit
+from nanochat.fp8 import train_in_fp8
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.schedule import model_shape
 
 PHASES = ("forward", "backward", "optimizer")
 

@@ -18,10 +18,10 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from dev.study.curve_laws import read_cells
-from nanochat.errors import command
+from nanochat.common import command
 from nanochat.lane_b.infer.crossing import MAX_EXTRAPOLATION, Prediction, first_crossing, lack_of_fit, slope_test
 from nanochat.lane_b.infer.curve_law import FORMS
-from nanochat.training.schedule import lr_multipliers
+from nanochat.schedule import lr_multipliers
 
 COLUMNS = ("cell", "form", "calibration", "lack_of_fit_f", "lack_of_fit_p", "slopes", "threshold",
            "whole_measured", "whole", "whole_lo", "whole_hi", "horizon_run", "time_measured", "time", "time_lo",

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from dev.study.other_forms import OTHER_FORMS
-from nanochat.errors import command
+from nanochat.common import command
 from nanochat.lane_b.infer.crossing import MAX_EXTRAPOLATION, first_crossing, shortest_whole
 from nanochat.lane_b.infer.curve_law import ALPHA_LOG_SD, FORMS, Progress, Run, fit
-from nanochat.training.schedule import lr_multipliers
+from nanochat.schedule import lr_multipliers
 
 COLUMNS = ("cell", "split", "fitted_horizons", "horizon", "form", "prior", "first_step", "rms_log_loss",
            "end_error_bpb", "late_rms_bpb", "crossing_own_error_pct", "crossing_shorter_error_pct",

@@ -15,8 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from nanochat.errors import UserError, command
-from nanochat.paths import runs_dir
+from nanochat.common import UserError, command, runs_dir
 from nanochat.runlog import read_run
 from nanochat.target import evaluations_of
 

@@ -12,7 +12,7 @@ import argparse
 
 import numpy as np
 
-from nanochat.errors import command
+from nanochat.common import command
 from nanochat.experiments import horizon_gates
 from nanochat.experiments.comparison import FAIL, PASS, RULES, Comparison
 from nanochat.experiments.findings import Gate

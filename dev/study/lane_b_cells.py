@@ -25,17 +25,16 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.data.shards import list_shards, read_documents
-from nanochat.data.stdlib_corpus import corpus_documents
-from nanochat.errors import UserError, command
+from nanochat.common import UserError, command, runs_dir
 from nanochat.experiments.lane_b_study import CALIBRATION_SHARES, MAX_CALIBRATION
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.infer.curve_law import Progress, Run
 from nanochat.lane_b.infer.horizon import CONFIRMATION_FACTOR, DEFAULT_RATIO, infer_horizon
-from nanochat.paths import runs_dir
 from nanochat.runlog import read_run
+from nanochat.schedule import lr_multipliers
+from nanochat.shards import list_shards, read_documents
+from nanochat.stdlib_corpus import corpus_documents
 from nanochat.target import evaluations_of, first_crossing
-from nanochat.training.schedule import lr_multipliers
 
 PREDICTIONS, RESULTS = Path("dev/lane_b_study_predictions.csv"), Path("dev/lane_b_study.csv")
 COLUMNS = ("cell", "target_ratio", "threshold", "n_scaling_params", "decision", "horizon", "horizon_steps",

@@ -13,11 +13,10 @@ import numpy as np
 
 from dev.study.lane_b_cells import CALIBRATION_SEEDS, CALIBRATION_SHARES, CELLS, curve, multipliers
 from dev.study.lane_b_results import HORIZONS, RESULTS, read_cells
-from nanochat.errors import command
+from nanochat.common import command, runs_dir
 from nanochat.lane_b.infer.crossing import MAX_EXTRAPOLATION, lack_of_fit, time_to
 from nanochat.lane_b.infer.curve_law import fit
 from nanochat.lane_b.infer.horizon import FORM
-from nanochat.paths import runs_dir
 from nanochat.runlog import read_run
 
 VARIANTS = [(n_seeds, n_horizons) for n_horizons in (2, 3) for n_seeds in (1, 2)]

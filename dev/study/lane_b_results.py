@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 
 from dev.study.lane_b_cells import HORIZONS, RESULTS
-from nanochat.errors import UserError, command
+from nanochat.common import UserError, command
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

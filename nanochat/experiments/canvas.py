@@ -8,7 +8,7 @@ import io
 import re
 from itertools import pairwise
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 
 # Stand-ins that matplotlib draws with; the page's variables take their place.
 INK, MUTED, GRID, PANEL = "#010101", "#020202", "#030303", "#040404"

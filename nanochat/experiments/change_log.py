@@ -4,8 +4,7 @@ import re
 import textwrap
 from pathlib import Path
 
-from nanochat.errors import UserError
-from nanochat.files import locked, write_text
+from nanochat.common import UserError, locked, write_text
 
 WIDTH = 120  # of a line of prose
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.experiments import horizon_gates
 from nanochat.experiments.comparison import (
     FAIL,

@@ -4,9 +4,8 @@ baseline beside the inferred ratio and its one neighbour, rows, report."""
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.errors import UserError
+from nanochat.common import UserError, read_json
 from nanochat.experiments.profiles import BASELINE, Profile, find_profile
-from nanochat.files import read_json
 from nanochat.runlog import check_run_id
 
 CALIBRATION_SHARES = (1 / 2, 3 / 4)  # of the baseline's steps; the law may then be asked for up to 1.125 of them

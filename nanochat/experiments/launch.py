@@ -9,10 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nanochat.errors import UserError
-from nanochat.files import parse_json, write_json
-from nanochat.progress import STAGE, progress
-from nanochat.ranks import print0
+from nanochat.common import STAGE, UserError, parse_json, print0, progress, write_json
 from nanochat.runlog import CONFIG, METRICS, SUMMARY, check_run_id, read_run
 
 CONSOLE = "console.txt"

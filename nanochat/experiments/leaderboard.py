@@ -2,7 +2,7 @@
 
 import statistics
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 
 
 def leaderboard_row(records, what):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from nanochat import csv_ledger
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.target import METRICS, check_target
 
 STATUSES = ("ok", "nan", "interrupted", "error", "failed")

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from markupsafe import Markup
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.experiments.runs.watch import SHARE_OF_A_CORE
 
 ADDRESS = "127.0.0.1"

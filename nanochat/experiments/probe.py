@@ -4,12 +4,10 @@ import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from nanochat.errors import UserError
+from nanochat.common import UserError, print0, read_json, write_json
 from nanochat.experiments.launch import CONSOLE, experiment_lock, run_training
 from nanochat.experiments.profiles import BASELINE
 from nanochat.experiments.runner import check_asked, plan, training_command
-from nanochat.files import read_json, write_json
-from nanochat.ranks import print0
 from nanochat.runlog import read_run
 
 STEPS, RESUME_STEP = 20, 10

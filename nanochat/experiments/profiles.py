@@ -3,8 +3,7 @@
 import shlex
 from dataclasses import dataclass
 
-from nanochat.errors import UserError
-from nanochat.paths import base_dir
+from nanochat.common import UserError, base_dir
 
 BASELINE = "baseline"
 

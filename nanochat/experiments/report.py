@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup  # marks the figures as markup: matplotlib escapes their texts
 
-from nanochat.errors import UserError
+from nanochat.common import UserError, locks_dir
 from nanochat.experiments import figures
 from nanochat.experiments.canvas import DASHES
 from nanochat.experiments.comparison import RULES
@@ -28,7 +28,6 @@ from nanochat.experiments.trials import (
     seeds_label,
     split,
 )
-from nanochat.paths import locks_dir
 from nanochat.runlog import find_run
 from nanochat.segments import in_words, part_of, segments_of
 from nanochat.target import BEFORE_THE_CLOCK

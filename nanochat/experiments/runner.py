@@ -11,14 +11,11 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from nanochat.errors import UserError
+from nanochat.common import UserError, print0, read_json, utc_now
 from nanochat.experiments.launch import PLANNED, experiment_lock, run_training
 from nanochat.experiments.ledger import append_experiment, read_experiments
 from nanochat.experiments.profiles import CANDIDATES, Profile
 from nanochat.experiments.trials import load_trials, row_of, split
-from nanochat.files import read_json
-from nanochat.provenance import utc_now
-from nanochat.ranks import print0
 from nanochat.runlog import CONFIG, check_run_id, read_run
 from nanochat.target import BEFORE_THE_CLOCK, check_target
 

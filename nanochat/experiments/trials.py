@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.experiments.ledger import ExperimentRow, read_experiments
 from nanochat.experiments.profiles import BASELINE, candidate_name
 from nanochat.runlog import CONFIG, UNTIMED_STEPS, RunRecord, numbers_of, read_run

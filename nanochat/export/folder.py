@@ -6,8 +6,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from nanochat.errors import UserError
-from nanochat.files import read_json, sha256_of, write_json
+from nanochat.common import UserError, read_json, sha256_of, write_json
 
 MANIFEST = "export.json"  # what was exported, and the SHA-256 of each file
 

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanochat.data.tokenizer import BOS
+from nanochat.checkpoint import load_model_state
+from nanochat.common import atomic_path, json_bytes, model_path, write_json, write_text
 from nanochat.export.hf_tokenizer import tokenizer_json
-from nanochat.files import atomic_path, json_bytes, write_json, write_text
-from nanochat.paths import model_path
-from nanochat.training.checkpoint import load_model_state
+from nanochat.tokenizer import BOS
 
 MODELING = Path(__file__).with_name("modeling_nanochat.py")
 CARD = """# {name}

@@ -1,6 +1,6 @@
 """A tokenizer in the format of Hugging Face's `tokenizers` (tokenizer.json), which gives the same ids."""
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 
 # The printable characters that stand for their own byte in a byte-level vocabulary; the other bytes follow from 256 on.
 _OWN = (*range(33, 127), *range(161, 173), *range(174, 256))

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.kernels.runtime import (
     INTERPRETED,
     TILE_ELEMENTS,

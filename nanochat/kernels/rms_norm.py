@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.kernels.runtime import (
     INTERPRETED,
     TILE_ELEMENTS,

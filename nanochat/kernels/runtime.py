@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 
 try:
     import triton

@@ -1,6 +1,6 @@
 """Lane B: curves of calibration runs -> a training horizon; beside it a corpus's statistics. numpy and scipy alone."""
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 
 
 class Refusal(UserError):

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from nanochat.errors import UserError
-from nanochat.files import check_output
+from nanochat.common import UserError, check_output
 
 INK, MUTED, GRID, BLUE, ORANGE = "#1f2933", "#6b7785", "#e6e9ed", "#2563a8", "#c2410c"
 TITLE = {"loc": "left", "color": INK, "fontsize": 12, "fontweight": "bold", "pad": 12}

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat.errors import UserError
-from nanochat.model.gpt import GPTConfig, flops_per_token
+from nanochat import build, schedule
+from nanochat.common import UserError
+from nanochat.gpt import GPTConfig, flops_per_token
 from nanochat.planning.gpus import USABLE_SHARE, Gpu
 from nanochat.planning.memory import Memory, memory_of
 from nanochat.planning.step_time import StepTime, step_time
-from nanochat.training import build, schedule
-from nanochat.training.schedule import Horizon
+from nanochat.schedule import Horizon
 
 LARGEST_ROWS = 256
 MAX_NODES = 128

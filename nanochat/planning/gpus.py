@@ -6,8 +6,7 @@ compared with any record; none is tuned to one.
 
 from dataclasses import dataclass
 
-from nanochat.errors import UserError
-from nanochat.machine import peak_bf16_flops
+from nanochat.common import UserError, peak_bf16_flops
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@ graphs keep. Bytes everywhere."""
 
 from dataclasses import dataclass
 
+from nanochat.attention import BLOCK_QUERIES, choose_backend
 from nanochat.kernels.linear_cross_entropy import default_chunk_bytes
-from nanochat.model.attention import BLOCK_QUERIES, choose_backend
 from nanochat.planning.parts import model_parts
 
 # Activations that a compiled graph keeps from the forward pass to the backward one, in elements a token: read from the

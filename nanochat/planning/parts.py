@@ -5,9 +5,9 @@ from functools import cache
 
 import torch
 
-from nanochat.model.fp8 import LEAST_SIDE, SIDE_MULTIPLE
-from nanochat.model.gpt import GPT
-from nanochat.model.optim import SMALL_NUMEL, parameter_groups
+from nanochat.fp8 import LEAST_SIDE, SIDE_MULTIPLE
+from nanochat.gpt import GPT
+from nanochat.optim import SMALL_NUMEL, parameter_groups
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from nanochat.errors import UserError
-from nanochat.model.gpt import flops_per_token, parameter_counts, scaling_params
+from nanochat.common import UserError
+from nanochat.gpt import flops_per_token, parameter_counts, scaling_params
 from nanochat.planning.estimate import Estimate, with_fitting_rows
 from nanochat.planning.gpus import USABLE_SHARE, gpu_of_device
 from nanochat.planning.memory import memory_of

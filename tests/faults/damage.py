@@ -14,22 +14,22 @@ import torch
 from corpus import GOLDEN_TOKENIZER
 from hypothesis import strategies as st
 
-from nanochat.data.shard_writer import prepare_shards
-from nanochat.data.shards import read_documents
-from nanochat.data.sources import _open_shards
-from nanochat.data.text_folder import folder_documents
-from nanochat.data.tokenizer import load_tokenizer
-from nanochat.data.tokens import TokenShard, write_token_shard
-from nanochat.evaluation.core_bundle import read_bundle
+from nanochat.checkpoint import load_model_state, load_optimizer_state, read_meta, save_checkpoint
+from nanochat.common import sha256_of, write_checksums
+from nanochat.core_bundle import read_bundle
+from nanochat.dataset import _open_shards
 from nanochat.experiments.ledger import read_experiments
-from nanochat.files import note_digests, sha256_of
 from nanochat.lane_b.infer.inference_file import read_inference
 from nanochat.lane_b.infer.inputs import read_statistics
 from nanochat.lane_b.infer.record import read_records
 from nanochat.lane_b.measure.position_losses import read_position_losses
 from nanochat.runlog import RunLog, numbers_of, read_run
+from nanochat.shard_writer import prepare_shards
+from nanochat.shards import read_documents
 from nanochat.target import METRICS, evaluations_of
-from nanochat.training.checkpoint import load_model_state, load_optimizer_state, read_meta, save_checkpoint
+from nanochat.text_folder import folder_documents
+from nanochat.tokenizer import load_tokenizer
+from nanochat.tokens import TokenShard, write_token_shard
 
 ROOT = Path(__file__).parent.parent.parent
 STRANGE = (  # what a reader may find in place of what was written
@@ -163,7 +163,7 @@ def bundle(folder):
 
 def downloaded_bundle(folder):
     found = bundle(folder)
-    note_digests(folder / "b", {path.relative_to(folder / "b").as_posix(): sha256_of(path) for path in found})
+    write_checksums(folder / "b", {path.relative_to(folder / "b").as_posix(): sha256_of(path) for path in found})
     return [*found, folder / "b" / "sha256.json"]
 
 

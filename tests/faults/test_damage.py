@@ -7,7 +7,7 @@ from damage import CASES, STRANGE, damages
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries that read what is not theirs
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

@@ -11,16 +11,15 @@ import torch
 from checkpoints import Malicious
 from damage import bundle
 
-from nanochat.data.sources import open_dataset
-from nanochat.data.text_folder import folder_documents
-from nanochat.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
-from nanochat.errors import UserError
-from nanochat.evaluation import core_bundle
-from nanochat.model.gpt import LARGEST, GPTConfig
-from nanochat.paths import check_name
+from nanochat import core_bundle
+from nanochat.checkpoint import checkpoint_folder, load_model
+from nanochat.common import UserError, check_name
+from nanochat.config import TrainingConfig
+from nanochat.dataset import open_dataset
+from nanochat.gpt import LARGEST, GPTConfig
 from nanochat.runlog import RunLog
-from nanochat.training.checkpoint import checkpoint_folder, load_model
-from nanochat.training.config import TrainingConfig
+from nanochat.text_folder import folder_documents
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
 NAMES = ["../x", "../../evil", "/etc/passwd", ".", "..", ".hidden", "a/b", "a\\b", "a\nb", "a\n", "a\0b", "x" * 300,
          "-x", "~", "a b", "ü", "\u202ex", "\ud800", "con:", "$(id)", "`id`", "a;b", "*", "", None, 7, ["a"],
@@ -113,7 +112,7 @@ def test_a_checkpoint_that_would_run_code_runs_none(tmp_path, write):
 
 @pytest.mark.parametrize("line", [b"\0", b'{"text": "a"}\n'], ids=["one line", "many lines"])
 def test_a_gzip_bomb_is_refused(tmp_path, line, monkeypatch):
-    monkeypatch.setattr("nanochat.data.text_folder._MAX_SAMPLE_BYTES", 1 << 22)
+    monkeypatch.setattr("nanochat.text_folder._MAX_SAMPLE_BYTES", 1 << 22)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * ((8 << 20) // len(line))))
     with pytest.raises(UserError, match=r"a\.jsonl\.gz, line \d+: the file unpacks to more than 300"):
         list(folder_documents(tmp_path))

@@ -10,10 +10,10 @@ import time
 import pytest
 from corpus import TINY_FLAGS, write_corpus
 
-from nanochat.data.tokenizer import Tokenizer
-from nanochat.paths import runs_dir
+from nanochat.common import runs_dir
+from nanochat.loop import Trainer
 from nanochat.runlog import METRICS, read_run
-from nanochat.training.loop import Trainer
+from nanochat.tokenizer import Tokenizer
 from scripts.base_train import main
 
 pytestmark = pytest.mark.usefixtures("fp32")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from writers import ONCE, WRITERS
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 
 CALLS_ON_DISK = ((torch, "save"), (pq, "write_table"), (os, "fsync"), (os, "replace"), (os, "rename"), (Path, "touch"),
                  (Path, "mkdir"), (Path, "write_bytes"), (Path, "write_text"), (Path, "rename"))

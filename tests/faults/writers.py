@@ -12,18 +12,18 @@ import torch
 from corpus import golden_tokenizer
 from damage import CASES, bundle
 
-from nanochat.data.shard_writer import prepare_shards
-from nanochat.data.sources import _open_shards, open_dataset
-from nanochat.data.tokenizer import load_tokenizer, train_tokenizer
-from nanochat.data.tokens import TokenShard, token_shards, write_token_shard
-from nanochat.evaluation import core_bundle
+from nanochat import core_bundle
+from nanochat.checkpoint import find_checkpoint, load_model_state, read_meta, save_checkpoint
+from nanochat.common import write_checksums, write_json, write_text
+from nanochat.dataset import _open_shards, open_dataset
 from nanochat.experiments.change_log import add_entry
 from nanochat.export.folder import check_replaceable, whole_folder
-from nanochat.files import note_digests, write_json, write_text
 from nanochat.lane_b.infer.inference_file import read_inference
 from nanochat.lane_b.infer.record import LaneBRecord, append_record, read_records
 from nanochat.runlog import RunLog, read_run
-from nanochat.training.checkpoint import find_checkpoint, load_model_state, read_meta, save_checkpoint
+from nanochat.shard_writer import prepare_shards
+from nanochat.tokenizer import load_tokenizer, train_tokenizer
+from nanochat.tokens import TokenShard, token_shards, write_token_shard
 
 
 def append(folder, value):
@@ -153,7 +153,7 @@ WRITERS = {  # name -> (write the value 1, then 2; read which is there)
     "record": (log, read_log),
     "report": (lambda folder, value: write_text(folder / "r.html", str(value) * 5000),
                lambda folder: int((folder / "r.html").read_text()[0])),
-    "digests": (lambda folder, value: note_digests(folder, {"name": str(value) * 64}),
+    "digests": (lambda folder, value: write_checksums(folder, {"name": str(value) * 64}),
                 lambda folder: int((folder / "sha256.json").read_text().split('"')[3][0])),
     "change log": (edit_change_log, lambda folder: (folder / "LOG.md").read_text().count("\n## ")),
     "inference": (infer, lambda folder: int(read_inference(folder / "f.json").target_metric_threshold)),

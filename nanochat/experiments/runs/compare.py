@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.experiments.paired import paired
 from nanochat.experiments.runs.listing import table
 from nanochat.experiments.trials import recipe_of, seeds_label

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from nanochat.errors import UserError
-from nanochat.files import is_owned, open_binary, parse_json
+from nanochat.common import UserError, is_owned, open_binary, parse_json
 from nanochat.run_figures import figures_of
 from nanochat.runlog import CONFIG, METRICS, SUMMARY, RunRecord, read_run
 from nanochat.target import BEFORE_THE_CLOCK, check_target

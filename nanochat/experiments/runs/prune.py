@@ -10,9 +10,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.errors import UserError
-from nanochat.files import Owned, is_owned, read_json
-from nanochat.paths import checkpoint_files, checkpoint_steps, meta_path, model_path
+from nanochat.common import (
+    RunLock,
+    UserError,
+    checkpoint_files,
+    checkpoint_steps,
+    is_owned,
+    meta_path,
+    model_path,
+    read_json,
+)
 from nanochat.runlog import numbers_of, read_run
 
 LEFTOVER_SEC = 86400.0  # a temporary file that nobody has written for so long is a killed writer's
@@ -78,7 +85,7 @@ def free(items, locks_dir):
                 for lock in [lock_of(locks_dir, folder), Path(locks_dir) / f"run.{item.run_id}"] if item.run_id else []:
                     if why := _taken(lock):
                         raise UserError(why)
-                    held.callback(Owned(folder, lock, "scripts.runs --prune", "it is left alone").release)
+                    held.callback(RunLock(folder, lock, "scripts.runs --prune", "it is left alone").release)
                 size = item.n_bytes
                 for path in item.paths:
                     path.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from nanochat.errors import say
+from nanochat.common import say
 from nanochat.experiments.runs.listing import duration, number, printable
 from nanochat.runlog import numbers_of
 

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from scipy.optimize import least_squares
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.lane_b import Refusal
 
 FIRST_SHARE, FIRST_STEP = 0.2, 300  # earlier evaluations are another regime (Muon's momentum warms up for 400 steps)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.lane_b.infer.crossing import MAX_EXTRAPOLATION
 from nanochat.lane_b.infer.horizon import CONFIRMATION_FACTOR
 from nanochat.lane_b.infer.inputs import Fields

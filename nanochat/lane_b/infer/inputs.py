@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanochat.errors import UserError
-from nanochat.files import read_json
+from nanochat.common import UserError, read_json
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.exponents import Estimate, alpha_of
 from nanochat.lane_b.infer.curve_law import Progress, Run

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from nanochat import csv_ledger
-from nanochat.errors import UserError
+from nanochat.common import UserError
 from nanochat.lane_b.infer.inputs import NUMBER_OR_NONE, recorded
 
 DECISIONS = ("inferred", "confirmation", "fallback")

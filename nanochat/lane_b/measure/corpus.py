@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from nanochat.distributed import Ranks, all_reduce_sum, on_main
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.measure.documents import Documents, Hashed, hash_of, offsets_of, runs
-from nanochat.ranks import Ranks, add_up, on_main
 
 MAX_VOCAB_SIZE = 1 << 16      # two tokens fit a 32-bit key
 MIN_DOCUMENTS = 30            # standard errors come from resampling documents
@@ -98,8 +98,8 @@ def from_shards(shards, bos_id, vocab_size, max_tokens, ranks=None):
         for i, begin, end in zip(chosen, documents.offsets, documents.offsets[1:], strict=False):
             assert pieces[corpus.piece[i]][corpus.start[i] - 1] == bos_id, "every document begins with BOS"
             hashes[i] = hash_of(documents.tokens[begin:end])
-    corpus = replace(corpus, hashes=add_up(ranks, hashes.view(np.int64)).view(np.uint64),
-                     token_counts=add_up(ranks, counts))
+    corpus = replace(corpus, hashes=all_reduce_sum(ranks, hashes.view(np.int64)).view(np.uint64),
+                     token_counts=all_reduce_sum(ranks, counts))
     on_main(ranks, lambda: check_variety(corpus))
     return corpus
 
@@ -143,5 +143,5 @@ def outliers(corpus):
             tokens, most = np.sort(documents.tokens[start:stop]), int(OUTLIER_SHARE * (stop - start))
             if (tokens[most:] == tokens[:-most]).any():  # some token is there more often; to count them all is slower
                 flagged[i] = (np.bincount(tokens, minlength=corpus.vocab_size) > limits * (stop - start)).any()
-    return add_up(corpus.ranks, flagged).astype(bool)
+    return all_reduce_sum(corpus.ranks, flagged).astype(bool)
 

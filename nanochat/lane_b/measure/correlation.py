@@ -10,9 +10,9 @@ from functools import cached_property
 import numpy as np
 from scipy import sparse
 
+from nanochat.distributed import all_reduce_sum, gather, reduce_sum_to
 from nanochat.lane_b.measure.counting import PairCounter, count_pairs
 from nanochat.lane_b.measure.documents import N_FOLDS
-from nanochat.ranks import add_up, add_up_at, gather
 
 SUBSPACE = 8              # singular directions kept from the first fold
 INFLUENCE_RANK = 3        # of them, those that enter the Frobenius norm's error
@@ -128,13 +128,13 @@ def estimate_lags(counters, lags, done=lambda: None):
     for first in range(0, len(lags), ranks.world_size):
         wave, counts, own, estimate = lags[first:first + ranks.world_size], None, None, None
         for owner, lag in enumerate(wave):
-            added_up = [add_up_at(ranks, owner, counter.counts(lag)) for counter in counters]
+            added_up = [reduce_sum_to(ranks, owner, counter.counts(lag)) for counter in counters]
             counts = added_up if owner == ranks.rank else counts
         if counts:
             own = _Norms([Covariance(fold) for fold in counts])  # the ranks side by side, each its own lag
         for owner, lag in enumerate(wave):
-            scores = add_up(ranks, own.scores if owner == ranks.rank else nothing)
-            sums = [add_up(ranks, counter.group_sums(lag, *of_fold))
+            scores = all_reduce_sum(ranks, own.scores if owner == ranks.rank else nothing)
+            sums = [all_reduce_sum(ranks, counter.group_sums(lag, *of_fold))
                     for counter, of_fold in zip(counters, scores, strict=True)]
             if owner == ranks.rank:
                 estimate = own.estimate(lag, sums)

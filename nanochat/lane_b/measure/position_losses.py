@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.errors import UserError
-from nanochat.files import read_json
+from nanochat.common import UserError, read_json
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.infer.inputs import check_different
 from nanochat.lane_b.measure.entropy import PositionLosses

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanochat.common import progress
+from nanochat.distributed import gather, on_main
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.exponents import Estimate, alpha_of
 from nanochat.lane_b.measure import entropy
@@ -15,8 +17,6 @@ from nanochat.lane_b.measure.beta import MIN_LAGS, Beta, measure_beta
 from nanochat.lane_b.measure.corpus import Corpus, check_variety, outliers
 from nanochat.lane_b.measure.correlation import LagEstimate, counters_of, estimate_lags, null_coefficient
 from nanochat.lane_b.measure.documents import N_FOLDS
-from nanochat.progress import progress
-from nanochat.ranks import gather, on_main
 
 DEFAULT_LAGS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 23, 32, 45, 64)
 
