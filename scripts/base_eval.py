@@ -27,7 +27,7 @@ from nanochat.dataset import open_dataset
 from nanochat.distributed import on_main, start_ranks, stop_ranks
 from nanochat.hf_model import load_hf
 from nanochat.tokens import token_shards
-from nanochat.trained import load_trained
+from nanochat.checkpoint import load_trained
 
 KINDS = ("core", "bpb", "sample", "position")
 SPLIT_TOKENS, SPLIT_TOKENS_CPU = 40 * 524288, 2**17
