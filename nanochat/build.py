@@ -17,11 +17,11 @@ from nanochat.gpt import GPT, SOFTCAP, GPTConfig, flops_per_token, scaling_param
 from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
 from nanochat.kernels.rms_norm import check_rms_norm
 from nanochat.loop import Hooks
+from nanochat.loss_eval import SplitRows, evaluate_split, sample_documents
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.saving import Saver
 from nanochat.tokenizer import Tokenizer, load_tokenizer
 from nanochat.tokens import TokenShard, token_shards
-from nanochat.validation import evaluate_split, n_eval_batches, sample_documents
 
 
 @dataclass(frozen=True)
@@ -219,13 +219,12 @@ def build_hooks(config, model, compiled, optimizer, data, folder, meta, ranks, d
 
 def _evaluator(config, model, data, ranks, device):
     """Validation as a function of (is it the last one?): the fields of a `val` event."""
-    rows, length = config.device_batch_size, config.max_seq_len
-    n_batches = n_eval_batches(data.val, config.eval_tokens, rows, length)
-    token_bytes = torch.from_numpy(data.tokenizer.token_bytes()).to(device)
+    rows = SplitRows(data.val, config.max_seq_len, config.eval_tokens, config.crop)
+    token_bytes = data.tokenizer.token_bytes()
 
     def evaluate(last):
-        result = evaluate_split(model, data.val, n_batches, rows, length, token_bytes, data.tokenizer.bos_id, ranks)
-        fields = {"val_bpb": result.bits_per_byte}
+        result = evaluate_split(model, rows, config.device_batch_size, token_bytes, device, ranks)
+        fields = result.event_fields()
         if last and config.position_losses:
             fields["position_losses"] = {"nats_by_position": result.nats_by_position,
                                          "counts_by_position": result.counts_by_position}

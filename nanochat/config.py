@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from nanochat.common import UserError, check_name
 from nanochat.dataset import NAMED_DATASETS
-from nanochat.packing import CROPS
 from nanochat.target import check_metric_name, check_target
 
 DEFAULT_SEED = 42
@@ -55,7 +54,7 @@ class TrainingConfig:
     dataset: str = _data("climbmix", "stdlib, climbmix, fineweb-edu, or a folder of text", "NAME")
     tokenizer_dir: str = _data("", "folder of the tokenizer; empty: <cache>/tokenizer", "FOLDER")
     crop: str = _data("", "a document that fits no row: carry puts its rest into a later row, drop leaves it out; "
-                      "empty: drop for the named datasets, carry for a folder", "RULE", choices=CROPS)
+                      "empty: drop for the named datasets, carry for a folder", "RULE", choices=("carry", "drop"))
     seed: int = _data(DEFAULT_SEED, "seed of the initial values and of the data order", "SEED", at_least=0)
 
     depth: int = _model(20, "layers", "LAYERS", at_least=1, at_most=10_000)
