@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat import build, checkpoint, schedule
-from nanochat.common import device_name, peak_bf16_flops, print0
+from nanochat.common import device_name, peak_bf16_flops, print0, warn
 from nanochat.config import TrainingConfig, model_config, run_horizon
 from nanochat.core_bundle import bundle_folder
 from nanochat.core_eval import evaluate_core
@@ -27,6 +27,13 @@ from nanochat.dataloader import TokenLoader, n_batches_of_rank
 from nanochat.dataset import open_dataset
 from nanochat.distributed import Ranks, on_main
 from nanochat.gpt import GPT, flops_per_token
+from nanochat.loss_eval import (
+    DOCUMENT_LOSSES,
+    SplitRows,
+    evaluate_split,
+    sample_documents,
+    save_document_losses,
+)
 from nanochat.optim import MuonAdamW
 from nanochat.plan import at_start
 from nanochat.runlog import UNTIMED_STEPS
@@ -34,7 +41,6 @@ from nanochat.schedule import Horizon
 from nanochat.target import reaches
 from nanochat.tokenizer import Tokenizer, load_tokenizer
 from nanochat.tokens import token_shards
-from nanochat.validation import evaluate_split, n_eval_batches, sample_documents
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PIPELINED = ("cuda",)  # device types that work while Python prepares the next step
@@ -67,8 +73,7 @@ class Run:
     optimizer: MuonAdamW
     loader: TokenLoader
     tokenizer: Tokenizer
-    val_shards: list
-    n_val_batches: int
+    val_rows: SplitRows
     core_bundle: Path | None  # None: CORE is not evaluated
     folder: Path  # of the checkpoints
     meta: dict  # of every checkpoint, besides its loop_state
@@ -166,9 +171,8 @@ def train(config, device, ranks, started_sec):
         build.compile_ahead(config, compiled, optimizer, micro_batches, ranks, device)
         run = Run(
             config, device, name, ranks, horizon, micro_batches, model, compiled, optimizer,
-            loader, tokenizer, val_shards,
-            n_eval_batches(val_shards, config.eval_tokens, config.device_batch_size,
-                           config.max_seq_len),
+            loader, tokenizer,
+            SplitRows(val_shards, config.max_seq_len, config.eval_tokens, config.crop),
             _core_bundle(config), folder, meta,
             Progress(**{name: loop_state[name] for name in asdict(Progress())
                         if name in loop_state}))
@@ -336,20 +340,26 @@ def save(run):
 def validate(run):
     """Measure and record bits per byte. Raise Diverged if they are not finite."""
     config, progress = run.config, run.progress
-    token_bytes = torch.from_numpy(run.tokenizer.token_bytes()).to(run.device)
-    result = evaluate_split(run.compiled, run.val_shards, run.n_val_batches,
-                            config.device_batch_size, config.max_seq_len, token_bytes,
-                            run.tokenizer.bos_id, run.ranks)
+    result = evaluate_split(run.compiled, run.val_rows, config.device_batch_size,
+                            run.tokenizer.token_bytes(), run.device, run.ranks)
     val_bpb = result.bits_per_byte
-    run.event("val", val_bpb=val_bpb, train_time_sec=progress.train_time_sec)
-    if run.is_last and config.position_losses:
-        run.event("position_losses", nats_by_position=result.nats_by_position,
-                  counts_by_position=result.counts_by_position)
+    run.event("val", **result.event_fields(), train_time_sec=progress.train_time_sec)
     if not math.isfinite(val_bpb):
         raise Diverged
     if progress.step == run.saved_step and val_bpb < (progress.best_val_bpb or math.inf):
         progress.best_step, progress.best_val_bpb = progress.step, val_bpb
     _check_target(run, "val_bpb", val_bpb)
+
+    if not (run.is_last or run.reached_target):
+        return
+    if config.position_losses:
+        run.event("position_losses", nats_by_position=result.nats_by_position,
+                  counts_by_position=result.counts_by_position)
+    if run.ranks.is_main:
+        save_document_losses(run.log.folder / DOCUMENT_LOSSES, result, run.meta["dataset_id"],
+                             run.meta["tokenizer_id"])
+        if result.warning():
+            warn(result.warning())
 
 
 class StopSignals:
@@ -431,7 +441,7 @@ def _between_steps(run, signals):
 
     if run.ranks.is_main and step > 0 and run.is_due(config.sample_every):
         with signals.evaluation():
-            samples = sample_documents(run.model, run.tokenizer, run.val_shards[0])
+            samples = sample_documents(run.model, run.tokenizer, run.val_rows.shards[0])
         for sample in samples:
             run.log.event("sample", step=step, **sample)
 
