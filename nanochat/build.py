@@ -1,97 +1,72 @@
-"""The parts of a pretraining run, each built from its configuration; scripts/base_train.py joins them."""
+"""The parts of a training run, built from its configuration: model, resume, record."""
 
-from dataclasses import dataclass
+import contextlib
+import socket
+import sys
+import time
 
 import torch
 
-from nanochat import checkpoint, schedule, segments
+from nanochat import checkpoint
 from nanochat.attention import plan_attention
-from nanochat.common import UserError, choose_compute_dtype, print0
-from nanochat.core_bundle import bundle_folder
-from nanochat.core_eval import evaluate_core
-from nanochat.dataloader import TokenLoader
-from nanochat.dataset import Dataset, open_dataset
+from nanochat.common import (
+    RunLock,
+    UserError,
+    choose_compute_dtype,
+    device_name,
+    git_commit,
+    is_quiet,
+    locks_dir,
+    peak_memory_mib,
+    print0,
+    runs_dir,
+    utc_now,
+    versions,
+    warn,
+)
+from nanochat.config import model_config
+from nanochat.console import ConsoleSink, WandbSink
 from nanochat.distributed import broadcast_from_rank0
 from nanochat.fp8 import check_fp8, train_in_fp8
-from nanochat.gpt import GPT, SOFTCAP, GPTConfig, flops_per_token, scaling_params
+from nanochat.gpt import GPT, SOFTCAP, flops_per_token, parameter_counts, scaling_params
 from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
 from nanochat.kernels.rms_norm import check_rms_norm
-from nanochat.loop import Hooks
+from nanochat.kernels.runtime import INTERPRETED
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.saving import Saver
-from nanochat.tokenizer import Tokenizer, load_tokenizer
-from nanochat.tokens import TokenShard, token_shards
-from nanochat.validation import evaluate_split, n_eval_batches, sample_documents
+from nanochat.run_figures import curves_of, figures_of
+from nanochat.runlog import CONFIG, RunLog, check_new_run, check_run_id, read_run
+from nanochat.segments import changes, in_words, part_of
+from nanochat.target import evaluations_of, time_to_target
 
-
-@dataclass(frozen=True)
-class Data:
-    """A dataset with its tokenizer and both splits as token shards."""
-
-    dataset: Dataset
-    tokenizer: Tokenizer
-    train: list[TokenShard]
-    val: list[TokenShard]
-
-    @property
-    def n_train_tokens(self):
-        return sum(shard.n_tokens for shard in self.train)
-
-    def train_loader(self, config, micro_batches, ranks, device, resumed=None):
-        """The training stream in steps of `micro_batches`, continued from a checkpoint's meta when there is one."""
-        state = resumed["loop_state"]["loader"] if resumed else None
-        return TokenLoader(self.train, config.device_batch_size, config.max_seq_len, config.seed, rank=ranks.rank,
-                           world_size=ranks.world_size, step_batches=micro_batches, device=device, crop=config.crop,
-                           state=state)
-
+# --- model and optimizer ------------------------------------------------------------------------
 
 def training_dtype(device):
-    """(compute dtype, reason); fp16 is refused: it needs loss scaling."""
+    """Return (compute dtype, reason); fp16 is refused because it needs loss scaling."""
     dtype, reason = choose_compute_dtype(device)
     if dtype == torch.float16:
-        raise UserError("NANOCHAT_DTYPE=float16 cannot train: it needs loss scaling; use bfloat16 or float32")
+        raise UserError("NANOCHAT_DTYPE=float16 cannot train: it needs loss scaling; use bfloat16 "
+                        "or float32")
     return dtype, reason
 
 
-def open_data(config):
-    """The Data that --dataset and --tokenizer-dir name; shards are tokenised now where the cache lacks them."""
-    tokenizer = load_tokenizer(config.tokenizer_dir)
-    dataset = open_dataset(config.dataset)
-    return Data(dataset, tokenizer, token_shards(dataset, tokenizer, "train"), token_shards(dataset, tokenizer, "val"))
-
-
-def model_config(config, vocab_size, depth=None):
-    """The GPTConfig that a TrainingConfig describes (or the one of another depth)."""
-    shape = schedule.model_shape(depth or config.depth, config.aspect_ratio, config.head_dim)
-    return GPTConfig(config.max_seq_len, vocab_size, shape.n_layer, shape.n_head, shape.n_head, shape.n_embd,
-                     config.window_pattern)
-
-
 def check_kernels(config, device, dtype):
-    """Refuse flags whose kernels cannot run here, before any text is tokenised; say what computes attention."""
-    model = model_config(config, vocab_size=1)  # the tokenizer is not known yet, and only the widths matter
-    for line in plan_attention(config.attention, device, dtype, model, compiled=not config.no_compile):
+    """Print the attention backends; raise UserError if a flag's kernel cannot run here."""
+    model = model_config(config, vocab_size=1)  # the tokenizer is read later; only widths matter
+    compiled = not config.no_compile
+    for line in plan_attention(config.attention, device, dtype, model, compiled=compiled):
         print0(line)
     if config.fp8:
         check_fp8(device, dtype, model.n_embd, config.device_batch_size * config.max_seq_len)
     if config.fused_rmsnorm:
         check_rms_norm(device, dtype, model.n_embd, model.head_dim)
     if config.chunked_ce:
+        implementation = "triton" if device.type == "cuda" else "torch"
         check_linear_cross_entropy(device, dtype, model.padded_vocab_size, SOFTCAP,
-                                   implementation="triton" if device.type == "cuda" else "torch")
-
-
-def plan(config, model):
-    """The Horizon of a run of the GPTConfig `model`."""
-    reference = model_config(config, model.vocab_size, schedule.REFERENCE_DEPTH)
-    return schedule.plan_horizon(
-        scaling_params(model), scaling_params(reference), flops_per_token(model),
-        num_iterations=config.num_iterations, target_flops=config.target_flops,
-        target_param_data_ratio=config.target_param_data_ratio, total_batch_size_tokens=config.total_batch_size)
+                                   implementation=implementation)
 
 
 def build_model(config, model, device, dtype):
-    """A freshly initialised GPT of the GPTConfig `model` on `device`."""
+    """Return a freshly initialised GPT of the GPTConfig `model` on `device`."""
     built = GPT(model, dtype, attention=config.attention, fused_rmsnorm=config.fused_rmsnorm,
                 chunked_ce=config.chunked_ce)
     built.init_weights(config.seed)
@@ -99,153 +74,285 @@ def build_model(config, model, device, dtype):
 
 
 def build_optimizer(config, model, horizon, ranks, dtype):
-    """Muon and AdamW on the model's parameters, learning rates and decay scaled by the horizon's batch."""
+    """Return Muon and AdamW with learning rates and decay scaled by the horizon's batch."""
     groups = parameter_groups(
-        model, embedding_lr=config.embedding_lr, unembedding_lr=config.unembedding_lr, matrix_lr=config.matrix_lr,
-        scalar_lr=config.scalar_lr, weight_decay=config.weight_decay, batch_lr_scale=horizon.batch_lr_scale,
-        decay_scale=horizon.decay_scale)
-    return MuonAdamW(groups, ranks, matmul_dtype=dtype, compiled=not config.no_compile, casts=model.keep_casts())
+        model, embedding_lr=config.embedding_lr, unembedding_lr=config.unembedding_lr,
+        matrix_lr=config.matrix_lr, scalar_lr=config.scalar_lr, weight_decay=config.weight_decay,
+        batch_lr_scale=horizon.batch_lr_scale, decay_scale=horizon.decay_scale)
+    return MuonAdamW(groups, ranks, matmul_dtype=dtype, compiled=not config.no_compile,
+                     casts=model.keep_casts())
 
 
 def compile_model(config, model, optimizer):
-    """The model, ready to train, compiled for its fixed shapes, or itself with --no-compile."""
+    """Return the model compiled for its fixed shapes (with --no-compile the model itself)."""
     if config.fp8:
         train_in_fp8(model, optimizer, compiled=not config.no_compile)
     if config.no_compile:
         return model
-    print0("compiling: up to a minute before the first step, less where the code is cached ...")
-    return torch.compile(model, dynamic=False)
+    print0("compiling: up to a minute before the first step, less if the code is cached ...")
+    return torch.compile(model, dynamic=False, fullgraph=True)
 
 
-def warm_up(config, compiled, optimizer, micro_batches, place):
-    """Compile what steps and evaluations need, on every rank, and wait for the slowest outside of collectives: one that
-    has it all in its cache would run into their time limit. Changes no number."""
-    if place.ranks.world_size == 1 or config.no_compile:
+def compile_ahead(config, compiled, optimizer, micro_batches, ranks, device):
+    """With several ranks, compile before the first collective operation. Changes no number.
+
+    A rank that finds its code in the cache would otherwise wait there for the others, and run into
+    the time limit of collective operations.
+    """
+    if ranks.world_size == 1 or config.no_compile:
         return
-    batch = torch.zeros(2, config.device_batch_size, config.max_seq_len, dtype=torch.int64, device=place.device)
-    compiled(*batch.unbind(0)).backward()
-    if micro_batches > place.ranks.world_size:
+    shape = (2, config.device_batch_size, config.max_seq_len)
+    inputs, targets = torch.zeros(shape, dtype=torch.int64, device=device).unbind(0)
+    compiled(inputs, targets).backward()
+    if micro_batches > ranks.world_size:
         optimizer.accumulate()
     optimizer.warm_up()
     optimizer.zero_grad()
     if config.eval_every > 0:
         compiled.eval()
         with torch.no_grad():
-            compiled(*batch.unbind(0), "none")
+            compiled(inputs, targets, "none")
         compiled.train()
-    place.watchdog.wait_for_all("compiled")
 
 
-# --- resuming --------------------------------------------------------------------------------------------------------
+# --- resume -------------------------------------------------------------------------------------
 
-def identity(config, data, horizon):
-    """What must be equal for a run to go on from a checkpoint: it decides the data and the updates."""
-    return {"dataset_id": data.dataset.dataset_id, "tokenizer_id": data.tokenizer.tokenizer_id, "seed": config.seed,
-            "total_batch_size_tokens": horizon.total_batch_size_tokens, "num_iterations": horizon.num_iterations}
+def identity(config, dataset, tokenizer, horizon):
+    """Return what must be equal for a resume: it decides the data and the updates."""
+    return {"dataset_id": dataset.dataset_id, "tokenizer_id": tokenizer.tokenizer_id,
+            "seed": config.seed, "total_batch_size_tokens": horizon.total_batch_size_tokens,
+            "num_iterations": horizon.num_iterations}
 
 
 def resume_step(config, folder, ranks):
-    """The step of the checkpoint in `folder` that --resume-from-step asks for, or None when the run is to begin."""
+    """Return the step that --resume-from-step asks for, or None for a new run."""
+    if config.resume_from_step == "-1":
+        return None
     if config.resume_from_step == "auto":
-        return broadcast_from_rank0(ranks, lambda: checkpoint.newest_usable_step(folder))
-    return None if config.resume_from_step == "-1" else checkpoint.find_checkpoint(folder, config.resume_from_step)
+        return broadcast_from_rank0(ranks, lambda: checkpoint.newest_valid_step(folder))
+    return checkpoint.find_checkpoint(folder, config.resume_from_step)
 
 
-def resume_meta(config, folder, step, model, data, horizon, segment):
-    """(meta of the checkpoint to resume from, what changed since); (None, []) without one.
+def check_resume(config, folder, step, expected, segment):
+    """Return (meta of the checkpoint to resume from, changes since it was saved).
 
-    segment: as nanochat.segments has it, of this process. Errors: UserError when the checkpoint is of another run or
-    cannot be resumed, and for changes of what decides the numbers (segments.changes) without --allow-changed."""
-    if step is None:
-        return None, []
+    expected: `identity` and the model's configuration. segment: flags, device, versions and
+    commit of this process. Errors: UserError if the checkpoint is of another run, of a run that
+    diverged, or if something that decides the numbers changed without --allow-changed.
+    """
     meta = checkpoint.read_meta(folder, step)
+    where = f"step {step} in {folder}"
     if "loader" not in (meta.get("loop_state") or {}):
-        raise UserError(f"the checkpoint of step {step} in {folder} is not one of this program: evaluate it with "
-                        "scripts.base_eval, but it cannot be resumed")
+        raise UserError(f"{where} was not saved by this program and cannot be resumed; "
+                        "scripts.base_eval can evaluate it")
     if not meta.get("good", True):
-        raise UserError(f"the run had diverged at step {step} in {folder}: weights or validation are not finite; "
+        raise UserError(f"the run had diverged at {where}: weights or validation are not finite; "
                         "resume an earlier step, or start again with lower learning rates")
-    flags = segments.part_of(meta, "user_config")
-    wanted = {**identity(config, data, horizon), "crop": config.crop, **model.to_dict()}
-    found = {"crop": flags.get("crop", "drop"), **meta, **meta["model_config"]}  # before there was --crop, all dropped
-    other = [(name, found.get(name), value) for name, value in wanted.items() if found.get(name) != value]
-    if other:
-        raise UserError(f"cannot resume step {step} in {folder}, it is of another run: {segments.in_words(other)}; "
-                        "give the flags of the run that made it")
+
+    flags = part_of(meta, "user_config")
+    saved = {"crop": flags.get("crop"), **meta, **meta["model_config"]}
+    expected = {**expected, "crop": config.crop}
+    different = [(name, saved.get(name), value) for name, value in expected.items()
+                 if saved.get(name) != value]
+    if different:
+        raise UserError(f"cannot resume {where}, it is of another run: {in_words(different)}; "
+                        "give the flags of the run that saved it")
+
     fixed = config.fixed_on_resume()
-    before = {**segments.part_of(meta, "segment"), "flags": {**fixed, **flags}}  # earlier versions had none
-    changed = segments.changes(before, segment, fixed)
+    before = {**part_of(meta, "segment"), "flags": {**fixed, **flags}}
+    changed = changes(before, segment, fixed)
     if changed and not config.allow_changed:
-        raise UserError(f"cannot resume step {step} in {folder} and keep its numbers: {segments.in_words(changed)}; "
-                        "resume as it was, or with --allow-changed")
+        raise UserError(f"cannot resume {where} with equal numbers: {in_words(changed)}; "
+                        "undo that, or accept it with --allow-changed")
+    if changed:
+        print0(f"warning: resumed with changes: {in_words(changed)}")
     commits = before.get("git_commit"), segment["git_commit"]
-    for line in ([f"resumed with changes: {segments.in_words(changed)}"] if changed else []) + (
-            [f"the checkpoint of step {step} is of commit {commits[0]:.12}, this is {commits[1]:.12}: should they "
-             "compute differently, so does the run from here on"] if all(commits) and len(set(commits)) > 1 else []):
-        print0(f"warning: {line}")
+    if all(commits) and commits[0] != commits[1]:
+        print0(f"warning: {where} was saved by commit {commits[0]:.12}, this is commit "
+               f"{commits[1]:.12}; if they compute differently, the run changes from here on")
     return meta, changed
 
 
 def restore(model, optimizer, folder, step, meta, device, ranks):
-    """Load a checkpoint's weights and this rank's share of the optimizer state, saved by any number of ranks."""
-    checkpoint.load_state(model, checkpoint.load_model_state(folder, step, meta, device), folder, step)
+    """Load weights and this rank's share of the optimizer state, saved by any number of ranks."""
+    state = checkpoint.load_model_state(folder, step, meta, device)
+    checkpoint.load_state(model, state, folder, step)
     optimizer.write_casts()
     n_shards = checkpoint.n_optimizer_shards(meta)
     if n_shards == ranks.world_size:
-        optimizer.load_state_dict(checkpoint.load_optimizer_state(folder, step, meta, device, ranks.rank))
-    else:
-        print0(f"the optimizer's state, saved by {n_shards} rank(s), is shared out anew over {ranks.world_size}")
-        optimizer.load_shards((checkpoint.load_optimizer_state(folder, step, meta, "cpu", rank)
-                               for rank in range(n_shards)), n_shards)
+        state = checkpoint.load_optimizer_state(folder, step, meta, device, ranks.rank)
+        optimizer.load_state_dict(state)
+        return
+    print0(f"optimizer state saved by {n_shards} rank(s) is distributed over {ranks.world_size}")
+    shards = (checkpoint.load_optimizer_state(folder, step, meta, "cpu", rank)
+              for rank in range(n_shards))
+    optimizer.load_shards(shards, n_shards)
 
 
-# --- what happens between the steps ----------------------------------------------------------------------------------
+# --- record -------------------------------------------------------------------------------------
 
-def build_hooks(config, model, compiled, optimizer, data, folder, meta, ranks, device):
-    """The Hooks of a run whose checkpoints go to `folder` with `meta`. CORE and samples take the uncompiled model:
-    their prompts come in many lengths."""
-    def roll_back(steps):
-        step = broadcast_from_rank0(ranks, lambda: checkpoint.newest_good(folder, steps))
+class NoLog:
+    """The log of ranks above 0: only rank 0 writes the record."""
+
+    def event(self, kind, **fields):
+        pass
+
+    def before_checkpoint(self):
+        pass
+
+
+def new_run_id(tag, seed, ranks):
+    """Return an id of tag, UTC time and seed, the same on every rank."""
+    now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    return broadcast_from_rank0(ranks, lambda: f"{tag[:80]}-{now}-s{seed}")
+
+
+def segment_facts(config, ranks, device, dtype, dtype_reason):
+    """Return flags, commit, versions and device of this process, for record and checkpoints."""
+    commit, dirty = git_commit()
+    return {
+        "flags": config.to_dict(), "git_commit": commit, "git_dirty": dirty,
+        "versions": versions(),
+        "device": {"type": device.type, "name": device_name(device), "host": socket.gethostname(),
+                   "compute_dtype": str(dtype).removeprefix("torch."),
+                   "dtype_reason": dtype_reason, "world_size": ranks.world_size,
+                   "triton_interpreted": INTERPRETED},
+    }
+
+
+def run_facts(model, horizon, expected, segment, n_train_tokens):
+    """Return the content of config.json of the run's record, without its id."""
+    n_scaling = scaling_params(model)
+    return {
+        "created_utc": utc_now(), **segment, **expected, "model_config": model.to_dict(),
+        "n_params": parameter_counts(model)["total"], "n_scaling_params": n_scaling,
+        "flops_per_token": flops_per_token(model), "train_tokens": n_train_tokens,
+        "target_tokens": horizon.target_tokens,
+        "target_param_data_ratio": horizon.target_tokens / n_scaling,
+    }
+
+
+def open_record(config, run_id, facts, folder, step, segment):
+    """Begin the record of a run, or continue it from a checkpoint's `step`; return its RunLog.
+
+    Checkpoints in `folder` of another run, or of steps that this run will repeat, are moved away.
+    """
+    runs = runs_dir()
+    if step is None and config.resume_from_step == "auto" and _died_early(runs / run_id, facts):
+        step = 0
+    if step is None:
+        check_new_run(runs, run_id)  # before wandb is told of it
+
+    remedy = "wait for it, stop it, or give another"
+    with contextlib.ExitStack() as on_failure:
+        locks = []
+        for what, name, flag in (
+                (runs / run_id, f"run.{check_run_id(run_id)}", "--run-id"),
+                (folder, f"checkpoints.{folder.name}", "--model-tag")):
+            lock = RunLock(what, locks_dir() / name, run_id, f"{remedy} {flag}")
+            on_failure.callback(lock.release)
+            locks.append(lock)
+
+        sinks = []
+        if not is_quiet():
+            sinks.append(ConsoleSink(facts["num_iterations"], step or 0))
+        if config.run != "dummy":
+            sinks.append(WandbSink(config.run, run_id, facts))
         if step is None:
-            return None
-        restore(model, optimizer, folder, step, checkpoint.read_meta(folder, step), device, ranks)
-        return {"step": step, "flags": meta["user_config"], **meta["segment"]}
-
-    return Hooks(_evaluator(config, compiled, data, ranks, device),
-                 Saver(folder, meta, model, optimizer, ranks, config.keep_checkpoints), roll_back,
-                 core=_core_evaluator(config, model, data, ranks, device),
-                 sample=(lambda: sample_documents(model, data.tokenizer, data.val[0])) if ranks.is_main else None)
-
-
-def _evaluator(config, model, data, ranks, device):
-    """Validation as a function of (is it the last one?): the fields of a `val` event."""
-    rows, length = config.device_batch_size, config.max_seq_len
-    n_batches = n_eval_batches(data.val, config.eval_tokens, rows, length)
-    token_bytes = torch.from_numpy(data.tokenizer.token_bytes()).to(device)
-
-    def evaluate(last):
-        result = evaluate_split(model, data.val, n_batches, rows, length, token_bytes, data.tokenizer.bos_id, ranks)
-        fields = {"val_bpb": result.bits_per_byte}
-        if last and config.position_losses:
-            fields["position_losses"] = {"nats_by_position": result.nats_by_position,
-                                         "counts_by_position": result.counts_by_position}
-        return fields
-
-    return evaluate
+            checkpoint.set_aside(folder)
+            log = RunLog.create(runs, run_id, facts, sinks, locks)
+        else:
+            curves_of(read_run(runs / run_id).events)  # raises now if the record is damaged
+            log = RunLog.resume(runs, run_id, step, sinks, locks, **segment)
+            checkpoint.set_aside(folder, after=step)
+        on_failure.pop_all()
+    return log
 
 
-def _core_evaluator(config, model, data, ranks, device):
-    """CORE as the fields of a `core` event, or None when it is never asked for or its bundle is not there."""
-    if config.core_metric_every <= 0:
-        return None
-    bundle = bundle_folder()
-    if not bundle.exists():
-        print0(f"CORE is not evaluated: {bundle} is missing (python -m nanochat.core_eval downloads it)")
-        return None
+def close_record(log, status, device, target, started_sec, loader):
+    """Write the summary, close the log and its sinks; return the summary.
 
-    def evaluate():
-        result = evaluate_core(model, data.tokenizer, bundle, device, max_per_task=config.core_metric_max_per_task,
-                               max_tokens=model.cos.size(1), rank=ranks.rank, world_size=ranks.world_size)
-        return {"core_metric": result.core_metric, "tasks": result.centered}
+    target: (metric name, threshold or None). started_sec: time.monotonic() at the start of the
+    process. Errors: UserError if the disk is full.
+    """
+    try:
+        summary = {**summarize(log.folder, status, device, *target),
+                   "distinct_tokens": loader.distinct_tokens, "epochs": loader.epochs}
+        if target[1] is not None:
+            evaluations = evaluations_of(read_run(log.folder).events, target[0])
+            reached = time_to_target(evaluations, *target)
+            log.event("target", step=summary["steps"], **reached.summary_fields(),
+                      description=reached.describe())
+        log.finish(**summary, wall_time_sec=time.monotonic() - started_sec)
+    finally:
+        log.close()
+    return summary
 
-    return evaluate
+
+def close_failed_record(log, device, target, started_sec, loader):
+    """Close the record of a run that an exception ended, without hiding that exception."""
+    try:
+        close_record(log, "error", device, target, started_sec, loader)
+    except UserError as error:
+        print(f"no summary: {error}", file=sys.stderr)
+
+
+def summarize(folder, status, device, metric_name=None, threshold=None):
+    """Return the fields of summary.json, computed from the run's own record."""
+    record = read_run(folder)
+    summary = figures_of(record.events, metric_name, threshold)
+    n_steps = record.config.get("num_iterations", 0)
+    return {"status": status, **summary,
+            "stopped_at_target": status == "ok" and summary["steps"] < n_steps,
+            "peak_memory_mib": peak_memory_mib(device)}
+
+
+def describe(model, horizon, micro_batches, ranks, dataset, tokenizer, n_train_tokens):
+    """Describe model, data and horizon for the console."""
+    counts = {name: f"{n / 1e6:.2f}M" for name, n in parameter_counts(model).items()}
+    ratio = horizon.target_tokens / scaling_params(model)
+    return "\n".join([
+        f"model: {model.n_layer} layers, width {model.n_embd}, {model.n_head} heads of "
+        f"{model.head_dim}, {counts['total']} parameters ({counts['transformer_matrices']} in "
+        f"matrices, {counts['lm_head']} in the head)",
+        f"data: {dataset.dataset_id}, {n_train_tokens / 1e6:.1f}M training tokens, tokenizer "
+        f"{tokenizer.tokenizer_id} of {model.vocab_size} tokens",
+        f"horizon: {horizon.num_iterations} steps of {horizon.total_batch_size_tokens} tokens "
+        f"({micro_batches} micro-batch(es) on {ranks.world_size} rank(s)), "
+        f"{horizon.target_tokens / 1e6:.2f}M tokens, {ratio:.2f} per scaling parameter"])
+
+
+def describe_end(summary, folder):
+    """Describe how the run ended, for the console."""
+    parts = [f"{summary['train_time_sec']:.1f} s of training"]
+    if summary["tok_per_sec_median"] is not None:
+        parts.append(f"{summary['tok_per_sec_median']:,.0f} tok/s (median)")
+    if summary["final_val_bpb"] is not None:
+        error = summary.get("final_val_bpb_se")
+        error = "" if error is None else f" ± {error:.4f}"
+        parts.append(f"final val_bpb {summary['final_val_bpb']:.4f}{error}")
+    if summary["min_val_bpb"] is not None:
+        parts.append(f"min val_bpb {summary['min_val_bpb']:.4f}")
+    parts.append(f"{summary['distinct_tokens'] / 1e6:.2f}M distinct tokens read "
+                 f"{summary['epochs']:.2f} times")
+    parts.append(f"peak memory {summary['peak_memory_mib']:,.0f} MiB")
+    at_target = " at the target" if summary["stopped_at_target"] else ""
+    return (f"{summary['status']} after {summary['steps']} steps{at_target}: {', '.join(parts)}\n"
+            f"record: {folder}")
+
+
+def warn_of_short_horizon(config, num_iterations):
+    """Warn if the learning rates never stay at their peak."""
+    decay_steps = round(config.warmdown_ratio * num_iterations)
+    if config.warmup_steps + decay_steps > num_iterations:
+        warn(f"the horizon of {num_iterations} steps is shorter than warm-up plus decay "
+             f"({config.warmup_steps} + {decay_steps} steps): the learning rates jump; lower "
+             "--warmup-steps or --warmdown-ratio, or train longer")
+
+
+def _died_early(folder, facts):
+    """Return whether a run of these flags exists that ended without success or checkpoint."""
+    if not (folder / CONFIG).exists():
+        return False
+    earlier = read_run(folder)
+    return earlier.status != "ok" and earlier.config.get("flags") == facts["flags"]

@@ -1,4 +1,4 @@
-"""Where a run's events go besides its record: the terminal, and wandb."""
+"""Sinks for the events of a run besides its record: the terminal and wandb."""
 
 import sys
 import time
@@ -9,14 +9,14 @@ from nanochat.common import Bar, TenPercentSteps, UserError
 
 
 class ConsoleSink:
-    """A progress bar with rate and ETA on a terminal, a line every 10 % in a log; one line for each evaluation."""
+    """A progress bar on a terminal, in a log one line per 10 % of the steps; results as lines."""
 
     def __init__(self, num_iterations, start_step=0):
-        self.num_iterations = num_iterations
+        self.num_iterations, self.start_step = num_iterations, start_step
         self.bar = Bar(total=num_iterations, initial=start_step, unit="step", dynamic_ncols=True,
-                        disable=not sys.stderr.isatty())
-        self.first = None  # (time, step) of the first training step: it compiles, so rates count from its end
-        self.start_step, self.tenths = start_step, TenPercentSteps(apart_sec=0.0)
+                       disable=not sys.stderr.isatty())
+        self.ten_percent = TenPercentSteps(apart_sec=0.0)
+        self.first = None  # (time, step) of the first step: it compiles, so rates begin at its end
 
     def __call__(self, kind, event):
         writer = getattr(self, f"_{kind}", None)
@@ -33,23 +33,28 @@ class ConsoleSink:
             self.bar.set_postfix_str(numbers, refresh=False)
             self.bar.update(step - self.bar.n)
             return
+
         now = time.monotonic()
-        is_first = self.first is None  # it says that the run is alive
+        is_first = self.first is None
         self.first = self.first or (now, step)
-        if self.tenths.is_due(step - self.start_step, self.num_iterations - self.start_step) or is_first:
+        n_steps = self.num_iterations - self.start_step
+        if self.ten_percent.is_due(step - self.start_step, n_steps) or is_first:
             first_time, first_step = self.first
             if step > first_step:
                 per_step = (now - first_time) / (step - first_step)
-                numbers += f", ETA {tqdm.format_interval(per_step * (self.num_iterations - step))}"
+                left_sec = per_step * (self.num_iterations - step)
+                numbers += f", ETA {tqdm.format_interval(left_sec)}"
             self._line(f"step {step}/{self.num_iterations}: {numbers}")
 
     def _val(self, event):
-        seconds = event["train_time_sec"]
-        self._line(f"step {event['step']}: val_bpb {event['val_bpb']:.4f} after {seconds:.1f} s of training")
+        error = f" ± {event['val_bpb_se']:.4f}" if event.get("val_bpb_se") is not None else ""
+        self._line(f"step {event['step']}: val_bpb {event['val_bpb']:.4f}{error} "
+                   f"after {event['train_time_sec']:.1f} s of training")
 
     def _repeats(self, event):
-        self._line(f"step {event['step']}: all {event['distinct_tokens'] / 1e6:.2f}M tokens that this run takes of the "
-                   "text have been read, they repeat from here on; nearly as good as new text up to about four times "
+        tokens = event["distinct_tokens"] / 1e6
+        self._line(f"step {event['step']}: all {tokens:.2f}M training tokens have been read once "
+                   "and repeat from here on; up to four passes are nearly as good as new text "
                    "(arXiv:2305.16264)")
 
     def _core(self, event):
@@ -59,19 +64,15 @@ class ConsoleSink:
         self._line(event["description"])
 
     def _checkpoint(self, event):
-        saved_step = event.get("saved_step", event["step"])
-        of = "" if saved_step == event["step"] else f" of step {saved_step}"
-        self._line(f"step {event['step']}: checkpoint{of} saved in {event['path']}")
+        self._line(f"step {event['step']}: checkpoint saved in {event['path']}")
 
     def _resume(self, event):
-        if "rollback" in event:
-            self._line(f"{event['rollback']}: back to the checkpoint of step {event['step']}, on with other text "
-                       f"(rollback {event['n_rollbacks']} of {event['max_rollbacks']})")
+        self._line(f"resumed at step {event['step']}")
 
     def _sample(self, event):
-        text = event["text"].replace("\n", "\n    ")
-        self._line(f"step {event['step']}: sample, the model continues after [...]:\n"
-                   f"    {event['prompt'].replace(chr(10), chr(10) + '    ')}[...]{text}")
+        prompt, text = (event[name].replace("\n", "\n    ") for name in ("prompt", "text"))
+        self._line(f"step {event['step']}: sample (the model continues after [...]):\n"
+                   f"    {prompt}[...]{text}")
 
     def _line(self, text):
         self.bar.write(text, file=sys.stdout)
@@ -79,22 +80,27 @@ class ConsoleSink:
 
 
 class WandbSink:
-    """Sends the numbers of the same events to wandb; WANDB_MODE=offline works without a network."""
+    """Sends the numbers of the events to wandb; WANDB_MODE=offline needs no network."""
 
     def __init__(self, name, run_id, config):
         import wandb
 
         try:
-            self.run = wandb.init(project="nanochat", name=name, id=run_id, resume="allow", config=config)
+            self.run = wandb.init(
+                project="nanochat", name=name, id=run_id, resume="allow", config=config)
         except (wandb.errors.UsageError, wandb.errors.CommError) as error:
             raise UserError(f"wandb does not start ({error}); run `wandb login`, set "
                             "WANDB_MODE=offline, or turn it off with --run=dummy") from None
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
 
     def __call__(self, kind, event):
         numbers = {f"{kind}/{name}": value for name, value in event.items()
                    if isinstance(value, (int, float)) and name != "step"}
         if numbers and "step" in event:
-            self.run.log({"step": event["step"], **numbers})
+            # Our step is wandb's own step, too: after a resume, steps that wandb has already are
+            # left out instead of appearing twice.
+            self.run.log({"step": event["step"], **numbers}, step=event["step"])
 
     def close(self):
         self.run.finish()

@@ -44,7 +44,7 @@ class Ranks:
         return self.rank == 0
 
 
-def start_ranks(device=None):
+def start_ranks(device=None, timeout_minutes=60):
     """Ranks of this process, with a process group (nccl on CUDA, gloo elsewhere) when there are several.
 
     Without a device there is no torch either, unless there are several.

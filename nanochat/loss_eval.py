@@ -1,70 +1,258 @@
-"""Bits per byte on a stream of batches, and the loss by position: tokens since the document's BOS."""
+"""Bits per byte of a model on a split: which rows are scored, the loss with its standard error over
+documents, the loss by position, and the losses per document by which two runs are compared.
+"""
 
 import math
 from dataclasses import dataclass
+from itertools import islice
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from nanochat.common import UserError, atomic_path
+from nanochat.dataloader import RowPlanner, fill_rows
 from nanochat.distributed import Ranks
+from nanochat.engine import generate
+
+DOCUMENT_LOSSES = "validation.npz"  # file of a run's final validation, in the run's folder
+MAX_RELATIVE_ERROR = 0.01  # standard error / bits per byte; a larger one is warned of
+BATCHES_IN_FLIGHT = 16  # computed on a GPU before their losses are read
 
 
-@dataclass(frozen=True)
+class SplitRows:
+    """The rows of a split that an evaluation scores, fixed by (shards, sequence_len, eval_tokens,
+    crop): the first ceil(eval_tokens / sequence_len) rows of at most one pass in document order.
+
+    Every token is scored at most once, and a split of up to eval_tokens completely. crop="carry":
+    the rows are packed from the leading documents that fill them, every token but BOS is scored.
+    crop="drop": the rows are upstream's, without the rests of cropped documents. At the end of the
+    pass upstream refills the buffer from the next pass; these rows use the buffer up instead.
+    split_tokens: tokens of the split, without BOS.
+    """
+
+    def __init__(self, shards, sequence_len, eval_tokens, crop):
+        self.shards = shards
+        self.sequence_len = sequence_len
+        n_docs = sum(shard.n_docs for shard in shards)
+        self.split_tokens = sum(shard.n_tokens for shard in shards) - n_docs
+        n_rows = -(-eval_tokens // sequence_len)
+        if crop == "carry":
+            # Best-fit packing of more documents would put the longest ones into the first rows.
+            n_docs = _n_leading_documents(shards, n_rows * (sequence_len + 1))
+        planner = RowPlanner(shards, sequence_len + 1, 0, crop, shuffle=False, n_docs=n_docs)
+        self._first_documents = planner.order.first_documents
+        self.plan = list(islice(iter(planner.next_row, []), n_rows))
+
+    def document_index(self, shard, document):
+        """Return the index of a shard's document in the split."""
+        return self._first_documents[shard] + document
+
+    def batch(self, plan, batch_rows):
+        """Return (inputs, targets, documents, positions) of up to batch_rows planned rows, each
+        (batch_rows, sequence_len) int64; missing rows and tokens have input BOS and target -1.
+
+        documents: index of the target's document in the split, or -1. positions: number of tokens
+        of this document before the target in the row, without BOS; -1 for a BOS target.
+        """
+        plan = plan + [[]] * (batch_rows - len(plan))
+        tokens = fill_rows(self.shards, plan, self.sequence_len + 1).astype(np.int64)
+        documents = np.full_like(tokens, -1)
+        positions = np.full_like(tokens, -1)
+        for row, segments in enumerate(plan):
+            at = 0
+            for shard, document, _, length in segments:
+                documents[row, at : at + length] = self.document_index(shard, document)
+                positions[row, at : at + length] = np.arange(-1, length - 1)
+                at += length
+        targets = np.where(documents < 0, -1, tokens)
+        return tokens[:, :-1], targets[:, 1:], documents[:, 1:], positions[:, 1:]
+
+
+@dataclass(frozen=True, eq=False)
 class LossEvaluation:
-    """bits_per_byte: summed nats / (ln 2 x summed UTF-8 bytes) of the targets, special tokens left out of both.
+    """The loss over the scored targets; special tokens count neither as nats nor as bytes.
 
-    nats_by_position[n]: mean nats of the targets that n tokens of their own document precede (BOS not
-    counted); None where there was none. counts_by_position: how many there were.
+    bits_per_byte: summed nats / (ln 2 x summed UTF-8 bytes); standard_error: its standard error
+    over documents (NaN: fewer than two); n_tokens, n_bytes: distinct ones scored.
+    nats_by_position[n]: mean nats of targets after n tokens of their document in the row, without
+    BOS; None if there are none. documents: indices in the split, with their nats and bytes.
     """
 
     bits_per_byte: float
+    standard_error: float
     nats_per_token: float
     n_tokens: int
+    n_bytes: int
     nats_by_position: list
     counts_by_position: list
+    documents: np.ndarray
+    document_nats: np.ndarray
+    document_bytes: np.ndarray
+
+    def event_fields(self):
+        """Return the fields of a `val` event."""
+        error = self.standard_error if math.isfinite(self.standard_error) else None
+        return {"val_bpb": self.bits_per_byte, "val_bpb_se": error, "n_tokens": self.n_tokens,
+                "n_bytes": self.n_bytes}
+
+    def describe(self):
+        """Return the result in one line."""
+        return (f"{self.bits_per_byte:.4f} bits per byte (standard error {self.standard_error:.4f} "
+                f"over {len(self.documents):,} documents), {self.nats_per_token:.4f} nats per "
+                f"token; {self.n_tokens:,} distinct tokens, {self.n_bytes:,} bytes scored")
+
+    def warning(self):
+        """Return a warning if the standard error is unknown or above 1 % of the loss, else None."""
+        relative = self.standard_error / self.bits_per_byte
+        if math.isnan(self.bits_per_byte) or relative <= MAX_RELATIVE_ERROR:
+            return None
+        size = "unknown" if math.isnan(relative) else f"{relative:.1%} of its loss"
+        return (f"the validation split is too small: the standard error is {size} "
+                f"({len(self.documents):,} documents, {self.n_tokens:,} tokens scored); "
+                "evaluate more tokens or add text")
 
 
 @torch.no_grad()
-def evaluate_loss(model, batches, n_batches, token_bytes, bos_id, ranks=None):
-    """Evaluate `model(inputs, targets, "none")` on n_batches of `batches`, which may be 0, summed over ranks.
+def evaluate_split(model, rows, batch_rows, token_bytes, device, ranks=None, progress=iter):
+    """Return the LossEvaluation of `model(inputs, targets, "none")` on SplitRows.
 
-    batches yields inputs and targets (B, T) int64; token_bytes (vocab,) int32 on their device, 0 for
-    special tokens, which count neither as bytes nor as nats. Returns a LossEvaluation.
+    batch_rows and the number of ranks only decide where a row is computed; all batches have the
+    same shape. token_bytes: UTF-8 bytes per token id (numpy), 0 for special tokens. progress:
+    wraps the sequence of this rank's batches, for a progress bar.
     """
     ranks = ranks or Ranks()
-    device = token_bytes.device
-    sums_device = "cpu" if device.type == "mps" else device
-    totals = None
-    for done in range(max(n_batches, 1)):
-        inputs, targets = next(batches)
-        if totals is None:
-            totals = torch.zeros(3, inputs.size(1) + 1, dtype=torch.float64, device=sums_device)
-        if done == n_batches:  # this rank has none
-            break
-        nats = model(inputs, targets, "none").flatten()
-        n_bytes = torch.where(targets >= 0, token_bytes[targets.clamp_min(0)], 0).flatten()
-        counted = n_bytes > 0
-        discarded = inputs.size(1)  # one bin past the positions
-        position = torch.where(counted, tokens_since_bos(inputs, bos_id).flatten(), discarded)
-        weights = torch.stack((nats.double() * counted, counted.double(), n_bytes.double()))
-        totals.index_add_(1, position.to(sums_device), weights.to(sums_device))
+    n_docs = 1 + max(rows.document_index(*part[:2]) for row in rows.plan for part in row)
+    by_position = np.zeros((2, rows.sequence_len))  # nats, counts
+    by_document = np.zeros((2, n_docs))  # nats, bytes
+
+    def add(nats, targets, documents, positions):
+        n_bytes = np.where(targets < 0, 0, token_bytes[targets])
+        scored = n_bytes > 0
+        nats = nats.float().cpu().numpy().reshape(targets.shape)[scored].astype(np.float64)
+        np.add.at(by_position[0], positions[scored], nats)
+        np.add.at(by_position[1], positions[scored], 1)
+        np.add.at(by_document[0], documents[scored], nats)
+        np.add.at(by_document[1], documents[scored], n_bytes[scored])
+
+    own_plan = rows.plan[ranks.rank :: ranks.world_size]
+    in_flight = []
+    was_training = model.training
+    model.eval()
+    for first in progress(range(0, len(own_plan), batch_rows)):
+        inputs, targets, *labels = rows.batch(own_plan[first : first + batch_rows], batch_rows)
+        on_device = (torch.from_numpy(x).contiguous().to(device) for x in (inputs, targets))
+        in_flight.append((model(*on_device, "none"), targets, *labels))
+        if len(in_flight) == BATCHES_IN_FLIGHT:
+            add(*in_flight.pop(0))
+    for batch in in_flight:
+        add(*batch)
+    model.train(was_training)
+
     if ranks.world_size > 1:
-        dist.all_reduce(totals)
-    nats, counts, n_bytes = totals[:, :-1].tolist()
+        for sums in (by_position, by_document):
+            total = torch.from_numpy(sums).to(device)
+            dist.all_reduce(total)
+            sums[:] = total.cpu().numpy()
+    nats, counts = by_position
+    documents = np.flatnonzero(by_document[1])
+    document_nats, document_bytes = by_document[:, documents]
+    bits_per_byte, standard_error = _bits_per_byte(document_nats, document_bytes)
+    n_tokens = int(counts.sum())
     return LossEvaluation(
-        bits_per_byte=sum(nats) / (math.log(2) * sum(n_bytes)) if sum(n_bytes) else math.nan,
-        nats_per_token=sum(nats) / sum(counts) if sum(counts) else math.nan,
-        n_tokens=int(sum(counts)),
-        nats_by_position=[total / n if n else None for total, n in zip(nats, counts, strict=True)],
-        counts_by_position=[int(n) for n in counts],
+        bits_per_byte=bits_per_byte,
+        standard_error=standard_error,
+        nats_per_token=float(nats.sum()) / n_tokens if n_tokens else math.nan,
+        n_tokens=n_tokens,
+        n_bytes=int(document_bytes.sum()),
+        nats_by_position=[nats[n] / counts[n] if counts[n] else None for n in range(len(nats))],
+        counts_by_position=counts.astype(int).tolist(),
+        documents=documents,
+        document_nats=document_nats,
+        document_bytes=document_bytes.astype(np.int64),
     )
 
 
-def tokens_since_bos(inputs, bos_id):
-    """For each input position, the tokens of its document between BOS and it, itself included; (B, T) int64.
+def _bits_per_byte(nats, n_bytes):
+    """Return (summed nats / summed bytes, in bits; its standard error over documents by the delta
+    method for a ratio of means)."""
+    n_docs = len(nats)
+    if not n_docs:
+        return math.nan, math.nan
+    bits, total_bytes = nats / math.log(2), n_bytes.sum()
+    ratio = bits.sum() / total_bytes
+    squares = ((bits - ratio * n_bytes) ** 2).sum()
+    variance = squares * n_docs / (n_docs - 1) if n_docs > 1 else math.nan
+    return float(ratio), float(math.sqrt(variance) / total_bytes)
 
-    0 at BOS; a row that does not begin with BOS counts from its first token.
+
+def _n_leading_documents(shards, n_tokens):
+    """Return how many documents from the first one hold at least n_tokens tokens, or all."""
+    n_docs = 0
+    for shard in shards:
+        if shard.n_tokens >= n_tokens:
+            return n_docs + int(np.searchsorted(shard.offsets, n_tokens))
+        n_tokens -= shard.n_tokens
+        n_docs += shard.n_docs
+    return n_docs
+
+
+def position_table(evaluation):
+    """Return lines with the nats by position, at 0 and the powers of two."""
+    nats, counts = evaluation.nats_by_position, evaluation.counts_by_position
+    lines = ["tokens of context since BOS: nats per token"]
+    for n in (0, *(2**k for k in range(len(nats).bit_length() - 1))):
+        value = f"{nats[n]:.4f} ({counts[n]:,} tokens)" if counts[n] else "no tokens"
+        lines.append(f"{n:6d}: {value}")
+    return "\n".join(lines)
+
+
+def save_document_losses(path, evaluation, dataset_id, tokenizer_id, split="val"):
+    """Write the nats and bytes per document of a LossEvaluation to an .npz file."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, dataset_id=dataset_id, tokenizer_id=tokenizer_id, split=split,
+                 documents=evaluation.documents, nats=evaluation.document_nats,
+                 n_bytes=evaluation.document_bytes)
+
+
+def load_document_losses(path):
+    """Return a namespace with the values that save_document_losses wrote: dataset_id, tokenizer_id,
+    split, and the arrays documents, nats, n_bytes. Raises UserError if they cannot be read."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            values = {name: str(arrays[name]) for name in ("dataset_id", "tokenizer_id", "split")}
+            values |= {name: arrays[name] for name in ("documents", "nats", "n_bytes")}
+        return SimpleNamespace(**values)
+    except Exception as error:  # zipfile, zlib and numpy raise many kinds on damaged files
+        raise UserError(f"{path} holds no losses per document ({error}); the final validation of "
+                        "a run writes them") from None
+
+
+def paired_difference(a, b):
+    """Return (bits per byte of `a` minus those of `b`, its standard error over documents).
+
+    a, b: document losses. Raises UserError if they are not of the same bytes of the same text.
     """
-    index = torch.arange(inputs.size(1), device=inputs.device).expand_as(inputs)
-    last_bos = torch.where(inputs == bos_id, index, 0).cummax(dim=1).values
-    return index - last_bos
+    if (a.dataset_id, a.split) != (b.dataset_id, b.split):
+        raise UserError(f"the two evaluations are of different texts: {a.dataset_id} ({a.split}) "
+                        f"and {b.dataset_id} ({b.split})")
+    if not (np.array_equal(a.documents, b.documents) and np.array_equal(a.n_bytes, b.n_bytes)):
+        raise UserError(f"the two evaluations scored different parts of {a.dataset_id}; evaluate "
+                        "both with the same --eval-tokens, --max-seq-len, --crop and tokenizer")
+    return _bits_per_byte(a.nats - b.nats, a.n_bytes)
+
+
+def sample_documents(model, tokenizer, shard):
+    """Return continuations of the beginnings of a shard's first two documents: [{prompt, text}]."""
+    samples = []
+    was_training = model.training
+    model.eval()
+    for document in range(min(2, shard.n_docs)):
+        first, end = shard.offsets[document : document + 2]
+        prompt = shard.tokens[first:end][:17].tolist()  # BOS and 16 tokens
+        [new] = generate(model, prompt, 96, temperature=0.8, top_k=50, seed=document,
+                         stop_ids=(tokenizer.bos_id,))
+        samples.append({"prompt": tokenizer.decode(prompt[1:]), "text": tokenizer.decode(new)})
+    model.train(was_training)
+    return samples

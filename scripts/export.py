@@ -13,7 +13,7 @@ import torch
 from nanochat.common import command, say
 from nanochat.export.folder import check_replaceable, whole_folder
 from nanochat.export.formats import FORMATS
-from nanochat.trained import load_trained
+from nanochat.checkpoint import load_trained
 
 
 def parse_args(argv=None):

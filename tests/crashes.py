@@ -1,6 +1,6 @@
-"""A program that saves checkpoints in child processes and kills them at every moment: python tests/crashes.py FOLDER.
+"""Save checkpoints in child processes and kill them at every moment: crashes.py FOLDER.
 
-A process of its own, because it forks: it has one thread then. It asserts after every kill and ends with exit code 0.
+It is a program because it forks, with one thread. It asserts after every kill and exits with 0.
 """
 
 import os
@@ -10,29 +10,29 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
-from nanochat.checkpoint import find_checkpoint, load_model_state, load_optimizer_state, read_meta
-from nanochat.distributed import Ranks
-from nanochat.saving import Saver
+from nanochat.checkpoint import (
+    find_checkpoint,
+    load_model_state,
+    load_optimizer_state,
+    read_meta,
+    remove_old,
+    save_checkpoint,
+)
 
 CALLS_ON_DISK = ((torch, "save"), (os, "fsync"), (os, "replace"), (Path, "touch"), (Path, "unlink"))
 
 
 def save(folder, step, value, numel=1000, keep=0):
-    """In the background, as the training program does, with the weights overwritten meanwhile."""
-    weights, moments = torch.full((numel,), value), torch.full((9,), value)
-    model = SimpleNamespace(state_dict=lambda: {"w": weights})
-    optimizer = SimpleNamespace(state_dict=lambda: {"state": {0: {"m": moments}}}, complete_weights=lambda: None)
-    saver = Saver(folder, {"model_config": {}}, model, optimizer, Ranks(), keep)
-    assert saver.save({"step": step, "value": value}, lambda: None)
-    for _ in range(10):
-        weights += 1.0
-        moments += 1.0
-    saver.collect(wait=True)
-    saver.close()
+    """Save one checkpoint as the training program does, and remove old ones."""
+    weights = {"w": torch.full((numel,), value)}
+    moments = {"state": {0: {"m": torch.full((9,), value)}}}
+    meta = {"model_config": {}, "loop_state": {"step": step, "value": value}}
+    save_checkpoint(folder, step, weights, moments, meta)
+    if keep:
+        remove_old(folder, step, keep)
 
 
 def read(folder, step):

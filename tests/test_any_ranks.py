@@ -1,11 +1,11 @@
-"""Any number of ranks: the losses of one, and a run that goes on with another number than it was saved by."""
+"""Any number of ranks gives the losses of one and resumes from another number's checkpoint."""
 
 import shutil
 
 import pytest
 import torch
 from corpus import TINY_FLAGS
-from ranks import run_on_ranks, train_on_ranks
+from ranks import train_on_ranks
 
 from nanochat.common import base_dir, runs_dir
 from nanochat.distributed import Ranks
@@ -16,28 +16,30 @@ from scripts.base_train import main
 
 pytestmark = pytest.mark.usefixtures("fp32")
 
-# 5 micro-batches of 4 rows, which neither 2, 3 nor 4 ranks share evenly; the vocabulary divides by 2 and 4, not by 3
+# 5 micro-batches of 4 rows, which 2, 3 and 4 ranks share unevenly; 3 does not divide the vocabulary
 STEPS = 20
-FLAGS = [*TINY_FLAGS, "--depth", "1", "--aspect-ratio", "64", "--max-seq-len", "32", "--device-batch-size", "4",
-         "--total-batch-size", "640", "--eval-every", "10", "--eval-tokens", "1664", "--warmup-steps", "5",
-         "--device-type", "cpu", "--num-iterations", str(STEPS)]
+FLAGS = [*TINY_FLAGS, "--depth", "1", "--aspect-ratio", "64", "--max-seq-len", "32",
+         "--device-batch-size", "4", "--total-batch-size", "640", "--eval-every", "10",
+         "--eval-tokens", "1664", "--warmup-steps", "5", "--device-type", "cpu",
+         "--num-iterations", str(STEPS)]
 LANE_C = ["--fused-rmsnorm", "--chunked-ce"]
 
 
 def train(world_size, corpus, name, *more):
-    """A run's losses and validations by step."""
+    """Train on that many ranks; return the losses and the validations."""
     arguments = [*FLAGS, "--dataset", corpus, "--run-id", name, "--model-tag", name, *more]
     assert (main(arguments) if world_size == 1 else train_on_ranks(world_size, arguments)) == 0
     record = read_run(runs_dir() / name)
-    return [event["loss"] for event in record.of("train")], [event["val_bpb"] for event in record.of("val")]
+    return ([event["loss"] for event in record.of("train")],
+            [event["val_bpb"] for event in record.of("val")])
 
 
-def resume(world_size, corpus, name, step, whole, *more):
-    """The same of a copy of the run `name`, gone on with from the checkpoint of `step`."""
+def resume(world_size, corpus, name, step, copy, *more):
+    """Resume a copy of the run `name` from the checkpoint of `step`; return the same."""
     for folder in (runs_dir(), base_dir() / "base_checkpoints"):
-        shutil.rmtree(folder / whole, ignore_errors=True)
-        shutil.copytree(folder / name, folder / whole)
-    return train(world_size, corpus, whole, "--resume-from-step", str(step), *more)
+        shutil.rmtree(folder / copy, ignore_errors=True)
+        shutil.copytree(folder / name, folder / copy)
+    return train(world_size, corpus, copy, "--resume-from-step", str(step), *more)
 
 
 def assert_same(found, expected):
@@ -45,7 +47,7 @@ def assert_same(found, expected):
         assert losses == pytest.approx(others, rel=1e-5)
 
 
-def test_two_and_three_ranks_train_as_one_and_go_on_from_each_others_checkpoints(corpus):
+def test_two_and_three_ranks_train_as_one_and_resume_each_others_checkpoints(corpus):
     whole = train(1, corpus, "one")
     assert len(whole[0]) == STEPS and whole[0][-1] < whole[0][0] - 0.1
     assert_same(train(2, corpus, "two", "--save-every", "7"), whole)
@@ -62,39 +64,12 @@ def test_every_number_of_ranks(corpus, flags):
         assert_same(train(world_size, corpus, str(world_size), "--save-every", "6", *flags), whole)
     for saved_by in (2, 3, 4):
         for world_size in (1, 2, 3, 4):
-            assert_same(resume(world_size, corpus, str(saved_by), 12, f"{saved_by}-{world_size}", *flags), whole)
-
-
-def graphs_compiled_by_a_run(rank, world_size, arguments):
-    """(graphs compiled by the end of the warm-up, by the end of the run)."""
-    from torch._dynamo.utils import counters
-
-    from nanochat import build
-
-    warm_up, compiled = build.warm_up, []
-
-    def counted(*args):
-        warm_up(*args)
-        compiled.append(counters["stats"]["unique_graphs"])
-
-    build.warm_up = counted
-    assert main(arguments) == 0
-    return *compiled, counters["stats"]["unique_graphs"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rows", ["4", "5"], ids=["several micro-batches", "one"])
-def test_all_is_compiled_before_ranks_wait_for_each_other_and_nothing_twice(corpus, rows):
-    arguments = [flag for flag in FLAGS if flag != "--no-compile"]
-    arguments += ["--device-batch-size", rows, "--total-batch-size", "640" if rows == "4" else "320",
-                  "--num-iterations", "3", "--eval-every", "2", "--dataset", corpus]
-    for warm, end in run_on_ranks(2, graphs_compiled_by_a_run, arguments, group=False):
-        assert warm == end > 4
+            copy = f"{saved_by}-{world_size}"
+            assert_same(resume(world_size, corpus, str(saved_by), 12, copy, *flags), whole)
 
 
 def shares(value, n_ranks):
-    """Each rank's rows of a value: equal shares of Muon's stacks, filled up with zeros, and of large tables that
-    divide; all rows of what else there is."""
+    """Return each rank's rows: shares of (padded) stacks and of tables that divide, else all."""
     if value.dim() == 3:
         value = torch.cat([value, value.new_zeros(-len(value) % n_ranks, *value.shape[1:])])
     elif value.numel() < SMALL_NUMEL or len(value) % n_ranks:

@@ -1,9 +1,11 @@
+"""Rows against a brute-force packer; batches, loader states, ranks."""
+
 import json
 import subprocess
 import sys
-import textwrap
 import threading
-from itertools import islice
+from collections import Counter
+from itertools import count, groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_shards import BOS, LONGEST, make_shards
 
-from nanochat import dataloader, packing
+from nanochat import dataloader
 from nanochat.common import UserError
-from nanochat.dataloader import TokenLoader
-from nanochat.packing import CROPS, DocumentOrder
+from nanochat.dataloader import DocumentOrder, RowPlanner, TokenLoader, n_batches_of_rank
 from nanochat.tokens import TokenShard, write_token_shard
+
+CROPS = ("carry", "drop")
 
 
 @pytest.fixture
@@ -26,176 +29,305 @@ def shards(tmp_path):
     return make_shards(tmp_path / "shards", [row.tolist() for row in lengths])
 
 
-def rows(loader, n_batches):
-    """Whole rows, T + 1 tokens each, of the next batches."""
-    batches = [torch.cat([inputs, targets[:, -1:]], dim=1) for inputs, targets in islice(loader, n_batches)]
-    return torch.cat(batches).tolist() if batches else []
+# --- rows --------------------------------------------------------------------
+
+document_lengths = st.lists(st.lists(st.integers(1, 40), max_size=12), min_size=1, max_size=4)
+packings = st.fixed_dictionaries({
+    "lengths": document_lengths.filter(any),
+    "row_tokens": st.integers(2, 50),
+    "seed": st.integers(0, 2**40),
+    "shuffle": st.booleans(),
+    "buffer_documents": st.integers(1, 20),
+    "crop": st.sampled_from(CROPS),
+})
+property_test = settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
-lengths_strategy = st.lists(st.lists(st.integers(1, 40), max_size=12), min_size=1, max_size=4).filter(any)
+@pytest.fixture
+def planner_of(tmp_path, monkeypatch):
+    """A function that builds the RowPlanner of a drawn packing."""
+    def build(packing, **more):
+        monkeypatch.setattr(dataloader, "BUFFER_DOCUMENTS", packing["buffer_documents"])
+        shards = make_shards(tmp_path / "drawn", packing["lengths"])
+        arguments = {name: packing[name] for name in ("row_tokens", "seed", "crop", "shuffle")}
+        return RowPlanner(shards, **{**arguments, **more})
+
+    return build
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lengths=lengths_strategy, sequence_len=st.integers(1, 50), batch_rows=st.integers(1, 3), seed=st.integers(0, 99),
-       crop=st.sampled_from(CROPS))
-def test_every_row_is_full_begins_with_bos_and_holds_runs_of_documents(
-        tmp_path, lengths, sequence_len, batch_rows, seed, crop):
-    """With "drop", beginnings."""
-    shards, flat = make_shards(tmp_path / "s", lengths), [length for shard in lengths for length in shard]
-    with TokenLoader(shards, batch_rows, sequence_len, seed, crop=crop) as loader:
-        for row in rows(loader, 5):
-            assert len(row) == sequence_len + 1 and row[0] == BOS
-            starts = [at for at, token in enumerate(row) if token == BOS]
-            for start, end in zip(starts, [*starts[1:], len(row)], strict=True):
-                if end - start > 1:
-                    d, position = divmod(row[start + 1], LONGEST)
-                    assert position == 1 or crop == "carry"
-                    assert position + end - start - 1 <= flat[d]
-                    assert row[start + 1:end] == list(range(row[start + 1], row[start + 1] + end - start - 1))
+def spell_out(planner, row):
+    """Return a row's tokens as (shard, document, position); an added BOS has position None."""
+    tokens = []
+    for shard, document, start, length in row:
+        positions = list(range(start, start + length))
+        is_only_bos = length == 1 < planner.order.length(shard, document)
+        if planner.crop == "carry" and (start or is_only_bos):
+            positions[0] = None
+        tokens += [(shard, document, position) for position in positions]
+    return tokens
 
 
-def test_targets_are_inputs_one_later_as_contiguous_int64(shards):
-    with TokenLoader(shards, 4, 32) as loader:
-        for inputs, targets in islice(loader, 3):
-            assert inputs.shape == targets.shape == (4, 32)
-            assert inputs.dtype == targets.dtype == torch.int64
-            assert inputs.is_contiguous() and targets.is_contiguous()
-            assert torch.equal(inputs[:, 1:], targets[:, :-1])
+def next_rows(planner, n_rows):
+    return [spell_out(planner, planner.next_row()) for _ in range(n_rows)]
 
 
-def test_without_shuffling_documents_come_as_they_lie_and_every_loader_serves_the_same(shards):
-    order = DocumentOrder(shards, seed=0, shuffle=False)
-    assert [order.draw()[1:] for _ in range(120)] == [(shard, d) for shard in range(3) for d in range(40)]
-    with TokenLoader(shards, 2, 50, seed=1, shuffle=False) as one, \
-            TokenLoader(shards, 2, 50, seed=2, shuffle=False) as two:
-        assert rows(one, 9) == rows(two, 9)
+def pack_by_brute_force(order, n_rows, row_tokens, buffer_size, crop, n_docs=None):
+    """Apply the packing rule to lists of tokens; the buffer holds the oldest first."""
+    def drawn():
+        for number in islice(count(), n_docs):
+            length, shard, document = order.draw()
+            tokens = [(shard, document, position) for position in range(length)]
+            yield number // order.n_docs, tokens
+
+    epochs = groupby(drawn(), key=lambda pair: pair[0])
+    documents, buffer, rows = iter(()), [], []
+    while len(rows) < n_rows:
+        row = []
+        while len(row) < row_tokens:
+            while len(buffer) < buffer_size:
+                following = next(documents, None)
+                if following is not None:
+                    buffer.append(following[1])
+                elif crop == "drop" or not buffer:
+                    epoch = next(epochs, None)
+                    if epoch is None:
+                        break
+                    documents = epoch[1]
+                else:
+                    break
+            if not buffer:
+                break
+            space = row_tokens - len(row)
+            fitting = [document for document in buffer if len(document) <= space]
+            if fitting:
+                chosen = max(fitting, key=len)  # the first of equal lengths
+            else:
+                chosen = buffer[0] if crop == "carry" else min(buffer, key=len)
+            buffer.remove(chosen)
+            rest = chosen[space:]
+            if crop == "drop" or not rest:
+                row += chosen[:space]
+                continue
+            shard, document, first = chosen[0]
+            if space == 1:
+                row.append((shard, document, None))
+                rest = chosen[1:] if first is None else chosen
+            else:
+                row += chosen[:space]
+            starts_with_bos = rest[0][2] in (0, None)
+            buffer.append(rest if starts_with_bos else [(shard, document, None), *rest])
+        rows.append(row)
+    return rows
+
+
+@property_test
+@given(packings)
+def test_rows_obey_the_packing_rule(planner_of, packing):
+    planner = planner_of(packing)
+    shards, seed, shuffle = planner.order._shards, packing["seed"], packing["shuffle"]
+    arguments = 60, packing["row_tokens"], planner.buffer_size, packing["crop"]
+    expected = pack_by_brute_force(DocumentOrder(shards, seed, shuffle), *arguments)
+    assert next_rows(planner, 60) == expected
+
+
+@property_test
+@given(packings, st.data())
+def test_one_pass_over_the_first_documents_ends(planner_of, packing, data):
+    n_docs = data.draw(st.integers(1, sum(map(len, packing["lengths"]))))
+    planner = planner_of(packing, n_docs=n_docs)
+    order = DocumentOrder(planner.order._shards, packing["seed"], packing["shuffle"])
+    arguments = packing["row_tokens"], planner.buffer_size, packing["crop"], n_docs
+    rows = [spell_out(planner, row) for row in iter(planner.next_row, [])]
+    expected = pack_by_brute_force(order, len(rows) + 2, *arguments)
+    assert [*rows, [], []] == expected
+    uses = Counter(token for row in rows for token in row if token[2] is not None)
+    assert set(uses.values()) == {1}
+    if packing["crop"] == "carry":
+        order.seek(0, 0)
+        assert uses.total() == sum(order.draw()[0] for _ in range(n_docs))
+
+
+@property_test
+@given(packings)
+def test_carrying_serves_every_token_once_per_epoch(planner_of, packing):
+    planner = planner_of(packing, crop="carry")
+    all_tokens = Counter(
+        (shard, document, position)
+        for shard, lengths in enumerate(packing["lengths"])
+        for document, length in enumerate(lengths)
+        for position in range(length)
+    )
+    n_tokens = all_tokens.total()
+    served = []
+    while len(served) < 2 * n_tokens:
+        served += [token for token in next_rows(planner, 1)[0] if token[2] is not None]
+        counts = planner.snapshot()
+        assert counts.served_tokens == len(served)
+        assert counts.distinct_tokens == min(len(served), n_tokens)
+    assert Counter(served[:n_tokens]) == all_tokens
+    assert Counter(served[n_tokens : 2 * n_tokens]) == all_tokens
+
+
+@property_test
+@given(packings)
+def test_dropping_serves_beginnings_once_per_epoch(planner_of, packing):
+    """The distinct tokens are those of each document's first use."""
+    planner = planner_of(packing, crop="drop")
+    uses = Counter()
+    first_use = {}
+    for n_rows in range(1, 60):
+        for shard, document, start, length in planner.next_row():
+            assert start == 0
+            uses[shard, document] += 1
+            first_use.setdefault((shard, document), length)
+        counts = planner.snapshot()
+        assert counts.served_tokens == n_rows * planner.row_tokens
+        assert counts.distinct_tokens == sum(first_use.values())
+    assert max(uses.values()) <= planner.order.epoch + 1
+
+
+@property_test
+@given(packings)
+def test_a_restored_planner_continues_from_any_row(planner_of, packing):
+    straight = planner_of(packing)
+    for n_rows in (0, 1, 2, 7, 30):
+        next_rows(straight, n_rows)
+        state = json.loads(json.dumps(straight.state_dict(straight.snapshot())))
+        restored = planner_of(packing, state=state)
+        for _ in range(10):
+            assert next_rows(restored, 1) == next_rows(straight, 1)
+            assert restored.snapshot()[-2:] == straight.snapshot()[-2:]
+
+
+def test_rows_near_each_other_hold_many_documents(tmp_path):
+    """Otherwise a batch of long documents would be a batch of near-copies."""
+    lengths = np.random.default_rng(1).integers(4_500, 6_000, 225).tolist()
+    novels = make_shards(tmp_path / "novels", [lengths[:80], lengths[80:]])
+    planner = RowPlanner(novels, 257, 42, "carry")
+    for _ in range(20):
+        assert len({token[:2] for row in next_rows(planner, 64) for token in row}) >= 40
+
+
+# --- the order of documents --------------------------------------------------
+
+
+def draws(order, n):
+    return [order.draw()[1:] for _ in range(n)]
+
+
+def test_an_epoch_is_a_new_permutation_shard_by_shard(shards):
+    order = DocumentOrder(shards, seed=3, shuffle=True)
+    epochs = [draws(order, 120) for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == [(shard, document) for shard in range(3) for document in range(40)]
+        assert all(len({shard for shard, _ in epoch[at : at + 40]}) == 1 for at in (0, 40, 80))
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert draws(DocumentOrder(shards, seed=4, shuffle=True), 120) != epochs[0]
+
+
+def test_the_order_of_a_seed_never_changes(shards):
+    order = DocumentOrder(shards, seed=42, shuffle=True)
+    assert draws(order, 6) == [(1, 26), (1, 29), (1, 13), (1, 3), (1, 10), (1, 36)]
+
+
+@pytest.mark.parametrize("position", [0, 1, 39, 40, 41, 119, 120])
+def test_seeking_continues_the_order_anywhere(shards, position):
+    straight, sought = (DocumentOrder(shards, seed=1, shuffle=True) for _ in range(2))
+    draws(straight, 120 + position)
+    sought.seek(1, position)
+    assert draws(sought, 200) == draws(straight, 200)
+
+
+# --- batches -----------------------------------------------------------------
+
+
+def rows_of(loader, n_batches):
+    """Return the rows, sequence_len + 1 tokens each, of the next batches."""
+    rows = []
+    for inputs, targets in islice(loader, n_batches):
+        assert inputs.is_contiguous() and targets.is_contiguous()
+        assert inputs.dtype == targets.dtype == torch.int64
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+        rows += torch.cat([inputs, targets[:, -1:]], dim=1).tolist()
+    return rows
+
+
+@settings(property_test, max_examples=30)
+@given(lengths=document_lengths.filter(any), sequence_len=st.integers(1, 50),
+       batch_rows=st.integers(1, 3), crop=st.sampled_from(CROPS))
+def test_rows_hold_bos_and_consecutive_tokens(tmp_path, lengths, sequence_len, batch_rows, crop):
+    shards = make_shards(tmp_path / "drawn", lengths)
+    flat = [length for shard in lengths for length in shard]
+    with TokenLoader(shards, batch_rows, sequence_len, crop=crop) as loader:
+        rows = rows_of(loader, 5)
+    assert len(rows) == 5 * batch_rows
+    for row in rows:
+        assert len(row) == sequence_len + 1 and row[0] == BOS
+        starts = [at for at, token in enumerate(row) if token == BOS]
+        for start, end in zip(starts, [*starts[1:], len(row)], strict=True):
+            if end - start > 1:
+                document, position = divmod(row[start + 1], LONGEST)
+                assert position == 1 or crop == "carry"
+                assert position + end - start - 1 <= flat[document]
+                first = row[start + 1]
+                assert row[start + 1 : end] == list(range(first, first + end - start - 1))
 
 
 @pytest.mark.parametrize("crop", CROPS)
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_deal_out_the_micro_batches_of_one(shards, world_size, crop):
-    with TokenLoader(shards, 2, 30, crop=crop) as whole:
-        expected = rows(whole, 4 * world_size)
-    for rank in range(world_size):
-        with TokenLoader(shards, 2, 30, rank=rank, world_size=world_size, crop=crop) as loader:
-            mine = rows(loader, 4)
-            state = loader.state_dict()
-        assert mine == [row for k in range(4) for row in expected[2 * (k * world_size + rank):][:2]]
-    assert state == whole.state_dict()
-
-
-@pytest.mark.parametrize(("world_size", "step_batches"), [(2, 3), (3, 4), (3, 5), (4, 7)])
-def test_ranks_that_do_not_divide_a_step_still_share_out_its_rows(shards, monkeypatch, world_size, step_batches):
-    """Batch k of a step is rank k mod W's; after it all ranks have the state of one rank."""
+@pytest.mark.parametrize(("world_size", "step_batches"),
+                         [(2, 2), (3, 3), (2, 3), (3, 4), (3, 5), (4, 7)])
+def test_ranks_share_the_rows_of_a_step(shards, monkeypatch, crop, world_size, step_batches):
+    """Micro-batch k of a step goes to rank k mod W; after it all ranks have the same state."""
     monkeypatch.setattr(dataloader, "GROUP_TOKENS", 3 * 2 * 30)
-    with TokenLoader(shards, 2, 30) as whole:
-        expected = [rows(whole, step_batches) for _ in range(4)]
-        state = whole.state_dict()
+    with TokenLoader(shards, 2, 30, crop=crop) as loader:
+        expected = [rows_of(loader, step_batches) for _ in range(4)]
+        state = loader.state_dict()
     for rank in range(world_size):
-        with TokenLoader(shards, 2, 30, rank=rank, world_size=world_size, step_batches=step_batches) as loader:
-            n_own = dataloader.n_batches_of_rank(step_batches, rank, world_size)
-            mine = [rows(loader, n_own) for _ in range(4)]
+        with TokenLoader(shards, 2, 30, rank=rank, world_size=world_size, crop=crop,
+                         step_batches=step_batches) as loader:
+            for step in expected:
+                own = rows_of(loader, n_batches_of_rank(step_batches, rank, world_size))
+                batches = range(rank, step_batches, world_size)
+                assert own == [row for k in batches for row in step[2 * k : 2 * k + 2]]
             assert loader.state_dict() == state
-        assert mine == [[row for k in range(rank, step_batches, world_size) for row in step[2 * k:][:2]]
-                        for step in expected]
 
 
 @pytest.mark.parametrize("crop", CROPS)
-@pytest.mark.parametrize("buffer_documents", [7, 1000])
 @pytest.mark.parametrize("delivered", [0, 1, 2, 7, 40, 80])
-def test_a_restored_loader_continues_with_the_very_rows(shards, monkeypatch, buffer_documents, delivered, crop):
-    monkeypatch.setattr(packing, "BUFFER_DOCUMENTS", buffer_documents)
+def test_a_restored_loader_continues_on_any_number_of_ranks(shards, monkeypatch, delivered, crop):
+    monkeypatch.setattr(dataloader, "BUFFER_DOCUMENTS", 7)
     monkeypatch.setattr(dataloader, "GROUP_TOKENS", 3 * 2 * 30)
     with TokenLoader(shards, 2, 30, seed=9, crop=crop) as straight:
-        rows(straight, delivered)
+        rows_of(straight, delivered)
         state = json.loads(json.dumps(straight.state_dict()))
-        expected = rows(straight, 50)
-        final = straight.state_dict()
-    with TokenLoader(shards, 2, 30, seed=9, crop=crop, state=state) as restored:
-        assert restored.state_dict() == state
-        assert rows(restored, 50) == expected
-        assert restored.state_dict() == final
-
-
-@pytest.mark.parametrize("crop", CROPS)
-def test_a_state_goes_on_with_another_number_of_ranks(shards, crop):
-    with TokenLoader(shards, 2, 30, crop=crop) as whole:
-        rows(whole, 6)
-        state = whole.state_dict()
-        expected = rows(whole, 6)
-    halves = []
-    for rank in range(2):
-        with TokenLoader(shards, 2, 30, rank=rank, world_size=2, crop=crop, state=state) as loader:
-            halves.append(rows(loader, 3))
-    assert [row for k in range(3) for half in halves for row in half[2 * k:2 * k + 2]] == expected
+        expected = rows_of(straight, 50)
+        counts = straight.distinct_tokens, straight.epochs
+    for world_size in (1, 2):
+        for rank in range(world_size):
+            with TokenLoader(shards, 2, 30, seed=9, rank=rank, world_size=world_size, crop=crop,
+                             state=state) as restored:
+                assert restored.state_dict() == state
+                own = rows_of(restored, 50 // world_size)
+                assert (restored.distinct_tokens, restored.epochs) == counts
+            batches = range(rank, 50, world_size)
+            assert own == [row for k in batches for row in expected[2 * k : 2 * k + 2]]
 
 
 @pytest.mark.parametrize(("crop", "epochs", "distinct"), [
-    ("drop", [0, 1, 1, 1.5, 2, 2.5, 3], [0, 20, 40, 40, 40, 40, 40]),  # ten tokens of each document, again and again
+    ("drop", [0, 1, 1, 1.5, 2, 2.5, 3], [0, 20, 40, 40, 40, 40, 40]),
     ("carry", [0, 1, 1, 1, 1, 1, 1.1], [0, 20, 40, 57, 74, 91, 100]),
 ])
-def test_epochs_are_passes_over_the_distinct_tokens_served(tmp_path, crop, epochs, distinct):
-    shards = make_shards(tmp_path / "s", [[25] * 4])
-    with TokenLoader(shards, 1, 9, crop=crop) as loader:
-        found = [(loader.epochs, loader.distinct_tokens)]
-        for _ in range(6):
-            for _ in range(2):
-                next(loader)
-            found.append((loader.epochs, loader.distinct_tokens))
-    assert found == list(zip(epochs, distinct, strict=True))
+def test_epochs_are_passes_over_the_distinct_tokens(tmp_path, crop, epochs, distinct):
+    """Of four documents of 25 tokens, rows of 10: "drop" reads ten tokens each, again and again."""
+    with TokenLoader(make_shards(tmp_path / "s", [[25] * 4]), 1, 9, crop=crop) as loader:
+        for expected in zip(epochs, distinct, strict=True):
+            assert (loader.epochs, loader.distinct_tokens) == expected
+            rows_of(loader, 2)
 
 
-@pytest.mark.parametrize(("lengths", "sequence_len"), [([1], 8), ([5], 64), ([900], 16), ([3, 2], 1)])
-def test_few_tiny_or_huge_documents_still_fill_rows(tmp_path, lengths, sequence_len):
-    with TokenLoader(make_shards(tmp_path / "s", [lengths]), 2, sequence_len) as loader:
-        assert all(len(row) == sequence_len + 1 and row[0] == BOS for row in rows(loader, 20))
-
-
-@pytest.mark.parametrize("lengths", [[], [[]], [[], []]])
-def test_shards_without_documents_are_refused(tmp_path, lengths):
-    with pytest.raises(UserError, match="no documents"):
-        TokenLoader(make_shards(tmp_path / "s", lengths), 1, 8)
-
-
-def test_a_negative_seed_is_refused(shards):
-    with pytest.raises(UserError, match="seed is -1"):
-        TokenLoader(shards, 1, 8, seed=-1)
-
-
-def test_a_state_of_other_documents_or_another_seed_is_refused(tmp_path, shards):
-    with TokenLoader(shards, 1, 8) as loader:
-        state = loader.state_dict()
-    for others, seed in ((shards[:2], 0), (make_shards(tmp_path / "other", [[5, 5]]), 0), (shards, 1)):
-        with pytest.raises(UserError, match="other documents or another seed"):
-            TokenLoader(others, 1, 8, seed=seed, state=state)
-
-
-def impossible_shard(path, at, value):
-    """A shard whose writer was wrong, so that its digest fits."""
-    tokens = np.array([BOS, 1, 2, 3, BOS, 4, 5, 6], np.uint16)
-    tokens[at] = value
-    write_token_shard(path, [([4, 4], tokens)], {"vocab_size": 100, "bos_id": BOS})
-    return TokenShard(path)
-
-
-@pytest.mark.parametrize(("at", "value", "message"), [
-    (6, 100, "document 1 holds token id 100, the vocabulary ends at 99"),
-    (4, 9, "document 1 begins with token id 9, not BOS 0"),
-])
-def test_a_token_that_cannot_be_is_named_and_closes_the_loader(tmp_path, at, value, message):
-    shard = impossible_shard(tmp_path / "bad.bin", at, value)
-    loader = TokenLoader([shard], 1, 3, shuffle=False)
-    with pytest.raises(UserError, match=message) as error:
-        rows(loader, 5)
-    assert str(shard.path) in str(error.value)
-    assert not loader_threads()
-
-
-def loader_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
-
-
-def test_close_ends_the_thread(shards):
+def test_closing_ends_the_thread(shards):
     loader = TokenLoader(shards, 1, 8)
     next(loader)
     assert loader_threads()
@@ -204,19 +336,56 @@ def test_close_ends_the_thread(shards):
     assert not loader_threads()
 
 
-def test_a_program_that_forgets_to_close_ends_quietly(tmp_path, shards):
-    script = tmp_path / "forgets.py"
-    script.write_text(textwrap.dedent("""
-        import sys
-        from nanochat.dataloader import TokenLoader
-        from nanochat.tokens import TokenShard
+def loader_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
-        loader = TokenLoader([TokenShard(path) for path in sys.argv[1:]], 64, 512)
-        print(next(loader)[0].shape)
-    """))
-    done = subprocess.run([sys.executable, "-W", "error", script, *(shard.path for shard in shards)], timeout=60,
-                          capture_output=True, text=True, env={"PYTHONPATH": str(Path(__file__).parent.parent)})
+
+def test_a_program_that_does_not_close_the_loader_ends(shards):
+    script = ("import sys; from nanochat.tokens import TokenShard; "
+              "from nanochat.dataloader import TokenLoader; "
+              "print(next(TokenLoader([TokenShard(sys.argv[1])], 64, 512))[0].shape)")
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script, shards[0].path],
+                          timeout=60, capture_output=True, text=True,
+                          env={"PYTHONPATH": str(Path(__file__).parent.parent)})
     assert (done.returncode, done.stdout, done.stderr) == (0, "torch.Size([64, 512])\n", "")
+
+
+# --- refusals ----------------------------------------------------------------
+
+
+def test_no_documents_and_a_negative_seed_are_refused(tmp_path, shards):
+    for lengths in ([], [[]], [[], []]):
+        with pytest.raises(UserError, match="no documents"):
+            TokenLoader(make_shards(tmp_path / "s", lengths), 1, 8)
+    with pytest.raises(UserError, match="seed is -1"):
+        TokenLoader(shards, 1, 8, seed=-1)
+
+
+def test_a_state_of_other_documents_another_seed_or_crop_is_refused(tmp_path, shards):
+    with TokenLoader(shards, 1, 8) as loader:
+        state = loader.state_dict()
+    others = make_shards(tmp_path / "other", [[5, 5]])
+    for documents, seed in ((shards[:2], 0), (others, 0), (shards, 1)):
+        with pytest.raises(UserError, match="other documents or another seed"):
+            TokenLoader(documents, 1, 8, seed=seed, state=state)
+    with pytest.raises(UserError, match="saved with --crop drop, not carry"):
+        TokenLoader(shards, 1, 8, crop="carry", state=state)
+
+
+@pytest.mark.parametrize(("at", "value", "message"), [
+    (6, 100, "document 1 holds token id 100, the vocabulary ends at 99"),
+    (4, 9, "document 1 begins with token id 9, not BOS 0"),
+])
+def test_an_impossible_token_is_named_and_closes_the_loader(tmp_path, at, value, message):
+    tokens = np.array([BOS, 1, 2, 3, BOS, 4, 5, 6], np.uint16)
+    tokens[at] = value
+    path = tmp_path / "bad.bin"
+    write_token_shard(path, [([4, 4], tokens)], {"vocab_size": 100, "bos_id": BOS})
+    loader = TokenLoader([TokenShard(path)], 1, 3)
+    with pytest.raises(UserError, match=message) as error:
+        rows_of(loader, 5)
+    assert str(path) in str(error.value)
+    assert not loader_threads()
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ from nanochat.export import folder as export_folder
 from nanochat.export import formats
 from nanochat.export.folder import check_replaceable, whole_folder
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.trained import load_trained
+from nanochat.checkpoint import load_trained
 from scripts.export import main
 
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ from corpus import WORDS, write_corpus
 from nanochat.common import UserError
 from nanochat.core_bundle import bundle_folder
 from nanochat.core_eval import evaluate_core
-from nanochat.dataloader import TokenLoader
 from nanochat.dataset import open_dataset
 from nanochat.hf_model import load_hf
+from nanochat.loss_eval import SplitRows
 from nanochat.tokens import token_shards
 from scripts.base_eval import main
 
@@ -60,12 +60,14 @@ def test_core_and_bits_per_byte_are_those_of_brute_force(gpt2, tmp_path, base_di
     assert (base_dir / "base_eval" / "tiny-gpt2.csv").exists()
     nats = n_bytes = 0
     shards = token_shards(open_dataset(corpus), tokenizer, "val")
-    with TokenLoader(shards, 2, N_POSITIONS, shuffle=False) as loader, torch.no_grad():
-        for inputs, targets in (next(loader) for _ in range(2)):
+    rows = SplitRows(shards, N_POSITIONS, 256, "carry")
+    for row in rows.plan:
+        inputs, targets, _, _ = (torch.from_numpy(part) for part in rows.batch([row], 1))
+        with torch.no_grad():
             log_p = logits(inputs).logits.double().log_softmax(-1)
-            for row, position in (targets != tokenizer.bos_id).nonzero().tolist():
-                target = targets[row, position].item()
-                nats -= log_p[row, position, target].item()
+        for position, target in enumerate(targets[0].tolist()):
+            if target not in (-1, tokenizer.bos_id):
+                nats -= log_p[0, position, target].item()
                 n_bytes += len(tokenizer.decode([target]).encode())
     assert found["val_bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
     assert found["model_tag"] == str(gpt2) and found["step"] is None

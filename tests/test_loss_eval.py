@@ -1,168 +1,311 @@
+"""Validation rows, bits per byte and its standard error against brute force."""
+
 import math
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_shards import LONGEST, make_shards
+from ranks import run_on_ranks
 
-from nanochat import loss_eval
+from nanochat import dataloader
+from nanochat.common import UserError
+from nanochat.dataloader import RowPlanner
 from nanochat.distributed import Ranks
-from nanochat.loss_eval import evaluate_loss, tokens_since_bos
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import (
+    SplitRows,
+    evaluate_split,
+    load_document_losses,
+    paired_difference,
+    save_document_losses,
+)
+from nanochat.tokens import TokenShard, write_token_shard
 
-BOS, OTHER_SPECIAL, VOCAB = 11, 10, 12
-TOKEN_BYTES = torch.tensor([1, 1, 2, 3, 5, 8, 1, 4, 2, 16, 0, 0], dtype=torch.int32)
-NATS = torch.from_numpy(np.random.default_rng(0).uniform(0.1, 9.0, (VOCAB, VOCAB))).float()
+CPU = torch.device("cpu")
+VOCAB, OTHER_SPECIAL, BOS = 12, 10, 11
+TOKEN_BYTES = np.array([1, 1, 2, 3, 5, 8, 1, 4, 2, 16, 0, 0], np.int32)
+EVERYTHING = 10**9  # --eval-tokens beyond any split
 
-tokens = st.integers(0, VOCAB - 1) | st.just(BOS)
-
-
-def model(inputs, targets, reduction):
-    """Each pair of input and target has a loss of its own; ignored targets have none, as in cross-entropy."""
-    assert reduction == "none"
-    return torch.where(targets >= 0, NATS[inputs, targets.clamp_min(0)], 0.0)
-
-
-@st.composite
-def streams(draw, min_rows=1):
-    """(inputs, targets) of rows that begin with BOS; some targets are ignored (-1)."""
-    length, n_rows = draw(st.integers(1, 12)), draw(st.integers(min_rows, 6))
-    rows = [[BOS, *draw(st.lists(tokens, min_size=length, max_size=length))] for _ in range(n_rows)]
-    grid = torch.tensor(rows)
-    inputs, targets = grid[:, :-1], grid[:, 1:].clone()
-    for row in range(n_rows):
-        for position in draw(st.sets(st.integers(0, length - 1), max_size=3)):
-            targets[row, position] = -1
-    return inputs, targets
+property_test = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+splits = st.lists(st.lists(st.integers(1, 90), max_size=9), min_size=1, max_size=3).filter(any)
+lengths_of_rows = st.integers(1, 40)
 
 
-def in_batches(inputs, targets, sizes):
-    return iter(zip(inputs.split(sizes), targets.split(sizes), strict=True))
+def targets_of(rows, batch_rows=3):
+    """Return {(document, position): number of times it is scored}, check the labels of batches."""
+    scored = {}
+    for first in range(0, len(rows.plan), batch_rows):
+        batch = rows.batch(rows.plan[first : first + batch_rows], batch_rows)
+        assert all(part.shape == (batch_rows, rows.sequence_len) for part in batch)
+        for inputs, targets, documents, positions in zip(*batch, strict=True):
+            for at, target in enumerate(targets):
+                assert (target == -1) == (documents[at] == -1)
+                if target > 0:
+                    document, position = divmod(int(target), LONGEST)
+                    assert document == documents[at]
+                    context = inputs[at - positions[at] : at + 1]
+                    assert inputs[at - positions[at]] == 0, "the context begins with BOS"
+                    assert context[1:].tolist() == list(range(target - positions[at], target))
+                    scored[document, position] = scored.get((document, position), 0) + 1
+    return scored
 
 
-def evaluate(inputs, targets, sizes=None, ranks=None):
-    sizes = sizes or [len(inputs)]
-    return evaluate_loss(model, in_batches(inputs, targets, sizes), len(sizes), TOKEN_BYTES, BOS, ranks)
+@property_test
+@given(splits, lengths_of_rows, st.integers(1, 12))
+def test_carry_scores_every_token_of_a_small_split_once(tmp_path, monkeypatch, lengths, T, buffer):
+    monkeypatch.setattr(dataloader, "BUFFER_DOCUMENTS", buffer)
+    rows = SplitRows(make_shards(tmp_path / "s", lengths), T, EVERYTHING, "carry")
+    flat = [length for shard in lengths for length in shard]
+    every = {(d, position): 1 for d, length in enumerate(flat) for position in range(1, length)}
+    assert targets_of(rows) == every
+    assert rows.split_tokens == len(every)
 
 
-def brute_force(inputs, targets):
-    """Token by token: (bits per byte, nats per token, {tokens since BOS: losses})."""
-    nats = n_bytes = 0.0
-    by_position = {}
-    for row, answers in zip(inputs.tolist(), targets.tolist(), strict=True):
-        since_bos = None
-        for token, answer in zip(row, answers, strict=True):
-            since_bos = 0 if token == BOS else since_bos + 1
-            if answer in (-1, BOS, OTHER_SPECIAL):
-                continue
-            loss = NATS[token, answer].item()
-            nats, n_bytes = nats + loss, n_bytes + TOKEN_BYTES[answer].item()
-            by_position.setdefault(since_bos, []).append(loss)
-    count = sum(map(len, by_position.values()))
-    if not count:
-        return math.nan, math.nan, {}
-    return nats / math.log(2) / n_bytes, nats / count, by_position
+@property_test
+@given(splits, lengths_of_rows, st.integers(1, 400), st.integers(1, 12),
+       st.sampled_from(["carry", "drop"]))
+def test_no_token_is_scored_twice(tmp_path, monkeypatch, lengths, T, eval_tokens, buffer, crop):
+    monkeypatch.setattr(dataloader, "BUFFER_DOCUMENTS", buffer)
+    shards = make_shards(tmp_path / "s", lengths)
+    rows = SplitRows(shards, T, eval_tokens, crop)
+    scored = targets_of(rows)
+    assert set(scored.values()) <= {1}
+    assert len(scored) <= len(rows.plan) * T <= eval_tokens + T - 1
+    if crop == "drop":
+        assert all((document, position - 1) in scored for document, position in scored
+                   if position > 1), "only beginnings of documents"
+    complete = SplitRows(shards, T, EVERYTHING, crop)
+    assert len(rows.plan) == min(-(-eval_tokens // T), len(complete.plan))
 
 
-@settings(max_examples=150, deadline=None)
-@given(streams())
-def test_equals_counting_token_by_token(stream):
-    bits, nats, by_position = brute_force(*stream)
-    result = evaluate(*stream)
-    assert result.bits_per_byte == pytest.approx(bits, rel=1e-12, nan_ok=True)
-    assert result.nats_per_token == pytest.approx(nats, rel=1e-12, nan_ok=True)
-    length = stream[0].size(1)
-    assert result.counts_by_position == [len(by_position.get(n, ())) for n in range(length)]
-    assert result.n_tokens == sum(result.counts_by_position)
-    expected = [np.mean(by_position[n]) if n in by_position else None for n in range(length)]
-    assert result.nats_by_position == [None if n is None else pytest.approx(n, rel=1e-12) for n in expected]
+def test_drop_has_upstreams_rows_until_its_buffer_would_mix_two_passes(tmp_path):
+    lengths = np.random.default_rng(0).integers(1, 300, 3000).tolist()
+    shards = make_shards(tmp_path / "s", [lengths])
+    upstream = RowPlanner(shards, 129, 0, "drop", shuffle=False)
+    rows = SplitRows(shards, 128, EVERYTHING, "drop").plan
+    n_equal = 0
+    while upstream.order.epoch == 0:
+        assert rows[n_equal] == upstream.next_row()
+        n_equal += 1
+    assert n_equal > 1000
+    documents = [part[1] for row in rows for part in row]
+    assert sorted(documents) == list(range(3000)), "the pass is completed, each document once"
 
 
-@settings(max_examples=50, deadline=None)
-@given(streams(min_rows=2), st.data())
-def test_does_not_depend_on_how_rows_are_cut_into_batches(stream, data):
-    sizes, left = [], len(stream[0])
-    while left:
-        sizes.append(data.draw(st.integers(1, left)))
-        left -= sizes[-1]
-    whole, cut = evaluate(*stream), evaluate(*stream, sizes)
-    assert cut.counts_by_position == whole.counts_by_position
-    assert cut.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=1e-12, nan_ok=True)
-    assert cut.nats_by_position == [None if n is None else pytest.approx(n, rel=1e-12) for n in whole.nats_by_position]
+def test_carry_takes_the_leading_documents_not_the_longest(tmp_path):
+    lengths = np.random.default_rng(0).integers(2, 200, 1000).tolist()
+    shards = make_shards(tmp_path / "s", [lengths[:50], lengths[50:]])
+    rows = SplitRows(shards, 256, 10_000, "carry")
+    documents = {document for document, _ in targets_of(rows)}
+    assert max(documents) < 110
+    assert len(documents) > 0.95 * max(documents)
 
 
-@settings(max_examples=25, deadline=None)
-@given(streams(min_rows=2), st.integers(2, 3))
-def test_ranks_together_give_what_one_gives_alone(stream, world_size):
-    inputs, targets = stream
-    others = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_eval.dist, "all_reduce", lambda totals: others.append(totals.clone()))
-        for rank in range(1, min(world_size, len(inputs))):
-            evaluate(inputs[rank::world_size], targets[rank::world_size], ranks=Ranks(rank, rank, world_size))
-        patch.setattr(loss_eval.dist, "all_reduce", lambda totals: totals.add_(sum(others)))
-        together = evaluate(inputs[::world_size], targets[::world_size], ranks=Ranks(0, 0, world_size))
-    alone = evaluate(inputs, targets)
-    assert together.counts_by_position == alone.counts_by_position
-    assert together.bits_per_byte == pytest.approx(alone.bits_per_byte, rel=1e-12, nan_ok=True)
+# --- the loss ----------------------------------------------------------------
 
 
-def test_one_document_by_hand():
-    """Targets of 1 and 3 bytes at ln 2 and 3 ln 2 nats: 4 bits over 4 bytes. BOS and ignored targets do not count."""
-    nats = torch.tensor([[math.log(2), 3 * math.log(2), 50.0, 60.0]])
-    inputs, targets = torch.tensor([[BOS, 0, 3, BOS]]), torch.tensor([[0, 3, BOS, -1]])
-    result = evaluate_loss(lambda *_: nats, iter([(inputs, targets)]), 1, TOKEN_BYTES, BOS)
-    assert result.bits_per_byte == pytest.approx(1.0)
-    assert result.nats_per_token == pytest.approx(2 * math.log(2))
-    assert result.nats_by_position == [pytest.approx(math.log(2)), pytest.approx(3 * math.log(2)), None, None]
-    assert (result.counts_by_position, result.n_tokens) == ([1, 1, 0, 0], 2)
+class PairLoss(torch.nn.Module):
+    """Every pair of input and target has its own loss."""
+
+    def __init__(self, seed=0, dtype=torch.float32):
+        super().__init__()
+        losses = np.random.default_rng(seed).uniform(0.1, 9.0, (VOCAB, VOCAB))
+        self.losses = torch.nn.Parameter(torch.from_numpy(losses).to(dtype))
+
+    def forward(self, inputs, targets, loss_reduction):
+        assert loss_reduction == "none"
+        assert not self.training and not torch.is_grad_enabled()
+        return torch.where(targets >= 0, self.losses[inputs, targets.clamp_min(0)], 0.0).flatten()
 
 
-def test_only_the_batches_asked_for_are_taken():
-    inputs, targets = torch.tensor([[BOS, 1]] * 5), torch.tensor([[1, 2]] * 5)
-    batches = in_batches(inputs, targets, [1] * 5)
-    assert evaluate_loss(model, batches, 3, TOKEN_BYTES, BOS).n_tokens == 6
-    assert len(list(batches)) == 2
+def shard_of(folder, documents):
+    tokens = [token for document in documents for token in (BOS, *document)]
+    lengths = [1 + len(document) for document in documents]
+    header = {"vocab_size": VOCAB, "bos_id": BOS}
+    write_token_shard(folder / "shard.bin", [(lengths, np.array(tokens))], header)
+    return TokenShard(folder / "shard.bin")
 
 
-@pytest.mark.parametrize("ruined", [math.nan, math.inf])
-def test_infinite_loss_of_a_counted_target_shows_and_of_one_left_out_does_not(ruined):
-    inputs, targets = torch.tensor([[BOS, 1, 2]]), torch.tensor([[1, 2, BOS]])
-
-    def evaluate_with(position):
-        nats = torch.ones(1, 3)
-        nats[0, position] = ruined
-        return evaluate_loss(lambda *_: nats, iter([(inputs, targets)]), 1, TOKEN_BYTES, BOS).bits_per_byte
-
-    assert not math.isfinite(evaluate_with(0))
-    assert evaluate_with(2) == pytest.approx(2 / math.log(2) / 3)
+documents_strategy = st.lists(st.lists(st.integers(0, OTHER_SPECIAL), max_size=30), min_size=1,
+                              max_size=12)
 
 
-def test_bfloat16_losses_are_added_up_in_fp64():
-    """A thousand small losses after a large one: summed in bf16 they would vanish."""
-    losses = torch.full((1, 1001), 0.01, dtype=torch.bfloat16)
-    losses[0, 0] = 256.0
-    inputs = torch.tensor([[BOS, *[0] * 1000]])
-    result = evaluate_loss(lambda *_: losses, iter([(inputs, torch.zeros_like(inputs))]), 1, TOKEN_BYTES, BOS)
-    assert result.nats_per_token * 1001 == pytest.approx(256 + 1000 * losses[0, 1].item(), rel=1e-12)
+@property_test
+@given(documents_strategy, lengths_of_rows)
+def test_the_loss_equals_scoring_token_by_token(tmp_path, documents, T):
+    model = PairLoss()
+    rows = SplitRows([shard_of(tmp_path, documents)], T, EVERYTHING, "carry")
+    found = evaluate_split(model, rows, 3, TOKEN_BYTES, CPU)
+
+    nats, n_bytes = np.zeros(len(documents)), np.zeros(len(documents), int)
+    by_position = [[] for _ in range(T)]
+    for row in rows.plan:
+        for _, d, start, length in row:
+            segment = [BOS, *documents[d]][start : start + length]
+            segment[:1] = [BOS]
+            for at, (token, target) in enumerate(pairwise(segment)):
+                if target != OTHER_SPECIAL:
+                    loss = model.losses[token, target].item()
+                    nats[d] += loss
+                    n_bytes[d] += TOKEN_BYTES[target]
+                    by_position[at].append(loss)
+
+    assert found.n_bytes == n_bytes.sum()
+    assert found.n_tokens == sum(map(len, by_position))
+    assert found.counts_by_position == [len(losses) for losses in by_position]
+    for losses, mean in zip(by_position, found.nats_by_position, strict=True):
+        assert mean == (pytest.approx(np.mean(losses), rel=1e-12) if losses else None)
+    assert found.documents.tolist() == np.flatnonzero(n_bytes).tolist()
+    assert found.document_bytes.tolist() == n_bytes[n_bytes > 0].tolist()
+    assert found.document_nats == pytest.approx(nats[n_bytes > 0], rel=1e-12)
+    if found.n_bytes:
+        bits = nats.sum() / math.log(2) / n_bytes.sum()
+        assert found.bits_per_byte == pytest.approx(bits, rel=1e-12)
+        assert found.nats_per_token == pytest.approx(nats.sum() / found.n_tokens, rel=1e-12)
+    else:
+        assert math.isnan(found.bits_per_byte) and math.isnan(found.nats_per_token)
+    assert model.training
 
 
-def test_no_gradient_is_kept():
-    weight = torch.nn.Parameter(torch.ones(()))
-    seen = []
+def test_by_hand(tmp_path):
+    """Two targets of 1 and 3 bytes at ln 2 and 3 ln 2 nats: 4 bits over 4 bytes."""
+    model = PairLoss()
+    model.losses.data[BOS, 0] = math.log(2)
+    model.losses.data[0, 3] = 3 * math.log(2)
+    model.losses.data[3, OTHER_SPECIAL] = math.inf  # a special token does not count
+    rows = SplitRows([shard_of(tmp_path, [[0, 3, OTHER_SPECIAL]])], 8, 8, "carry")
+    found = evaluate_split(model, rows, 4, TOKEN_BYTES, CPU)
+    assert found.bits_per_byte == pytest.approx(1.0)
+    assert (found.n_tokens, found.n_bytes) == (2, 4)
+    bits_by_position = [pytest.approx(n * math.log(2)) for n in (1, 3)]
+    assert found.nats_by_position[:3] == [*bits_by_position, None]
+    assert math.isnan(found.standard_error) and found.event_fields()["val_bpb_se"] is None
+    model.losses.data[0, 3] = math.nan
+    assert math.isnan(evaluate_split(model, rows, 4, TOKEN_BYTES, CPU).bits_per_byte)
 
-    def watched(inputs, targets, reduction):
-        seen.append(weight * model(inputs, targets, reduction))
-        return seen[-1]
 
-    evaluate_loss(watched, iter([(torch.tensor([[BOS]]), torch.tensor([[1]]))]), 1, TOKEN_BYTES, BOS)
-    assert not seen[0].requires_grad
+def test_bfloat16_losses_are_summed_in_fp64(tmp_path):
+    model = PairLoss(dtype=torch.bfloat16)
+    model.losses.data[BOS, 0], model.losses.data[0, 0] = 256.0, 0.01
+    rows = SplitRows([shard_of(tmp_path, [[0] * 1001])], 1001, 1001, "carry")
+    small = model.losses[0, 0].item()
+    found = evaluate_split(model, rows, 1, TOKEN_BYTES, CPU)
+    assert found.nats_per_token * 1001 == pytest.approx(256 + 1000 * small, rel=1e-12)
 
 
-@given(st.lists(st.lists(tokens, min_size=7, max_size=7), min_size=1, max_size=4))
-def test_tokens_since_bos_by_counting(rows):
-    expected = []
-    for row in rows:
-        since = -1  # a row that begins inside a document counts from its first token
-        expected.append([since := 0 if token == BOS else since + 1 for token in row])
-    assert tokens_since_bos(torch.tensor(rows), BOS).tolist() == expected
+# --- one model and text, one loss --------------------------------------------
+
+N_ROWS_PER_BATCH = (1, 4, 8, 64, 128)
+
+
+def evaluate_gpt(rank, world_size, path, batch_rows):
+    model = GPT(GPTConfig(64, VOCAB, 2, 2, 2, 32, "L"), torch.float32)
+    model.init_weights(0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(100)
+    rows = SplitRows([TokenShard(path)], 64, EVERYTHING, "carry")
+    ranks = Ranks(rank, rank, world_size)
+    return evaluate_split(model, rows, batch_rows, TOKEN_BYTES, CPU, ranks)
+
+
+@pytest.fixture
+def three_books(tmp_path):
+    """The path of a shard of three long documents, 41 rows: the last is a partial one."""
+    random = np.random.default_rng(0)
+    return shard_of(tmp_path, [random.integers(0, OTHER_SPECIAL, n) for n in (1100, 37, 1405)]).path
+
+
+def test_batch_size_and_ranks_do_not_change_the_loss(three_books):
+    one, *others = (evaluate_gpt(0, 1, three_books, batch_rows) for batch_rows in N_ROWS_PER_BATCH)
+    others += run_on_ranks(2, evaluate_gpt, three_books, 4)
+    assert one.n_tokens == 1100 + 37 + 1405, "all tokens of the split"
+    assert one.documents.tolist() == [0, 1, 2]
+    for other in others:
+        assert (other.n_tokens, other.n_bytes) == (one.n_tokens, one.n_bytes)
+        assert other.counts_by_position == one.counts_by_position
+        for name in ("bits_per_byte", "standard_error", "document_nats"):
+            assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-6)
+
+
+# --- standard errors ---------------------------------------------------------
+
+
+def losses_of(nats, n_bytes):
+    return SimpleNamespace(dataset_id="text-1", tokenizer_id="a", split="val",
+                           documents=np.arange(len(nats)), nats=nats, n_bytes=n_bytes)
+
+
+def bootstrap_error(nats, n_bytes):
+    picks = np.random.default_rng(1).integers(0, len(nats), (4000, len(nats)))
+    return (nats[picks].sum(1) / n_bytes[picks].sum(1) / math.log(2)).std()
+
+
+def random_documents(seed, n=300):
+    random = np.random.default_rng(seed)
+    n_bytes = random.integers(10, 4000, n)
+    return n_bytes * random.normal(0.8, 0.2, n), n_bytes
+
+
+def test_the_standard_error_is_the_bootstraps_over_documents(tmp_path):
+    random = np.random.default_rng(0)
+    documents = [random.integers(0, 4, random.integers(1, 60)) for _ in range(400)]
+    rows = SplitRows([shard_of(tmp_path, documents)], 32, EVERYTHING, "carry")
+    found = evaluate_split(PairLoss(), rows, 8, TOKEN_BYTES, CPU)
+    expected = bootstrap_error(found.document_nats, found.document_bytes)
+    assert found.standard_error == pytest.approx(expected, rel=0.05)
+    assert f"standard error {found.standard_error:.4f} over 400 documents" in found.describe()
+
+
+def test_a_paired_difference_is_smaller_than_its_parts():
+    nats, n_bytes = random_documents(0)
+    better = nats - n_bytes * np.random.default_rng(2).normal(0.05, 0.01, len(nats))
+    difference, error = paired_difference(losses_of(better, n_bytes), losses_of(nats, n_bytes))
+    bits = (better.sum() - nats.sum()) / math.log(2) / n_bytes.sum()
+    assert difference == pytest.approx(bits, rel=1e-9) and difference < 0
+    assert error == pytest.approx(bootstrap_error(better - nats, n_bytes), rel=0.05)
+    assert error < 0.2 * bootstrap_error(nats, n_bytes)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"dataset_id": "text-2"}, "different texts: text-1 .val. and text-2"),
+    ({"split": "train"}, "different texts"),
+    ({"documents": np.arange(1, 301)}, "different parts of text-1"),
+    ({"n_bytes": np.full(300, 7)}, "different parts of text-1"),
+])
+def test_losses_of_other_text_are_not_paired(changes, words):
+    losses = losses_of(*random_documents(0))
+    with pytest.raises(UserError, match=words):
+        paired_difference(losses, SimpleNamespace(**{**vars(losses), **changes}))
+
+
+def test_losses_per_document_are_saved_and_read(tmp_path, three_books):
+    found, path = evaluate_gpt(0, 1, three_books, 8), tmp_path / "validation.npz"
+    save_document_losses(path, found, "text-1", "a")
+    read = load_document_losses(path)
+    assert (read.dataset_id, read.tokenizer_id, read.split) == ("text-1", "a", "val")
+    for name, expected in (("documents", found.documents), ("nats", found.document_nats),
+                           ("n_bytes", found.document_bytes)):
+        assert getattr(read, name).dtype == expected.dtype
+        assert getattr(read, name).tolist() == expected.tolist()
+    assert paired_difference(read, read) == (0.0, 0.0)
+    for damage in (b"", b"no archive", path.read_bytes()[:-30]):
+        path.write_bytes(damage)
+        with pytest.raises(UserError, match="holds no losses per document"):
+            load_document_losses(path)
+
+
+def test_a_validation_split_that_is_too_small_is_named(three_books):
+    found = evaluate_gpt(0, 1, three_books, 8)
+    bits = found.bits_per_byte
+    assert replace(found, standard_error=0.0099 * bits).warning() is None
+    warning = replace(found, standard_error=0.021 * bits).warning()
+    assert "too small" in warning and "2.1% of its loss (3 documents" in warning
+    assert "unknown" in replace(found, standard_error=math.nan).warning()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat import build, schedule
+from nanochat import config as config_module, schedule
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig, flops_per_token
 from nanochat.planning.gpus import USABLE_SHARE, Gpu
@@ -74,8 +74,8 @@ def estimate(config, vocab_size, gpu, *, gpus_per_node=8, nodes=1):
         raise UserError(f"--gpus {gpus_per_node} and --nodes {nodes} must be at least 1, and nodes at most {MAX_NODES}")
     if config.fp8 and gpu.fp8_flop_per_sec is None:
         raise UserError(f"--fp8: the {gpu.name} has none; leave the flag out")
-    model = build.model_config(config, vocab_size)
-    horizon = build.plan(config, model)
+    model = config_module.model_config(config, vocab_size)
+    horizon = config_module.run_horizon(config, model)
     world_size, dtype = nodes * gpus_per_node, torch.bfloat16
     accumulation = math.ceil(schedule.count_micro_batches(
         horizon.total_batch_size_tokens, config.device_batch_size, config.max_seq_len, world_size) / world_size)
