@@ -102,13 +102,12 @@ def open_dataset(name, skip_bad=text_folder.SKIP_BAD):
 def _open_folder(path, skip_bad):
     """Prepare a folder and print which of its files are used for what."""
     text = text_folder.TextFolder(path)
-    splits = _split_lines(text)
     if not text.split("train"):
-        raise UserError(f"{path} has no text to train on; {'; '.join(splits) or 'no files'}")
+        reasons = "; ".join(_split_lines(text)) or "no files"
+        raise UserError(f"{path} has no text to train on; {reasons}")
     with ThreadPoolExecutor() as pool:
         checksums = list(pool.map(sha256_of, (file.path for file in text.files)))
-    names = [file.name for file in text.files]
-    key = _short_hash([_RULES, *names, *checksums])
+    key = _short_hash([_RULES, *(file.name for file in text.files), *checksums])
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "folder"
     slug = slug[:NAME_LENGTH - len("-12345678")]
 
@@ -118,18 +117,21 @@ def _open_folder(path, skip_bad):
     prepare_shards(folder, slug, documents, text.expected_bytes, samples,
                    named_validation=bool(text.split("validation")))
     dataset = _open_prepared(folder)
-    notes = read_json(folder / MANIFEST, f"delete {folder}")
-    for reason, n_bytes in notes["textless"]:
-        text.leave_out(reason, n_bytes)
 
+    notes = read_json(folder / MANIFEST, f"delete {folder}")
+    for problem, n_bytes in notes["textless"]:
+        text.leave_out(problem, n_bytes)
     size = sum(file.n_bytes for file in text.files) / 1e6
     n_documents = notes["train_documents"] + notes["val_documents"]
-    print0(f"{path}: {len(text.files):,} files, {size:,.1f} MB, {n_documents:,} documents")
-    counts = {"training documents left out, because validation has them too": "also_in_validation",
-              "training documents left out, because test has them too": "also_in_test",
-              "training documents are repetitions and are kept": "repeated"}
-    counts = [f"{notes[name]:,} {line}" for line, name in counts.items() if notes[name]]
-    print0("\n".join([*_split_lines(text), *counts, *notes["unusable"]]))
+    lines = [f"{path}: {len(text.files):,} files, {size:,.1f} MB, {n_documents:,} documents",
+             *_split_lines(text)]
+    for name, line in (
+            ("also_in_validation", "training documents left out, because validation has them too"),
+            ("also_in_test", "training documents left out, because test has them too"),
+            ("repeated", "training documents are repetitions and are kept")):
+        if notes[name]:
+            lines.append(f"{notes[name]:,} {line}")
+    print0("\n".join(lines + notes["unusable"]))
     return dataset
 
 
@@ -368,13 +370,13 @@ def _open_download(name):
                         f"more; run: python -m nanochat.dataset --dataset {name} -n 8")
     path = folder / DIGESTS
     known = read_json(path, "delete it") if path.exists() else {}
-    unknown = [shard for shard in shards if shard.name not in known]  # not downloaded by us
-    with ThreadPoolExecutor() as pool:
-        found = dict(zip((s.name for s in unknown), pool.map(sha256_of, unknown), strict=True))
-    if found:
+    with ThreadPoolExecutor() as pool:  # shards that another program downloaded are hashed once
+        found = pool.map(lambda shard: known.get(shard.name) or sha256_of(shard), shards)
+        checksums = dict(zip(shards, found, strict=True))
+    new = {shard.name: checksum for shard, checksum in checksums.items()} | known
+    if new != known:
         with suppress(OSError):  # a read-only cache
-            write_checksums(folder, found)
-    checksums = {shard: (known | found)[shard.name] for shard in shards}
+            write_checksums(folder, new)
     dataset_id = f"{name}-{_short_hash(f'{s.name} {c}' for s, c in checksums.items())}"
     return Dataset(dataset_id, tuple(shards[:-1]), tuple(shards[-1:]), checksums)
 
@@ -433,7 +435,8 @@ def _fetch(repo, name, folder):
 
 # --- command -------------------------------------------------------------------------------------
 
-def parse_args(argv=None):
+@command
+def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m nanochat.dataset",
                                      description="Download or prepare a dataset.")
     parser.add_argument("--dataset", default="climbmix", help=DATASET_HELP)
@@ -446,22 +449,14 @@ def parse_args(argv=None):
                              "share of all (%(default)s)")
     parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
     args = parser.parse_args(argv)
-    if not 0 <= args.skip_bad < 1:
-        parser.error("--skip-bad must be at least 0 and below 1")
-    return args
-
-
-@command
-def main(argv=None):
-    args = parse_args(argv)
     set_quiet(args.quiet)
+    if args.num_workers < 1 or not 0 <= args.skip_bad < 1:
+        raise UserError("-w must be at least 1, --skip-bad at least 0 and below 1")
+    if (args.dataset in DOWNLOADS) != (args.num_files is not None):
+        raise UserError(f"-n, the number of training shards to download, such as -n 8, is for "
+                        f"{' and '.join(DOWNLOADS)}, and they need it")
     if args.dataset in DOWNLOADS:
-        if args.num_files is None or args.num_workers < 1:
-            raise UserError("give the number of training shards to download, such as -n 8, and a "
-                            "positive -w")
         download_shards(args.dataset, args.num_files, args.num_workers)
-    elif args.num_files is not None:
-        raise UserError(f"-n is for downloads ({', '.join(DOWNLOADS)}), not for {args.dataset}")
 
     dataset = open_dataset(args.dataset, args.skip_bad)
     shards = (*dataset.train_shards, *dataset.val_shards)

@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import io
 import json
+import os
 import re
 from collections import Counter, namedtuple
 from pathlib import Path
@@ -21,18 +22,12 @@ from nanochat.common import UserError
 from nanochat.tokenizer import SPECIAL_TOKENS
 
 SKIP_BAD = 0.001  # one unusable sample in a thousand costs no training
-KINDS = {
-    **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst"), "text"),
-    **dict.fromkeys((".jsonl", ".ndjson"), "line"),
-    ".json": "value",
-    ".parquet": "row",
-}
+KINDS = {".txt": "text", ".text": "text", ".md": "text", ".markdown": "text", ".rst": "text",
+         ".jsonl": "line", ".ndjson": "line", ".json": "value", ".parquet": "row"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
-SPLIT_WORDS = {
-    **dict.fromkeys(("test", "testing"), "test"),
-    **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"),
-    **dict.fromkeys(("train", "training"), "train"),
-}
+SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test",
+               **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"),
+                               "validation")}
 SEPARATORS = ("<|endoftext|>", "<|startoftext|>", "<|begin_of_text|>", "<|end_of_text|>",
               *SPECIAL_TOKENS)
 
@@ -47,16 +42,12 @@ _PIECE_CHARS = 20_000
 _MIN_PIECE_CHARS = 1_000
 _BLOCK_CHARS = 1 << 20
 _MAX_SAMPLE_CHARS = 1 << 26
-_BOMS = {  # UTF-32 first, because its little-endian mark begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
+_BOMS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",  # before its beginning,
+         codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # which is that of UTF-16
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view",
                "null")
 
-# name: path below the folder; kind: None if it cannot be read; split: "" if no name gives one
+# name: path below the folder; split: "" if no name gives one
 TextFile = namedtuple("TextFile", "path name n_bytes kind compression split")
 
 
@@ -68,16 +59,23 @@ class TextFolder:
         self.left_out = Counter()
         self.left_out_bytes = 0
         for path, problem in _walk(Path(folder)):
-            file = _text_file(path, path.relative_to(folder).as_posix())
-            if "/." in f"/{file.name}":
+            name = path.relative_to(folder).as_posix()
+            n_bytes = path.stat().st_size if path.is_file() else 0
+            stem, suffix = os.path.splitext(name)
+            compression = COMPRESSIONS.get(suffix.lower())
+            if compression:
+                stem, inner = os.path.splitext(stem)
+                suffix = inner + suffix
+            kind = KINDS.get((inner if compression else suffix).lower())
+            if "/." in f"/{name}":
                 problem = "hidden"
-            elif not problem and not file.kind:
-                suffixes = path.suffixes[-2 if file.compression else -1:]
-                problem = "".join(suffixes).lower() or "without suffix"
+            elif not problem and (kind is None or (kind == "row" and compression)):
+                problem = suffix.lower() or "without suffix"
             if problem:
-                self.leave_out(problem, file.n_bytes)
+                self.leave_out(problem, n_bytes)
             else:
-                self.files.append(file)
+                split = named_split(stem)
+                self.files.append(TextFile(path, name, n_bytes, kind, compression, split))
         self.files.sort(key=lambda file: file.name)
 
     @property
@@ -117,12 +115,12 @@ class Samples:
         self.textless = []  # (problem, size) of files without any text
 
     def bad(self, where, problem):
-        """Count an unusable sample. Raise UserError if they are half of all, and at least 100."""
+        """Count an unusable sample. Raise UserError if at least 100 and half of all are that."""
         self.n += 1
         self.n_bad += 1
         if len(self.named) < 3:
             self.named.append(f"{where}: {problem}")
-        if self.n_bad >= 100 and self.n_bad > max(0.5, self.share) * self.n:
+        if self.n_bad >= 100 and 2 * self.n_bad > self.n:
             self.check()
 
     def check(self):
@@ -132,8 +130,7 @@ class Samples:
                             "remove them, or run python -m nanochat.dataset with --skip-bad SHARE")
 
     def summary(self):
-        more = " ..." if self.n_bad > len(self.named) else ""
-        return f"{self.n_bad:,} of {self.n:,} samples are unusable: {'; '.join(self.named)}{more}"
+        return f"{self.n_bad:,} of {self.n:,} samples are unusable: {'; '.join(self.named)}"
 
 
 def _walk(folder):
@@ -151,18 +148,6 @@ def _walk(folder):
                 yield path, ""
             else:
                 yield path, "broken link" if path.is_symlink() else "special file"
-
-
-def _text_file(path, name):
-    stem, dot, suffix = name.rpartition(".")
-    compression = COMPRESSIONS.get(dot + suffix.lower())
-    if compression:
-        stem, dot, suffix = stem.rpartition(".")
-    kind = KINDS.get(dot + suffix.lower())
-    if compression and kind == "row":
-        kind = None
-    n_bytes = path.stat().st_size if path.is_file() else 0
-    return TextFile(path, name, n_bytes, kind, compression, named_split(stem))
 
 
 def named_split(name):

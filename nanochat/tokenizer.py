@@ -32,8 +32,8 @@ BOS = SPECIAL_TOKENS[0]
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 MAX_VOCAB_SIZE = 1 << 24
 
-# tiktoken's format: base64 of a token and its id per line; JSON with the rest of the vocabulary
-BPE_FILE, JSON_FILE = "tokenizer.tiktoken", "vocabulary.json"
+BPE_FILE = "tokenizer.tiktoken"  # tiktoken's format: base64 of a token and its id per line
+JSON_FILE = "vocabulary.json"  # the special tokens, the split pattern and the tokenizer_id
 PICKLE_FILE, TOKEN_BYTES_FILE = "tokenizer.pkl", "token_bytes.pt"  # upstream's
 _REMEDY = "train the tokenizer again or copy the file again"
 
@@ -226,14 +226,13 @@ def _parts(text):
 
 
 def _check_vocabulary(ranks, special_tokens, pattern):
-    """Raise UserError unless every text can be encoded and decoded; files can hold anything."""
-    def has_types(tokens, kind):
-        return type(tokens) is dict and {(type(t), type(i)) for t, i in tokens.items()} <= {(kind, int)}
-
-    ids = []
-    if has_types(ranks, bytes) and has_types(special_tokens, str) and type(pattern) is str:
-        ids = sorted([*ranks.values(), *special_tokens.values()])
-    if not ids or ids != list(range(len(ids))):
+    """Raise UserError unless every text can be encoded and decoded. Files can hold anything."""
+    types = [{(type(key), type(i)) for key, i in tokens.items()}
+             for tokens in (ranks, special_tokens) if type(tokens) is dict]
+    if types != [{(bytes, int)}, {(str, int)}] or type(pattern) is not str:
+        raise UserError("it is not a vocabulary of tokens and their ids")
+    ids = sorted([*ranks.values(), *special_tokens.values()])
+    if ids != list(range(len(ids))):
         raise UserError("the token ids are not 0, 1, 2, ... without a gap")
     if missing := sum(bytes([byte]) not in ranks for byte in range(256)):
         raise UserError(f"{missing} of the 256 single bytes have no token")

@@ -9,7 +9,6 @@ import hashlib
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from nanochat.distributed import Ranks
 
 FORMAT = "nanochat tokens 2"
 HEADER_BYTES = 4096
-GROUP_CHARACTERS = 1 << 18  # text that a thread encodes at a time
+GROUP_DOCUMENTS = 1024  # in memory at a time
 
 
 class TokenShard:
@@ -79,20 +78,18 @@ def token_shards(dataset, tokenizer, split="train", max_shards=None, num_threads
     ranks = Ranks.from_environment()
     n_local = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks.world_size)
     dist = sys.modules.get("torch.distributed")
-    is_group = ranks.world_size > 1 and dist is not None and dist.is_initialized()
+    has_group = ranks.world_size > 1 and dist and dist.is_initialized()
 
     with ThreadPoolExecutor(num_threads or max(1, os.cpu_count() // n_local)) as pool:
-        own = sources[ranks.local_rank::n_local] if is_group else sources
-        checks = [pool.submit(_remove_invalid, paths[source], source, dataset) for source in own]
-        for check in checks:
-            check.result()
-        if is_group:
+        own = sources[ranks.local_rank::n_local] if has_group else sources
+        list(pool.map(lambda source: _remove_invalid(paths[source], source, dataset), own))
+        if has_group:
             dist.barrier()  # files that exist now are valid
 
         missing = [source for source in sources if not paths[source].exists()]
-        shares = [missing[(ranks.rank + i) % ranks.world_size::ranks.world_size]
-                  for i in range(ranks.world_size)]
-        order = [source for share in shares for source in share]
+        order = []  # the share of this rank, then those of the next ones, which may be late
+        for rank in range(ranks.rank, ranks.rank + ranks.world_size):
+            order += missing[rank % ranks.world_size::ranks.world_size]
         for source in progress(order, desc=f"tokenising {split}", unit="shard",
                                shown=bool(missing) and ranks.is_main):
             _make(paths[source], source, tokenizer, pool)
@@ -103,12 +100,11 @@ def _remove_invalid(path, source, dataset):
     """Remove a file that is damaged, or whose shard has been changed since."""
     if not path.exists():
         return
+    problem = f"{source} has changed"
     try:
-        if TokenShard(path).header.get("source") == _version(source):
+        is_same = TokenShard(path).header.get("source") == _version(source)
+        if is_same or sha256_once(source) == dataset.checksums[source]:
             return
-        if sha256_once(source) == dataset.checksums[source]:
-            return
-        problem = f"{source} has changed"
     except UserError as error:
         problem = str(error).partition(";")[0]
     print0(f"tokenising again: {problem}")
@@ -137,29 +133,15 @@ def _make(path, source, tokenizer, pool):
 
 
 def _encoded(source, tokenizer, pool):
-    """Yield (lengths, tokens) of groups of documents, in order; not all text is in memory."""
-    groups = _grouped(read_documents(source))
-    while batch := list(islice(groups, 64)):
-        yield from pool.map(partial(_encode, tokenizer), batch)
+    """Yield (lengths, tokens) of groups of documents, in order. The encoder releases the GIL."""
+    def encode(text):
+        return np.array([tokenizer.bos_id, *tokenizer.encode(text)], dtype)
 
-
-def _encode(tokenizer, texts):
-    """Encode a group of documents. The encoder releases Python's lock."""
     dtype = token_dtype(tokenizer.vocab_size)
-    documents = [np.array([tokenizer.bos_id, *tokenizer.encode(text)], dtype) for text in texts]
-    return [len(tokens) for tokens in documents], np.concatenate(documents)
-
-
-def _grouped(texts):
-    group, n_characters = [], 0
-    for text in texts:
-        group.append(text)
-        n_characters += len(text)
-        if n_characters >= GROUP_CHARACTERS:
-            yield group
-            group, n_characters = [], 0
-    if group:
-        yield group
+    documents = read_documents(source)
+    while group := list(islice(documents, GROUP_DOCUMENTS)):
+        tokens = list(pool.map(encode, group))
+        yield list(map(len, tokens)), np.concatenate(tokens)
 
 
 def write_token_shard(path, groups, header):

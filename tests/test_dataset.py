@@ -331,11 +331,11 @@ def test_a_download_without_its_validation_shard_names_the_command(download):
 # --- the command
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "give the number of training shards"),
+    ([], "and they need it"),
     (["-n", "0"], "has 1 to 4 training shards"),
     (["-n", "5"], "has 1 to 4 training shards"),
-    (["-n", "2", "-w", "0"], "a positive -w"),
-    (["--dataset", "stdlib", "-n", "2"], "-n is for downloads"),
+    (["-n", "2", "-w", "0"], "-w must be at least 1"),
+    (["--dataset", "stdlib", "-n", "2"], "is for climbmix and fineweb-edu"),
     (["--dataset", "nowhere"], "named datasets are stdlib, climbmix, fineweb-edu"),
     (["--dataset", "~nobody/x"], "is not a folder"),
     (["--dataset", "x" * 5000], "is not a folder"),

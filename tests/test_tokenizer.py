@@ -221,9 +221,9 @@ def test_id_depends_on_everything_that_decides_the_tokens():
     (BYTES, {"<|eos|>": 256}, SPLIT_PATTERN, r"no token <\|bos\|>"),
     (BYTES, {"<|bos|>": 256}, "(", "not a regular expression"),
     (BYTES, {"<|bos|>": 256}, r"\w+", "leaves out text"),
-    (BYTES, {1: 256}, SPLIT_PATTERN, "without a gap"),
-    (BYTES, {"<|bos|>": "256"}, SPLIT_PATTERN, "without a gap"),
-    (BYTES, ["<|bos|>"], SPLIT_PATTERN, "without a gap"),
+    (BYTES, {1: 256}, SPLIT_PATTERN, "not a vocabulary"),
+    (BYTES, {"<|bos|>": "256"}, SPLIT_PATTERN, "not a vocabulary"),
+    (BYTES, ["<|bos|>"], SPLIT_PATTERN, "not a vocabulary"),
 ])
 def test_what_makes_no_vocabulary_is_refused(ranks, special, pattern, message):
     with pytest.raises(UserError, match=message):

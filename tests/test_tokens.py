@@ -62,7 +62,7 @@ def test_tokens_are_the_documents_of_each_split_each_after_bos(tmp_path):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=40), min_size=1, max_size=30))
 def test_any_text_comes_back_in_order_through_small_groups(tmp_path, monkeypatch, texts):
-    monkeypatch.setattr("nanochat.tokens.GROUP_CHARACTERS", 16)
+    monkeypatch.setattr("nanochat.tokens.GROUP_DOCUMENTS", 3)
     kept = [text for text in texts if text and not text.isspace()]
     dataset = make_dataset(tmp_path / "d", [*texts, "end"], ["val"])
     tokenizer = bytes_tokenizer()
@@ -172,7 +172,7 @@ def test_another_tokenizer_has_its_own_files(tmp_path):
 
 def test_a_failure_half_way_leaves_no_file(tmp_path, base_dir, monkeypatch):
     dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
-    monkeypatch.setattr("nanochat.tokens.GROUP_CHARACTERS", 1)
+    monkeypatch.setattr("nanochat.tokens.GROUP_DOCUMENTS", 1)
     encode = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda t: encode(t) if "fish" in t else 1 / 0)
     with pytest.raises(ZeroDivisionError):
