@@ -1,189 +1,468 @@
-"""Prepare the shards of a dataset.
+"""Datasets: the named ones and folders of text, as parquet shards of documents.
 
-python -m nanochat.dataset -n 8                 download 8 training shards of climbmix and the validation shard
-python -m nanochat.dataset --dataset stdlib     prepare the embedded corpus (this Python's own library)
-python -m nanochat.dataset --dataset my_folder  convert .txt, .md, .jsonl(.gz), one .parquet; several stay as they are
+python -m nanochat.dataset -n 8                 download 8 training shards of climbmix
+python -m nanochat.dataset --dataset stdlib     prepare the standard library of this Python
+python -m nanochat.dataset --dataset my_folder  prepare a folder of text (see text_folder)
+
+Documents of stdlib and of folders are copied into shards in the cache, in the order of their
+hashes, which is as good as random and depends on the text only. The first 5 % are the validation
+split, unless files of the folder are named as one. Downloads validate on their last shard.
 """
 
 import argparse
-import filecmp
 import hashlib
+import math
 import os
 import re
+import shutil
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from nanochat import stdlib_corpus, text_folder
-from nanochat.bad_samples import SKIP_BAD, BadSamples
 from nanochat.common import (
+    DIGESTS,
     NAME_LENGTH,
     QUIET_HELP,
     UserError,
     base_dir,
-    check_name,
     command,
-    print_next_command,
+    is_as_noted,
+    locked,
+    print0,
+    progress,
     read_json,
     set_quiet,
+    sha256_of,
+    write_checksums,
+    write_json,
 )
-from nanochat.download import fetch_shards
-from nanochat.shard_writer import MANIFEST, prepare_shards, shard_name
-from nanochat.shards import list_shards, open_shard, shard_fingerprint
 
-# Hugging Face dataset repositories of shards 0 .. last_shard; the last one is validation.
+# Hugging Face repositories of shards 0 to last_shard; the last one is the validation split
 Download = namedtuple("Download", "repo last_shard")
 DOWNLOADS = {
     "climbmix": Download("karpathy/climbmix-400b-shuffle", 6542),
     "fineweb-edu": Download("karpathy/fineweb-edu-100b-shuffle", 1822),
 }
 NAMED_DATASETS = ("stdlib", *DOWNLOADS)
+DATASET_HELP = f"{', '.join(NAMED_DATASETS)}, or a folder of text (%(default)s)"
+MANIFEST = "dataset.json"
+SPLITS = ("train", "validation", "test")
+
+_RULES = "3"  # raise it when the same files give other documents
+_VAL_SHARE = 0.05
+_VAL_MAX_BYTES = 20e6
+_SHARD_MIN_BYTES = 4e6  # small, so that small datasets have several shards too
+_SHARD_MAX_BYTES = 100e6
+_BUCKET_BYTES = 64e6  # sorted in memory at a time
+_MAX_BUCKETS = 256
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Shards in name order under a stable id: what a run trains and validates on."""
+    """The shards to train on and to validate on. `checksums`: the SHA-256 of each."""
 
-    name: str
     dataset_id: str
-    shards: tuple[Path, ...]
-
-    @property
-    def train_shards(self):
-        return self.shards[:-1]
-
-    @property
-    def val_shards(self):
-        return self.shards[-1:]
+    train_shards: tuple[Path, ...]
+    val_shards: tuple[Path, ...]
+    checksums: dict[Path, str]
 
 
-def open_dataset(name, skip_bad=SKIP_BAD):
-    """The Dataset `stdlib`, `climbmix`, `fineweb-edu`, or of a folder of .parquet, .txt, .md, .jsonl(.gz) files.
+def open_dataset(name, skip_bad=text_folder.SKIP_BAD):
+    """Return the Dataset of stdlib, of a download, or of a folder of text.
 
-    stdlib, text folders and a single parquet file are split by content hash into shards on first use, in the cache
-    folder; downloads are never started here. dataset_id: name and 8 hex digits, over the documents where we wrote the
-    shards, else over `shard_fingerprint`s. skip_bad: the share of a text folder's samples that may be unusable.
-    Errors: UserError for an unknown name, for shards that are missing, damaged or without a string column `text`.
+    stdlib and folders are prepared on first use. A folder with a changed file is prepared again
+    and gets another dataset_id. skip_bad: largest share of its samples that may be unusable.
     """
     name = str(name)
-    if name == "stdlib":
-        return _prepared(stdlib_corpus.corpus_name(), stdlib_corpus.corpus_key(),
-                         stdlib_corpus.corpus_documents, stdlib_corpus.CORPUS_CHARS)
     if name in DOWNLOADS:
-        return _downloaded(name)
-    folder = Path(name).expanduser()
-    if not os.path.isdir(folder):  # unlike Path.is_dir, no error for a name that is too long
-        what = "is a file, name its folder instead" if os.path.exists(folder) else "is no folder"
-        raise UserError(f"--dataset {name!r} {what}; known names are stdlib, {', '.join(DOWNLOADS)}; "
-                        "anything else must be a folder of .parquet, .txt, .md, .jsonl or .jsonl.gz files")
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name.removeprefix("base_data_")).strip("-.") or "folder"
+        return _open_download(name)
+    if name == "stdlib":
+        corpus = stdlib_corpus.corpus_name()
+        folder = base_dir() / f"base_data_{corpus}-{stdlib_corpus.corpus_key()}"
+        texts = stdlib_corpus.corpus_documents()
+        documents = (("train", text.encode("utf-8", "replace")) for text in texts)
+        prepare_shards(folder, corpus, documents, stdlib_corpus.CORPUS_CHARS, distinct=True)
+        return _open_prepared(folder)
+
+    path = Path(name if os.path.isdir(name) else os.path.expanduser(name))
+    if not os.path.isdir(path):  # Path.is_dir raises an error if the name is too long
+        problem = "is a file: name its folder" if os.path.exists(path) else "is not a folder"
+        names = ", ".join(NAMED_DATASETS)
+        raise UserError(f"--dataset {name!r} {problem}; named datasets are {names}")
+    return _open_folder(path, skip_bad)
+
+
+def _open_folder(path, skip_bad):
+    """Prepare a folder and print which of its files are used for what."""
+    text = text_folder.TextFolder(path)
+    if not text.split("train"):
+        reasons = "; ".join(_split_lines(text)) or "no files"
+        raise UserError(f"{path} has no text to train on; {reasons}")
+    with ThreadPoolExecutor() as pool:
+        checksums = list(pool.map(sha256_of, (file.path for file in text.files)))
+    key = _short_hash([_RULES, *(file.name for file in text.files), *checksums])
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "folder"
     slug = slug[:NAME_LENGTH - len("-12345678")]
-    if len(list_shards(folder)) > 1:
-        return _open_shards(slug, folder)
-    if not text_folder.list_text_files(folder):
-        others = text_folder.other_suffixes(folder)
-        raise UserError(f"{folder} holds no .parquet, and no .txt, .md, .jsonl or .jsonl.gz in it or below; it holds "
-                        + (f"files of other kinds ({others}): rename or convert them" if others else "no files"))
-    bad = BadSamples(skip_bad)
-    return _prepared(slug, text_folder.folder_key(folder), lambda: text_folder.folder_documents(folder, bad),
-                     text_folder.expected_bytes(folder), bad.summary)
+
+    folder = base_dir() / f"base_data_{slug}-{key}"
+    samples = text_folder.Samples(skip_bad)
+    documents = text_folder.folder_documents(text, samples)
+    prepare_shards(folder, slug, documents, text.expected_bytes, samples,
+                   named_validation=bool(text.split("validation")))
+    dataset = _open_prepared(folder)
+
+    notes = read_json(folder / MANIFEST, f"delete {folder}")
+    for problem, n_bytes in notes["textless"]:
+        text.leave_out(problem, n_bytes)
+    size = sum(file.n_bytes for file in text.files) / 1e6
+    n_documents = notes["train_documents"] + notes["val_documents"]
+    lines = [f"{path}: {len(text.files):,} files, {size:,.1f} MB, {n_documents:,} documents",
+             *_split_lines(text)]
+    for name, line in (
+            ("also_in_validation", "training documents left out, because validation has them too"),
+            ("also_in_test", "training documents left out, because test has them too"),
+            ("repeated", "training documents are repetitions and are kept")):
+        if notes[name]:
+            lines.append(f"{notes[name]:,} {line}")
+    print0("\n".join(lines + notes["unusable"]))
+    return dataset
+
+
+def _split_lines(text):
+    """Return the lines that say which files of a TextFolder are used for what."""
+    lines = []
+    for split, title in zip(SPLITS, ("training", "validation", "test, not used"), strict=True):
+        names = [file.name for file in text.split(split)]
+        more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+        if names:
+            lines.append(f"{title}: {', '.join(names[:3])}{more}")
+        elif split == "validation" and text.split("train"):
+            lines.append(f"validation: {_VAL_SHARE:.0%} of the training text, chosen by hash")
+    return lines + text.left_out_lines()
+
+
+def _open_prepared(folder):
+    remedy = f"delete {folder}, and it is prepared again"
+    manifest, checksums = (read_json(folder / name, remedy) for name in (MANIFEST, DIGESTS))
+    try:
+        shards = {folder / shard: checksums[shard] for shard in manifest["shards"]}
+        n_train = len(shards) - manifest.get("n_val_shards", 1)
+        dataset_id = manifest["dataset_id"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / MANIFEST} has no {error}; {remedy}") from None
+    for path in shards:
+        if not path.exists():
+            raise UserError(f"{path} is missing; {remedy}")
+    return Dataset(dataset_id, tuple(shards)[:n_train], tuple(shards)[n_train:], shards)
+
+
+# --- preparing shards ----------------------------------------------------------------------------
+
+def prepare_shards(folder, name, documents, expected_bytes, samples=None, named_validation=False,
+                   distinct=False):
+    """Write shards and dataset.json to `folder`, unless it exists. On failure nothing is left.
+
+    documents: iterable of (split, UTF-8 bytes), read only if the folder does not exist.
+    samples: counted while the iterable is read. named_validation: whether it has a validation
+    split. distinct: keep one copy of each document.
+    """
+    if folder.exists():
+        return
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    with locked(folder):
+        if folder.exists():
+            return
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
+        try:
+            (temporary / "spill").mkdir(parents=True)
+            spilled = _spill(documents, temporary / "spill", name, expected_bytes)
+            notes = _write_shards(temporary, name, *spilled, named_validation, distinct)
+            shutil.rmtree(temporary / "spill")
+            samples = samples or text_folder.Samples()
+            notes |= {"textless": samples.textless,
+                      "unusable": [samples.summary()] if samples.n_bad else []}
+            write_json(temporary / MANIFEST, notes)
+            write_checksums(temporary, {n: sha256_of(temporary / n) for n in notes["shards"]})
+            os.rename(temporary, folder)
+        except OSError as error:
+            raise UserError(f"cannot prepare {folder} ({error.strerror or error}); make room "
+                            "there, or set NANOCHAT_BASE_DIR to another folder") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _spill(documents, folder, name, expected_bytes):
+    """Write documents to files by the first bits of their hash: (paths, bytes of training text).
+
+    Each file is small enough to be sorted in memory.
+    """
+    n_buckets = min(max(math.ceil(expected_bytes / _BUCKET_BYTES), 1), _MAX_BUCKETS)
+    paths = [folder / str(i) for i in range(n_buckets)]
+    train_bytes = 0
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(path, "wb")) for path in paths]
+        bar = stack.enter_context(progress(total=expected_bytes, unit="B", unit_scale=True,
+                                           desc=f"preparing {name}"))
+        for split, data in documents:
+            bucket = int.from_bytes(_digest(data)[:4], "big") * n_buckets >> 32
+            head = bytes([SPLITS.index(split)]) + len(data).to_bytes(8, "little")
+            files[bucket].write(head + data)
+            train_bytes += len(data) if split == "train" else 0
+            bar.update(len(data))
+    return paths, train_bytes
+
+
+def _in_hash_order(paths):
+    """Yield (hash, document, its number of copies per split) of each distinct document."""
+    for path in paths:
+        records = []
+        with open(path, "rb") as file:
+            while head := file.read(9):
+                data = file.read(int.from_bytes(head[1:], "little"))
+                records.append((_digest(data), data, head[0]))
+        records.sort()
+        for (digest, data), same in groupby(records, key=lambda record: record[:2]):
+            splits = [split for *_, split in same]
+            yield digest, data, [splits.count(split) for split in range(len(SPLITS))]
+
+
+def _digest(data):
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _write_shards(folder, name, spilled, n_bytes, named_validation, distinct, limit=None):
+    """Write the spilled documents in hash order to shards; return the notes for the manifest.
+
+    limit: largest document of the validation split, in bytes; by default the size of the split.
+    """
+    val_bytes = 0 if named_validation else min(_VAL_SHARE * n_bytes, _VAL_MAX_BYTES)
+    train_bytes = n_bytes - val_bytes
+    shard_bytes = min(max(train_bytes / 64, _SHARD_MIN_BYTES), _SHARD_MAX_BYTES)
+    shard_bytes = train_bytes / max(1, math.ceil(train_bytes / shard_bytes))
+    train = _ShardWriter(folder / "train", shard_bytes)
+    val = _ShardWriter(folder / "val", _SHARD_MAX_BYTES)
+    notes = {"repeated": 0, "also_in_validation": 0, "also_in_test": 0}
+    content = hashlib.sha256(bytes(named_validation))
+    smallest = n_bytes
+    taken = 0  # bytes of training text in the validation split, with all copies
+
+    for digest, data, (n_train, n_val, n_test) in _in_hash_order(spilled):
+        n_train = min(n_train, 1) if distinct else n_train
+        weight = n_train * len(data)
+        if n_val:
+            val.add(data)
+            notes["also_in_validation"] += n_train
+        elif n_test:
+            notes["also_in_test"] += n_train
+            continue
+        elif taken < val_bytes and weight <= (limit or val_bytes):
+            val.add(data)
+            notes["also_in_validation"] += n_train - 1
+            taken += weight
+            train.n_bytes = taken - val_bytes  # this excess is missing in the first shard
+        else:
+            for _ in range(n_train):
+                train.add(data)
+            notes["repeated"] += n_train - 1
+            smallest = min(smallest, weight)
+        content.update(digest * max(1, n_train))
+
+    if train.n_documents > 1 and not val.n_documents and not named_validation:
+        return _write_shards(folder, name, spilled, n_bytes, False, distinct, smallest)
+    if not train.n_documents or not val.n_documents:
+        raise UserError(f"{name} has {train.n_documents} training and {val.n_documents} "
+                        "validation documents; at least one of each is needed")
+    paths = [*train.close(), *val.close()]
+    shards = [shard_name(i) for i in range(len(paths))]
+    for path, shard in zip(paths, shards, strict=True):
+        path.rename(folder / shard)
+    return {"dataset_id": f"{name}-{content.hexdigest()[:8]}", "shards": shards,
+            "n_val_shards": len(val.paths), "train_documents": train.n_documents,
+            "val_documents": val.n_documents, **notes}
+
+
+class _ShardWriter:
+    """Write documents to shards <prefix>0, <prefix>1, ... of about `shard_bytes` of text."""
+
+    def __init__(self, prefix, shard_bytes):
+        self.prefix = prefix
+        self.shard_bytes = self.boundary = shard_bytes
+        self.paths, self.documents = [], []
+        self.n_documents = self.n_bytes = 0
+
+    def add(self, data):
+        if self.n_bytes >= self.boundary:
+            self.close()
+        self.documents.append(data)
+        self.n_documents += 1
+        self.n_bytes += len(data)
+
+    def close(self):
+        """Write the shard that is not complete yet; return the paths of all."""
+        if self.documents:
+            column = pa.array(self.documents, pa.binary()).cast(pa.string())
+            self.paths.append(Path(f"{self.prefix}{len(self.paths)}"))
+            with open(self.paths[-1], "wb") as file:
+                pq.write_table(pa.table({"text": column}), file, row_group_size=1024,
+                               compression="zstd", write_statistics=False)
+            self.documents = []
+        while self.boundary <= self.n_bytes:
+            self.boundary += self.shard_bytes
+        return self.paths
+
+
+def shard_name(index):
+    return f"shard_{index:05d}.parquet"
+
+
+def _short_hash(lines):
+    data = "\n".join(lines).encode(errors="surrogateescape")
+    return hashlib.sha256(data).hexdigest()[:8]
+
+
+# --- reading shards ------------------------------------------------------------------------------
+
+def read_documents(path):
+    """Yield the documents of a shard in order, without null and blank ones."""
+    if not is_as_noted(path):
+        raise text_folder.damaged(path, f"its SHA-256 is not that in {DIGESTS}")
+    n_documents = 0
+    try:
+        with text_folder.open_parquet(path) as parquet:
+            if problem := text_folder.text_column_problem(parquet):
+                raise UserError(f"{path} has {problem}; remove or convert it")
+            for data in text_folder.parquet_rows(parquet):
+                text = data.decode() if data else ""
+                if text and not text.isspace():
+                    n_documents += 1
+                    yield text
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise text_folder.damaged(path, error) from None
+    if not n_documents:
+        raise UserError(f"{path} has no document with text in it; remove or replace it")
+
+
+def sample_documents(shards, max_chars, doc_cap=None):
+    """Yield documents of the shards, each cut at `doc_cap` characters, up to `max_chars` in all."""
+    for shard in shards:
+        for document in read_documents(shard):
+            yield document[:doc_cap]
+            max_chars -= len(document[:doc_cap])
+            if max_chars <= 0:
+                return
+
+
+# --- downloads -----------------------------------------------------------------------------------
+
+def _open_download(name):
+    folder = base_dir() / f"base_data_{name}"
+    shards = sorted(folder.glob("shard_*.parquet"))
+    last = shard_name(DOWNLOADS[name].last_shard)
+    if len(shards) < 2 or shards[-1].name != last:
+        raise UserError(f"{folder} needs {last}, the validation shard of {name}, and at least one "
+                        f"more; run: python -m nanochat.dataset --dataset {name} -n 8")
+    path = folder / DIGESTS
+    known = read_json(path, "delete it") if path.exists() else {}
+    with ThreadPoolExecutor() as pool:  # shards that another program downloaded are hashed once
+        found = pool.map(lambda shard: known.get(shard.name) or sha256_of(shard), shards)
+        checksums = dict(zip(shards, found, strict=True))
+    new = {shard.name: checksum for shard, checksum in checksums.items()} | known
+    if new != known:
+        with suppress(OSError):  # a read-only cache
+            write_checksums(folder, new)
+    dataset_id = f"{name}-{_short_hash(f'{s.name} {c}' for s, c in checksums.items())}"
+    return Dataset(dataset_id, tuple(shards[:-1]), tuple(shards[-1:]), checksums)
 
 
 def download_shards(name, n_train_shards, num_workers=4):
-    """Fetch the first `n_train_shards` training shards (-1: all) and the validation shard of a known download."""
-    source = DOWNLOADS[name]
-    if n_train_shards == -1:
-        n_train_shards = source.last_shard
-    if not 1 <= n_train_shards <= source.last_shard:
-        raise UserError(f"-n {n_train_shards}: {name} has 1 to {source.last_shard} training shards (-1: all)")
-    files = [shard_name(i) for i in (*range(n_train_shards), source.last_shard)]
-    fetch_shards(source.repo, files, _folder(name), num_workers)
+    """Download training shards (-1: all) and the validation shard, unless they exist.
+
+    The environment variable HF_ENDPOINT names another host. If a shard fails, raise UserError and
+    keep the complete ones.
+    """
+    repo, last_shard = DOWNLOADS[name]
+    n_train_shards = last_shard if n_train_shards == -1 else n_train_shards
+    if not 1 <= n_train_shards <= last_shard:
+        raise UserError(f"-n {n_train_shards}: {name} has 1 to {last_shard} training shards "
+                        "(-1: all)")
+    folder = base_dir() / f"base_data_{name}"
+    staging = folder / ".download"
+    names = [shard_name(i) for i in (*range(n_train_shards), last_shard)]
+    with locked(folder), ThreadPoolExecutor(num_workers) as pool:
+        staging.mkdir(parents=True, exist_ok=True)
+        missing = [shard for shard in names if not (folder / shard).exists()]
+        fetches = [pool.submit(_fetch, repo, shard, staging) for shard in missing]
+        try:
+            for fetch in progress(as_completed(fetches), desc=name, total=len(missing),
+                                  unit="shard"):
+                path, checksum = fetch.result()
+                write_checksums(folder, {path.name: checksum})
+                path.rename(folder / path.name)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        shutil.rmtree(staging)
 
 
-def _downloaded(name):
-    folder, prepare = _folder(name), f"python -m nanochat.dataset --dataset {name} -n 8"
-    shards, last = list_shards(folder), shard_name(DOWNLOADS[name].last_shard)
-    if not shards:
-        raise UserError(f"{name} is not downloaded yet ({folder} holds no shard); run: {prepare}")
-    if last not in (path.name for path in shards) or len(shards) == 1:
-        raise UserError(f"{folder} lacks {last}, the validation shard of {name}, or any other; run: {prepare}")
-    return _open_shards(name, folder)
+def _fetch(repo, name, folder):
+    """Download a shard and check it: (path, SHA-256). The hub's etag of large files is that too."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-
-def _prepared(name, key, documents, expected_bytes, notes=dict):
-    folder = base_dir() / f"base_data_{name}-{key}"
-    prepare_shards(folder, name, documents, expected_bytes, notes)
-    return _open_shards(name, folder)
-
-
-def _open_shards(name, folder):
-    shards = tuple(list_shards(folder))
-    dataset_id = _manifest_id(folder, shards)
-    if dataset_id is None:
-        digest = hashlib.sha256("\n".join(shard_fingerprint(shard) for shard in shards).encode())
-        dataset_id = f"{name}-{digest.hexdigest()[:8]}"
-    *train, val = shards
-    for shard in train:
-        if filecmp.cmp(shard, val, shallow=False):
-            raise UserError(f"{shard} and {val.name} are the same, and the last shard in name order is the validation "
-                            "split: it must hold other text than the training shards; remove one of the two")
-    return Dataset(name, dataset_id, shards)
-
-
-def _manifest_id(folder, shards):
-    """The dataset_id that the manifest of shards we wrote gives them; None without a manifest."""
-    path, remedy = folder / MANIFEST, "delete the folder if it is a prepared one, and it is made again, or that file"
-    if not path.exists():
-        return None
-    manifest = read_json(path, remedy)
-    if manifest.get("shards") != [shard.name for shard in shards]:
-        raise UserError(f"{path} names other shards than there are; {remedy}")
+    where = {"repo_type": "dataset", "endpoint": os.environ.get("HF_ENDPOINT")}
+    path = folder / name
     try:
-        dataset_id = check_name("dataset_id", manifest.get("dataset_id"))
-    except UserError as error:
-        raise UserError(f"{path}: {error}; {remedy}") from None
-    for shard in shards:
-        open_shard(shard).close()
-    return dataset_id
+        hf_hub_download(repo, name, local_dir=folder, **where)
+        checksum = sha256_of(path)
+        etag = get_hf_file_metadata(hf_hub_url(repo, name, **where)).etag or ""
+        if re.fullmatch("[0-9a-f]{64}", etag) and checksum != etag:
+            raise ValueError("its SHA-256 is not that of the host")
+        with text_folder.open_parquet(path) as parquet:
+            if problem := text_folder.text_column_problem(parquet):
+                raise ValueError(f"it has {problem}")
+    except Exception as error:  # of the hub's library, its HTTP client, pyarrow or the disk
+        path.unlink(missing_ok=True)
+        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"could not download {name} of {repo} ({reason}); run the same command "
+                        "again: complete shards are kept") from None
+    return path, checksum
 
 
-def _folder(name):
-    return base_dir() / f"base_data_{name}"
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m nanochat.dataset", description="Prepare the shards of a dataset.")
-    parser.add_argument("--dataset", default="climbmix", help=f"stdlib, {', '.join(DOWNLOADS)}, or a folder (climbmix)")
-    parser.add_argument("-n", "--num-files", type=int, help="training shards to download, about 100 MB each; -1: all")
-    parser.add_argument("-w", "--num-workers", type=int, default=4, help="parallel downloads (%(default)s)")
-    parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
-    parser.add_argument("--skip-bad", type=float, default=SKIP_BAD, metavar="SHARE",
-                        help="of a text folder's samples (lines, rows, files), as many that cannot be used may be left "
-                             f"out; they are counted, the first named ({SKIP_BAD})")
-    args = parser.parse_args(argv)
-    if not 0 <= args.skip_bad < 1:
-        parser.error("--skip-bad is a share: at least 0 and below 1")
-    return args
-
+# --- command -------------------------------------------------------------------------------------
 
 @command
 def main(argv=None):
-    args = parse_args(argv)
+    parser = argparse.ArgumentParser(prog="python -m nanochat.dataset",
+                                     description="Download or prepare a dataset.")
+    parser.add_argument("--dataset", default="climbmix", help=DATASET_HELP)
+    parser.add_argument("-n", "--num-files", type=int,
+                        help="training shards to download, about 100 MB each (-1: all)")
+    parser.add_argument("-w", "--num-workers", type=int, default=4,
+                        help="parallel downloads (%(default)s)")
+    parser.add_argument("--skip-bad", type=float, default=text_folder.SKIP_BAD, metavar="SHARE",
+                        help="leave out unusable lines, rows and documents of a folder, up to this "
+                             "share of all (%(default)s)")
+    parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
+    args = parser.parse_args(argv)
     set_quiet(args.quiet)
+    if args.num_workers < 1 or not 0 <= args.skip_bad < 1:
+        raise UserError("-w must be at least 1, --skip-bad at least 0 and below 1")
+    if (args.dataset in DOWNLOADS) != (args.num_files is not None):
+        raise UserError(f"-n, the number of training shards to download, such as -n 8, is for "
+                        f"{' and '.join(DOWNLOADS)}, and they need it")
     if args.dataset in DOWNLOADS:
-        if args.num_files is None:
-            raise UserError(f"say how many training shards of {args.dataset} to download, for example -n 8 "
-                            "(about 100 MB each; -1 for all)")
-        if args.num_workers < 1:
-            raise UserError(f"-w {args.num_workers}: at least one worker is needed")
         download_shards(args.dataset, args.num_files, args.num_workers)
-    elif args.num_files is not None:
-        raise UserError(f"-n is for downloads ({', '.join(DOWNLOADS)}); leave it out for --dataset {args.dataset}")
+
     dataset = open_dataset(args.dataset, args.skip_bad)
-    n_bytes = sum(shard.stat().st_size for shard in dataset.shards)
-    print(f"{dataset.dataset_id}: {len(dataset.train_shards)} training shards and 1 validation shard, "
-          f"{n_bytes / 1e6:,.1f} MB on disk, in {dataset.shards[0].parent}")
-    print_next_command("scripts.tok_train", "--dataset", args.dataset)
+    shards = (*dataset.train_shards, *dataset.val_shards)
+    size = sum(shard.stat().st_size for shard in shards) / 1e6
+    print0(f"{dataset.dataset_id}: {len(dataset.train_shards):,} training and "
+           f"{len(dataset.val_shards):,} validation shards, {size:,.1f} MB, in {shards[0].parent}")
 
 
 if __name__ == "__main__":

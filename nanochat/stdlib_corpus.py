@@ -1,7 +1,8 @@
-"""A corpus that needs no download: the running Python's standard library, cut into documents of a few definitions.
+"""The standard library of the running Python as a corpus: about 30 MB without a download.
 
-About 30 MB: modules first, then the language reference that `help()` shows, then as many of the library's own
-tests as fit. Nothing machine-dependent is read: no installed packages, no build configuration.
+Its modules come first, then the language reference of `help()`, then as many of the library's tests
+as fit. Source code is cut into documents of a few definitions. Nothing that depends on the machine
+is read: no installed packages, no build configuration.
 """
 
 import ast
@@ -17,12 +18,13 @@ from nanochat.common import UserError
 
 CORPUS_CHARS = 30_000_000
 _TOPICS = "pydoc_data/topics.py"
-_LEFT_OUT_FOLDERS = re.compile(r"site-packages|dist-packages|lib-dynload|__pycache__|config-.*"
-                               r"|encodings")  # tables of character codes
-_LEFT_OUT_FILES = re.compile(r"_sysconfigdata.*|_sysconfig_vars.*|sitecustomize\.py|usercustomize\.py")
+_OTHER_FOLDERS = re.compile(r"site-packages|dist-packages|lib-dynload|__pycache__|config-.*"
+                            r"|encodings")  # tables of character codes
+_OTHER_FILES = re.compile(r"_sysconfigdata.*|_sysconfig_vars.*|(site|user)customize\.py")
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
-_RULES = "1"  # raise it when the documents change for the same files
-# Where a definition begins, with its comments and decorators: after a blank line, at the margin or in a class.
+_RULES = "1"  # raise it when the same files give other documents
+# The start of a definition, with its comments and decorators: after a blank line, not indented or
+# in a class
 _BLOCK = re.compile(r"\n(?=\n(?:[@#]|def |class |async def |if __name__|\w+ *=))")
 _METHOD = re.compile(r"\n(?=\n    (?:[@#]|def |class |async def ))")
 _MIN_CHARS, _MAX_CHARS = 800, 3_000
@@ -33,31 +35,32 @@ def corpus_name():
 
 
 def corpus_key():
-    """8 hex digits that differ whenever this installation's files (names and sizes) or our rules do."""
+    """Return 8 hex digits over the names and sizes of this installation's files, and our rules."""
     root = library_folder()
-    listing = [f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in _files(root)]
-    return hashlib.sha256("\n".join([_RULES, *listing]).encode()).hexdigest()[:8]
+    files = [f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in _files(root)]
+    return hashlib.sha256("\n".join([_RULES, *files]).encode()).hexdigest()[:8]
 
 
 def corpus_documents():
-    """Yield the documents, about `CORPUS_CHARS` characters in all, in a fixed order."""
-    root, chars = library_folder(), 0
+    """Yield the documents in a fixed order, about `CORPUS_CHARS` characters in all."""
+    root = library_folder()
+    n_chars = 0
     for path in _files(root):
         try:
             text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:  # a few of the library's tests are in other encodings on purpose
+        except UnicodeDecodeError:  # a few of the library's tests have another encoding
             continue
         is_topics = path.relative_to(root).as_posix() == _TOPICS
         for document in topics(text) if is_topics else cut_code(text):
-            if not _readable(document):
+            if not _is_prose_or_code(document):
                 continue
-            if chars + len(document) > CORPUS_CHARS:
+            if n_chars + len(document) > CORPUS_CHARS:
                 return
-            chars += len(document)
+            n_chars += len(document)
             yield document
-    if chars == 0:
-        raise UserError(f"this Python's library ({root}) holds no source code; use another --dataset, "
-                        "or a Python that came with its .py files")
+    if n_chars == 0:
+        raise UserError(f"the library of this Python ({root}) has no source code; use another "
+                        "--dataset, or a Python that has its .py files")
 
 
 def library_folder():
@@ -65,9 +68,9 @@ def library_folder():
 
 
 def cut_code(text):
-    """Cut source code at definitions: pieces of 800 to about 3,000 characters, definitions whole where they fit.
+    """Return pieces of source code, cut at definitions, of 800 to about 3,000 characters.
 
-    Methods cut out of a large class are moved to the left margin.
+    Methods that are cut out of a large class lose their indentation.
     """
     pieces, current = [], ""
     for block in _BLOCK.split(text):
@@ -76,7 +79,7 @@ def cut_code(text):
             if len(current) >= _MIN_CHARS:
                 pieces.append(current)
                 current = ""
-    if len(current) < _MIN_CHARS / 4 and pieces:  # the tail of a module rarely stands alone
+    if len(current) < _MIN_CHARS / 4 and pieces:  # too short for a document
         pieces[-1] += "\n" + current
     else:
         pieces.append(current)
@@ -85,27 +88,30 @@ def cut_code(text):
 
 
 def topics(text):
-    """The entries of the language reference in pydoc_data/topics.py; [] when it is not a dictionary literal."""
+    """Return the entries of pydoc_data/topics.py, or [] if it is not a dictionary literal."""
     try:
-        values = [ast.literal_eval(node.value) for node in ast.parse(text).body if isinstance(node, ast.Assign)]
+        nodes = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
+        values = [ast.literal_eval(node.value) for node in nodes]
     except (SyntaxError, ValueError):
         return []
-    return [entry for value in values if isinstance(value, dict) for entry in value.values() if isinstance(entry, str)]
+    entries = [entry for value in values if isinstance(value, dict) for entry in value.values()]
+    return [entry for entry in entries if isinstance(entry, str)]
 
 
 def _files(root):
-    """Sorted: modules and texts first, the library's tests after them."""
+    """Return the modules and texts, sorted, and then the library's tests."""
     modules, tests = [], []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not _LEFT_OUT_FOLDERS.fullmatch(name)]
+        subfolders[:] = [name for name in subfolders if not _OTHER_FOLDERS.fullmatch(name)]
         is_test = bool(_TEST_FOLDERS & set(Path(folder).relative_to(root).parts))
-        for name in names:
-            if name.endswith(".py" if is_test else (".py", ".txt")) and not _LEFT_OUT_FILES.fullmatch(name):
-                (tests if is_test else modules).append(Path(folder, name))
+        suffixes = ".py" if is_test else (".py", ".txt")
+        paths = [Path(folder, name) for name in names
+                 if name.endswith(suffixes) and not _OTHER_FILES.fullmatch(name)]
+        (tests if is_test else modules).extend(paths)
     return sorted(modules) + sorted(tests)
 
 
-def _readable(document):
-    """True for prose and code, False for tables of numbers, escapes or symbols."""
+def _is_prose_or_code(document):
+    """Return False for tables of numbers, escapes or symbols."""
     letters = sum(map(str.isalpha, document))
     return letters + document.count(" ") > 0.6 * len(document)

@@ -1,6 +1,13 @@
-"""Byte-level BPE: trained with rustbpe, run with tiktoken, saved as plain text and in upstream's format."""
+"""Byte-level BPE: trained with rustbpe, run with tiktoken, saved in files that other programs read.
 
+A vocabulary is three things: ranks {token bytes: id}, special tokens {name: id}, split pattern.
+"""
+
+import base64
 import concurrent.futures
+import hashlib
+import io
+import json
 import os
 import pickle
 import re
@@ -10,12 +17,12 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from nanochat.common import UserError, atomic_path, base_dir, write_text
-from nanochat.tokenizer_files import read_pickle_file, read_text_file, to_text, vocabulary_id
+from nanochat.common import UserError, atomic_path, base_dir, read_json, write_json, write_text
 
-# GPT-4's split pattern, except that digits go in groups of one or two instead of up to three.
+# GPT-4's split pattern, but digits form groups of one or two instead of up to three
 SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in (
     "bos", "user_start", "user_end", "assistant_start", "assistant_end",
@@ -24,118 +31,190 @@ SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in (
 BOS = SPECIAL_TOKENS[0]
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 MAX_VOCAB_SIZE = 1 << 24
-TEXT_FILE, PICKLE_FILE, TOKEN_BYTES_FILE = "tokenizer.txt", "tokenizer.pkl", "token_bytes.pt"
 
-# Both rustbpe and tiktoken panic on a million blanks in a row, so that longer texts go to them in parts.
-_PART_CHARS = 100_000
-_PROBE = "".join(map(chr, range(1, 256))) + " Straße, 漢字; x² = 12345 \t\n\r\n  🚆 "  # no text may be lost
+BPE_FILE = "tokenizer.tiktoken"  # tiktoken's format: base64 of a token and its id per line
+JSON_FILE = "vocabulary.json"  # the special tokens, the split pattern and the tokenizer_id
+PICKLE_FILE, TOKEN_BYTES_FILE = "tokenizer.pkl", "token_bytes.pt"  # upstream's
+_REMEDY = "train the tokenizer again or copy the file again"
+
+_PART_CHARS = 100_000  # rustbpe and tiktoken panic on a million blanks in a row
+_PROBE = "".join(map(chr, range(1, 256))) + " Straße, 漢字; x² = 12345 \t\n\r\n  🚆 "
 _WORD_END = re.compile(r"\S(?= )")
 
 
 class Tokenizer:
-    """A vocabulary: byte strings by merge rank, then special tokens; ids 0 .. vocab_size - 1 without a gap."""
+    """A vocabulary with ids 0 to vocab_size - 1: byte strings by merge rank, special tokens."""
 
     def __init__(self, ranks, special_tokens, pattern=SPLIT_PATTERN):
-        """ranks: {bytes: id}; special_tokens: {str: id}. Errors: UserError when they do not make a vocabulary."""
-        _check_vocabulary(ranks, special_tokens)
+        _check_vocabulary(ranks, special_tokens, pattern)
         try:
-            self._encoding = tiktoken.Encoding(
-                "nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+            self._encoding = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks,
+                                               special_tokens=special_tokens)
         except ValueError as error:
             raise UserError(f"the split pattern is not a regular expression ({error})") from None
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise UserError(f"the split pattern {pattern[:80]!r} leaves out text")
-        self._ranks = ranks
         self.vocabulary = (ranks, special_tokens, pattern)
         self.vocab_size = len(ranks) + len(special_tokens)
         self.bos_id = special_tokens[BOS]
         self.tokenizer_id = vocabulary_id(*self.vocabulary)
 
     def encode(self, text):
-        """Token ids of a text, without BOS; text that spells a special token is ordinary text."""
+        """Return the token ids of a text, without BOS. Special tokens in it are ordinary text."""
         if len(text) <= _PART_CHARS:
             return self._encoding.encode_ordinary(text)
-        return [token_id for part in _parts(text) for token_id in self._encoding.encode_ordinary(part)]
+        return [token for part in _parts(text) for token in self._encoding.encode_ordinary(part)]
 
     def encode_batch(self, texts, num_threads=None):
-        """Token ids of each text, encoded in threads (default: one a core)."""
+        """Return the token ids of each text, encoded in threads (default: one per core)."""
         with concurrent.futures.ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
             return list(pool.map(self.encode, texts))
 
     def decode(self, ids):
-        """The text of token ids; bytes that are not UTF-8 become U+FFFD. Errors: KeyError for an id that is none."""
+        """Return the text of token ids, with U+FFFD for bytes that are not UTF-8.
+
+        Raise KeyError for an unknown id.
+        """
         return self._encoding.decode(ids)
 
     def token_bytes(self):
-        """int32 (vocab_size): how many bytes of text each token stands for; 0 for special tokens."""
+        """Return int32 (vocab_size,): bytes of text per token, 0 for special tokens."""
         lengths = np.zeros(self.vocab_size, np.int32)
-        for token, token_id in self._ranks.items():
+        for token, token_id in self.vocabulary[0].items():
             lengths[token_id] = len(token)
         return lengths
 
     def save(self, folder):
-        """Write tokenizer.txt, and for upstream's programs tokenizer.pkl and token_bytes.pt, each atomically."""
+        """Write our two files and, for upstream's programs, a pickle and token_bytes.pt."""
         import torch
 
         folder = Path(folder)
+        ranks, special_tokens, pattern = self.vocabulary
         try:
             with atomic_path(folder / PICKLE_FILE) as temporary:
                 temporary.write_bytes(pickle.dumps(self._encoding))
-            with atomic_path(folder / TOKEN_BYTES_FILE) as temporary:
-                torch.save(torch.from_numpy(self.token_bytes()), temporary)
-            write_text(folder / TEXT_FILE, to_text(*self.vocabulary))
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            with atomic_path(folder / TOKEN_BYTES_FILE) as temporary, open(temporary, "wb") as file:
+                torch.save(torch.from_numpy(self.token_bytes()), file)
+            write_text(folder / BPE_FILE, _bpe_text(ranks))
+            write_json(folder / JSON_FILE, {"tokenizer_id": self.tokenizer_id, "pattern": pattern,
+                                            "special_tokens": special_tokens})
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             reason = str(error).splitlines()[0]
-            raise UserError(f"the tokenizer cannot be saved in {folder} ({reason}); make room there, or give another "
-                            "--tokenizer-dir") from None
+            raise UserError(f"the tokenizer cannot be saved in {folder} ({reason}); make room "
+                            "there, or give another --tokenizer-dir") from None
 
 
 def train_tokenizer(texts, vocab_size):
-    """Tokenizer of `vocab_size` tokens, the nine special ones among them, trained on an iterable of texts.
-
-    Errors: UserError when the vocabulary is smaller than the bytes and special tokens, or larger than the text allows.
-    """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(f"a vocabulary of {vocab_size} is too small: the 256 bytes and {len(SPECIAL_TOKENS)} "
-                        f"special tokens take {MIN_VOCAB_SIZE}; choose a larger one")
-    if vocab_size > MAX_VOCAB_SIZE:
-        raise UserError(f"a vocabulary of {vocab_size} is too large: at most {MAX_VOCAB_SIZE} tokens")
+    """Return a Tokenizer of `vocab_size` tokens, nine of them special, trained on texts."""
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        problem = "small" if vocab_size < MIN_VOCAB_SIZE else "large"
+        raise UserError(f"a vocabulary of {vocab_size} is too {problem}: choose {MIN_VOCAB_SIZE} "
+                        f"(256 bytes and special tokens) to {MAX_VOCAB_SIZE}")
     trainer = rustbpe.Tokenizer()
     parts = (part for text in texts for part in _parts(text))
     trainer.train_from_iterator(parts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     largest = len(ranks) + len(SPECIAL_TOKENS)
     if largest < vocab_size:
-        raise UserError(f"a vocabulary of {vocab_size} is too large for this text, which has pairs to merge "
-                        f"for {largest} tokens at most; choose a smaller one or train on more text")
+        raise UserError(f"a vocabulary of {vocab_size} is too large for this text, whose pairs "
+                        f"make {largest} tokens at most; choose fewer or train on more text")
     return Tokenizer(ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
 
 
 def load_tokenizer(folder=None):
-    """The Tokenizer saved in a folder, ours or upstream's; empty or None: the cache's own.
-
-    Errors: UserError naming the file of what is wrong.
-    """
+    """Return the Tokenizer in a folder, ours or upstream's; by default that of the cache."""
     folder = Path(folder or base_dir() / "tokenizer")
-    readers = {TEXT_FILE: read_text_file, PICKLE_FILE: read_pickle_file}
-    there = [folder / name for name in readers if os.path.exists(folder / name)]  # no error for too long a name
-    if not there:
-        raise UserError(f"no tokenizer in {folder} (neither {TEXT_FILE} nor {PICKLE_FILE}); "
-                        "train one with: python -m scripts.tok_train")
-    vocabularies = [readers[path.name](path) for path in there]
+    readers = {JSON_FILE: read_tokenizer_files, PICKLE_FILE: read_pickle_file}
+    paths = [folder / name for name in readers if os.path.exists(folder / name)]
+    if not paths:
+        raise UserError(f"{folder} has no tokenizer (neither {JSON_FILE} nor {PICKLE_FILE}); train "
+                        "one with: python -m scripts.tok_train")
+    vocabularies = [readers[path.name](path) for path in paths]
     if vocabularies[0] != vocabularies[-1]:
-        raise UserError(f"{there[0]} and {there[-1].name} beside it are different tokenizers, "
-                        "as another program wrote one of them; delete the one you do not want")
+        raise UserError(f"{paths[0]} and {paths[-1].name} are different tokenizers; delete the one "
+                        "that you do not want")
     try:
         return Tokenizer(*vocabularies[0])
     except UserError as error:
-        raise UserError(f"{there[0]}: {error}; train the tokenizer again or copy the file again") from None
+        raise UserError(f"{paths[0]}: {error}; {_REMEDY}") from None
+
+
+def vocabulary_id(ranks, special_tokens, pattern):
+    """Return 12 hex digits of a SHA-256 over everything that decides how a text is encoded."""
+    lines = [f"pattern {json.dumps(pattern)}"]
+    lines += [f"special {json.dumps(name)} {i}" for name, i in _by_id(special_tokens)]
+    body = "\n".join(lines) + "\n" + _bpe_text(ranks)
+    return hashlib.sha256(body.encode()).hexdigest()[:12]
+
+
+def _bpe_text(ranks):
+    return "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in _by_id(ranks))
+
+
+def _by_id(tokens):
+    return sorted(tokens.items(), key=lambda item: item[1])
+
+
+def read_tokenizer_files(path):
+    """Return the vocabulary in our JSON file and the BPE file beside it."""
+    rest = read_json(path, _REMEDY)
+    bpe_path = path.with_name(BPE_FILE)
+    try:
+        lines = [line.split() for line in bpe_path.read_bytes().splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(i) for token, i in lines}
+        vocabulary = ranks, rest["special_tokens"], rest["pattern"]
+        if vocabulary_id(*vocabulary) != rest["tokenizer_id"]:
+            raise ValueError(f"it does not have the tokenizer_id of {JSON_FILE}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{bpe_path} is damaged ({reason}); {_REMEDY}") from None
+    return vocabulary
+
+
+def read_pickle_file(path):
+    """Return the vocabulary in upstream's tokenizer.pkl, a pickled tiktoken.Encoding.
+
+    Raise UserError if the pickle needs anything but that class, or is damaged.
+    """
+    try:
+        state = _EncodingUnpickler(io.BytesIO(path.read_bytes())).load().state
+        return state["mergeable_ranks"], state["special_tokens"], state["pat_str"]
+    except _RefusedError as refused:
+        raise UserError(f"{path} was refused: it asks for {refused}, which no tokenizer needs and "
+                        "could run any program; use a file from a source you trust") from None
+    except Exception as error:  # a damaged pickle can raise any exception
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is damaged, or not a tiktoken.Encoding ({reason}); "
+                        f"{_REMEDY}") from None
+
+
+class _RefusedError(Exception):
+    pass
+
+
+class _Encoding:
+    """Stands for tiktoken.core.Encoding while a pickle is read."""
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class _EncodingUnpickler(pickle.Unpickler):
+    """Refuse every name but tiktoken.core.Encoding."""
+
+    def find_class(self, module, name):
+        if (module, name) != ("tiktoken.core", "Encoding"):
+            raise _RefusedError(f"{module}.{name}"[:200])
+        return _Encoding
+
+    def persistent_load(self, pid):
+        raise _RefusedError("an object outside the file")
 
 
 def _parts(text):
-    """Cut a long text where the split pattern cuts it anyway: before a blank that follows a word.
+    """Cut a long text where the split pattern cuts it too: before a blank that follows a word.
 
-    A stretch of `_PART_CHARS` without such a place is cut all the same: it still decodes to itself.
+    A stretch of `_PART_CHARS` without such a place is cut anyway, and still decodes to itself.
     """
     start = 0
     while len(text) - start > _PART_CHARS:
@@ -146,13 +225,16 @@ def _parts(text):
     yield text[start:]
 
 
-def _check_vocabulary(ranks, special_tokens):
+def _check_vocabulary(ranks, special_tokens, pattern):
+    """Raise UserError unless every text can be encoded and decoded. Files can hold anything."""
+    types = [{(type(key), type(i)) for key, i in tokens.items()}
+             for tokens in (ranks, special_tokens) if type(tokens) is dict]
+    if types != [{(bytes, int)}, {(str, int)}] or type(pattern) is not str:
+        raise UserError("it is not a vocabulary of tokens and their ids")
     ids = sorted([*ranks.values(), *special_tokens.values()])
     if ids != list(range(len(ids))):
         raise UserError("the token ids are not 0, 1, 2, ... without a gap")
     if missing := sum(bytes([byte]) not in ranks for byte in range(256)):
         raise UserError(f"{missing} of the 256 single bytes have no token")
-    if b"" in ranks:
-        raise UserError("one token stands for no byte at all")
-    if BOS not in special_tokens:
-        raise UserError(f"there is no special token {BOS}")
+    if b"" in ranks or BOS not in special_tokens:
+        raise UserError("one token has no bytes" if b"" in ranks else f"there is no token {BOS}")

@@ -1,17 +1,15 @@
-"""Shards of text -> arrays of token ids on disk, made once for each shard and tokenizer. No torch.
+"""Token ids of shards, in files that are made once per shard and tokenizer. Does not need torch.
 
-A shard's file holds, in this order: one line of JSON padded to HEADER_BYTES, the token ids of all documents
-(each begins with BOS), zeros up to a multiple of 8 bytes, the documents' offsets. It is renamed into place
-when whole, so a file that is there is complete. `sha256` in the line is over all that follows it and the line's other
-values; files of earlier versions have none.
+A file holds one line of JSON padded to HEADER_BYTES, the token ids of all documents (each begins
+with BOS), zeros up to a multiple of 8 bytes, and the offsets of the documents. `sha256` in the line
+is over everything else. A file is renamed into place once it is complete.
 """
 
-import contextlib
 import hashlib
-from collections import deque
+import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from os import cpu_count
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,93 +20,132 @@ from nanochat.common import (
     base_dir,
     json_bytes,
     locked,
-    open_binary,
     parse_json,
     print0,
     progress,
     sha256_of,
     sha256_once,
 )
+from nanochat.dataset import read_documents
 from nanochat.distributed import Ranks
-from nanochat.shards import read_documents, row_count, shard_key
 
-FORMAT = "nanochat tokens 1"
+FORMAT = "nanochat tokens 2"
 HEADER_BYTES = 4096
-GROUP_CHARACTERS = 1 << 18  # text that one thread encodes in one go
+GROUP_DOCUMENTS = 1024  # in memory at a time
 
 
 class TokenShard:
-    """One shard's documents as token ids, mapped from disk, read only.
+    """The documents of one shard as token ids, mapped from disk, read only.
 
-    tokens: (n_tokens,) uint16, or uint32 when the vocabulary has more than 65,536 entries.
-    offsets: (n_docs + 1,) int64; document d is tokens[offsets[d]:offsets[d + 1]] and begins with BOS.
-    Errors: UserError when the file is missing or damaged: a process reads all of it once, for its digest.
+    tokens: (n_tokens,) uint16, or uint32 if the vocabulary has more than 65,536 entries.
+    offsets: (n_docs + 1,) int64; document d is tokens[offsets[d]:offsets[d + 1]].
+    verify: compare the checksum, once per process. Raise UserError if the file is damaged.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, verify=True):
         self.path = Path(path)
-        self.header = header = _read_header(self.path)
-        self.vocab_size, self.bos_id = header["vocab_size"], header["bos_id"]
-        self.n_docs, self.n_tokens = header["n_docs"], header["n_tokens"]
-        dtype = token_dtype(self.vocab_size)
-        offsets_at = _offsets_at(self.n_tokens, dtype)
-        expected_bytes = offsets_at + 8 * (self.n_docs + 1)
-        if (found_bytes := self.path.stat().st_size) != expected_bytes:
-            raise damaged(self.path, f"{found_bytes} bytes long instead of {expected_bytes}")
-        raw = np.memmap(self.path, mode="r").view(np.ndarray)  # slices of a memmap object are slow to make
-        self.tokens = raw[HEADER_BYTES:HEADER_BYTES + self.n_tokens * dtype.itemsize].view(dtype)
-        self.offsets = raw[offsets_at:].view(np.int64)
-        if self.offsets[0] != 0 or self.offsets[-1] != self.n_tokens or (np.diff(self.offsets) < 1).any():
-            raise damaged(self.path, "its offsets do not fit its tokens")
-        if "sha256" in header and header["sha256"] != _digest(sha256_once(self.path, HEADER_BYTES), header):
-            raise damaged(self.path, "its bytes differ from those written")
+        try:
+            with open(self.path, "rb") as file:
+                self.header = header = parse_json(file.read(HEADER_BYTES))
+            if header["format"] != FORMAT:
+                raise ValueError(f"its format is not {FORMAT!r}")
+            self.vocab_size, self.bos_id = header["vocab_size"], header["bos_id"]
+            self.n_docs, self.n_tokens = header["n_docs"], header["n_tokens"]
+            dtype = token_dtype(self.vocab_size)
+            offsets_at = _offsets_at(self.n_tokens, dtype)
+            raw = np.memmap(self.path, mode="r").view(np.ndarray)  # a memmap is slow to slice
+            if len(raw) != offsets_at + 8 * (self.n_docs + 1):
+                raise ValueError(f"it has {len(raw):,} bytes")
+            tokens_end = HEADER_BYTES + self.n_tokens * dtype.itemsize
+            self.tokens = raw[HEADER_BYTES:tokens_end].view(dtype)
+            self.offsets = raw[offsets_at:].view(np.int64)
+            if verify and header["sha256"] != _digest(sha256_once(path, HEADER_BYTES), header):
+                raise ValueError("its SHA-256 is not that in its header")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise damaged(path, getattr(error, "strerror", None) or error) from None
 
 
 def token_shards(dataset, tokenizer, split="train", max_shards=None, num_threads=None):
-    """The TokenShards of a split ("train" or "val"), in the dataset's order; made now where the cache lacks them.
+    """Return the TokenShards of a split ("train" or "val"); make those that the cache lacks.
 
-    A file is kept by the tokenizer and its shard's key; a damaged one is made again, with a line that says why.
-    Processes share the work through locks on the files; each returns when all shards are there.
-    Errors: UserError from reading the sources, and when the cache cannot be written.
+    The name of a file has the SHA-256 of its shard. The ranks of a node share the verification of
+    the files, and all ranks share the work of making them, so every rank calls this.
     """
     sources = {"train": dataset.train_shards, "val": dataset.val_shards}[split][:max_shards]
-    folder, tokenizer_id = base_dir() / "tokens", tokenizer.tokenizer_id
-    paths = {source: folder / tokenizer_id / shard_key(source) / f"{source.stem}.bin" for source in sources}
+    folder = base_dir() / "tokens" / tokenizer.tokenizer_id
+    paths = {source: folder / dataset.checksums[source][:16] / f"{source.stem}.bin"
+             for source in sources}
     ranks = Ranks.from_environment()
-    num_threads = num_threads or max(1, cpu_count() // ranks.world_size)
+    n_local = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks.world_size)
+    dist = sys.modules.get("torch.distributed")
+    has_group = ranks.world_size > 1 and dist and dist.is_initialized()
 
-    def kept(source):
-        path, by_dataset = paths[source], folder / dataset.dataset_id / tokenizer_id / paths[source].name
-        try:
-            return TokenShard(path)
-        except UserError as error:
+    with ThreadPoolExecutor(num_threads or max(1, os.cpu_count() // n_local)) as pool:
+        own = sources[ranks.local_rank::n_local] if has_group else sources
+        list(pool.map(lambda source: _remove_invalid(paths[source], source, dataset), own))
+        if has_group:
+            dist.barrier()  # files that exist now are valid
+
+        missing = [source for source in sources if not paths[source].exists()]
+        order = []  # the share of this rank, then those of the next ones, which may be late
+        for rank in range(ranks.rank, ranks.rank + ranks.world_size):
+            order += missing[rank % ranks.world_size::ranks.world_size]
+        for source in progress(order, desc=f"tokenising {split}", unit="shard",
+                               shown=bool(missing) and ranks.is_main):
+            _make(paths[source], source, tokenizer, pool)
+    return [TokenShard(path, verify=False) for path in paths.values()]
+
+
+def _remove_invalid(path, source, dataset):
+    """Remove a file that is damaged, or whose shard has been changed since."""
+    if not path.exists():
+        return
+    problem = f"{source} has changed"
+    try:
+        is_same = TokenShard(path).header.get("source") == _version(source)
+        if is_same or sha256_once(source) == dataset.checksums[source]:
+            return
+    except UserError as error:
+        problem = str(error).partition(";")[0]
+    print0(f"tokenising again: {problem}")
+    path.unlink(missing_ok=True)
+
+
+def _version(source):
+    stat = os.stat(source)
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _make(path, source, tokenizer, pool):
+    """Tokenise a shard, unless another process does it while this one waits for the lock."""
+    try:
+        with locked(path):
             if path.exists():
-                print0(f"tokenising again: {str(error).partition(';')[0]}")
-        with contextlib.suppress(UserError):
-            return _kept_by_dataset(by_dataset, source, tokenizer)
-
-    with ThreadPoolExecutor(num_threads) as pool:
-        shards = dict(zip(sources, pool.map(kept, sources), strict=True))
-        missing = [source for source in sources if shards[source] is None]
-        n_rows = {source: row_count(source) for source in missing}
-        with progress(total=sum(n_rows.values()), unit="doc", unit_scale=True, desc=f"tokenising {split}",
-                      shown=bool(missing) and ranks.is_main) as bar:
-            encode_all = partial(_map_ahead, pool, partial(_encode, tokenizer), ahead=2 * num_threads)
-            for source in _own_share_first(missing, ranks):
-                end = bar.n + n_rows[source]
-                groups = _counted(encode_all(_grouped(read_documents(source))), bar)
-                shards[source] = _make(paths[source], source, tokenizer, groups)
-                bar.update(end - bar.n)  # blank documents, and shards that another process made
-    return list(shards.values())
+                return
+            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a killed process
+                left.unlink(missing_ok=True)
+            header = {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
+                      "tokenizer_id": tokenizer.tokenizer_id, "source": _version(source)}
+            write_token_shard(path, _encoded(source, tokenizer, pool), header)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); make room there, or set "
+                        "NANOCHAT_BASE_DIR to another folder") from None
 
 
-def token_dtype(vocab_size):
-    """The smaller of uint16 and uint32 that holds every token id."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+def _encoded(source, tokenizer, pool):
+    """Yield (lengths, tokens) of groups of documents, in order. The encoder releases the GIL."""
+    def encode(text):
+        return np.array([tokenizer.bos_id, *tokenizer.encode(text)], dtype)
+
+    dtype = token_dtype(tokenizer.vocab_size)
+    documents = read_documents(source)
+    while group := list(islice(documents, GROUP_DOCUMENTS)):
+        tokens = list(pool.map(encode, group))
+        yield list(map(len, tokens)), np.concatenate(tokens)
 
 
 def write_token_shard(path, groups, header):
-    """Write a shard's file atomically from groups of documents: pairs (lengths, their tokens end to end).
+    """Write a file atomically from groups of documents: pairs (lengths, their tokens in a row).
 
     header: vocab_size, bos_id and whatever else identifies the tokens.
     """
@@ -129,102 +166,21 @@ def write_token_shard(path, groups, header):
         file.write((json_bytes(header) + b"\n").ljust(HEADER_BYTES))
 
 
+def token_dtype(vocab_size):
+    """Return the smaller of uint16 and uint32 that holds every token id."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
 def damaged(path, reason):
-    """The UserError for a file of tokens that cannot be what was written."""
+    """Return the UserError for a file that does not hold what was written."""
     return UserError(f"{path} is damaged ({reason}); delete it, and it is made again")
 
 
-def _kept_by_dataset(path, source, tokenizer):
-    """The TokenShard where earlier versions kept it; None when it does not fit. Errors: as TokenShard."""
-    shard = TokenShard(path)
-    return shard if shard.header == {**shard.header, **_header(source, tokenizer)} else None
-
-
-def _make(path, source, tokenizer, groups):
-    """Tokenise one shard, unless another process does it while we wait for the lock."""
-    try:
-        with locked(path):
-            with contextlib.suppress(UserError):
-                return TokenShard(path)
-            for torn in path.parent.glob(f".{path.name}.*.tmp"):  # left by a process that was killed
-                torn.unlink(missing_ok=True)
-            write_token_shard(path, groups, _header(source, tokenizer))
-            return TokenShard(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); make room there, or move the cache with "
-                        "NANOCHAT_BASE_DIR") from None
-
-
-def _header(source, tokenizer):
-    return {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
-            "tokenizer_id": tokenizer.tokenizer_id, "source_bytes": source.stat().st_size}
-
-
-def _read_header(path):
-    try:
-        with open_binary(path) as file:
-            header = parse_json(file.read(HEADER_BYTES))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; token_shards makes it") from None
-    except OSError as error:
-        raise damaged(path, error.strerror) from None
-    except ValueError:
-        raise damaged(path, "its header is not JSON") from None
-    numbers = ("vocab_size", "bos_id", "n_docs", "n_tokens")
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise damaged(path, f"its format is not {FORMAT!r}")
-    if any(type(header.get(name)) is not int or header[name] < 0 for name in numbers):
-        raise damaged(path, f"its header lacks one of {', '.join(numbers)}")
-    return header
-
-
 def _digest(content_sha256, header):
-    """Hex SHA-256 over the digest of the tokens and offsets and the header's other values."""
+    """Return the hex SHA-256 over that of the content and the other values of the header."""
     values = {name: value for name, value in header.items() if name != "sha256"}
     return hashlib.sha256(content_sha256.encode() + json_bytes(values)).hexdigest()
 
 
 def _offsets_at(n_tokens, dtype):
     return -(-(HEADER_BYTES + n_tokens * dtype.itemsize) // 8) * 8
-
-
-def _encode(tokenizer, texts):
-    """(lengths, tokens end to end) of a group of documents. The encoder works outside Python's lock."""
-    documents = [np.array([tokenizer.bos_id, *tokenizer.encode(text)], token_dtype(tokenizer.vocab_size))
-                 for text in texts]
-    return [len(tokens) for tokens in documents], np.concatenate(documents)
-
-
-def _map_ahead(pool, function, items, ahead):
-    """`pool.map` that takes its items as it goes, so that a shard's text is never in memory as a whole."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _grouped(texts):
-    group, n_characters = [], 0
-    for text in texts:
-        group.append(text)
-        n_characters += len(text)
-        if n_characters >= GROUP_CHARACTERS:
-            yield group
-            group, n_characters = [], 0
-    if group:
-        yield group
-
-
-def _counted(groups, bar):
-    for lengths, tokens in groups:
-        yield lengths, tokens
-        bar.update(len(lengths))
-
-
-def _own_share_first(sources, ranks):
-    """This rank's share, then the others' in turn: most are made by then, a slow rank's are taken over."""
-    shares = [sources[rank::ranks.world_size] for rank in range(ranks.world_size)]
-    return [source for share in shares[ranks.rank:] + shares[:ranks.rank] for source in share]

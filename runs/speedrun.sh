@@ -26,7 +26,7 @@ FLAGS="$(python -m scripts.plan --depth 24 --fp8 --gpu "$GPU" --gpus "$GPUS" "$H
 
 stage data python -m nanochat.dataset --dataset climbmix -n 170 -w 16
 stage core python -m nanochat.core_eval
-[ -e "$BASE/tokenizer/tokenizer.txt" ] || python -m scripts.tok_train --dataset climbmix --vocab-size 32768
+[ -e "$BASE/tokenizer/tokenizer.tiktoken" ] || python -m scripts.tok_train --dataset climbmix --vocab-size 32768
 stage tok_eval python -m scripts.tok_eval --dataset climbmix
 # shellcheck disable=SC2086  (the flags are words)
 stage train torchrun --standalone --nproc-per-node="$GPUS" -m scripts.base_train --dataset climbmix --run "$WANDB" \

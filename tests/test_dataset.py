@@ -1,13 +1,12 @@
-"""Datasets by name and by folder: ids, splits, conversion, and what is said when something is missing."""
+"""Datasets by name and by folder: splits, ids, what is printed, changes, damage and refusals."""
 
 import json
 import os
+import random
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,294 +16,354 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat import dataset as dataset_module
-from nanochat import shard_writer, stdlib_corpus
+from nanochat import stdlib_corpus
 from nanochat.common import UserError
-from nanochat.dataset import Download, main, open_dataset
-from nanochat.shard_writer import prepare_shards
-from nanochat.shards import read_documents
+from nanochat.dataset import (
+    Download,
+    main,
+    open_dataset,
+    prepare_shards,
+    read_documents,
+    sample_documents,
+)
 
 
-def parquet_folder(folder, n_shards=3):
-    folder.mkdir(parents=True)
-    for i in range(n_shards):
-        pq.write_table(pa.table({"text": [f"document {i}.{j}" for j in range(40)]}), folder / f"shard_{i:05d}.parquet")
-    return folder
+def write_parquet(path, texts, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        pq.write_table(pa.table({"text": texts}), file, **options)
+    return path
 
 
-def text_folder(folder, **files):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    return folder
+def write_lines(path, texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def documents(dataset):
-    return [text for shard in dataset.shards for text in read_documents(shard)]
+def split(dataset, name):
+    shards = dataset.train_shards if name == "train" else dataset.val_shards
+    return [text for shard in shards for text in read_documents(shard)]
 
 
-def test_last_shard_of_a_parquet_folder_is_validation(tmp_path):
-    dataset = open_dataset(parquet_folder(tmp_path / "corpus"))
-    assert [path.name for path in dataset.train_shards] == ["shard_00000.parquet", "shard_00001.parquet"]
-    assert [path.name for path in dataset.val_shards] == ["shard_00002.parquet"]
-    assert dataset.train_shards[0].parent == tmp_path / "corpus", "parquet is used where it lies"
+def numbered(prefix, n):
+    return [f"{prefix} document {i} " + "and some more text " * (i % 7) for i in range(n)]
 
 
-def test_id_of_a_parquet_folder_is_the_same_wherever_it_lies(tmp_path):
-    first = open_dataset(parquet_folder(tmp_path / "a" / "my corpus"))
-    second = open_dataset(parquet_folder(tmp_path / "b" / "my corpus"))
-    longer = open_dataset(parquet_folder(tmp_path / "c" / "my corpus", n_shards=4))
-    assert first.dataset_id == second.dataset_id != longer.dataset_id
-    assert first.dataset_id.startswith("my-corpus-")
+# --- splits of a folder
+
+def test_without_named_splits_a_twentieth_of_the_text_validates(tmp_path, capsys):
+    for i in range(3):
+        write_parquet(tmp_path / "own" / f"shard_{i:05d}.parquet", numbered(i, 200))
+    dataset = open_dataset(tmp_path / "own")
+    train, val = split(dataset, "train"), split(dataset, "val")
+    assert sorted(train + val) == sorted(text for i in range(3) for text in numbered(i, 200))
+    assert 0.05 <= sum(map(len, val)) / sum(map(len, train + val)) < 0.06
+    assert {text.split()[0] for text in val} == {"0", "1", "2"}, "not only one file's"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("3 files, 0.0 MB, 600 documents")
+    assert lines[1] == "training: shard_00000.parquet, shard_00001.parquet, shard_00002.parquet"
+    assert lines[2] == "validation: 5% of the training text, chosen by hash"
 
 
-def test_a_single_parquet_file_is_split_by_content_hash_as_other_text_is(tmp_path, base_dir):
-    dataset = open_dataset(parquet_folder(tmp_path / "corpus", n_shards=1))
-    assert dataset.shards[0].parent.parent == base_dir
-    assert sorted(documents(dataset)) == sorted(f"document 0.{j}" for j in range(40))
-    assert 1 <= len(list(read_documents(dataset.val_shards[0]))) <= 3
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents(dataset))
-    (tmp_path / "again" / "corpus").mkdir(parents=True)
-    (tmp_path / "again" / "corpus" / "a.jsonl").write_text(lines)
-    assert open_dataset(tmp_path / "again" / "corpus").dataset_id == dataset.dataset_id
+@pytest.mark.parametrize("files, n_train, n_val", [
+    ({"train.jsonl": "a", "validation.jsonl": "b", "test.jsonl": "c"}, 40, 40),
+    ({"train-00000-of-00002.jsonl": "a", "train-00001-of-00002.jsonl": "b", "dev.jsonl": "c"}, 80, 40),
+    ({"Train/x.jsonl": "a", "VALID/x.jsonl": "b", "test/x.jsonl": "c"}, 40, 40),
+    ({"w.jsonl": "a", "split=val/x.jsonl": "b", "eval_2.jsonl": "c"}, 40, 80),
+    ({"train.jsonl": "a", "test.jsonl": "b"}, 37, 3),
+    ({"train.jsonl": "a", "b.jsonl": "b"}, 75, 5),
+])
+def test_named_splits_are_respected_and_printed(tmp_path, capsys, files, n_train, n_val):
+    for name, prefix in files.items():
+        write_lines(tmp_path / "own" / name, [f"{prefix} {i}" + "-" * 80 for i in range(40)])
+    dataset = open_dataset(tmp_path / "own")
+    train, val = split(dataset, "train"), split(dataset, "val")
+    assert (len(train), len(val)) == (n_train, n_val) and not set(train) & set(val)
+    lines = capsys.readouterr().out.splitlines()
+    for name, prefix in files.items():
+        [line] = [line for line in lines if name in line]
+        used = {text[0] for text in {"t": train, "v": val}[line[0]]}
+        assert (prefix in used) == (not line.startswith("test, not used: "))
 
 
-def test_a_folder_of_other_files_names_their_suffixes(tmp_path):
-    with pytest.raises(UserError, match=r"holds no \.parquet.* it holds no files"):
-        open_dataset(parquet_folder(tmp_path / "empty", n_shards=0))
-    for i in range(12):
-        (tmp_path / f"chapter_{i}.rst").touch()
-    (tmp_path / "Makefile").touch()
-    with pytest.raises(UserError, match=r"\(12 \.rst, 1 without suffix\): rename or convert them"):
+@pytest.mark.parametrize("names, message", [
+    (["test.txt"], "no text to train on; test, not used: test.txt"),
+    (["dev.txt", "test.txt"], "no text to train on; validation: dev.txt; test, not used: test.txt"),
+    (["a.pdf", "b.PDF"], r"no text to train on; left out: 2 .pdf \(0.0 MB, 100% of the folder\)"),
+    ([], "no text to train on; no files"),
+    (["train.txt", "validation.md"], "has 1 training and 0 validation documents"),
+])
+def test_a_folder_without_text_for_training_is_refused(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).write_text("  " if name.endswith(".md") else "some text")
+    with pytest.raises(UserError, match=message):
         open_dataset(tmp_path)
 
 
-def test_a_training_shard_that_is_the_validation_shard_is_refused(tmp_path):
-    folder = parquet_folder(tmp_path / "corpus")
-    (folder / "zzz.parquet").write_bytes((folder / "shard_00001.parquet").read_bytes())
-    with pytest.raises(UserError, match=r"shard_00001\.parquet and zzz\.parquet are the same"):
-        open_dataset(folder)
-    (folder / "zzz.parquet").unlink()
-    assert len({path.stat().st_size for path in folder.iterdir()}) == 1
-    for path in folder.iterdir():
-        os.utime(path, (0, 0))
-    assert len(open_dataset(folder).shards) == 3, "of equal size and time, but other text"
+def test_training_documents_of_other_splits_are_left_out_and_repetitions_are_kept(tmp_path, capsys):
+    train = numbered("t", 50)
+    write_lines(tmp_path / "own" / "train.jsonl", train + train[:20] + train[:10] + ["held\r\nout"])
+    write_lines(tmp_path / "own" / "test.jsonl", train[45:])
+    write_parquet(tmp_path / "own" / "valid.parquet", ["held\nout", *train[40:45]])
+    dataset = open_dataset(tmp_path / "own")
+    assert sorted(split(dataset, "train")) == sorted(train[:40] + train[:20] + train[:10])
+    assert sorted(split(dataset, "val")) == sorted(["held\nout", *train[40:45]])
+    out = capsys.readouterr().out
+    assert "6 training documents left out, because validation has them too\n" in out
+    assert "5 training documents left out, because test has them too\n" in out
+    assert "30 training documents are repetitions and are kept\n" in out
+    open_dataset(tmp_path / "own")
+    assert capsys.readouterr().out == out, "it is printed whenever the folder is used"
 
 
-def test_unknown_name_lists_the_known_ones(tmp_path):
-    with pytest.raises(UserError, match="known names are stdlib, climbmix, fineweb-edu"):
-        open_dataset("climbmax")
-    (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(UserError, match="is a file, name its folder"):
-        open_dataset(tmp_path / "a.txt")
-
-
-def test_damaged_shard_is_named_when_the_dataset_is_opened(tmp_path):
-    folder = parquet_folder(tmp_path / "corpus")
-    path = folder / "shard_00001.parquet"
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match=r"shard_00001\.parquet is damaged"):
-        open_dataset(folder)
-
-
-@given(st.lists(st.text(max_size=60), min_size=2, max_size=30), st.booleans())
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=30),
+                min_size=1, max_size=30), st.lists(st.integers(0, 2), min_size=30, max_size=30))
 @settings(max_examples=60, deadline=None)
-def test_jsonl_documents_are_kept_but_for_blank_ones_and_duplicates(texts, escape):
-    expected = {text for text in texts if text.strip()}
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", folder + "/cache")
-        lines = "\n".join(json.dumps({"text": text, "id": 1}, ensure_ascii=escape) for text in texts)
-        Path(folder, "corpus").mkdir()
-        Path(folder, "corpus", "a.jsonl").write_text(lines, encoding="utf-8", newline="")
-        if len(expected) < 2:
-            with pytest.raises(UserError, match="fewer than 2 distinct documents"):
-                open_dataset(folder + "/corpus")
+def test_no_validation_document_is_trained_on(tmp_path_factory, texts, splits):
+    folder = tmp_path_factory.mktemp("property")
+    by_split = [[text for text, at in zip(texts, splits, strict=False) if at == i] for i in range(3)]
+    for name, found in zip(("train", "valid", "test"), by_split, strict=True):
+        if found:
+            write_lines(folder / "own" / f"{name}.jsonl", found)
+    train, val, test = ([t.removeprefix("\ufeff") for t in found] for found in by_split)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(folder / "cache"))
+        try:
+            dataset = open_dataset(folder / "own")
+        except UserError:
+            assert len({t for t in train if t.strip()} - set(val) - set(test)) < 2 - bool(val) or val
             return
-        dataset = open_dataset(folder + "/corpus")
-        found = documents(dataset)
-        assert len(found) == len(expected) and set(found) == expected
-        assert len(dataset.train_shards) >= 1 and list(read_documents(dataset.val_shards[0]))
+        found_train, found_val = split(dataset, "train"), split(dataset, "val")
+    assert not set(found_train) & (set(found_val) | set(test))
+    if val:
+        assert set(found_val) == {text for text in val if text.strip()}
+    kept = [text for text in train if text.strip() and text not in {*found_val, *test}]
+    assert sorted(found_train) == sorted(kept)
 
 
-@given(st.lists(st.text(min_size=1, max_size=40).filter(lambda text: text.strip() and text[0] != "\ufeff"),
-                min_size=2, max_size=8, unique=True))
-@settings(max_examples=30, deadline=None)
-def test_text_files_become_one_document_each(texts):
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOCHAT_BASE_DIR", folder + "/cache")
-        Path(folder, "corpus", "sub").mkdir(parents=True)
-        for i, text in enumerate(texts):
-            name = ("sub/" if i % 2 else "") + f"{i}" + (".md" if i % 3 else ".txt")
-            Path(folder, "corpus", name).write_bytes(text.encode())
-        assert sorted(documents(open_dataset(folder + "/corpus"))) == sorted(texts)
+@pytest.mark.parametrize("texts", [["a" * 500, "b" * 600, "c" * 700], ["x"] * 100 + ["y"]])
+def test_few_documents_validate_on_the_smallest(tmp_path, texts):
+    write_lines(tmp_path / "own" / "a.jsonl", texts)
+    dataset = open_dataset(tmp_path / "own")
+    assert split(dataset, "val") == [min(texts, key=lambda text: len(text) * texts.count(text))]
 
 
-def test_converted_folder_is_kept_until_the_content_changes(tmp_path, base_dir):
-    folder = text_folder(tmp_path / "corpus", a="first text", b="second text")
-    first = open_dataset(folder)
-    written = first.shards[0].stat().st_mtime_ns
-    os.utime(folder / "a.txt")
-    again = open_dataset(folder)
-    assert again == first and again.shards[0].stat().st_mtime_ns == written
-    moved = open_dataset(text_folder(tmp_path / "elsewhere" / "corpus", b="first text", a="second text"))
-    assert moved.dataset_id == first.dataset_id, "the id follows the documents, not the files' names"
-    text_folder(folder, a="another text")
-    assert open_dataset(folder).dataset_id != first.dataset_id
+# --- ids, changes, the cache
+
+def test_id_follows_the_documents_and_not_their_files(tmp_path):
+    texts = numbered("x", 50)
+    write_lines(tmp_path / "1" / "my corpus" / "a.jsonl", texts)
+    write_parquet(tmp_path / "2" / "my corpus" / "b.parquet", texts[::-1])
+    write_lines(tmp_path / "3" / "my corpus" / "a.jsonl", [*texts, texts[0]])
+    ids = [open_dataset(tmp_path / name / "my corpus").dataset_id for name in "123"]
+    assert ids[0] == ids[1] != ids[2] and ids[0].startswith("my-corpus-")
 
 
-def test_conversion_that_fails_leaves_nothing(tmp_path, base_dir):
-    folder = text_folder(tmp_path / "corpus", a="first text", b="second text")
-    (folder / "c.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    with pytest.raises(UserError, match=r"c\.jsonl, line 2: not JSON"):
-        open_dataset(folder)
-    assert [path.name for path in base_dir.iterdir() if path.is_dir()] == []
-    (folder / "c.jsonl").write_text('{"text": "fine"}\n')
-    assert len(documents(open_dataset(folder))) == 3
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_file_changed_in_place_gives_another_id(tmp_path, name):
+    """Of the same length, with the old time stamp."""
+    (tmp_path / "own").mkdir()
+    path = tmp_path / "own" / name
+
+    def write(word):
+        texts = [f"{word} {i}\n\n" + "text " * 300 for i in range(50)]
+        if name == "a.parquet":
+            write_parquet(path, texts, compression="none", use_dictionary=False,
+                          write_statistics=False)
+        else:
+            path.write_text("".join(texts if name == "a.txt" else (json.dumps(t) + "\n" for t in texts)))
+        os.utime(path, (1e9, 1e9))
+        return path.stat().st_size
+
+    size = write("one")
+    first = open_dataset(tmp_path / "own")
+    assert open_dataset(tmp_path / "own") == first
+    assert write("two") == size
+    second = open_dataset(tmp_path / "own")
+    assert second.dataset_id != first.dataset_id
+    assert set(second.checksums.values()).isdisjoint(first.checksums.values())
 
 
-def test_full_disk_while_converting_is_one_line_and_leaves_nothing(tmp_path, base_dir, monkeypatch):
-    monkeypatch.setattr(shard_writer.pq, "write_table", full_disk)
-    with pytest.raises(UserError, match=r"cannot prepare .*No space left on device"):
-        open_dataset(text_folder(tmp_path / "corpus", a="first text", b="second text"))
-    assert [path.name for path in base_dir.iterdir() if path.is_dir()] == []
+def test_a_read_only_cache_with_the_dataset_needs_no_lock(tmp_path, base_dir, monkeypatch):
+    write_lines(tmp_path / "own" / "a.jsonl", numbered("x", 50))
+    dataset = open_dataset(tmp_path / "own")
+    monkeypatch.setattr(dataset_module, "locked", lambda *_: pytest.fail("a lock was taken"))
+    before = {path: path.stat().st_mtime_ns for path in base_dir.rglob("*")}
+    assert open_dataset(tmp_path / "own") == dataset
+    assert {path: path.stat().st_mtime_ns for path in base_dir.rglob("*")} == before
 
 
-def test_processes_that_ask_at_once_share_one_conversion(tmp_path):
+def test_a_failed_conversion_leaves_nothing(tmp_path, base_dir, monkeypatch):
+    write_lines(tmp_path / "own" / "a.jsonl", numbered("x", 5))
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset_module.pq, "write_table", full_disk)
+        with pytest.raises(UserError, match=r"cannot prepare .*No space left on device"):
+            open_dataset(tmp_path / "own")
+    assert [path for path in base_dir.iterdir() if path.is_dir()] == []
+    ready = open_dataset(tmp_path / "own").train_shards[0].parent
+    left = ready.with_name(f".{ready.name}.tmp")
+    ready.rename(left)  # as a killed process leaves it
+    (left / "shard_00099.parquet").write_bytes(b"half")
+    assert len(open_dataset(tmp_path / "own").train_shards) == 1 and not left.exists()
+
+
+def test_processes_that_start_together_share_one_conversion(tmp_path):
     calls = []
 
-    def texts():
+    def documents():
         calls.append(1)
         time.sleep(0.05)
-        return iter(["one document", "another"])
+        yield from [("train", b"one document"), ("train", b"another")]
 
-    with ThreadPoolExecutor(4) as pool:  # flock keeps threads apart as it does processes
-        list(pool.map(lambda _: prepare_shards(tmp_path / "shards", "x", texts, 20), range(4)))
-    assert len(calls) == 1 and len(list((tmp_path / "shards").glob("*.parquet"))) == 2
-
-
-def test_what_a_killed_conversion_left_is_cleared_away(tmp_path, base_dir):
-    folder = text_folder(tmp_path / "corpus", a="first text", b="second text")
-    ready = open_dataset(folder).shards[0].parent
-    left = ready.with_name(f".{ready.name}.tmp")
-    ready.rename(left)
-    (left / "shard_00099.parquet").write_bytes(b"half")
-    assert len(documents(open_dataset(folder))) == 2
-    assert not left.exists()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: prepare_shards(tmp_path / "d", "x", documents(), 20), range(4)))
+    assert len(calls) == 1 and len(list((tmp_path / "d").glob("*.parquet"))) == 2
 
 
-def test_prepared_folder_with_a_shard_removed_is_refused(tmp_path):
-    folder = text_folder(tmp_path / "corpus", **{f"t{i}": f"text {i} " * 3 for i in range(5)})
-    dataset = open_dataset(folder)
-    (dataset.shards[0].parent / "shard_00007.parquet").write_bytes(dataset.shards[0].read_bytes())
-    with pytest.raises(UserError, match="names other shards than there are; delete"):
-        open_dataset(folder)
-
-
-@pytest.mark.parametrize(("manifest", "message"), [
-    ('{"dataset_id": "x", "sha', "not JSON"), ("", "not JSON"), ("[]", "not a JSON object"), ("{}", "other shards"),
-    ({"dataset_id": "../x"}, "cannot name"), ({"dataset_id": ".."}, "cannot name"),
-    ({"dataset_id": "a/b"}, "cannot name"), ({"dataset_id": None}, "cannot name"), ({}, "cannot name"),
+@pytest.mark.parametrize("damage, message", [
+    (lambda folder: (folder / "dataset.json").write_text('{"dataset_id": "x", "sha'), "not JSON"),
+    (lambda folder: (folder / "dataset.json").write_text("{}"), "has no 'shards'"),
+    (lambda folder: (folder / "shard_00000.parquet").unlink(), r"shard_00000\.parquet is missing"),
 ])
-def test_a_damaged_manifest_is_one_line_that_names_it(tmp_path, manifest, message):
-    dataset = open_dataset(text_folder(tmp_path / "corpus", a="first text", b="second text"))
-    if isinstance(manifest, dict):
-        manifest = json.dumps({"shards": [path.name for path in dataset.shards], **manifest})
-    (dataset.shards[0].parent / "dataset.json").write_text(manifest)
-    with pytest.raises(UserError, match=rf"dataset\.json.*{message}.*delete"):
-        open_dataset(tmp_path / "corpus")
+def test_a_damaged_prepared_folder_is_one_line(tmp_path, damage, message):
+    write_lines(tmp_path / "own" / "a.jsonl", numbered("x", 5))
+    damage(open_dataset(tmp_path / "own").train_shards[0].parent)
+    with pytest.raises(UserError, match=rf"{message}.*delete"):
+        open_dataset(tmp_path / "own")
 
+
+# --- shards
 
 def prepared(folder, texts):
-    prepare_shards(folder, "x", lambda: iter(texts), sum(map(len, texts)))
+    documents = (("train", text.encode()) for text in texts)
+    prepare_shards(folder, "x", documents, sum(map(len, texts)), distinct=True)
     manifest = json.loads((folder / "dataset.json").read_text())
-    assert sorted(path.name for path in folder.iterdir()) == ["dataset.json", "sha256.json", *manifest["shards"]]
-    return manifest["dataset_id"], [list(read_documents(folder / name)) for name in manifest["shards"]]
+    return manifest["dataset_id"], [list(read_documents(folder / n)) for n in manifest["shards"]]
 
 
-def flat(shards):
-    """Documents in the order they were written: validation first."""
-    return [text for shard in (shards[-1], *shards[:-1]) for text in shard]
-
-
-def test_order_and_split_depend_on_the_set_of_documents_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_writer, "_SHARD_MIN_BYTES", 300)
+def test_order_and_shards_depend_on_the_set_of_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_module, "_SHARD_MIN_BYTES", 300)
     texts = [f"{i} " * (1 + i % 7) for i in range(400)]
     dataset_id, shards = prepared(tmp_path / "one", texts)
-    monkeypatch.setattr(shard_writer, "_BUCKET_BYTES", 500)  # sorted in several files now
+    monkeypatch.setattr(dataset_module, "_BUCKET_BYTES", 500)  # sorted in several files
     assert prepared(tmp_path / "two", texts[::-1]) == (dataset_id, shards)
-    with_duplicates = prepared(tmp_path / "three", texts + texts[:50])
-    assert with_duplicates[0] == dataset_id
-    assert flat(with_duplicates[1]) == flat(shards) != texts
-    assert sorted(flat(shards)) == sorted(texts)
-
-
-def test_validation_is_a_twentieth_and_training_shards_are_even(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_writer, "_SHARD_MIN_BYTES", 300)
-    texts = [f"{i} " * (1 + i % 7) for i in range(400)]
-    _, shards = prepared(tmp_path / "one", texts)
+    assert prepared(tmp_path / "three", texts + texts[:50])[0] == dataset_id
+    assert sorted(text for shard in shards for text in shard) == sorted(texts)
     *train, val = [sum(map(len, shard)) for shard in shards]
     assert 0.05 <= val / (val + sum(train)) < 0.06
     assert len(train) > 5 and min(train) > 0.8 * max(train)
 
 
-def test_many_duplicates_of_two_documents_still_make_two_shards(tmp_path):
-    _, shards = prepared(tmp_path / "one", ["one document"] * 100 + ["another"])
-    assert sorted(map(len, shards)) == [1, 1]
+def test_documents_of_a_shard_come_in_order_without_null_and_blank_ones(tmp_path):
+    texts = ["one", "", None, " \n", "two\n"]
+    for number, column in enumerate((pa.array(texts), pa.array(texts, pa.large_string()))):
+        path = write_parquet(tmp_path / f"a:{number}.parquet", column, row_group_size=2)
+        assert list(read_documents(path)) == ["one", "two\n"]
 
+
+def damaged_pages(path):
+    data = bytearray(path.read_bytes())
+    data[10:400] = bytes(390)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda path: os.truncate(path, 100), "damaged"),
+    (lambda path: os.truncate(path, path.stat().st_size - 1), "damaged"),
+    (damaged_pages, "damaged"),
+    (lambda path: write_parquet(path, pa.array([1])), "a column `text` of type int64"),
+    (lambda path: write_parquet(path, pa.array([["a"]])), "Unsupported cast"),
+    (lambda path: write_parquet(path, pa.array(["", None])), "no document with text"),
+    (lambda path: write_parquet(path, pa.array([b"\xff"])), "damaged"),
+    (lambda path: pq.write_table(pa.table({"b": ["a"]}), path), r"no column `text` \(its columns: b"),
+])
+def test_a_shard_that_cannot_be_read_is_named(tmp_path, damage, message):
+    path = write_parquet(tmp_path / "shard_00003.parquet", numbered("x", 1000))
+    damage(path)
+    with pytest.raises(UserError, match=rf"shard_00003\.parquet .*{message}"):
+        list(read_documents(path))
+
+
+def test_sample_stops_at_the_character_limit_and_cuts_long_documents(tmp_path):
+    shards = [write_parquet(tmp_path / f"{i}.parquet", texts)
+              for i, texts in enumerate((["aaaa", "bbbbbbbb"], ["cc", "dd"]))]
+    assert list(sample_documents(shards, max_chars=9, doc_cap=5)) == ["aaaa", "bbbbb"]
+    assert list(sample_documents(shards, max_chars=13)) == ["aaaa", "bbbbbbbb", "cc"]
+    assert list(sample_documents(shards, max_chars=10**9)) == ["aaaa", "bbbbbbbb", "cc", "dd"]
+
+
+# --- named datasets
 
 def test_stdlib_is_prepared_once_with_version_and_content_in_its_id(base_dir):
     dataset = open_dataset("stdlib")
     version = ".".join(map(str, sys.version_info[:3]))
     assert dataset.dataset_id.startswith(f"stdlib-{version}-")
-    assert len(dataset.train_shards) >= 2
-    found = documents(dataset)
+    found = split(dataset, "train") + split(dataset, "val")
+    assert len(found) == len(set(found)) and len(dataset.train_shards) >= 2
     assert 5e6 < sum(map(len, found)) <= stdlib_corpus.CORPUS_CHARS
-    assert open_dataset("stdlib") == dataset
-    assert str(base_dir) not in "".join(found) and not any("site-packages" in path.name for path in dataset.shards)
+    assert open_dataset("stdlib") == dataset and str(base_dir) not in "".join(found)
 
 
 @pytest.fixture
-def two_shard_download(monkeypatch):
+def download(monkeypatch, base_dir):
+    """A downloaded dataset of 3 training shards; the last shard validates."""
     monkeypatch.setitem(dataset_module.DOWNLOADS, "climbmix", Download("owner/repository", 4))
+    folder = base_dir / "base_data_climbmix"
+    for i in (0, 1, 4):
+        write_parquet(folder / f"shard_{i:05d}.parquet", numbered(i, 50), write_statistics=False,
+                      compression="none", use_dictionary=False)
+    return folder
 
 
-def test_dataset_not_downloaded_names_the_command(two_shard_download, base_dir):
-    with pytest.raises(UserError, match=r"run: python -m nanochat\.dataset --dataset climbmix -n 8"):
+def test_a_download_validates_on_its_last_shard_and_is_used_where_it_is(download):
+    dataset = open_dataset("climbmix")
+    assert dataset.val_shards == (download / "shard_00004.parquet",)
+    assert dataset.train_shards == (download / "shard_00000.parquet", download / "shard_00001.parquet")
+    assert dataset.dataset_id.startswith("climbmix-") and open_dataset("climbmix") == dataset
+
+
+def test_a_download_without_its_validation_shard_names_the_command(download):
+    (download / "shard_00004.parquet").unlink()
+    with pytest.raises(UserError, match=r"needs shard_00004\.parquet, .*dataset climbmix -n 8"):
         open_dataset("climbmix")
-    parquet_folder(base_dir / "base_data_climbmix", 3)
-    with pytest.raises(UserError, match=r"lacks shard_00004\.parquet, the validation shard of climbmix"):
-        open_dataset("climbmix")
 
 
-def test_download_command_fetches_training_shards_and_the_last(two_shard_download, base_dir, monkeypatch, capsys):
-    fetched = []
-
-    def fetch(*args):
-        fetched.append(args)
-        parquet_folder(base_dir / "base_data_climbmix", 5)
-
-    monkeypatch.setattr(dataset_module, "fetch_shards", fetch)
-    main(["-n", "2", "-w", "3"])
-    names = ["shard_00000.parquet", "shard_00001.parquet", "shard_00004.parquet"]
-    assert fetched == [("owner/repository", names, base_dir / "base_data_climbmix", 3)]
-    assert "4 training shards and 1 validation shard" in capsys.readouterr().out
-
+# --- the command
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "say how many training shards of climbmix"),
+    ([], "and they need it"),
     (["-n", "0"], "has 1 to 4 training shards"),
     (["-n", "5"], "has 1 to 4 training shards"),
-    (["-n", "2", "-w", "0"], "at least one worker"),
-    (["--dataset", "stdlib", "-n", "2"], "-n is for downloads"),
-    (["--dataset", "nowhere"], "known names are"),
+    (["-n", "2", "-w", "0"], "-w must be at least 1"),
+    (["--dataset", "stdlib", "-n", "2"], "is for climbmix and fineweb-edu"),
+    (["--dataset", "nowhere"], "named datasets are stdlib, climbmix, fineweb-edu"),
+    (["--dataset", "~nobody/x"], "is not a folder"),
+    (["--dataset", "x" * 5000], "is not a folder"),
+    (["--dataset", __file__], "is a file: name its folder"),
 ])
-def test_wrong_arguments_are_one_line_and_exit_code_2(two_shard_download, arguments, message, refusal):
+def test_wrong_arguments_are_one_line_and_exit_code_2(download, arguments, message, refusal):
     error = refusal(main, arguments)
     assert message in error and error.count("\n") == 1
 
 
-def test_module_runs_as_a_command(tmp_path):
-    folder = text_folder(tmp_path / "corpus", a="first text", b="second text")
-    run = subprocess.run([sys.executable, "-m", "nanochat.dataset", "--dataset", str(folder)],
-                         capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize("name", ["corpus", "~corpus", "cor:pus", b"caf\xe9", "..corpus"])
+def test_module_runs_as_a_command_on_folders_of_any_name(tmp_path, name):
+    folder = tmp_path / os.fsdecode(name)
+    folder.mkdir()
+    texts = random.Random(0).sample(numbered("x", 50), 50)
+    (folder / os.fsdecode(b"fil\xe9: ~.txt")).write_text("<|endoftext|>".join(texts))
+    run = subprocess.run([sys.executable, "-m", "nanochat.dataset", "--dataset", folder.name],
+                         capture_output=True, timeout=60, cwd=tmp_path,
+                         env={**os.environ, "PYTHONPATH": os.getcwd()})
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("corpus-") and "1 training shards and 1 validation shard" in run.stdout
+    assert b"1 files, 0.0 MB, 50 documents" in run.stdout
+    assert b"1 training and 1 validation shards" in run.stdout
+
+
+def test_skip_bad_allows_more_unusable_samples(tmp_path, capsys, refusal):
+    write_lines(tmp_path / "a.jsonl", numbered("x", 40))
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write("{\n")
+    assert "1 of 41 samples are unusable" in refusal(main, ["--dataset", str(tmp_path)])
+    main(["--dataset", str(tmp_path), "--skip-bad", "0.05"])
+    assert "1 of 41 samples are unusable: " in capsys.readouterr().out

@@ -14,11 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import dataset as sources
+from nanochat import dataset as dataset_module
 from nanochat.common import UserError
-from nanochat.dataset import Download, download_shards, open_dataset
-from nanochat.download import fetch_shards
-from nanochat.shards import read_documents
+from nanochat.dataset import Download, download_shards, open_dataset, read_documents
 
 REPO = "owner/repository"
 
@@ -35,7 +33,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.respond()
 
     def respond(self):
-        name, is_get = self.path.removeprefix(f"/datasets/{REPO}/resolve/main/"), self.command == "GET"
+        name = self.path.removeprefix(f"/datasets/{REPO}/resolve/main/")
+        is_get = self.command == "GET"
         start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
         with self.server.lock:
             self.server.requests[name].append((self.command, start))
@@ -55,8 +54,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", "0" * 40)
         self.end_headers()
         if is_get:
-            sent = bytes([data[0], data[1], data[2], data[3], data[4] ^ 1]) + data[5:] if fault == "flip" else data
-            self.wfile.write(sent[start:start + 100_000] if fault == "drop" else sent[start:])
+            if fault == "flip":
+                data = data[:4] + bytes([data[4] ^ 1]) + data[5:]
+            self.wfile.write(data[start:start + 100_000] if fault == "drop" else data[start:])
         self.close_connection = fault == "drop"
 
     def log_message(self, *_):
@@ -85,84 +85,79 @@ def server(monkeypatch):
 def shard_bytes(tmp_path_factory):
     path = tmp_path_factory.mktemp("shard") / "shard.parquet"
     letters = np.random.default_rng(0).integers(97, 123, (300, 1000), dtype=np.uint8)
-    pq.write_table(pa.table({"text": [row.tobytes().decode() for row in letters]}), path, compression="none")
+    texts = [row.tobytes().decode() for row in letters]
+    pq.write_table(pa.table({"text": texts}), path, compression="none")
     return path.read_bytes()
 
 
-def test_shards_arrive_whole_and_nothing_else_is_left(server, shard_bytes, tmp_path):
-    server.files = dict.fromkeys(("a.parquet", "b.parquet"), shard_bytes)
-    fetch_shards(REPO, ["a.parquet", "b.parquet"], tmp_path / "data")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "data").glob("[!s]*")} == server.files
+FIRST, LAST = "shard_00000.parquet", "shard_00005.parquet"
 
 
-def test_shards_already_there_are_not_asked_for(server, tmp_path):
-    (tmp_path / "a.parquet").write_bytes(b"mine")
-    fetch_shards(REPO, ["a.parquet"], tmp_path)
-    assert (tmp_path / "a.parquet").read_bytes() == b"mine" and not server.requests
+@pytest.fixture
+def folder(server, shard_bytes, base_dir, monkeypatch):
+    """The folder of a dataset of shards 0 to 5, all of them on the server."""
+    monkeypatch.setitem(dataset_module.DOWNLOADS, "climbmix", Download(REPO, 5))
+    server.files = {f"shard_{i:05d}.parquet": shard_bytes for i in range(6)}
+    return base_dir / "base_data_climbmix"
+
+
+def n_gets(server, name):
+    return sum(command == "GET" for command, _ in server.requests[name])
+
+
+def test_shards_arrive_complete_with_the_validation_shard_and_nothing_else(server, folder):
+    download_shards("climbmix", 2, num_workers=2)
+    names = [FIRST, "shard_00001.parquet", LAST]
+    assert sorted(path.name for path in folder.iterdir()) == ["sha256.json", *names]
+    assert all((folder / name).read_bytes() == server.files[name] for name in names)
+    dataset = open_dataset("climbmix")
+    assert [path.name for path in (*dataset.train_shards, *dataset.val_shards)] == names
+    assert len(list(read_documents(dataset.val_shards[0]))) == 300
+    download_shards("climbmix", 3)
+    assert len(open_dataset("climbmix").train_shards) == 3
+    assert n_gets(server, FIRST) == 1, "existing shards are kept"
 
 
 @pytest.mark.parametrize("faults", [["drop"] * 2, [429], ["drop", 429, "drop"]])
-def test_passing_faults_end_with_the_right_bytes(server, shard_bytes, tmp_path, faults):
-    server.files["a.parquet"], server.faults["a.parquet"] = shard_bytes, list(faults)
-    fetch_shards(REPO, ["a.parquet"], tmp_path)
-    assert (tmp_path / "a.parquet").read_bytes() == shard_bytes
-    starts = [start for command, start in server.requests["a.parquet"] if command == "GET"]
-    assert max(starts) == 100_000 * faults.count("drop"), "it goes on where the line broke"
+def test_passing_faults_end_with_the_right_bytes(server, folder, faults):
+    server.faults[FIRST] = list(faults)
+    download_shards("climbmix", 1)
+    assert (folder / FIRST).read_bytes() == server.files[FIRST]
+    starts = [start for command, start in server.requests[FIRST] if command == "GET"]
+    assert max(starts) == 100_000 * faults.count("drop"), "it continues where the line broke"
 
 
-def test_what_is_no_shard_never_gets_the_name(server, tmp_path):
-    server.files["a.parquet"] = b"<html>please log in</html>"
-    with pytest.raises(UserError, match=rf"could not download a\.parquet of {REPO}: what came is not a parquet"):
-        fetch_shards(REPO, ["a.parquet"], tmp_path)
-    assert not list(tmp_path.rglob("*.parquet"))
+@pytest.mark.parametrize("content, fault, message", [
+    (b"<html>please log in</html>", None, "Parquet magic bytes not found|file size"),
+    (None, None, "404 Not Found"),
+    ("shard", 503, "503 Service Unavailable"),
+    ("shard", "flip", "its SHA-256 is not that of the host"),
+])
+def test_a_shard_that_fails_never_gets_the_name_and_the_others_are_kept(
+        server, folder, shard_bytes, content, fault, message):
+    server.files[LAST] = shard_bytes if content == "shard" else content
+    server.faults[LAST] = [fault] if fault else []
+    if content is None:
+        del server.files[LAST]
+    with pytest.raises(UserError, match=rf"not download {LAST} of {REPO} \(.*({message}).*; run the"):
+        download_shards("climbmix", 1, num_workers=1)
+    assert [path.name for path in folder.glob("*.parquet")] == [FIRST]
+    server.files[LAST] = shard_bytes
+    download_shards("climbmix", 1)
+    checksum = hashlib.sha256(shard_bytes).hexdigest()
+    assert json.loads((folder / "sha256.json").read_text()) == {FIRST: checksum, LAST: checksum}
+    assert n_gets(server, FIRST) == 1
 
 
-@pytest.mark.parametrize(("status", "said"), [(None, "404 Not Found"), (503, "503 Service Unavailable")])
-def test_a_shard_that_cannot_be_had_is_one_error_and_the_others_are_kept(server, shard_bytes, tmp_path, status, said):
-    server.files["a.parquet"], folder = shard_bytes, tmp_path / "data"
-    if status:
-        server.files["b.parquet"], server.faults["b.parquet"] = shard_bytes, [status]
-    with pytest.raises(UserError, match=rf"could not download b\.parquet of {REPO} \(.*{said}.*\); run the same"):
-        fetch_shards(REPO, ["a.parquet", "b.parquet"], folder, num_workers=1)
-    assert [path.name for path in folder.glob("*.parquet")] == ["a.parquet"]
-    server.files["b.parquet"] = shard_bytes
-    fetch_shards(REPO, ["a.parquet", "b.parquet"], folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["a.parquet", "b.parquet", "sha256.json"]
-    assert sum(command == "GET" for command, _ in server.requests["a.parquet"]) == 1
-
-
-def test_bytes_that_changed_on_the_way_never_get_the_name(server, shard_bytes, tmp_path):
-    server.files["a.parquet"], server.faults["a.parquet"] = shard_bytes, ["flip"]
-    with pytest.raises(UserError, match=r"could not download a\.parquet .*not those of the host's SHA-256"):
-        fetch_shards(REPO, ["a.parquet"], tmp_path)
-    assert not list(tmp_path.rglob("*.parquet"))
-    fetch_shards(REPO, ["a.parquet"], tmp_path)
-    assert json.loads((tmp_path / "sha256.json").read_text()) == {"a.parquet": hashlib.sha256(shard_bytes).hexdigest()}
-
-
-def test_a_failure_leaves_out_what_was_not_begun(server, shard_bytes, tmp_path):
-    server.files = {f"{i}.parquet": shard_bytes for i in range(40)}
-    with pytest.raises(UserError, match=r"gone\.parquet"):
-        fetch_shards(REPO, ["gone.parquet", *server.files], tmp_path, num_workers=1)
+def test_after_a_failure_no_other_download_starts(server, folder, monkeypatch):
+    monkeypatch.setitem(dataset_module.DOWNLOADS, "climbmix", Download(REPO, 40))
+    del server.files[FIRST]
+    with pytest.raises(UserError, match="shard_00000"):
+        download_shards("climbmix", 40, num_workers=1)
     assert len(server.requests) < 10
 
 
-def test_a_server_that_is_not_there_is_one_clear_error(server, tmp_path, monkeypatch):
+def test_a_server_that_does_not_answer_is_one_error(server, folder, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"could not download a\.parquet .*refused"):
-        fetch_shards(REPO, ["a.parquet"], tmp_path)
-
-
-def test_known_dataset_comes_with_its_validation_shard(server, shard_bytes, base_dir, tmp_path, monkeypatch):
-    monkeypatch.setitem(sources.DOWNLOADS, "climbmix", Download(REPO, 5))
-    server.files = {f"shard_{i:05d}.parquet": shard_bytes for i in range(5)}
-    pq.write_table(pa.table({"text": ["held out"]}), tmp_path / "val.parquet")
-    server.files["shard_00005.parquet"] = (tmp_path / "val.parquet").read_bytes()
-    download_shards("climbmix", 3, num_workers=2)
-    dataset = open_dataset("climbmix")
-    assert [path.name for path in dataset.shards] == [f"shard_{i:05d}.parquet" for i in (0, 1, 2, 5)]
-    assert dataset.shards[0].parent == base_dir / "base_data_climbmix"
-    assert list(read_documents(dataset.val_shards[0])) == ["held out"]
-    download_shards("climbmix", 4)
-    assert len(open_dataset("climbmix").train_shards) == 4
-    assert sum(command == "GET" for command, _ in server.requests["shard_00000.parquet"]) == 1
+    with pytest.raises(UserError, match=r"could not download shard_\d+\.parquet .*refused"):
+        download_shards("climbmix", 1)

@@ -20,7 +20,7 @@ echo "$@" >> "$CALLS"
 [ "$1" = "$FAILING" ] && exit 1
 case "$1" in
     scripts.plan) echo "--depth=24 --fp8 --device-batch-size=16 --target-param-data-ratio=${9#--ratio=}" ;;
-    scripts.tok_train) mkdir -p "$NANOCHAT_BASE_DIR/tokenizer" && touch "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.txt" ;;
+    scripts.tok_train) mkdir -p "$NANOCHAT_BASE_DIR/tokenizer" && touch "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.tiktoken" ;;
 esac
 exit 0
 """

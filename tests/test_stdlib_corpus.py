@@ -1,4 +1,4 @@
-"""What of a Python installation goes into the embedded corpus, and how it is cut."""
+"""The files of a Python installation that make the corpus, and how they are cut."""
 
 import re
 
@@ -28,8 +28,9 @@ def library(tmp_path, monkeypatch):
 def test_only_what_is_the_same_on_every_machine_is_read(library):
     for name in ("zlib.py", "a/b.py", "LICENSE.txt", "test/test_a.py", "idlelib/idle_test/test_b.py"):
         library(name, f"# {name}\n" + SENTENCE)
-    for name in ("site-packages/x.py", "dist-packages/x.py", "a/__pycache__/x.py", "config-3.11-x/python-config.py",
-                 "_sysconfigdata__linux_.py", "sitecustomize.py", "test/data.txt", "a/readme.rst", "encodings/cp1.py"):
+    for name in ("site-packages/x.py", "dist-packages/x.py", "a/__pycache__/x.py",
+                 "config-3.11-x/python-config.py", "_sysconfigdata__linux_.py", "sitecustomize.py",
+                 "test/data.txt", "a/readme.rst", "encodings/cp1.py"):
         library(name, f"# {name}\n" + SENTENCE)
     found = [document.split("\n")[0].removeprefix("# ") for document in corpus_documents()]
     assert found == ["LICENSE.txt", "a/b.py", "zlib.py", "idlelib/idle_test/test_b.py", "test/test_a.py"]
@@ -51,7 +52,7 @@ def test_corpus_ends_at_its_size(library, monkeypatch):
 
 def test_library_without_sources_is_an_error(library):
     library("zlib.pyc", b"\x00")
-    with pytest.raises(UserError, match="holds no source code"):
+    with pytest.raises(UserError, match="has no source code"):
         list(corpus_documents())
 
 
@@ -79,8 +80,9 @@ def test_large_classes_are_cut_at_methods():
     assert all(re.match(r"def m\d+\(self\):\n    self", piece) for piece in pieces[1:]), "moved to the margin"
 
 
-@given(st.lists(st.sampled_from(["def f():\n", "    x = 1\n", "\n", "class A:\n", "    def g(self):\n", "@d\n", "# c\n",
-                                 "    " + "y" * 700 + "\n", "z = 3\n", "text " * 300 + "\n"])).map("".join))
+@given(st.lists(st.sampled_from(["def f():\n", "    x = 1\n", "\n", "class A:\n", "    def g(self):\n",
+                                 "@d\n", "# c\n", "    " + "y" * 700 + "\n", "z = 3\n",
+                                 "text " * 300 + "\n"])).map("".join))
 def test_cutting_loses_nothing_but_blank_space(text):
     assert "".join("".join(cut_code(text)).split()) == "".join(text.split())
 

@@ -1,7 +1,10 @@
-"""Text files and JSON lines as documents; what is said of those that cannot be read."""
+"""A user's folder: which files are read for which split, and which documents come of them."""
 
+import bz2
 import gzip
 import json
+import os
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,163 +12,255 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat.bad_samples import BadSamples
+from nanochat import text_folder
 from nanochat.common import UserError
-from nanochat.dataset import open_dataset
-from nanochat.text_folder import cut_text, folder_documents, folder_key, list_text_files
+from nanochat.text_folder import (
+    SEPARATORS,
+    Samples,
+    TextFolder,
+    folder_documents,
+    named_split,
+    split_text,
+)
 
 
-def test_files_are_found_in_subfolders_but_hidden_ones_left_out(tmp_path):
-    for name in ("b.txt", "a/c.md", "a/d.jsonl", "e.jsonl.gz", ".hidden.txt", ".git/x.txt", "f.csv", "g.gz"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert [path.relative_to(tmp_path).as_posix() for path in list_text_files(tmp_path)] == [
-        "a/c.md", "a/d.jsonl", "b.txt", "e.jsonl.gz"]
+def write(path, content):
+    """Write a file of a folder: bytes, text, JSON lines (list), or parquet (a column `text`)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, pa.Array):
+        with open(path, "wb") as file:
+            pq.write_table(pa.table({"text": content}), file)
+    elif isinstance(content, list):
+        path.write_text("".join(json.dumps(value) + "\n" for value in content))
+    else:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-@given(st.text(alphabet="ab\n", max_size=200), st.integers(1, 20))
-def test_pieces_of_a_text_join_to_it_and_end_at_blank_lines(text, piece_chars):
-    pieces = cut_text(text, piece_chars)
-    assert "".join(pieces) == text
-    assert all(len(piece) >= piece_chars and piece.endswith("\n\n") for piece in pieces[:-1])
+def documents(folder, samples=None):
+    found = folder_documents(TextFolder(folder), samples or Samples())
+    return [(split, data.decode()) for split, data in found]
 
 
-def test_one_long_text_becomes_several_documents(tmp_path):
-    (tmp_path / "input.txt").write_text("A line of a play.\n\n" * 10_000)
-    found = list(folder_documents(tmp_path))
-    assert len(found) > 5 and "".join(found) == "A line of a play.\n\n" * 10_000
+def texts(folder, samples=None):
+    return [text for _, text in documents(folder, samples)]
 
 
-def test_gzipped_lines_are_read_and_blank_lines_skipped(tmp_path):
-    with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.write('{"text": "ein Café"}\n\n  \n{"text": "two", "meta": null}\n')
-    assert list(folder_documents(tmp_path)) == ["ein Café", "two"]
+def zstd(data):
+    return pa.compress(data, "zstd", asbytes=True)
 
 
-def test_byte_order_mark_is_no_text(tmp_path):
-    (tmp_path / "a.txt").write_text("text", encoding="utf-8-sig")
-    (tmp_path / "b.jsonl").write_text('{"text": "line"}', encoding="utf-8-sig")
-    assert list(folder_documents(tmp_path)) == ["text", "line"]
+STRINGS = pa.array(["one", None, "", "two"])
+LINES = '{"text": "one"}\n\n{"text": null}\n"two"\n'
+READ_AS_ONE_TWO = {
+    "a.jsonl": LINES,
+    "a.ndjson": LINES.replace("\n", "\r\n"),
+    "old mac.jsonl": LINES.replace("\n", "\r"),
+    "a.JSONL.GZ": gzip.compress(LINES.encode()),
+    "two members.jsonl.gz": gzip.compress(LINES[:16].encode()) + gzip.compress(LINES[16:].encode()),
+    "a.jsonl.bz2": bz2.compress(LINES.encode()),
+    "a.jsonl.zst": zstd(LINES.encode()),
+    "array.json": '[{"text": "one"}, {"text": null},\n {"text": "two", "id": [2]}]\n',
+    "strings.json": '["one", "two"]',
+    "lines.json": LINES,
+    "pretty.json": json.dumps({"text": "one"}, indent=2) + json.dumps({"text": "two"}, indent=2),
+    "array.json.gz": gzip.compress(b'["one", "two"]'),
+    "separator.txt": "one\n<|endoftext|>\ntwo",
+    "separators.md": "<|bos|>one<|endoftext|><|bos|>two<|endoftext|>\n",
+    "row.jsonl": '{"text": "one<|endoftext|>two"}',
+    "bom.txt": "one<|endoftext|>two".encode("utf-8-sig"),
+    "utf-16.TXT": "one<|endoftext|>two".encode("utf-16"),
+    "utf-16-be.txt": b"\xfe\xff" + "one<|endoftext|>two".encode("utf-16-be"),
+    "utf-32.txt": "one<|endoftext|>two".encode("utf-32"),
+    "utf-16.jsonl": LINES.encode("utf-16"),
+    "crlf.txt": "one\r\n<|endoftext|>\r\ntwo",
+    "a.txt.gz": gzip.compress(b"one<|endoftext|>two"),
+    "a.parquet": STRINGS,
+    "A.PARQUET": STRINGS.cast(pa.large_string()),
+    "view.parquet": STRINGS.cast(pa.string_view()),
+    "dictionary.parquet": STRINGS.dictionary_encode(),
+    "binary.parquet": STRINGS.cast(pa.binary()),
+    "separator.parquet": pa.array(["one<|endoftext|>two"]),
+    "deep/lang=en/year=2024/a.parquet": STRINGS,
+    "~tilde.jsonl": LINES,
+    "co:lon://a.parquet": STRINGS,
+    os.fsdecode(b"latin\xe9.parquet"): STRINGS,
+}
 
 
-@pytest.mark.parametrize("line, message", [
-    (b'{"text": "half', "not JSON"),
-    (b"[" * 100_000, "not JSON"),
-    (b'{"content": "x"}', 'no string under "text"'),
-    (b'{"text": null}', 'no string under "text"'),
-    (b'["text"]', 'no string under "text"'),
-    (b'{"text": "caf\xe9"}', "not UTF-8 at byte 13"),
+@pytest.mark.parametrize("name", READ_AS_ONE_TWO)
+def test_every_form_of_two_documents_is_read(tmp_path, name):
+    write(tmp_path / name, READ_AS_ONE_TWO[name])
+    assert documents(tmp_path) == [("train", "one"), ("train", "two")]
+
+
+@pytest.mark.parametrize("ends", ["\r\n", "\r", "\n"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_line_ends_become_lf(tmp_path, ends, name):
+    text = ends.join(["A line.", "", "Another.", "\u2028 and \u0085 are text", ""])
+    content = {"a.txt": text, "a.jsonl": [{"text": text}], "a.parquet": pa.array([text])}[name]
+    write(tmp_path / name, content)
+    assert texts(tmp_path) == ["A line.\n\nAnother.\n\u2028 and \u0085 are text\n"]
+
+
+@pytest.mark.parametrize("text", [
+    "A line of a play.\n\n" * 5000,
+    "One line per document, without blank lines.\n" * 3000,
+    "One long line of sentences without a line end. " * 3000,
+    "words without any end of a sentence " * 3000,
+    "一句话。" * 20_000,
+    "x" * 100_000,
+    "A paragraph\u2029" * 10_000,
 ])
-def test_bad_line_is_named_by_file_and_number(tmp_path, line, message):
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
-    with pytest.raises(UserError, match=rf"a\.jsonl, line 3: {message}"):
-        list(folder_documents(tmp_path))
+@pytest.mark.parametrize("name", ["a.txt", "a.parquet"])
+def test_a_long_text_becomes_documents_of_a_few_percent_cut_at_the_best_place(tmp_path, text, name):
+    write(tmp_path / name, pa.array([text]) if name == "a.parquet" else text)
+    found = texts(tmp_path)
+    assert "".join(found) == text
+    assert max(map(len, found)) <= 0.1 * len(text)
+    ends = {re.sub(r".*?(\W?)(\s*)\Z", r"\1\2", piece, flags=re.S)[-2:] for piece in found[:-1]}
+    assert len(ends) == 1, ends
 
 
-def test_text_file_in_another_encoding_is_named(tmp_path):
-    (tmp_path / "a.txt").write_bytes("Käse".encode("latin-1"))
-    with pytest.raises(UserError, match=r"a\.txt: not UTF-8 at byte 1"):
-        list(folder_documents(tmp_path))
+@given(st.lists(st.sampled_from([*SEPARATORS[:3], "<|", "a", "b c", "\n", "\n\n", ". ", "|>"]),
+                max_size=60), st.integers(1, 7), st.integers(5, 40))
+@settings(max_examples=300)
+def test_documents_join_to_the_text_without_separators(parts, block_chars, piece_chars):
+    text = "".join(parts)
+    blocks = [text[i:i + block_chars] for i in range(0, len(text), block_chars)]
+    found = list(split_text(blocks, piece_chars))
+    separator = re.compile("|".join(map(re.escape, SEPARATORS)))
+    if not separator.search(text):
+        assert "".join(found) == text
+    bare = separator.sub("", text)
+    if separator.search(bare) is None:  # removing a separator did not make another
+        assert "".join(found).replace("\n", "") == bare.replace("\n", "")
+    assert not any(separator.search(document) for document in found)
+    assert all(len(document) <= 2 * piece_chars + 64 for document in found)
+    assert list(split_text([text], piece_chars)) == found or not text or "<|" in text
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: b"\x00" + data[1:],
-                                    lambda data: data[:40] + bytes(20) + data[60:]])
-def test_damaged_gzip_is_named(tmp_path, damage):
-    lines = "".join(json.dumps({"text": f"document {i * i}"}) + "\n" for i in range(200))
-    (tmp_path / "a.jsonl.gz").write_bytes(damage(gzip.compress(lines.encode())))
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz"):
-        list(folder_documents(tmp_path))
+@pytest.mark.parametrize("name, split", [
+    ("train", "train"), ("TRAIN-00000-of-00003", "train"), ("training_2", "train"),
+    ("wiki.valid", "validation"), ("validation-00000-of-00001", "validation"),
+    ("data/val/part-0", "validation"), ("dev", "validation"), ("Eval", "validation"),
+    ("TinyStories-valid", "validation"), ("split=test/part-3", "test"), ("test/a.b", "test"),
+    ("c4-train.00001-of-01024", "train"), ("my_test/train", "train"), ("train/test_1", "test"),
+    ("the_dev_guide", ""), ("contest", ""), ("evaluate", ""), ("a", ""), ("latest/news", ""),
+])
+def test_split_is_the_first_or_last_word_of_a_name(name, split):
+    assert named_split(name) == split
 
 
-# --- bad samples
+def test_every_file_is_read_or_named(tmp_path):
+    for name in ("a.txt", "B.TXT", "sub/c.md", "x.PDF", "y.pdf", "z.csv.gz", "Makefile", ".git/a.txt",
+                 "a.parquet.gz", "sub/.DS_Store"):
+        write(tmp_path / name, "x" * 1000)
+    write(tmp_path / "info.json", '{"version": 1}')
+    write(tmp_path / "other.parquet", b"")
+    pq.write_table(pa.table({"content": ["x"]}), tmp_path / "other.parquet")
+    (tmp_path / "broken.txt").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "sub" / "up").symlink_to(tmp_path)
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    (tmp_path / "linked").symlink_to("sub")
+    os.mkfifo(tmp_path / "fifo.txt")
+    folder = TextFolder(tmp_path)
+    assert [file.name for file in folder.files] == [
+        "B.TXT", "a.txt", "info.json", "link.txt", "linked/c.md", "other.parquet", "sub/c.md"]
+    samples = Samples()
+    assert len(list(folder_documents(folder, samples))) == 5
+    for problem, n_bytes in samples.textless:
+        folder.leave_out(problem, n_bytes)
+    [line] = folder.left_out_lines()
+    for part in ("2 .pdf", "1 .csv.gz", "1 without suffix", "3 hidden", "2 broken link",
+                 "2 link to a parent folder", "1 special file", "1 .json without text",
+                 "1 .parquet with no column `text` (its columns: content)", " MB, "):
+        assert part in line, line
+    assert 0.4 < int(re.search(r"(\d+)% of the folder", line)[1]) / 100 < 0.7
 
-BAD_LINES = {b'{"text": "half': "not JSON", b'["text"]': 'no string under "text"', b'{"text": "caf\xe9"}': "not UTF-8",
-             b'{"text": "\\u0000 \\u0000"}': "nothing but NUL", b'{"text": "' + b"x" * 5000 + b'"}': "longer than"}
+
+@given(st.dictionaries(st.text("ab.~ :é\udce9", min_size=1, max_size=6).filter(lambda n: n.strip(".")),
+                       st.sampled_from(["", ".txt", ".TXT", ".json", ".jsonl.gz", ".xyz", ".gz"]),
+                       max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_counts_of_read_and_named_files_are_those_of_the_folder(tmp_path_factory, names):
+    folder = tmp_path_factory.mktemp("files")
+    for stem, suffix in names.items():
+        (folder / (stem + suffix)).write_bytes(b"")
+    found = TextFolder(folder)
+    assert len(found.files) + sum(found.left_out.values()) == len(list(folder.iterdir()))
 
 
-@settings(deadline=None, max_examples=40)
-@given(lines=st.lists(st.sampled_from([b'{"text": "fine"}', b"", *BAD_LINES]), min_size=1, max_size=60),
-       share=st.sampled_from([0, 0.1, 0.5]), final_newline=st.booleans(), packed=st.booleans())
-def test_bad_lines_are_counted_named_and_left_out_up_to_a_share(tmp_path_factory, lines, share, final_newline, packed):
-    folder = tmp_path_factory.mktemp("text")
-    data = b"\n".join(lines) + b"\n" * final_newline
-    (folder / f"a.jsonl{'.gz' * packed}").write_bytes(gzip.compress(data) if packed else data)
-    places = [(number, BAD_LINES[line]) for number, line in enumerate(lines, start=1) if line in BAD_LINES]
-    n_good = lines.count(b'{"text": "fine"}')
-    bad = BadSamples(share)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanochat.text_folder._MAX_SAMPLE_BYTES", 4096)
-        if len(places) > share * (n_good + len(places)):
-            with pytest.raises(UserError, match=f"of {n_good + len(places)} samples cannot be used") as refusal:
-                list(folder_documents(folder, bad))
-            for number, why in places[:3]:
-                assert f"line {number}: {why}" in str(refusal.value)
-        else:
-            assert list(folder_documents(folder, bad)) == ["fine"] * n_good
-    assert (bad.n_bad, bad.n_samples) == (len(places), n_good + len(places))
+BAD_LINES = {
+    b'{"text": "half': "not JSON",
+    b"[" * 100_000: "not JSON (nested too deeply)",
+    b'{"content": "x"}': 'no string under "text"',
+    b'["text"]': 'no string under "text"',
+    b'{"text": "caf\xe9"}': "not UTF-8",
+    b'{"text": "\\u0000 \\u0000"}': "NUL characters",
+    b'{"text": "' + b"x" * 200_000 + b'"}': "not JSON (longer than",
+}
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.binary(max_size=300), st.sampled_from(["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"]))
-def test_no_bytes_whatever_end_in_a_traceback(tmp_path_factory, data, name):
+@pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_unusable_lines_are_named_and_left_out_up_to_a_share(tmp_path, monkeypatch, line):
+    monkeypatch.setattr(text_folder, "_MAX_SAMPLE_CHARS", 150_000)
+    write(tmp_path / "a.jsonl", b'{"text": "fine"}\n\n' + line + b"\n" + b'{"text": "good"}\n')
+    samples = Samples(share=0.4)
+    assert texts(tmp_path, samples) == ["fine", "good"]
+    assert (samples.n, samples.n_bad) == (3, 1)
+    with pytest.raises(UserError, match=r"1 of 3 samples are unusable: .*a\.jsonl, line 3: ") as error:
+        texts(tmp_path)
+    assert BAD_LINES[line] in str(error.value)
+
+
+def test_a_text_in_another_encoding_is_refused_and_one_bad_document_is_not(tmp_path):
+    write(tmp_path / "a.txt", ("Käse.\n\n" * 5000).encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.txt: not UTF-8"):
+        texts(tmp_path)
+    write(tmp_path / "a.txt", "Text.\n\n".encode("utf-16-le") * 5000)
+    with pytest.raises(UserError, match=r"NUL characters: .*UTF-16 without a byte order mark"):
+        texts(tmp_path)
+    write(tmp_path / "a.txt", "Käse.\n\n".encode() * 5000 + b"\xe9\n\n" + "Käse.\n\n".encode() * 5000)
+    samples = Samples(share=0.02)
+    assert 0.95 < len("".join(texts(tmp_path, samples))) / 70_000 < 1 and samples.n_bad == 1
+
+
+def test_a_folder_of_the_wrong_kind_is_refused_early(tmp_path):
+    write(tmp_path / "a.jsonl", '{"content": "x"}\n' * 10_000)
+    samples = Samples(0.01)
+    with pytest.raises(UserError, match="100 of 100 samples are unusable"):
+        texts(tmp_path, samples)
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("a.jsonl.gz", lambda data: data[:-20]),
+    ("a.jsonl.gz", lambda data: b"\x00" + data[1:]),
+    ("a.jsonl.gz", lambda data: data[:40] + bytes(20) + data[60:]),
+    ("a.json", lambda data: b"[" + data[:-20]),
+    ("a.txt", lambda data: data.decode().encode("utf-16")[:-1]),
+    ("a.parquet", lambda data: data),
+])
+def test_a_damaged_file_is_named(tmp_path, name, damage):
+    data = "".join(json.dumps({"text": f"document {i * i}"}) + "\n" for i in range(200)).encode()
+    (tmp_path / name).write_bytes(damage(gzip.compress(data) if name.endswith("gz") else data))
+    with pytest.raises(UserError, match=rf"{name} is damaged or unreadable"):
+        texts(tmp_path)
+
+
+@given(st.binary(max_size=300), st.sampled_from(["a.txt", "a.jsonl", "a.json", "a.txt.gz", "a.parquet"]))
+@settings(deadline=None, max_examples=100)
+def test_any_bytes_give_text_or_one_error(tmp_path_factory, data, name):
     folder = tmp_path_factory.mktemp("text")
     (folder / name).write_bytes(data)
     try:
-        assert all(isinstance(text, str) for text in folder_documents(folder, BadSamples(0.9)))
+        assert all(text.strip() for text in texts(folder, Samples(0.9)))
     except UserError as error:
         assert name in str(error)
 
 
-def test_a_folder_of_the_wrong_kind_is_refused_before_all_of_it_is_read(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"content": "x"}\n' * 100_000)
-    bad = BadSamples(0.01)
-    with pytest.raises(UserError, match="so far 100 of 100 samples cannot be used"):
-        list(folder_documents(tmp_path, bad))
-    assert bad.n_bad == 100
-
-
-def test_rows_of_parquet_that_cannot_be_used_are_named(tmp_path):
-    rows = [b"one", b"caf\xe9", None, b"\0\0", b"two"]
-    column = pa.array(rows, pa.binary()).view(pa.string())  # not checked, as a careless writer would
-    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    bad = BadSamples(0.5)
-    assert list(folder_documents(tmp_path, bad)) == ["one", "two"]
-    assert bad.named == [f"{tmp_path / 'a.parquet'}, row 2: not UTF-8 at byte 3",
-                         f"{tmp_path / 'a.parquet'}, row 4: nothing but NUL characters"]
-
-
-def test_a_damaged_row_group_costs_its_rows_alone(tmp_path):
-    path = tmp_path / "a.parquet"
-    texts = [f"text {i}" for i in range(400)]
-    pq.write_table(pa.table({"text": texts}), path, row_group_size=100, compression="none", use_dictionary=False)
-    start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
-    data = bytearray(path.read_bytes())
-    data[start:start + 40] = bytes(40)
-    path.write_bytes(data)
-    bad = BadSamples(0.3)
-    assert list(folder_documents(tmp_path, bad)) == texts[:100] + texts[200:]
-    assert bad.n_bad == 100 and "a.parquet, rows 101 to 200: damaged" in bad.named[0]
-
-
-def test_what_was_left_out_is_warned_of_and_noted_in_the_manifest(tmp_path, base_dir, capsys):
-    (tmp_path / "own").mkdir()
-    lines = [json.dumps({"text": f"document {i}"}) for i in range(40)]
-    (tmp_path / "own" / "a.jsonl").write_text("\n".join([*lines[:20], "{", *lines[20:]]))
-    with pytest.raises(UserError, match=r"a\.jsonl, line 21: not JSON .*: 1 of 41 samples cannot be used"):
-        open_dataset(tmp_path / "own")
-    dataset = open_dataset(tmp_path / "own", skip_bad=0.05)
-    assert "1 of 41 samples left out" in capsys.readouterr().err
-    manifest = json.loads((dataset.shards[0].parent / "dataset.json").read_text())
-    assert manifest["bad_samples"] == 1 and manifest["samples"] == 41 and "line 21" in manifest["bad_named"][0]
-    assert open_dataset(tmp_path / "own") == dataset  # prepared once, by whoever said how
-
-
-def test_key_follows_names_and_contents(tmp_path):
-    (tmp_path / "a.txt").write_text("one")
-    key = folder_key(tmp_path)
-    (tmp_path / "ignored.csv").write_text("x")
-    assert folder_key(tmp_path) == key
-    (tmp_path / "a.txt").write_text("two")
-    changed = folder_key(tmp_path)
-    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
-    assert len({key, changed, folder_key(tmp_path)}) == 3
+def test_a_large_array_is_read_in_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_folder, "_BLOCK_CHARS", 50)
+    values = [f"document {i} with \"quotes\", [brackets] and \\ " * (i % 9) for i in range(300)]
+    write(tmp_path / "a.json", json.dumps(values, indent=1))
+    assert texts(tmp_path) == [value for value in values if value]

@@ -1,3 +1,5 @@
+"""Token files: made once per shard and tokenizer, verified, made again if the text changed."""
+
 import os
 import resource
 import subprocess
@@ -12,9 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nanochat import common
+from nanochat import dataset as dataset_module
 from nanochat.common import UserError
-from nanochat.dataset import Dataset
-from nanochat.shard_writer import prepare_shards
+from nanochat.dataset import Dataset, Download, open_dataset
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat.tokens import HEADER_BYTES, TokenShard, token_shards, write_token_shard
 
@@ -23,100 +26,84 @@ KEPT = [text for text in TEXTS if text.strip()]
 
 
 def bytes_tokenizer(merges=()):
-    ranks = {token: i for i, token in enumerate([*(bytes([byte]) for byte in range(256)), *merges])}
+    ranks = {t: i for i, t in enumerate([*(bytes([byte]) for byte in range(256)), *merges])}
     return Tokenizer(ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
 
 
-def make_dataset(folder, *shards, dataset_id="tales-1"):
+def make_dataset(folder, *shards):
+    """A dataset of one parquet shard per list of texts; the last one validates."""
     folder.mkdir(exist_ok=True)
-    paths = []
-    for number, texts in enumerate(shards):
-        paths.append(folder / f"shard_{number:05d}.parquet")
-        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), paths[-1])
-    return Dataset("tales", dataset_id, tuple(paths))
+    paths = [folder / f"shard_{number:05d}.parquet" for number in range(len(shards))]
+    for path, texts in zip(paths, shards, strict=True):
+        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path)
+    checksums = {path: common.sha256_of(path) for path in paths}
+    return Dataset("tales-1", tuple(paths[:-1]), tuple(paths[-1:]), checksums)
 
 
 def documents(shard, tokenizer):
-    pieces = [shard.tokens[a:b] for a, b in zip(shard.offsets[:-1], shard.offsets[1:], strict=True)]
+    pieces = [shard.tokens[a:b] for a, b in zip(shard.offsets, shard.offsets[1:], strict=False)]
     assert all(piece[0] == tokenizer.bos_id for piece in pieces)
     return [tokenizer.decode(piece[1:].tolist()) for piece in pieces]
 
 
 def test_tokens_are_the_documents_of_each_split_each_after_bos(tmp_path):
-    dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["more", "text"], ["held out"]), bytes_tokenizer()
+    dataset = make_dataset(tmp_path / "d", TEXTS, ["more", "text"], ["held out"])
+    tokenizer = bytes_tokenizer()
     train = token_shards(dataset, tokenizer)
+    [val] = token_shards(dataset, tokenizer, "val")
     assert [documents(shard, tokenizer) for shard in train] == [KEPT, ["more", "text"]]
-    assert [documents(shard, tokenizer) for shard in token_shards(dataset, tokenizer, "val")] == [["held out"]]
+    assert documents(val, tokenizer) == ["held out"]
     assert train[0].tokens.dtype == np.uint16 and train[0].offsets.dtype == np.int64
     assert (train[0].n_docs, train[0].n_tokens) == (len(KEPT), len(train[0].tokens))
     assert (train[0].vocab_size, train[0].bos_id) == (tokenizer.vocab_size, tokenizer.bos_id)
+    assert len(token_shards(dataset, tokenizer, max_shards=1)) == 1
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=40), min_size=1, max_size=30))
 def test_any_text_comes_back_in_order_through_small_groups(tmp_path, monkeypatch, texts):
-    monkeypatch.setattr("nanochat.tokens.GROUP_CHARACTERS", 16)
+    monkeypatch.setattr("nanochat.tokens.GROUP_DOCUMENTS", 3)
     kept = [text for text in texts if text and not text.isspace()]
     dataset = make_dataset(tmp_path / "d", [*texts, "end"], ["val"])
     tokenizer = bytes_tokenizer()
-    assert documents(token_shards(dataset, tokenizer, num_threads=2)[0], tokenizer) == [*kept, "end"]
+    [shard] = token_shards(dataset, tokenizer, num_threads=2)
+    assert documents(shard, tokenizer) == [*kept, "end"]
 
 
-def test_a_cached_shard_is_not_encoded_again(tmp_path, monkeypatch):
+def test_a_prepared_read_only_cache_is_enough(tmp_path, base_dir, monkeypatch):
     dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
     token_shards(dataset, tokenizer)
     monkeypatch.setattr(Tokenizer, "encode", lambda *_: pytest.fail("encoded again"))
-    assert token_shards(dataset, tokenizer)[0].n_docs == len(KEPT)
+    monkeypatch.setattr("nanochat.tokens.locked", lambda *_: pytest.fail("a lock was taken"))
+    before = {path: path.stat().st_mtime_ns for path in base_dir.rglob("*")}
+    os.utime(dataset.train_shards[0], (1, 1))  # a copy of the cache has other times
+    [shard] = token_shards(dataset, tokenizer)
+    assert documents(shard, tokenizer) == KEPT
+    assert {path: path.stat().st_mtime_ns for path in base_dir.rglob("*")} == before
 
 
-def test_max_shards_leaves_the_others_alone(tmp_path, base_dir):
-    dataset = make_dataset(tmp_path / "d", ["a"], ["b"], ["val"])
-    assert len(token_shards(dataset, bytes_tokenizer(), max_shards=1)) == 1
-    assert [path.name for path in base_dir.rglob("*.bin")] == ["shard_00000.bin"]
+def replace(old, new):
+    return lambda data: data.replace(old, new)
 
 
-def damage_truncated(path):
-    os.truncate(path, path.stat().st_size - 1)
+def flip(at):
+    return lambda data: data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
 
 
-def damage_emptied(path):
-    path.write_bytes(b"")
-
-
-def damage_header(path):
-    path.write_bytes(b"{" * HEADER_BYTES + path.read_bytes()[HEADER_BYTES:])
-
-
-def damage_header_of_another_kind(path):
-    path.write_bytes(b"[1]".ljust(HEADER_BYTES) + path.read_bytes()[HEADER_BYTES:])
-
-
-def damage_counts(path):
-    path.write_bytes(path.read_bytes().replace(b'"n_docs": 4', b'"n_docs":-4'))
-
-
-def damage_low_bit(path):
-    """A token that is one all the same."""
-    data = bytearray(path.read_bytes())
-    data[HEADER_BYTES + 2] ^= 1
-    path.write_bytes(data)
-
-
-def damage_tokenizer_id(path):
-    path.write_bytes(path.read_bytes().replace(b'"tokenizer_id": "', b'"tokenizer_id": "0'))
-
-
-def damage_offsets(path):
-    path.write_bytes(path.read_bytes()[:-16] + bytes(16))
-
-
-@pytest.mark.parametrize("damage", [damage_truncated, damage_emptied, damage_header, damage_header_of_another_kind,
-                                    damage_counts, damage_offsets, damage_low_bit,
-                                    damage_tokenizer_id])
-def test_a_damaged_cache_is_named_and_made_again(tmp_path, capsys, damage):
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:-1],
+    lambda data: b"",
+    lambda data: b"{" * HEADER_BYTES + data[HEADER_BYTES:],
+    lambda data: b"[1]".ljust(HEADER_BYTES) + data[HEADER_BYTES:],
+    lambda data: data[:-16] + bytes(16),
+    replace(b'"n_docs": 4', b'"n_docs":-4'),
+    replace(b'"tokenizer_id": "', b'"tokenizer_id": "0'),
+    flip(HEADER_BYTES + 2),  # another valid token
+])
+def test_a_damaged_file_is_named_and_made_again(tmp_path, capsys, damage):
     dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
     path = token_shards(dataset, tokenizer)[0].path
-    damage(path)
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match="damaged"):
         TokenShard(path)
     capsys.readouterr()
@@ -125,127 +112,87 @@ def test_a_damaged_cache_is_named_and_made_again(tmp_path, capsys, damage):
     assert printed.count("\n") == 1 and str(path) in printed and "damaged" in printed
 
 
-def test_bytes_are_read_once_a_process(tmp_path, monkeypatch):
+def test_bytes_are_read_once_per_process(tmp_path, monkeypatch):
     dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
+    token_shards(dataset, tokenizer)
     token_shards(dataset, tokenizer)
     monkeypatch.setattr("nanochat.common.sha256_of", lambda *_: pytest.fail("hashed again"))
     token_shards(dataset, tokenizer)
 
 
-def test_prepared_text_that_was_damaged_is_named_before_it_is_encoded(tmp_path):
-    """One bit of a page: it may decode to other text without any error."""
-    prepare_shards(tmp_path / "d", "d", lambda: ["abc " * 500, "xyz " * 500], 4000)
-    shards = tuple(sorted((tmp_path / "d").glob("*.parquet")))
-    data = bytearray(shards[0].read_bytes())
-    data[60] ^= 1
-    shards[0].write_bytes(data)
-    with pytest.raises(UserError, match=r"shard_00000\.parquet is damaged .*differ from those noted in sha256\.json"):
-        token_shards(Dataset("d", "d-1", shards), bytes_tokenizer())
-
-
-def test_another_text_under_the_same_name_is_encoded_anew(tmp_path):
+def test_a_folder_changed_in_place_is_tokenised_again(tmp_path):
     tokenizer = bytes_tokenizer()
-    for texts in (["one text"], ["two text"], ["quite another text"], ["quite another tent"]):
-        dataset = make_dataset(tmp_path / "d", texts, ["val"])
-        assert documents(token_shards(dataset, tokenizer)[0], tokenizer) == texts
+    path = tmp_path / "own" / "a.txt"
+    path.parent.mkdir()
+    for word in ("one", "two", "six"):
+        path.write_text("<|endoftext|>".join(f"{word} {i}" for i in range(30)))
+        os.utime(path, (1e9, 1e9))
+        dataset = open_dataset(path.parent)
+        found = [*token_shards(dataset, tokenizer), *token_shards(dataset, tokenizer, "val")]
+        assert {text[:3] for shard in found for text in documents(shard, tokenizer)} == {word}
 
 
-def test_prepared_shards_of_equal_size_but_other_text_are_kept_apart(tmp_path):
-    tokenizer = bytes_tokenizer()
-    for text in ("abc", "xyz"):
-        prepare_shards(tmp_path / text / "d", "d", lambda text=text: [text, text.upper()], 6)
-        shards = tuple(sorted((tmp_path / text / "d").glob("*.parquet")))
-        [train], [val] = (token_shards(Dataset("d", "d-1", shards), tokenizer, split) for split in ("train", "val"))
-        assert {*documents(train, tokenizer), *documents(val, tokenizer)} == {text, text.upper()}
+def test_a_downloaded_shard_changed_in_place_never_gives_old_tokens(base_dir, monkeypatch, capsys):
+    """Its parquet footer and its size stay the same, so that only the content tells."""
+    monkeypatch.setitem(dataset_module.DOWNLOADS, "climbmix", Download("owner/repository", 1))
+    folder, tokenizer = base_dir / "base_data_climbmix", bytes_tokenizer()
+    make_dataset(folder, ["one text"], ["val"])
+    for path in folder.glob("*.parquet"):
+        pq.write_table(pq.read_table(path), path, compression="none", write_statistics=False,
+                       use_dictionary=False)
+    first = open_dataset("climbmix")
+    token_shards(first, tokenizer)
+    path = folder / "shard_00000.parquet"
+    path.write_bytes(path.read_bytes().replace(b"one text", b"two text"))
+    os.utime(path, (1e9, 1e9))
+    with pytest.raises(UserError, match=r"shard_00000\.parquet is damaged .*its SHA-256 is not"):
+        token_shards(open_dataset("climbmix"), tokenizer)
+    assert "tokenising again: " in capsys.readouterr().out
+    (folder / "sha256.json").unlink()  # the change is meant
+    second = open_dataset("climbmix")
+    assert second.dataset_id != first.dataset_id
+    assert documents(token_shards(second, tokenizer)[0], tokenizer) == ["two text"]
 
 
-def test_a_download_that_grew_keeps_what_is_encoded(tmp_path, monkeypatch):
+def test_a_download_that_grew_keeps_its_tokens(tmp_path, monkeypatch):
     tokenizer, encoded, encode = bytes_tokenizer(), [], Tokenizer.encode
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: encoded.append(text) or encode(self, text))
-    grown = make_dataset(tmp_path / "d", ["a"], ["b"], ["c"], ["val"], dataset_id="tales-2")
-    token_shards(Dataset("tales", "tales-1", (*grown.shards[:2], grown.shards[3])), tokenizer)
-    assert [documents(shard, tokenizer) for shard in token_shards(grown, tokenizer)] == [["a"], ["b"], ["c"]]
-    assert sorted(encoded) == ["a", "b", "c"]
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, t: encoded.append(t) or encode(self, t))
+    grown = make_dataset(tmp_path / "d", ["a"], ["b"], ["c"], ["val"])
+    smaller = Dataset("tales-0", grown.train_shards[:2], grown.val_shards, grown.checksums)
+    token_shards(smaller, tokenizer)
+    found = [documents(shard, tokenizer) for shard in token_shards(grown, tokenizer)]
+    assert found == [["a"], ["b"], ["c"]] and sorted(encoded) == ["a", "b", "c"]
 
 
-def kept_by_dataset(dataset, tokenizer, base_dir):
-    """Encode the training shard and put it where earlier versions kept it; its path there."""
-    [shard] = token_shards(dataset, tokenizer)
-    path = base_dir / "tokens" / dataset.dataset_id / tokenizer.tokenizer_id / shard.path.name
-    path.parent.mkdir(parents=True)
-    return shard.path.rename(path)
+def test_another_tokenizer_has_its_own_files(tmp_path):
+    dataset = make_dataset(tmp_path / "d", ["abab"], ["val"])
+    for merges, n_tokens in (((), 5), ([b"ab"], 3), ((), 5)):
+        assert token_shards(dataset, bytes_tokenizer(merges))[0].n_tokens == n_tokens
 
 
-def test_tokens_kept_by_dataset_are_read_where_they_lie(tmp_path, base_dir, monkeypatch):
+def test_a_failure_half_way_leaves_no_file(tmp_path, base_dir, monkeypatch):
     dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
-    path = kept_by_dataset(dataset, tokenizer, base_dir)
-    monkeypatch.setattr(Tokenizer, "encode", lambda *_: pytest.fail("encoded again"))
-    [shard] = token_shards(dataset, tokenizer)
-    assert shard.path == path and documents(shard, tokenizer) == KEPT
-    assert [found for found in base_dir.rglob("*.bin")] == [path]
-
-
-def forget_source(path):
-    path.write_bytes(path.read_bytes().replace(b'"source_bytes"', b'"another_name"'))
-
-
-@pytest.mark.parametrize("spoil", [damage_truncated, damage_header, forget_source])
-def test_tokens_kept_by_dataset_that_do_not_fit_are_left_alone_and_made_again(tmp_path, base_dir, spoil):
-    dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
-    path = kept_by_dataset(dataset, tokenizer, base_dir)
-    spoil(path)
-    spoiled = path.read_bytes()
-    [shard] = token_shards(dataset, tokenizer)
-    assert shard.path != path and documents(shard, tokenizer) == KEPT and path.read_bytes() == spoiled
-
-
-def test_another_tokenizer_has_its_own_cache(tmp_path):
-    dataset, tokenizer = make_dataset(tmp_path / "d", ["abab"], ["val"]), bytes_tokenizer()
-    merged = bytes_tokenizer(merges=[b"ab"])
-    assert token_shards(dataset, tokenizer)[0].n_tokens == 5
-    assert token_shards(dataset, merged)[0].n_tokens == 3
-    assert token_shards(dataset, tokenizer)[0].n_tokens == 5
-
-
-def test_a_failure_half_way_leaves_nothing(tmp_path, base_dir, monkeypatch):
-    dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
-    monkeypatch.setattr("nanochat.tokens.GROUP_CHARACTERS", 1)
+    monkeypatch.setattr("nanochat.tokens.GROUP_DOCUMENTS", 1)
     encode = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda text: encode(text) if "fish" in text else 1 / 0)
+    monkeypatch.setattr(tokenizer, "encode", lambda t: encode(t) if "fish" in t else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         token_shards(dataset, tokenizer)
-    assert [path.name for path in base_dir.rglob("*") if path.is_file()] == ["shard_00000.bin.lock"]
-
-
-def test_what_a_killed_process_left_is_cleared_away(tmp_path):
-    dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
-    path = token_shards(dataset, tokenizer)[0].path
-    path.rename(path.with_name(".shard_00000.bin.abcd.tmp"))
-    token_shards(dataset, tokenizer)
-    assert sorted(found.name for found in path.parent.iterdir()) == ["shard_00000.bin", "shard_00000.bin.lock"]
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, base_dir):
-    dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (HEADER_BYTES + 100, hard))
     try:
         with pytest.raises(UserError, match=r"cannot write .*make room"):
-            token_shards(dataset, tokenizer)
+            token_shards(dataset, bytes_tokenizer())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list(base_dir.rglob("*.bin")) and not list(base_dir.rglob("*.tmp"))
+    left = [path for path in base_dir.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert left == []
+    [shard] = token_shards(dataset, bytes_tokenizer())
+    shard.path.rename(shard.path.with_name(f".{shard.path.name}.abcd.tmp"))  # a killed process's
+    token_shards(dataset, bytes_tokenizer())
+    assert not list(base_dir.rglob(".*.tmp"))
 
 
-def test_a_shard_that_is_no_parquet_is_refused(tmp_path, base_dir):
-    dataset = make_dataset(tmp_path / "d", TEXTS, ["val"])
-    dataset.shards[0].write_bytes(b"not parquet")
-    with pytest.raises(UserError, match="damaged or not parquet"):
-        token_shards(dataset, bytes_tokenizer())
-    assert not list(base_dir.rglob("*.bin"))
-
-
-def test_ids_beyond_16_bits_are_kept_in_32(tmp_path):
+def test_ids_above_16_bits_are_stored_in_32(tmp_path):
     tokens = np.array([7, 65_536, 69_999, 7], np.uint32)
     write_token_shard(tmp_path / "s.bin", [([3, 1], tokens)], {"vocab_size": 70_000, "bos_id": 7})
     shard = TokenShard(tmp_path / "s.bin")
@@ -253,33 +200,50 @@ def test_ids_beyond_16_bits_are_kept_in_32(tmp_path):
     assert shard.offsets.tolist() == [0, 3, 4]
 
 
-def test_ranks_share_the_shards_and_all_see_them_all(tmp_path, base_dir):
-    dataset = make_dataset(tmp_path / "d", *[[f"shard {i}", "x" * 50_000] for i in range(6)], ["val"])
-    script = tmp_path / "rank.py"
-    script.write_text(textwrap.dedent("""
-        import sys, time
-        from pathlib import Path
-        from nanochat import tokens
-        from nanochat.dataset import Dataset
-        from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
+RANK = """
+    import os, sys, time
+    import torch.distributed as dist
+    from nanochat import common, tokens
+    from nanochat.dataset import open_dataset
+    from nanochat.tokenizer import load_tokenizer
 
-        tokenizer = Tokenizer({bytes([i]): i for i in range(256)}, {n: 256 + i for i, n in enumerate(SPECIAL_TOKENS)})
-        write, made = tokens.write_token_shard, []
-        def slow_write(path, groups, header):
-            time.sleep(0.6)  # half of them take more than a second, and so a line
-            made.append(path.stem)
-            write(path, groups, header)
-        tokens.write_token_shard = slow_write
-        shards = tokens.token_shards(Dataset("d", "d-1", tuple(map(Path, sys.argv[1:]))), tokenizer)
-        print(*made, [shard.n_tokens for shard in shards], sep=";")
-    """))
-    ranks = [subprocess.Popen([sys.executable, script, *dataset.shards], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent),
-                                              "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
-             for rank in range(2)]
-    outputs = [rank.communicate(timeout=60) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    made = [output.strip().split(";")[:-1] for output, _ in outputs]
-    assert sorted(made[0] + made[1]) == [f"shard_{i:05d}" for i in range(6)]  # each of them once
-    assert {output.strip().split(";")[-1] for output, _ in outputs} == {str([8 + 50_001] * 6)}
-    assert "tokenising train" in outputs[0][1] and "tokenising" not in outputs[1][1]
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", world_size=2,
+                            rank=int(os.environ["RANK"]))
+    write, digest, made, hashed = tokens.write_token_shard, common.sha256_of, [], []
+    def slow_write(path, groups, header):
+        time.sleep(0.2)
+        made.append(path.stem)
+        write(path, groups, header)
+    def count(path, start=0):
+        hashed.append(path)
+        return digest(path, start)
+    tokens.write_token_shard, common.sha256_of = slow_write, count
+    shards = tokens.token_shards(open_dataset(sys.argv[1]), load_tokenizer(sys.argv[2]))
+    print(*made, len(hashed), sum(shard.n_docs for shard in shards), sep=";")
+"""
+
+
+def test_ranks_of_a_node_share_the_making_and_the_verification(tmp_path, base_dir, monkeypatch):
+    monkeypatch.setattr(dataset_module, "_SHARD_MIN_BYTES", 20_000)
+    (tmp_path / "own").mkdir()
+    text = "<|endoftext|>".join(f"text {i} " + "x" * 1000 for i in range(120))
+    (tmp_path / "own" / "a.txt").write_text(text)
+    n_shards = len(open_dataset(tmp_path / "own").train_shards)
+    bytes_tokenizer().save(tmp_path / "tokenizer")
+    (tmp_path / "rank.py").write_text(textwrap.dedent(RANK))
+    found = []
+    for start in ("first", "second"):
+        ranks = [subprocess.Popen(
+            [sys.executable, tmp_path / "rank.py", tmp_path / "own", tmp_path / "tokenizer",
+             tmp_path / start], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "RANK": str(rank),
+                 "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}) for rank in range(2)]
+        outputs = [rank.communicate(timeout=60)[0].splitlines()[-1].split(";") for rank in ranks]
+        found.append([(output[:-2], int(output[-2]), int(output[-1])) for output in outputs])
+    (made, *_), (made_by_other, *_) = found[0]
+    assert sorted(made + made_by_other) == [f"shard_{i:05d}" for i in range(n_shards)]
+    assert made and made_by_other and n_shards >= 5
+    (again, n_hashed, n_docs), (again_other, n_hashed_by_other, n_docs_other) = found[1]
+    assert again == again_other == [] and n_docs == n_docs_other > 100
+    assert n_hashed + n_hashed_by_other == n_shards and abs(n_hashed - n_hashed_by_other) <= 1
