@@ -25,10 +25,10 @@ class SplitRows:
     """The rows of a split that an evaluation scores, fixed by (shards, sequence_len, eval_tokens,
     crop): the first ceil(eval_tokens / sequence_len) rows of at most one pass in document order.
 
-    Every token is scored at most once, and a split of up to eval_tokens completely. crop="carry":
-    the rows are packed from the leading documents that fill them, every token but BOS is scored.
-    crop="drop": the rows are upstream's, without the rests of cropped documents. At the end of the
-    pass upstream refills the buffer from the next pass; these rows use the buffer up instead.
+    A token is scored at most once, and a split of up to eval_tokens is evaluated completely.
+    crop="carry": the rows are packed from the leading documents that fill them; every token but
+    BOS is scored. crop="drop": the rows are upstream's, without the rests of cropped documents. At
+    the end of the pass, upstream refills its buffer from the next pass; these rows use it up.
     split_tokens: tokens of the split, without BOS.
     """
 
@@ -37,8 +37,8 @@ class SplitRows:
         self.sequence_len = sequence_len
         n_docs = sum(shard.n_docs for shard in shards)
         self.split_tokens = sum(shard.n_tokens for shard in shards) - n_docs
-        n_rows = -(-eval_tokens // sequence_len)
-        if crop == "carry":
+        n_rows = None if eval_tokens >= self.split_tokens else -(-eval_tokens // sequence_len)
+        if crop == "carry" and n_rows:
             # Best-fit packing of more documents would put the longest ones into the first rows.
             n_docs = _n_leading_documents(shards, n_rows * (sequence_len + 1))
         planner = RowPlanner(shards, sequence_len + 1, 0, crop, shuffle=False, n_docs=n_docs)
@@ -142,7 +142,10 @@ def evaluate_split(model, rows, batch_rows, token_bytes, device, ranks=None, pro
     model.eval()
     for first in progress(range(0, len(own_plan), batch_rows)):
         inputs, targets, *labels = rows.batch(own_plan[first : first + batch_rows], batch_rows)
-        on_device = (torch.from_numpy(x).contiguous().to(device) for x in (inputs, targets))
+        pair = torch.stack([torch.from_numpy(inputs), torch.from_numpy(targets)])
+        if device.type == "cuda":
+            pair = pair.pin_memory()  # else the copy would wait for the batches in flight
+        on_device = pair.to(device, non_blocking=True)
         in_flight.append((model(*on_device, "none"), targets, *labels))
         if len(in_flight) == BATCHES_IN_FLIGHT:
             add(*in_flight.pop(0))
