@@ -127,7 +127,7 @@ def fill_rows(shards, plan, row_tokens):
     """Return the token ids of planned rows, (len(plan), row_tokens) in the shards' dtype.
 
     Every row begins with BOS; BOS also fills the rest of a row that is planned shorter.
-    Raises UserError for a token id outside the vocabulary, which would stop a GPU without a reason.
+    Raises UserError for a token id outside the vocabulary; a GPU would fail without naming it.
     """
     bos_id = shards[0].bos_id
     rows = np.full((len(plan), row_tokens), bos_id, shards[0].tokens.dtype)

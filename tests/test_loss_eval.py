@@ -191,8 +191,16 @@ def test_by_hand(tmp_path):
     bits_by_position = [pytest.approx(n * math.log(2)) for n in (1, 3)]
     assert found.nats_by_position[:3] == [*bits_by_position, None]
     assert math.isnan(found.standard_error) and found.event_fields()["val_bpb_se"] is None
-    model.losses.data[0, 3] = math.nan
-    assert math.isnan(evaluate_split(model, rows, 4, TOKEN_BYTES, CPU).bits_per_byte)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_losses_that_are_not_finite_show(tmp_path, loss):
+    model = PairLoss()
+    model.losses.data[1, 2] = loss
+    rows = SplitRows([shard_of(tmp_path, [[1, 2, 3], [3]])], 8, 8, "carry")
+    found = evaluate_split(model, rows, 4, TOKEN_BYTES, CPU)
+    assert not math.isfinite(found.bits_per_byte) and found.warning() is None
+    assert found.event_fields()["val_bpb_se"] is None
 
 
 def test_bfloat16_losses_are_summed_in_fp64(tmp_path):
