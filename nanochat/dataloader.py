@@ -17,25 +17,21 @@ import numpy as np
 import torch
 
 from nanochat.common import UserError
-from nanochat.tokens import damaged
 
 BUFFER_DOCUMENTS = 1000  # upstream's buffer for best-fit packing
 
 # The thread hands over groups of batches: small batches would spend a third of their time on it.
-GROUP_TOKENS = 1 << 16
-GROUP_BATCHES = 32
+GROUP_TOKENS, GROUP_BATCHES = 1 << 16, 32
 GROUPS_AHEAD = 3
 
 
 class TokenLoader:
     """Endless iterator over (inputs, targets), each (batch_rows, sequence_len) int64 on `device`.
 
-    Targets are the inputs one position later. On CUDA, batches are copied from pinned memory
-    without blocking. crop: the rule of RowPlanner. step_batches: micro-batches per optimizer step
-    of all ranks together, at least one per rank (default: one per rank).
-
-    Raises UserError if the shards hold no documents or a token id outside the vocabulary, and if
-    `state` belongs to other documents, another seed or another crop rule.
+    Targets are the inputs one position later. crop: see RowPlanner. step_batches: micro-batches
+    per optimizer step of all ranks together (default: one per rank). Raises UserError if the
+    shards hold no documents or a token id outside the vocabulary, and if `state` belongs to other
+    documents, another seed or another crop rule.
     """
 
     def __init__(self, shards, batch_rows, sequence_len, seed=0, *, rank=0, world_size=1,
@@ -43,9 +39,9 @@ class TokenLoader:
         step_batches = step_batches or world_size
         assert batch_rows >= 1 and sequence_len >= 1 and 0 <= rank < world_size <= step_batches
         self._shards = shards
-        self._batch_rows = batch_rows
-        self._sequence_len = sequence_len
+        self._shape = 2, batch_rows, sequence_len
         self._planner = RowPlanner(shards, sequence_len + 1, seed, crop, state=state)
+        self._delivered = self._planner.snapshot()
 
         # Rows to plan per batch of this rank: a batch for every rank, and with the last batch of
         # a step the rest of the step, so that the state is the same on all ranks.
@@ -56,27 +52,33 @@ class TokenLoader:
 
         self._device = torch.device(device)
         self._pinned = self._device.type == "cuda"
-        self._delivered = self._planner.snapshot()
+        # Without a current device, the thread would create a context on GPU 0 to pin memory.
+        first_call = (torch.cuda.set_device, (torch.cuda.current_device(),)) if self._pinned else ()
+        self._thread = ThreadPoolExecutor(1, "loader", *first_call)
         n_batches = -(-GROUP_TOKENS // (batch_rows * sequence_len))
         self._group_batches = min(GROUP_BATCHES, n_batches)
-        self._thread = self._start_thread()
         self._ready = deque()
-        self._ahead = deque(self._submit_group() for _ in range(GROUPS_AHEAD))
+        self._ahead = deque(self._thread.submit(self._make_group) for _ in range(GROUPS_AHEAD))
 
     def __iter__(self):
         return self
 
     def __next__(self):
         if not self._ready:
-            self._ready.extend(self._next_group())
+            assert self._ahead, "the loader is closed"
+            try:
+                self._ready.extend(self._ahead.popleft().result())
+            except BaseException:
+                self.close()
+                raise
+            self._ahead.append(self._thread.submit(self._make_group))
         batch, self._delivered = self._ready.popleft()
         return batch.to(self._device, non_blocking=self._pinned).unbind(0)
 
     @property
     def distinct_tokens(self):
-        """Tokens of the text served in the first pass over it, by all ranks, to the last batch.
-
-        Under "drop", later passes crop documents elsewhere and serve a few more that are new.
+        """Tokens that the first pass over the text served, to all ranks. Later passes crop
+        documents elsewhere under "drop" and serve some new tokens, which are not counted.
         """
         return self._delivered.distinct_tokens
 
@@ -86,9 +88,8 @@ class TokenLoader:
         return self._delivered.served_tokens / max(1, self.distinct_tokens)
 
     def state_dict(self):
-        """Return the JSON-able state after the last delivered batch, to be passed as `state`.
-
-        At the end of an optimizer step it is equal on all ranks.
+        """Return the state after the last delivered batch, to be saved as JSON and passed as
+        `state`. At the end of an optimizer step it is equal on all ranks.
         """
         return self._planner.state_dict(self._delivered)
 
@@ -104,35 +105,14 @@ class TokenLoader:
     def __exit__(self, *_):
         self.close()
 
-    def _start_thread(self):
-        if not self._pinned:
-            return ThreadPoolExecutor(1, "loader")
-        # A thread without a current device would create a context on GPU 0 to pin memory.
-        current = torch.cuda.current_device()
-        return ThreadPoolExecutor(1, "loader", torch.cuda.set_device, (current,))
-
-    def _submit_group(self):
-        return self._thread.submit(self._make_group)
-
     def _make_group(self):
-        return [self._next_batch() for _ in range(self._group_batches)]
+        return [self._make_batch() for _ in range(self._group_batches)]
 
-    def _next_group(self):
-        assert self._ahead, "the loader is closed"
-        try:
-            group = self._ahead.popleft().result()
-        except BaseException:
-            self.close()
-            raise
-        self._ahead.append(self._submit_group())
-        return group
-
-    def _next_batch(self):
+    def _make_batch(self):
         """Plan one micro-batch per rank, read the rows of this rank."""
         plan = [self._planner.next_row() for _ in range(next(self._n_planned_rows))]
-        rows = fill_rows(self._shards, plan[self._own_rows], self._sequence_len + 1)
-        shape = 2, self._batch_rows, self._sequence_len
-        batch = torch.empty(shape, dtype=torch.int64, pin_memory=self._pinned)
+        rows = fill_rows(self._shards, plan[self._own_rows], self._planner.row_tokens)
+        batch = torch.empty(self._shape, dtype=torch.int64, pin_memory=self._pinned)
         batch.numpy()[0] = rows[:, :-1]
         batch.numpy()[1] = rows[:, 1:]
         return batch, self._planner.snapshot()
@@ -147,7 +127,7 @@ def fill_rows(shards, plan, row_tokens):
     """Return the token ids of planned rows, (len(plan), row_tokens) in the shards' dtype.
 
     Every row begins with BOS; BOS also fills the rest of a row that is planned shorter.
-    Raises UserError naming the file and document of a token id outside the vocabulary.
+    Raises UserError for a token id outside the vocabulary; a GPU would fail without naming it.
     """
     bos_id = shards[0].bos_id
     rows = np.full((len(plan), row_tokens), bos_id, shards[0].tokens.dtype)
@@ -160,23 +140,10 @@ def fill_rows(shards, plan, row_tokens):
                 row[at] = bos_id
             at += length
     if rows.max() >= shards[0].vocab_size or (rows[:, 0] != bos_id).any():
-        _raise_bad_token(shards, plan)
+        folder = shards[0].path.parent.parent
+        raise UserError(f"the token files in {folder} hold ids outside the vocabulary or documents "
+                        "without BOS; delete the folder, and they are made again")
     return rows
-
-
-def _raise_bad_token(shards, plan):
-    for segments in plan:
-        for shard, document, start, length in segments:
-            file = shards[shard]
-            first = file.offsets[document]
-            tokens = file.tokens[first : first + start + length]
-            if tokens.max() >= file.vocab_size:
-                raise damaged(file.path, f"document {document} holds token id {tokens.max()}, "
-                                         f"the vocabulary ends at {file.vocab_size - 1}")
-            if tokens[0] != file.bos_id:
-                raise damaged(file.path, f"document {document} begins with token id {tokens[0]}, "
-                                         f"not BOS {file.bos_id}")
-    raise AssertionError("the rows hold a bad token, the documents do not")
 
 
 class Snapshot(NamedTuple):
@@ -192,17 +159,15 @@ class Snapshot(NamedTuple):
 class RowPlanner:
     """Plan rows of `row_tokens` tokens (at least 2) from document lengths.
 
-    A row repeatedly takes the longest buffered document that fits into its remaining space. If
-    none fits, a document is cropped to fill the space: under crop="drop" (upstream's rule) the
-    shortest, and its rest is lost for this epoch; under "carry" the oldest, so that rows of one
-    document lie far apart, and its rest returns to the buffer as the youngest entry, with BOS in
-    front. Under "carry" an epoch therefore serves every token once. Ties go to the oldest entry.
+    A row repeatedly takes the longest buffered document that fits into its remaining space, the
+    oldest of equal length. If none fits, a document is cropped to fill the space: under "drop"
+    (upstream's rule) the shortest, and its rest is lost for this epoch; under "carry" the oldest,
+    so that rows of one document lie far apart, and its rest returns to the buffer as the youngest
+    entry, with BOS in front. An epoch under "carry" serves every token once.
 
-    The buffer holds BUFFER_DOCUMENTS documents, or all documents if there are fewer. Under "carry"
-    it never mixes two epochs. The sequence of rows depends on (documents, seed, crop) only.
-
-    n_docs: plan one pass over the first n_docs documents instead of endless epochs. The last row
-    may then be shorter, and the rows after it are empty.
+    The buffer holds up to BUFFER_DOCUMENTS documents, under "carry" of one epoch only. The rows
+    depend on (documents, seed, crop) only. n_docs: plan one pass over the first n_docs documents
+    instead of endless epochs; the last row may be shorter, and the rows after it are empty.
     """
 
     def __init__(self, shards, row_tokens, seed, crop="drop", *, shuffle=True, n_docs=None,
@@ -216,15 +181,13 @@ class RowPlanner:
         self.buffer_size = min(BUFFER_DOCUMENTS, self.order.n_docs)
         self._served_tokens = 0
         self._distinct_tokens = 0
-        # (length, -arrival, shard, document, start, epoch), sorted: the shortest first, among
-        # equal lengths the oldest last.
+        # Sorted (length, -arrival, shard, document, start, epoch): of equal length, oldest last.
         self._buffer = []
         self._by_age = deque()  # carry: entries by arrival; some have left the buffer since
         self._n_arrivals = 0
-        if state is None:
-            self._refill()
-        else:
+        if state is not None:
             self._restore(state)
+        self._refill()
 
     def next_row(self):
         """Return the next row as segments (shard, document, start, length).
@@ -255,23 +218,19 @@ class RowPlanner:
 
     def snapshot(self):
         """Return the state, cheap enough for every batch."""
-        order = self.order
-        counts = self._served_tokens, self._distinct_tokens
-        return Snapshot(order.epoch, order.position, self._buffer.copy(), *counts)
+        return Snapshot(self.order.epoch, self.order.position, self._buffer.copy(),
+                        self._served_tokens, self._distinct_tokens)
 
     def state_dict(self, snapshot):
         """Return a snapshot in JSON-able form."""
-        buffer = [list(entry[2:]) for entry in _oldest_first(snapshot.buffer)]
-        return {"documents": self.order.fingerprint, "crop": self.crop, **snapshot._asdict(),
-                "buffer": buffer}
+        documents = [list(entry[2:]) for entry in _oldest_first(snapshot.buffer)]
+        return {"documents": self.order.fingerprint, "crop": self.crop,
+                **snapshot._replace(buffer=documents)._asdict()}
 
     def _restore(self, state):
-        if state["documents"] != self.order.fingerprint:
-            raise UserError("the data loader's state belongs to other documents or another seed; "
-                            "resume with the dataset, tokenizer and seed of the run")
-        if state["crop"] != self.crop:
-            raise UserError(f"the data loader's state was saved with --crop {state['crop']}, not "
-                            f"{self.crop}; resume with --crop {state['crop']}")
+        if (state["documents"], state["crop"]) != (self.order.fingerprint, self.crop):
+            raise UserError("the data loader's state belongs to other documents, another seed or "
+                            "another --crop; resume with the text, tokenizer and flags of the run")
         self._served_tokens = state["served_tokens"]
         self._distinct_tokens = state["distinct_tokens"]
         self.order.seek(state["epoch"], state["position"])
@@ -332,9 +291,8 @@ class DocumentOrder:
         self._shards = shards
         self._seed = seed
         self._shuffle = shuffle
-        n_docs_before = list(accumulate((shard.n_docs for shard in shards), initial=0))
-        self.first_documents = n_docs_before[:-1]  # per shard: number of its first document
-        self.n_docs = n_docs_before[-1]
+        # first_documents: per shard, the index of its first document in the split.
+        *self.first_documents, self.n_docs = accumulate((x.n_docs for x in shards), initial=0)
         if not self.n_docs:
             raise UserError("the split has no documents: no shards, or empty shards")
         identity = [seed if shuffle else None]

@@ -18,17 +18,17 @@ from nanochat.engine import generate
 
 DOCUMENT_LOSSES = "validation.npz"  # file of a run's final validation, in the run's folder
 MAX_RELATIVE_ERROR = 0.01  # standard error / bits per byte; a larger one is warned of
-BATCHES_IN_FLIGHT = 16  # computed on a GPU before their losses are read
+BATCHES_IN_FLIGHT = 16  # a GPU computes as many before Python waits for their losses
 
 
 class SplitRows:
     """The rows of a split that an evaluation scores, fixed by (shards, sequence_len, eval_tokens,
     crop): the first ceil(eval_tokens / sequence_len) rows of at most one pass in document order.
 
-    Every token is scored at most once, and a split of up to eval_tokens completely. crop="carry":
-    the rows are packed from the leading documents that fill them, every token but BOS is scored.
-    crop="drop": the rows are upstream's, without the rests of cropped documents. At the end of the
-    pass upstream refills the buffer from the next pass; these rows use the buffer up instead.
+    A token is scored at most once, and a split of up to eval_tokens is evaluated completely.
+    crop="carry": the rows are packed from the leading documents that fill them; every token but
+    BOS is scored. crop="drop": the rows are upstream's, without the rests of cropped documents. At
+    the end of the pass, upstream refills its buffer from the next pass; these rows use it up.
     split_tokens: tokens of the split, without BOS.
     """
 
@@ -37,8 +37,8 @@ class SplitRows:
         self.sequence_len = sequence_len
         n_docs = sum(shard.n_docs for shard in shards)
         self.split_tokens = sum(shard.n_tokens for shard in shards) - n_docs
-        n_rows = -(-eval_tokens // sequence_len)
-        if crop == "carry":
+        n_rows = None if eval_tokens >= self.split_tokens else -(-eval_tokens // sequence_len)
+        if crop == "carry" and n_rows:
             # Best-fit packing of more documents would put the longest ones into the first rows.
             n_docs = _n_leading_documents(shards, n_rows * (sequence_len + 1))
         planner = RowPlanner(shards, sequence_len + 1, 0, crop, shuffle=False, n_docs=n_docs)
@@ -106,7 +106,7 @@ class LossEvaluation:
     def warning(self):
         """Return a warning if the standard error is unknown or above 1 % of the loss, else None."""
         relative = self.standard_error / self.bits_per_byte
-        if math.isnan(self.bits_per_byte) or relative <= MAX_RELATIVE_ERROR:
+        if not math.isfinite(self.bits_per_byte) or relative <= MAX_RELATIVE_ERROR:
             return None
         size = "unknown" if math.isnan(relative) else f"{relative:.1%} of its loss"
         return (f"the validation split is too small: the standard error is {size} "
@@ -127,27 +127,32 @@ def evaluate_split(model, rows, batch_rows, token_bytes, device, ranks=None, pro
     by_position = np.zeros((2, rows.sequence_len))  # nats, counts
     by_document = np.zeros((2, n_docs))  # nats, bytes
 
-    def add(nats, targets, documents, positions):
-        n_bytes = np.where(targets < 0, 0, token_bytes[targets])
-        scored = n_bytes > 0
-        nats = nats.float().cpu().numpy().reshape(targets.shape)[scored].astype(np.float64)
-        np.add.at(by_position[0], positions[scored], nats)
-        np.add.at(by_position[1], positions[scored], 1)
-        np.add.at(by_document[0], documents[scored], nats)
-        np.add.at(by_document[1], documents[scored], n_bytes[scored])
+    in_flight = []  # (nats on the device, targets, documents, positions)
+
+    def add_up():
+        for nats, targets, documents, positions in in_flight:
+            n_bytes = np.where(targets < 0, 0, token_bytes[targets])
+            scored = n_bytes > 0
+            nats = nats.float().cpu().numpy().reshape(targets.shape)[scored].astype(np.float64)
+            np.add.at(by_position[0], positions[scored], nats)
+            np.add.at(by_position[1], positions[scored], 1)
+            np.add.at(by_document[0], documents[scored], nats)
+            np.add.at(by_document[1], documents[scored], n_bytes[scored])
+        in_flight.clear()
 
     own_plan = rows.plan[ranks.rank :: ranks.world_size]
-    in_flight = []
     was_training = model.training
     model.eval()
     for first in progress(range(0, len(own_plan), batch_rows)):
         inputs, targets, *labels = rows.batch(own_plan[first : first + batch_rows], batch_rows)
-        on_device = (torch.from_numpy(x).contiguous().to(device) for x in (inputs, targets))
+        pair = torch.stack([torch.from_numpy(inputs), torch.from_numpy(targets)])
+        if device.type == "cuda":
+            pair = pair.pin_memory()  # else the copy would wait for the batches in flight
+        on_device = pair.to(device, non_blocking=True)
         in_flight.append((model(*on_device, "none"), targets, *labels))
         if len(in_flight) == BATCHES_IN_FLIGHT:
-            add(*in_flight.pop(0))
-    for batch in in_flight:
-        add(*batch)
+            add_up()
+    add_up()
     model.train(was_training)
 
     if ranks.world_size > 1:
@@ -182,7 +187,8 @@ def _bits_per_byte(nats, n_bytes):
         return math.nan, math.nan
     bits, total_bytes = nats / math.log(2), n_bytes.sum()
     ratio = bits.sum() / total_bytes
-    squares = ((bits - ratio * n_bytes) ** 2).sum()
+    with np.errstate(invalid="ignore"):  # infinite losses of a diverged model
+        squares = ((bits - ratio * n_bytes) ** 2).sum()
     variance = squares * n_docs / (n_docs - 1) if n_docs > 1 else math.nan
     return float(ratio), float(math.sqrt(variance) / total_bytes)
 

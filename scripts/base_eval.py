@@ -7,15 +7,16 @@ import argparse
 from functools import partial
 
 from nanochat import common
+from nanochat.checkpoint import load_trained
 from nanochat.common import UserError, print0
+from nanochat.config import TrainingConfig
 from nanochat.core_bundle import bundle_folder
 from nanochat.core_eval import evaluate_core
-from nanochat.dataset import DOWNLOADS, open_dataset
+from nanochat.dataset import open_dataset
 from nanochat.distributed import on_main, start_ranks, stop_ranks
 from nanochat.hf_model import load_hf
 from nanochat.loss_eval import SplitRows, evaluate_split, position_table, sample_documents
 from nanochat.tokens import token_shards
-from nanochat.checkpoint import load_trained
 
 KINDS = ("core", "bpb", "sample", "position")
 SPLIT_TOKENS = {"cpu": 2**17, "mps": 40 * 2**19, "cuda": 40 * 2**19}  # per split, by device
@@ -39,7 +40,7 @@ def parse_args(argv=None):
     add("--split-tokens", type=int, default=-1, help="tokens to evaluate per split, at most one "
         f"pass (-1: {SPLIT_TOKENS['cuda']:,}; on a CPU {SPLIT_TOKENS['cpu']:,})")
     add("--device-batch-size", type=int, default=32, help="rows per device and batch (%(default)s)")
-    add("--max-per-task", type=int, default=-1, help="examples per CORE task; -1: all (%(default)s)")
+    add("--max-per-task", type=int, default=-1, help="examples per CORE task (-1: all)")
     add("--quiet", action="store_true", help=common.QUIET_HELP)
     add("--device-type", default="", help="cuda, mps or cpu (default: the best available)")
     add("--out", default="", help="JSON file for the results")
@@ -55,10 +56,8 @@ def main(argv=None):
         raise UserError(f"--eval {','.join(unknown)} is unknown; use some of {','.join(KINDS)}")
     if args.hf_path and "sample" in kinds:
         raise UserError("--hf-path cannot sample; use --eval core,bpb,position")
-    if not 1 <= args.device_batch_size <= 1 << 20:
-        raise UserError("--device-batch-size must be at least 1 and at most 2^20")
-    if args.split_tokens < 1 and args.split_tokens != -1:
-        raise UserError("--split-tokens must be at least 1, or -1")
+    if args.device_batch_size < 1 or (args.split_tokens < 1 and args.split_tokens != -1):
+        raise UserError("--device-batch-size and --split-tokens must be at least 1")
     if args.out:
         common.check_output("--out", args.out)
 
@@ -81,8 +80,12 @@ def main(argv=None):
                                  max_per_task=args.max_per_task, max_tokens=subject.max_tokens,
                                  rank=ranks.rank, world_size=ranks.world_size)
             results |= {"core_metric": core.core_metric, "core_tasks": core.centered}
+            table = common.base_dir() / "base_eval" / f"{subject.name}.csv"
             if ranks.is_main:
-                report_core(core, common.base_dir() / "base_eval" / f"{subject.name}.csv")
+                core.write_csv(table)
+            for label, accuracy in core.accuracy.items():
+                print0(f"{label}: {accuracy:.4f} right")
+            print0(f"CORE {core.core_metric:.4f}; table: {table}")
         if args.out and ranks.is_main:
             write_results(args.out, results)
     finally:
@@ -100,7 +103,7 @@ def evaluate_on_text(args, kinds, subject, device, ranks):
     if not is_own and not args.dataset:
         raise UserError(f"the checkpoint was trained on {own_id}, but {name} is now "
                         f"{dataset.dataset_id}; to evaluate on it, give --dataset {name}")
-    crop = (is_own and flags.get("crop")) or ("drop" if name in DOWNLOADS else "carry")
+    crop = (is_own and flags.get("crop")) or TrainingConfig(dataset=name).crop
     note = "" if is_own else f" (the checkpoint was trained on {own_id})"
     print0(f"text: {dataset.dataset_id}{note}, crop rule {crop}")
 
@@ -121,27 +124,17 @@ def evaluate_on_text(args, kinds, subject, device, ranks):
         if "bpb" in kinds:
             fields = loss.event_fields().items()
             results |= {f"{split}_{key.removeprefix('val_')}": value for key, value in fields}
-        if split == "train":
-            continue
-        if loss.warning():
+        if split == "val" and loss.warning():
             print0(f"warning: {loss.warning()}")
-        if "position" in kinds:
+        if split == "val" and "position" in kinds:
             results["nats_by_position"] = loss.nats_by_position
             results["counts_by_position"] = loss.counts_by_position
             print0(position_table(loss))
     return results
 
 
-def report_core(core, table):
-    """Print CORE and write the table of its tasks."""
-    core.write_csv(table)
-    for label, accuracy in core.accuracy.items():
-        print0(f"{label}: {accuracy:.4f} right")
-    print0(f"CORE {core.core_metric:.4f}; table: {table}")
-
-
 def write_results(path, results):
-    """Write the results as JSON. Raises UserError if they hold a NaN or the disk is full."""
+    """Write the results as JSON. Raises UserError if a loss is NaN or the file is not written."""
     try:
         common.write_json(path, results)
     except (ValueError, OSError) as error:  # JSON has no NaN

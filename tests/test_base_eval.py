@@ -99,7 +99,7 @@ def test_a_small_split_is_evaluated_completely_with_any_batch_size(tmp_path):
     n_tokens = sum(shard.n_tokens - shard.n_docs for shard in shards)
     losses = []
     for batch_rows in ("1", "4", "128"):
-        arguments = flags(str(folder), "--eval", "bpb", "--split-tokens", str(n_tokens + 10**4))
+        arguments = flags(str(folder), "--eval", "bpb", "--split-tokens", str(n_tokens))
         found = results([*arguments, "--device-batch-size", batch_rows], tmp_path)
         assert found["val_n_tokens"] == n_tokens
         losses.append(found["val_bpb"])
@@ -203,7 +203,7 @@ class SmallTokenizer:
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."], ids=["plain", "compiled"])
 def test_upstreams_checkpoint_is_evaluated(corpus, tmp_path, monkeypatch, prefix):
-    monkeypatch.setattr("nanochat.trained.load_tokenizer", lambda folder: SmallTokenizer())
+    monkeypatch.setattr("nanochat.checkpoint.load_tokenizer", lambda folder: SmallTokenizer())
     write_upstream(checkpoint_folder("tiny"), prefix)
     found = results(flags(corpus, "--eval", "bpb,sample", "--split-tokens", "1024"), tmp_path)
     bits, _, _ = brute_force(golden_model().eval(), SmallTokenizer(), corpus, "val", 1024, 512)
@@ -226,7 +226,7 @@ def test_upstreams_checkpoint_is_not_resumed(corpus, refusal):
     more = ["--num-iterations", "200", "--model-tag", "tiny", "--resume-from-step", "latest"]
     output = refusal(base_train.main, [*TINY_FLAGS, "--dataset", corpus, *more])
     line = output.splitlines()[-1]
-    assert line.startswith("error: the checkpoint of step 100") and "scripts.base_eval" in line
+    assert "cannot be resumed" in line and "scripts.base_eval" in line
     assert not runs_dir().exists()
 
 
@@ -251,24 +251,19 @@ def test_a_mistake_is_one_line_with_exit_code_2(corpus, refusal, change, words):
     assert line.startswith("error: ") and words in line
 
 
-def test_another_tokenizer_is_refused(corpus, refusal, monkeypatch):
+def test_another_tokenizer_is_refused(corpus, refusal):
     write_model(tokenizer_id="another")
     line = refusal(main, flags(corpus)).splitlines()[-1]
-    assert "trained with tokenizer another" in line and "--tokenizer-dir" in line
-    monkeypatch.setattr("nanochat.trained.load_tokenizer", lambda folder: SmallTokenizer())
-    line = refusal(main, flags(corpus)).splitlines()[-1]
-    assert f"vocabulary is {golden_tokenizer().vocab_size}" in line and "--tokenizer-dir" in line
+    assert "tokenizer another" in line and "--tokenizer-dir" in line
 
 
-@pytest.mark.parametrize("name", ["model_000008.pt", "meta_000008.json"])
-@pytest.mark.parametrize("damage", ["truncated", "other bytes"])
-def test_a_damaged_checkpoint_is_named_with_the_newest_usable(corpus, refusal, name, damage):
+def test_a_damaged_checkpoint_is_named_with_the_newest_valid_one(corpus, refusal):
     for step in (6, 7, 8):
         write_model(step=step)
-    DAMAGES[damage](checkpoint_folder("tiny") / name)
-    DAMAGES["half"](checkpoint_folder("tiny") / "model_000007.pt")
+    for step in (7, 8):
+        DAMAGES["half"](checkpoint_folder("tiny") / f"model_00000{step}.pt")
     line = refusal(main, flags(corpus)).splitlines()[-1]
-    assert name in line and line.endswith("the newest usable checkpoint is step 6")
+    assert "model_000008.pt" in line and line.endswith("the newest valid checkpoint is step 6")
 
 
 def test_results_that_cannot_be_written_are_one_line(corpus, tmp_path, refusal):

@@ -366,25 +366,21 @@ def test_a_state_of_other_documents_another_seed_or_crop_is_refused(tmp_path, sh
         state = loader.state_dict()
     others = make_shards(tmp_path / "other", [[5, 5]])
     for documents, seed in ((shards[:2], 0), (others, 0), (shards, 1)):
-        with pytest.raises(UserError, match="other documents or another seed"):
+        with pytest.raises(UserError, match="other documents, another seed"):
             TokenLoader(documents, 1, 8, seed=seed, state=state)
-    with pytest.raises(UserError, match="saved with --crop drop, not carry"):
+    with pytest.raises(UserError, match="another --crop"):
         TokenLoader(shards, 1, 8, crop="carry", state=state)
 
 
-@pytest.mark.parametrize(("at", "value", "message"), [
-    (6, 100, "document 1 holds token id 100, the vocabulary ends at 99"),
-    (4, 9, "document 1 begins with token id 9, not BOS 0"),
-])
-def test_an_impossible_token_is_named_and_closes_the_loader(tmp_path, at, value, message):
+@pytest.mark.parametrize(("at", "value"), [(6, 100), (4, 9)], ids=["too large", "no BOS"])
+def test_an_impossible_token_is_refused_and_closes_the_loader(tmp_path, at, value):
     tokens = np.array([BOS, 1, 2, 3, BOS, 4, 5, 6], np.uint16)
     tokens[at] = value
-    path = tmp_path / "bad.bin"
+    path = tmp_path / "tokens" / "a" / "bad.bin"
     write_token_shard(path, [([4, 4], tokens)], {"vocab_size": 100, "bos_id": BOS})
     loader = TokenLoader([TokenShard(path)], 1, 3)
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=f"{tmp_path / 'tokens'} hold ids outside the vocabulary"):
         rows_of(loader, 5)
-    assert str(path) in str(error.value)
     assert not loader_threads()
 
 

@@ -30,7 +30,7 @@ from nanochat.tokens import TokenShard, write_token_shard
 CPU = torch.device("cpu")
 VOCAB, OTHER_SPECIAL, BOS = 12, 10, 11
 TOKEN_BYTES = np.array([1, 1, 2, 3, 5, 8, 1, 4, 2, 16, 0, 0], np.int32)
-EVERYTHING = 10**9  # --eval-tokens beyond any split
+EVERYTHING = 10**9  # --eval-tokens beyond every split
 
 property_test = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -78,12 +78,15 @@ def test_no_token_is_scored_twice(tmp_path, monkeypatch, lengths, T, eval_tokens
     rows = SplitRows(shards, T, eval_tokens, crop)
     scored = targets_of(rows)
     assert set(scored.values()) <= {1}
-    assert len(scored) <= len(rows.plan) * T <= eval_tokens + T - 1
+    assert len(scored) <= eval_tokens + T - 1
     if crop == "drop":
         assert all((document, position - 1) in scored for document, position in scored
                    if position > 1), "only beginnings of documents"
-    complete = SplitRows(shards, T, EVERYTHING, crop)
-    assert len(rows.plan) == min(-(-eval_tokens // T), len(complete.plan))
+    complete = SplitRows(shards, T, EVERYTHING, crop).plan
+    if eval_tokens < rows.split_tokens:
+        assert len(rows.plan) == min(-(-eval_tokens // T), len(complete))
+    else:
+        assert rows.plan == complete
 
 
 def test_drop_has_upstreams_rows_until_its_buffer_would_mix_two_passes(tmp_path):
@@ -188,8 +191,16 @@ def test_by_hand(tmp_path):
     bits_by_position = [pytest.approx(n * math.log(2)) for n in (1, 3)]
     assert found.nats_by_position[:3] == [*bits_by_position, None]
     assert math.isnan(found.standard_error) and found.event_fields()["val_bpb_se"] is None
-    model.losses.data[0, 3] = math.nan
-    assert math.isnan(evaluate_split(model, rows, 4, TOKEN_BYTES, CPU).bits_per_byte)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_losses_that_are_not_finite_show(tmp_path, loss):
+    model = PairLoss()
+    model.losses.data[1, 2] = loss
+    rows = SplitRows([shard_of(tmp_path, [[1, 2, 3], [3]])], 8, 8, "carry")
+    found = evaluate_split(model, rows, 4, TOKEN_BYTES, CPU)
+    assert not math.isfinite(found.bits_per_byte) and found.warning() is None
+    assert found.event_fields()["val_bpb_se"] is None
 
 
 def test_bfloat16_losses_are_summed_in_fp64(tmp_path):
@@ -309,3 +320,12 @@ def test_a_validation_split_that_is_too_small_is_named(three_books):
     warning = replace(found, standard_error=0.021 * bits).warning()
     assert "too small" in warning and "2.1% of its loss (3 documents" in warning
     assert "unknown" in replace(found, standard_error=math.nan).warning()
+
+
+@pytest.mark.gpu
+def test_cuda_equals_cpu(tmp_path, three_books):
+    rows = SplitRows([TokenShard(three_books)], 64, EVERYTHING, "carry")
+    one = evaluate_split(PairLoss(), rows, 2, TOKEN_BYTES, CPU)
+    other = evaluate_split(PairLoss().cuda(), rows, 2, TOKEN_BYTES, torch.device("cuda"))
+    assert other.counts_by_position == one.counts_by_position
+    assert other.document_nats == pytest.approx(one.document_nats, rel=1e-6)
