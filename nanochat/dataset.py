@@ -23,7 +23,6 @@ from nanochat.common import (
     base_dir,
     check_name,
     command,
-    print_next_command,
     read_json,
     set_quiet,
 )
@@ -183,7 +182,6 @@ def main(argv=None):
     n_bytes = sum(shard.stat().st_size for shard in dataset.shards)
     print(f"{dataset.dataset_id}: {len(dataset.train_shards)} training shards and 1 validation shard, "
           f"{n_bytes / 1e6:,.1f} MB on disk, in {dataset.shards[0].parent}")
-    print_next_command("scripts.tok_train", "--dataset", args.dataset)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import DIGESTS, UserError, is_as_noted
+from nanochat.common import DIGESTS, UserError, matches_checksum
 
 _TEXT_TYPES = (pa.string(), pa.large_string())
 
@@ -42,7 +42,7 @@ def read_documents(path):
     Errors: UserError when the shard is damaged, has no string column `text`, or holds blank documents only.
     """
     found = False
-    if not is_as_noted(path):
+    if not matches_checksum(path):
         raise _damaged(path, f"its bytes differ from those noted in {DIGESTS}")
     with open_shard(path) as file:
         try:

@@ -15,7 +15,6 @@ from nanochat.common import (
     base_dir,
     check_output,
     command,
-    print_next_command,
     progress,
     set_quiet,
 )
@@ -80,8 +79,6 @@ def main(argv=None):
     n_tokens = sum(map(len, tokenizer.encode_batch(texts)))
     print(f"tokenizer {tokenizer.tokenizer_id}: {tokenizer.vocab_size:,} tokens, trained in {train_sec:.1f} s on "
           f"{dataset.dataset_id}, {n_bytes / n_tokens:.3f} bytes per token on validation text, saved in {folder}")
-    where = ["--tokenizer-dir", folder] if args.tokenizer_dir else []
-    print_next_command("scripts.base_train", "--dataset", args.dataset, *where)
 
 
 if __name__ == "__main__":
