@@ -131,7 +131,8 @@ def _machine_error(error):
         late = re.search("timed out|timeout|time-out", text.lower())
         what = ("another rank did not join a collective within --rank-timeout-minutes" if late
                 else "another rank ended")
-        return f"{what}: see its messages above; resume with --resume-from-step latest"
+        return (f"{what}; see the messages of the other ranks, then resume with "
+                "--resume-from-step latest")
     return None
 
 
