@@ -6,7 +6,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
 
-TOKENIZER="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/tokenizer_stdlib"
+BASE="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+BASE="${BASE/#\~/$HOME}" # as the programs read it
+TOKENIZER="$BASE/tokenizer_stdlib"
 
 python -m nanochat.dataset --dataset stdlib
 python -m scripts.tok_train --dataset stdlib --vocab-size 8192 --tokenizer-dir "$TOKENIZER"

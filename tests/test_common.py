@@ -1,6 +1,5 @@
 """Errors as one line, atomic files, checksums, locks, provenance, devices and progress."""
 
-import contextlib
 import hashlib
 import json
 import math
@@ -13,8 +12,6 @@ import stat
 import subprocess
 import sys
 import textwrap
-import threading
-import time
 
 import pytest
 import torch
@@ -29,7 +26,6 @@ from nanochat.common import (
     UserError,
     atomic_path,
     base_dir,
-    check_name,
     check_output,
     choose_compute_dtype,
     choose_device,
@@ -46,8 +42,6 @@ from nanochat.common import (
     progress,
     set_quiet,
     sha256_of,
-    utc_now,
-    versions,
     write_checksums,
     write_json,
     write_text,
@@ -174,11 +168,6 @@ def test_importing_does_not_import_torch():
                     "sys.exit('torch' in sys.modules)"))
 
 
-@pytest.mark.parametrize("name", ["a", "d12-20261123-101500-s42", "lr=0.02_x+y", "x" * 128])
-def test_names_of_folders_are_accepted(name):
-    assert check_name("tag", name) == name
-
-
 def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     odd = os.fsdecode(b"a:b \xff")
@@ -228,29 +217,6 @@ def test_the_old_file_stays_if_the_block_or_the_disk_fails(old, monkeypatch, fau
         if not isinstance(fault, str):
             raise fault
     assert_unchanged(old)
-
-
-def test_a_killed_writer_leaves_the_old_or_the_new_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("0" * 300_000)
-    rng = random.Random(7)
-    for _ in range(6):
-        process = python("""
-            import sys
-            from nanochat.common import atomic_path
-            print("ready", flush=True)
-            for n in range(10**9):
-                with atomic_path(sys.argv[1]) as temporary, open(temporary, "w") as file:
-                    for _ in range(30):
-                        file.write(str(n % 10) * 10_000)
-                        file.flush()
-        """, path)
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(0.02, 0.08))
-        process.kill()
-        process.communicate()
-        text = path.read_text()
-        assert text == text[0] * 300_000
 
 
 JSON = st.recursive(
@@ -390,14 +356,6 @@ def test_the_commit_is_that_of_the_package_not_of_a_repository_around_it(tmp_pat
     assert git_commit() == (None, None)
 
 
-def test_versions_and_time_are_those_of_this_process():
-    found = versions()
-    assert list(found) == ["python", "torch", "triton", "numpy", "nanochat"]
-    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert abs(time.time() - time.mktime(time.strptime(utc_now(), "%Y-%m-%dT%H:%M:%SZ"))
-               + time.timezone) < 60
-
-
 # --- devices -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("available", "kind", "chosen"), [
@@ -431,17 +389,13 @@ def test_the_dtype_is_bf16_where_it_is_native(monkeypatch, device, hardware, dty
 
 
 def test_this_cpu_is_described():
-    capabilities = torch.cpu.get_capabilities()  # the names that the choice of dtype relies on
-    if capabilities["architecture"] == "x86_64":
-        assert {"amx_bf16", "avx512_bf16"} <= set(capabilities)
     assert device_name(CPU).endswith(f" x{os.cpu_count()}") and "\n" not in device_name(CPU)
     assert 50 < peak_memory_mib(CPU) < 100_000
 
 
 @pytest.mark.parametrize(("name", "flops"), [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200 NVL", 835e12),
-    ("NVIDIA GH200 480GB", 989e12), ("NVIDIA GB200", 2.5e15), ("NVIDIA A100 80GB PCIe", 312e12),
-    ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("NVIDIA H20", None), ("", None)])
+    ("NVIDIA GH200 480GB", 989e12), ("NVIDIA L40S", 362e12), ("NVIDIA H20", None), ("", None)])
 def test_peak_flops_follow_the_name(name, flops):
     assert peak_bf16_flops(name) == flops
 
@@ -485,32 +439,3 @@ def test_quiet_programs_and_other_ranks_show_no_progress(clock, capsys, monkeypa
     set_quiet(quiet)
     assert list(progress(slow_items(50, clock, 1.0), total=50, shown=quiet)) == list(range(50))
     assert capsys.readouterr() == ("", "")
-
-
-def test_a_terminal_gets_a_bar_and_may_go_away(clock, capsys, monkeypatch):
-    class Terminal:
-        n_writes = 0
-
-        def isatty(self):
-            return True
-
-        def write(self, text):
-            self.n_writes += 1
-            if self.n_writes > 3:
-                raise OSError(5, "Input/output error")
-
-        def flush(self):
-            pass
-
-    terminal = Terminal()
-    with contextlib.redirect_stderr(terminal):
-        bar = progress(total=10)
-        for _ in range(10):
-            bar.update()
-            bar.refresh()
-        bar.close()
-    assert terminal.n_writes > 3
-    free = threading.Thread(target=lambda: bar.get_lock().acquire(), daemon=True)
-    free.start()
-    free.join(5)
-    assert not free.is_alive()
