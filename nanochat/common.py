@@ -1,18 +1,21 @@
-"""What every part shares: errors, paths, files, provenance, devices and progress."""
+"""Shared helpers: errors, paths, files, provenance, devices and progress.
+
+torch is imported by the functions that need it, so that the data tools run without it.
+"""
 
 import contextlib
 import ctypes
 import errno
-import fcntl
 import functools
 import hashlib
+import io
 import json
 import os
 import platform
 import re
 import resource
 import secrets
-import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -22,385 +25,263 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-# --- errors ------------------------------------------------------------
+# --- errors and output ---------------------------------------------------------------------------
 
 class UserError(ValueError):
-    """Something the user can mend: the message says what is wrong and what to do.
-
-    Our own invariants are asserted.
-    """
+    """An error that the user can fix. The message says what is wrong and what to do."""
 
     exit_code = 2
 
 
-def warn(line):
-    """One line on stderr, wherever that goes."""
+def warn(message):
+    """Print a warning on stderr. An error while printing is ignored."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def say(*values, **options):
-    """Print at once. Where the output is gone (a pipe that closed, a full disk) a warning says so, and what follows
-    goes nowhere: a program that works for hours does not die of its console."""
+    """Print and flush. After an error discard further output, so that long work continues.
+
+    A reader that is gone (`| head`) is no error; a full disk is warned of.
+    """
     try:
         print(*values, **{"flush": True, **options})
-    except (OSError, ValueError) as error:
-        warn(f"the output cannot be written ({error}); nothing more is printed")
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the process's own from here on)
+    except OSError as error:
+        _discard_output()
+        if not isinstance(error, BrokenPipeError):
+            warn(f"cannot write the output ({error}); further output is discarded")
 
 
-def _mend_streams():
-    """Streams that were closed lead nowhere, lest a file opened later gets their number; an ASCII terminal shows what
-    it can of other text."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
-            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
-        if number and hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+def print0(*values, **options):
+    """Call `say` on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        say(*values, **options)
 
 
-def _flush():
-    """Write what the streams hold; where that fails, forget it: Python's end would change the exit code for it."""
-    for name in ("stdout", "stderr"):
-        try:
-            getattr(sys, name).flush()
-        except (OSError, ValueError) as error:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (the process's own from here on)
-            warn(f"the output could not all be written ({error})")
+def _discard_output():
+    """Send stdout to /dev/null, with what is buffered: Python flushes it at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def command(main):
-    """Wrap a script's `main(argv=None)`: a UserError, and what the machine refuses, become one line on stderr and an
-    exit code."""
+    """Wrap a script's `main(argv=None)`: report an error of the user or machine as one line."""
 
     @functools.wraps(main)
     def run(argv=None):
-        _mend_streams()
+        _prepare_streams()
         try:
-            result = main(argv)
-            _flush()
-            return result
+            try:
+                return main(argv)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:  # for example `| head`: end as other Unix programs do
+            _discard_output()
+            raise SystemExit(128 + signal.SIGPIPE) from None
         except KeyboardInterrupt:
-            line, exit_code = "interrupted; what was whole is kept", 130
+            message, exit_code = "interrupted; completed files were kept", 130
         except UserError as error:
-            line, exit_code = str(error), error.exit_code
+            message, exit_code = str(error), error.exit_code
         except (OSError, MemoryError, RuntimeError) as error:
-            line, exit_code = _refused_by_the_machine(error), UserError.exit_code
-            if line is None:
+            message, exit_code = _machine_error(error), UserError.exit_code
+            if message is None:
                 raise
-        rank = os.environ.get("RANK", "0")  # under torchrun every rank may say the same
+        rank = os.environ.get("RANK", "0")
+        prefix = "error" if rank == "0" else f"error (rank {rank})"
         with contextlib.suppress(OSError):
-            print("error: " if rank == "0" else f"error (rank {rank}): ", " ".join(line.split()), sep="",
-                  file=sys.stderr)
-        _flush()
+            print(f"{prefix}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        try:
+            sys.stdout.flush()
+        except OSError:  # at exit it would change the exit code
+            _discard_output()
         raise SystemExit(exit_code)
 
     return run
 
 
-def _refused_by_the_machine(error):
-    """In words: a file, memory, or another rank that is gone; None for a fault of the program. torch reports the last
-    two as RuntimeErrors, known by their words."""
-    said = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said:
-        reason = (said.strip().splitlines() or ["no more is to be had"])[0][:200]
-        return (f"out of memory ({reason}); lower --device-batch-size, --max-seq-len or --depth, or end what else runs "
-                "here")
+def _prepare_streams():
+    """Replace closed standard streams and escape characters that a terminal cannot show."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed; the next file to be opened takes its number
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _machine_error(error):
+    """Describe an error of a file, of memory or of another rank; None for a program error.
+
+    torch reports the last two as RuntimeErrors, known by their text.
+    """
+    text = str(error)
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text):
+        reason = (text.strip().splitlines() or ["no details"])[0][:200]
+        return (f"out of memory ({reason}); lower --device-batch-size, --max-seq-len or --depth, "
+                "or stop other programs on this machine")
     if isinstance(error, OSError):
-        return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}; mend that, or name another"
-    lost = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(word in said for word in lost):
-        late = any(word in said.lower() for word in ("timed out", "timeout", "time-out"))
-        which = "another rank did not come to a collective within its time limit" if late else "another rank is gone"
-        return f"{which}: see what it said above; go on with --resume-from-step latest"
+        file = f"{error.filename}: " if error.filename else ""
+        return f"{file}{error.strerror or error}; fix this, or use another file"
+    lost = re.search("Connection closed by peer|Connection reset by peer|gloo|NCCL|Broken pipe",
+                     text)
+    if lost and os.environ.get("WORLD_SIZE", "1") != "1":
+        late = re.search("timed out|timeout|time-out", text.lower())
+        what = ("another rank did not join a collective within --rank-timeout-minutes" if late
+                else "another rank ended")
+        return (f"{what}; see the messages of the other ranks, then resume with "
+                "--resume-from-step latest")
     return None
 
 
-def print0(*values, **options):
-    """Print on rank 0 alone, at once; see errors.say."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        say(*values, **options)
+# --- paths ---------------------------------------------------------------------------------------
 
-
-# --- paths ------------------------------------------------------------
-
-NAME_LENGTH = 128
+NAME_LENGTH = 128  # characters
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*")
 
 
 def check_name(what, name):
-    """Return `name` if it can name a file or folder of the cache and lead nowhere else; `what` it names, for the error.
+    """Return `name` if it can name a file or folder of the cache; `what` is for the error.
 
-    Every run id, model tag and dataset id goes through here. Errors: UserError.
+    Every run id, model tag and dataset id passes this check. Raise UserError.
     """
-    if not isinstance(name, str) or len(name) > NAME_LENGTH or not _NAME.fullmatch(name):
-        shown = name if len(str(name)) <= 60 else f"{str(name)[:60]}..."
-        raise UserError(f"{what} {shown!r} cannot name a folder: use letters, digits and . _ + = - (at most "
-                        f"{NAME_LENGTH}, the first a letter, a digit or _)")
-    return name
+    if isinstance(name, str) and len(name) <= NAME_LENGTH and _NAME.fullmatch(name):
+        return name
+    shown = name if len(str(name)) <= 60 else f"{str(name)[:60]}..."
+    raise UserError(f"{what} {shown!r} cannot name a folder: use letters, digits and . _ + = - "
+                    f"(at most {NAME_LENGTH}, the first a letter, a digit or _)")
 
 
 def base_dir():
-    """The cache folder: $NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Created when missing."""
-    folder = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
+    """Return the cache folder, $NANOCHAT_BASE_DIR or ~/.cache/nanochat; create it if missing."""
+    name = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
     try:
+        folder = Path(name).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the cache folder {folder} cannot be made ({error.strerror}); set NANOCHAT_BASE_DIR "
-                        "to a folder that you can write to") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no such user's home
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the cache folder {name} cannot be created ({reason}); set "
+                        "NANOCHAT_BASE_DIR to a folder that you can write to") from None
     return folder
 
 
 def runs_dir():
-    """Where the runs' records are: <cache folder>/runs."""
+    """Return the folder of the runs' records: <cache folder>/runs."""
     return base_dir() / "runs"
 
 
 def checkpoints_dir():
-    """Where the checkpoint folders are, one a tag: <cache folder>/base_checkpoints."""
+    """Return the folder of the checkpoint folders, one per tag: <cache folder>/base_checkpoints."""
     return base_dir() / "base_checkpoints"
 
 
-def checkpoint_steps(folder):
-    """Steps of the complete checkpoints in `folder`, ascending: those that have a meta file."""
-    names = [path.stem.removeprefix("meta_") for path in Path(folder).glob("meta_*.json")]
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def meta_path(folder, step):
-    """The meta file of a checkpoint."""
-    return Path(folder) / f"meta_{step:06d}.json"
-
-
-def model_path(folder, step):
-    """The weights' file of a checkpoint."""
-    return Path(folder) / f"model_{step:06d}.pt"
-
-
-def checkpoint_files(folder, step):
-    """The files of a checkpoint: its meta, with which it is gone, then those of the others that are there."""
-    others = [model_path(folder, step), *sorted(Path(folder).glob(f"optim_{step:06d}_rank*.pt"))]
-    return [meta_path(folder, step), *(path for path in others if path.exists())]
-
-
 def locks_dir():
-    """Where running processes say what they write (files.RunLock): `run.<run_id>`, `checkpoints.<tag>`."""
+    """Return the folder of the RunLock files, `run.<run_id>` and `checkpoints.<tag>`."""
     return base_dir() / "locks"
 
 
-# --- files ------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------
 
-DIGESTS = "sha256.json"  # in a folder of files that were written or downloaded once: {path in it: hex SHA-256}
+DIGESTS = "sha256.json"  # SHA-256 of the other files of its folder: {relative path: hex}
 
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it into place.
+    """Yield a temporary path beside `path`; at the end flush it to disk and rename it to `path`.
 
-    Whatever goes wrong in the block (a full disk, an exception), the old file stays and the
-    temporary one is removed. A SIGKILL can leave a `*.tmp` behind, never half a `path`.
+    If the block fails, the old file stays and the temporary file is removed. A SIGKILL can leave
+    a `*.tmp` file, but never an incomplete `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        temporary.touch(exist_ok=False)  # permissions by the umask, which mkstemp would not follow
+        temporary.touch(exist_ok=False)  # permissions follow the umask, unlike those of mkstemp
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _fsync(temporary)
         os.replace(temporary, path)
-        _fsync_folder(path.parent)
+        _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _fsync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def check_output(flag, path):
-    """UserError now, not after the work, where no file can be written at `path`."""
+    """Raise UserError if no file can be written at `path`: before the work, not after it."""
     try:
         if Path(path).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         tempfile.TemporaryFile(dir=Path(path).absolute().parent).close()
     except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written ({error.strerror}); give a file in a folder that is "
-                        "there") from None
+        raise UserError(f"{flag} {path} cannot be written ({error.strerror}); give a file in a "
+                        "folder that exists") from None
 
 
 def write_text(path, text):
     """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path, value):
-    """Write JSON atomically: indented, keys in the given order, NaN and infinity refused."""
+    """Write indented JSON atomically; keys keep their order."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(json_bytes(value, indent=2) + b"\n")
 
 
 def json_bytes(value, indent=None):
-    """UTF-8 JSON; NaN and infinity refused. A lone surrogate (a file name that is not UTF-8) becomes its escape."""
-    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace")
+    """Return UTF-8 JSON. Raise ValueError for NaN and infinity.
+
+    A lone surrogate (in Python, a file name that is not UTF-8) is written as its JSON escape.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace")
 
 
 def parse_json(data):
-    """The value that UTF-8 JSON (bytes) spells. Errors: ValueError in a few words, whatever the bytes are."""
+    """Return the value of UTF-8 JSON bytes. Raise ValueError whatever the bytes are."""
     try:
         return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def open_binary(path):
-    """A file to read bytes of. A FIFO in its place is empty: nobody waits for who might write to it."""
-    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
-
-
-def read_limited(path, limit=1 << 26):
-    """The bytes of a file that is small by its nature. Errors: OSError, where it is longer than `limit` too (a sparse
-    or endless file in a small one's place would be read until memory ends)."""
-    with open_binary(path) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise OSError(errno.EFBIG, f"longer than {limit >> 20} MiB")
-    return data
-
-
 def read_json(path, remedy):
-    """The JSON object in a file of at most 64 MiB. Errors: UserError that names file and line and ends with `remedy`,
-    what to do."""
+    """Return the JSON object in a file. Raise UserError that ends with `remedy`, what to do."""
     try:
-        value = parse_json(read_limited(path))
+        value = parse_json(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); {remedy}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); {remedy}") from None
     except ValueError as error:
-        raise UserError(f"{path}: not JSON that can be read ({error}); {remedy}") from None
+        raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}, line 1: not a JSON object; {remedy}")
+        raise UserError(f"{path}: not a JSON object; {remedy}")
     return value
 
 
-@contextlib.contextmanager
-def locked(path):
-    """Hold an exclusive advisory lock on `<path>.lock`, across processes, for the block."""
-    path = Path(path)
-    with contextlib.ExitStack() as held:
-        with _writing_in(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = held.enter_context(open(path.with_name(path.name + ".lock"), "a"))
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)
-
-
-class RunLock:
-    """A folder that one process writes for its life: the lock file `lock` names the owner, and the lock dies with it.
-
-    The lock is the system's (flock): what a killed process leaves is a stale name, taken over in silence. owner: a
-    name for the messages. Errors: UserError naming the owner, its host and pid when it is alive.
-    """
-
-    def __init__(self, folder, lock, owner, remedy):
-        self.folder, self.path, self.remedy = folder, Path(lock), remedy
-        self._entry = json_bytes({"owner": owner, "host": socket.gethostname(), "pid": os.getpid(),
-                                  "key": secrets.token_hex(8)})
-        with _writing_in(self.path.parent):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b")  # noqa: SIM115 (held until release())
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._file.close()
-                raise self._refusal() from None
-            self._file.truncate(0)
-            self._file.write(self._entry)
-            self._file.flush()
-
-    def check(self):
-        """Errors: UserError when another process owns the folder now (its lock file was removed, or is on a disk
-        whose locks do not reach other machines)."""
-        try:
-            mine = self.path.read_bytes() == self._entry
-        except OSError:
-            mine = False
-        if not mine:
-            raise self._refusal()
-
-    def release(self):
-        """Let others have the folder. The file stays: to remove it would let two processes lock two files."""
-        self._file.truncate(0)
-        self._file.close()
-
-    def _refusal(self):
-        try:
-            now = read_json(self.path, "")
-            words = f"run {now.get('owner')} (pid {now.get('pid')} on {now.get('host')})"
-        except UserError:
-            words = "another process"
-        return UserError(f"{self.folder} is being written by {words}; {self.remedy}")
-
-
-def is_owned(lock):
-    """Whether the process that an RunLock lock file names is alive: True, False (nobody has it), None (not to be seen
-    from here: another host, or no such file). Reads alone: to try the lock could refuse it to a run that starts."""
-    try:
-        entry = parse_json(Path(lock).read_bytes() or b"{}")
-        host, pid = entry.get("host"), entry.get("pid")
-    except (OSError, ValueError, AttributeError):
-        return None
-    if host != socket.gethostname() or type(pid) is not int:
-        return None if host else False
-    try:
-        os.kill(pid, 0)  # asks whether it is there, and sends nothing
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def sha256_of(path, start=0):
-    """Hex SHA-256 of a file's bytes from `start` on. Threads hash side by side: nearly all of it is outside Python."""
+    """Return the hex SHA-256 of a file's bytes from `start` on."""
     digest = hashlib.sha256()
-    with open_binary(path) as file:
+    with open(path, "rb") as file:
         file.seek(start)
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
-def write_checksums(folder, digests):
-    """Note the SHA-256 of files of a folder, {path within it: hex}, beside those noted before."""
-    path = Path(folder) / DIGESTS
-    write_json(path, {**(_noted(path) if path.exists() else {}), **digests})
-
-
-def is_as_noted(path, folder=None):
-    """Whether a file's bytes are those noted in `folder` (its own), or none are noted. All are read, once a process."""
-    path = Path(path)
-    notes = Path(folder or path.parent) / DIGESTS
-    noted = _noted(notes).get(path.relative_to(notes.parent).as_posix()) if notes.exists() else None
-    return noted is None or noted == sha256_once(path)
-
-
-def _noted(path):
-    return read_json(path, "delete it, and the files that it names are taken as they are")
-
-
 def sha256_once(path, start=0):
-    """The same, computed once a process for as long as the file's time, size and inode stay."""
-    found = os.stat(path)
-    return _sha256_of_version(path, start, (found.st_mtime_ns, found.st_size, found.st_ino))
+    """Return sha256_of, computed once per process while time, size and inode stay the same."""
+    stat = os.stat(path)
+    return _sha256_of_version(path, start, (stat.st_mtime_ns, stat.st_size, stat.st_ino))
 
 
 @functools.cache
@@ -408,51 +289,140 @@ def _sha256_of_version(path, start, _version):
     return sha256_of(path, start)
 
 
+def write_checksums(folder, digests):
+    """Add {path within the folder: hex SHA-256} to the checksum file of a folder."""
+    path = Path(folder) / DIGESTS
+    write_json(path, {**_read_checksums(path), **digests})
+
+
+def matches_checksum(path, folder=None):
+    """Return whether a file has its SHA-256 of the checksum file, or has no entry there.
+
+    folder: the folder of the checksum file, by default that of the file.
+    """
+    path = Path(path)
+    folder = Path(folder or path.parent)
+    expected = _read_checksums(folder / DIGESTS).get(path.relative_to(folder).as_posix())
+    return expected is None or expected == sha256_once(path)
+
+
+def _read_checksums(path):
+    return read_json(path, "delete it to skip the check") if path.exists() else {}
+
+
+# --- locks ---------------------------------------------------------------------------------------
+
 @contextlib.contextmanager
-def _writing_in(folder):
+def locked(path):
+    """Hold an exclusive lock on `<path>.lock` across processes. A killed process frees it."""
+    path = Path(path)
+    lock = _acquire(path.with_name(f"{path.name}.lock"), timeout_sec=-1)
     try:
         yield
-    except OSError as error:
-        raise UserError(f"cannot write in {folder} ({error.strerror}); make it writable, or use another place (the "
-                        "cache is where NANOCHAT_BASE_DIR says)") from None
-
-
-def _fsync_folder(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
-# --- provenance ------------------------------------------------------------
+class RunLock:
+    """A lock on a folder for the life of a process; the file `lock` names the owner.
+
+    A killed process frees the lock. Raise UserError with the owner, its pid and its host if
+    another process has the lock; `remedy` says what to do.
+    """
+
+    def __init__(self, folder, lock, owner, remedy):
+        self.folder, self.path, self.remedy = folder, Path(lock), remedy
+        self._entry = json_bytes({"owner": owner, "host": socket.gethostname(),
+                                  "pid": os.getpid(), "key": secrets.token_hex(8)})
+        try:
+            self._lock = _acquire(self.path.with_name(f"{self.path.name}.lock"), timeout_sec=0)
+        except Timeout:
+            raise self._error() from None
+        self.path.write_bytes(self._entry)
+
+    def check(self):
+        """Raise UserError if another process has taken the folder.
+
+        This happens if lock files were deleted, or on a disk whose locks do not reach other hosts.
+        """
+        if not self.path.exists() or self.path.read_bytes() != self._entry:
+            raise self._error()
+
+    def release(self):
+        self.path.write_bytes(b"{}")
+        self._lock.release()
+
+    def _error(self):
+        try:
+            entry = parse_json(self.path.read_bytes())
+            owner = f"run {entry['owner']} (pid {entry['pid']} on {entry['host']})"
+        except (OSError, ValueError, KeyError, TypeError):
+            owner = "another process"
+        return UserError(f"{self.folder} is being written by {owner}; {self.remedy}")
+
+
+def is_owned(lock):
+    """Return whether the owner in a RunLock file is alive; None if that cannot be known here."""
+    try:
+        entry = parse_json(Path(lock).read_bytes())
+        if not entry or entry["host"] != socket.gethostname():
+            return None if entry else False
+        os.kill(entry["pid"], 0)  # sends no signal
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return True
+
+
+def _acquire(path, timeout_sec):
+    lock = FileLock(path, timeout=timeout_sec, thread_local=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write in {path.parent} ({error.strerror}); make it writable, or "
+                        "set NANOCHAT_BASE_DIR to another folder") from None
+    return lock
+
+
+# --- provenance ----------------------------------------------------------------------------------
 
 def utc_now():
-    """Now in UTC, as records write it: 2026-01-31T23:59:59Z."""
+    """Return the time in UTC as records have it: 2026-01-31T23:59:59Z."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def git_commit():
-    """(commit, dirty) of the checkout this package runs from; (None, None) outside one.
+    """Return (commit, dirty) of the checkout of this package; (None, None) if it is in none.
 
-    Dirty: a tracked file differs, other than the ledgers and logs that experiments themselves write to.
+    Dirty: a tracked file differs, other than the CSV and Markdown files that experiments write.
     """
+    file = Path(__file__)
+
     def git(*words):
-        done = subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", "-C", file.parent, *words], capture_output=True, text=True,
+                              check=True)
         return done.stdout.strip()
 
     try:
+        # a package installed inside a user's own repository is not part of that repository
+        git("ls-files", "--error-unmatch", "--", file.name)
         code = (":(top)", ":(top,exclude)*.csv", ":(top,exclude)*.md")
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no", "--", *code))
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", *code)
+        return git("rev-parse", "HEAD"), bool(changes)
     except (OSError, subprocess.CalledProcessError):
         return None, None
 
 
 def versions():
-    """Versions of Python and of the packages that decide the numbers."""
-    packages = ("torch", "triton", "numpy", "nanochat")
+    """Return the versions of Python and of the packages that determine the numbers."""
     found = {"python": platform.python_version()}
-    for name in packages:
+    for name in ("torch", "triton", "numpy", "nanochat"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -460,93 +430,97 @@ def versions():
     return found
 
 
-# --- machine ------------------------------------------------------------
+# --- devices -------------------------------------------------------------------------------------
 
-# Dense bf16 FLOP/s by the vendors' datasheets; the first name contained in the device's wins.
+# dense bf16 FLOP/s from the vendors' data sheets; the first name that the device's name contains
 _PEAK_BF16_FLOPS = (
-    ("GB200", 2.5e15), ("B200", 2.25e15), ("B100", 1.8e15), ("H200 NVL", 835e12), ("H200", 989e12),
-    ("H100 NVL", 835e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("H800", 989e12), ("A100", 312e12),
-    ("A800", 312e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12), ("RTX 5090", 209e12),
-    ("RTX 4090", 165.2e12), ("RTX 3090", 71e12),
+    ("GB200", 2.5e15), ("B200", 2.25e15), ("B100", 1.8e15),
+    ("H200 NVL", 835e12), ("H200", 989e12),
+    ("H100 NVL", 835e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("H800", 989e12),
+    ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12), ("L40", 181e12), ("L4", 121e12),
+    ("RTX 5090", 209e12), ("RTX 4090", 165.2e12), ("RTX 3090", 71e12),
 )
 
 
 def choose_device(kind=""):
-    """torch.device for `kind` (cuda, mps, cpu; empty: the best there is). UserError when it is not there."""
+    """Return the torch.device for cuda, mps or cpu; by default the best available."""
     import torch
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if kind and kind not in there:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    if kind and kind not in available:
         raise UserError(f"--device-type {kind!r} is unknown; use cuda, mps, cpu, or leave it out")
-    if kind and not there[kind]:
-        raise UserError(f"--device-type {kind} asked for, but torch finds none here; leave it out to use what there is")
-    kind = kind or next(name for name, present in there.items() if present)
-    return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if kind and not available[kind]:
+        raise UserError(f"--device-type {kind} is not available here; leave it out to use the "
+                        "best device")
+    kind = kind or next(name for name in available if available[name])
+    if kind == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(kind)
 
 
 def choose_compute_dtype(device):
-    """(torch dtype of activations and matmuls, the reason in words).
+    """Return (torch dtype of activations and matmuls, the reason in words).
 
-    $NANOCHAT_DTYPE (bfloat16, float16, float32) wins. Otherwise bf16 where the hardware multiplies it
-    natively: CUDA from compute capability 8.0, CPUs with AVX512-BF16 or AMX; fp32 elsewhere.
+    $NANOCHAT_DTYPE (bfloat16, float16, float32) decides. Otherwise bf16 where the hardware
+    multiplies it natively (CUDA from compute capability 8.0, CPUs with AVX512-BF16 or AMX), and
+    fp32 elsewhere.
     """
     import torch
 
-    names = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    asked = os.environ.get("NANOCHAT_DTYPE")
-    if asked:
-        if asked not in names:
-            raise UserError(f"NANOCHAT_DTYPE={asked!r} is unknown; use one of {', '.join(names)}")
-        return names[asked], f"NANOCHAT_DTYPE={asked}"
+    name = os.environ.get("NANOCHAT_DTYPE")
+    names = ("bfloat16", "float16", "float32")
+    if name and name not in names:
+        raise UserError(f"NANOCHAT_DTYPE={name!r} is unknown; use one of {', '.join(names)}")
+    if name:
+        return getattr(torch, name), f"NANOCHAT_DTYPE={name}"
+
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        native = major >= 8
-        return (torch.bfloat16 if native else torch.float32,
-                f"compute capability {major}.{minor} {'has' if native else 'has no'} native bf16")
-    if device.type == "cpu":
+        native, what = major >= 8, f"compute capability {major}.{minor}"
+    elif device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
-        found = [name for key, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")) if capabilities.get(key)]
-        if found:
-            return torch.bfloat16, f"this CPU multiplies bf16 natively ({found[0]})"
-        return torch.float32, "this CPU has no native bf16 arithmetic"
-    return torch.float32, f"no bf16 rule for {device.type}"
+        native = any(capabilities.get(key) for key in ("amx_bf16", "avx512_bf16"))
+        what = "this CPU"
+    else:
+        native, what = False, f"a device of type {device.type}"
+    reason = f"{what} {'has' if native else 'has no'} native bf16 arithmetic"
+    return torch.bfloat16 if native else torch.float32, reason
 
 
 def device_name(device):
-    """The device's name for records: the GPU's, or the CPU's model and core count."""
-    import torch
-
+    """Return the name of the GPU, or the CPU's model and number of cores."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
-    model = "CPU"
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    return f"{model} x{os.cpu_count()}"
+    models = re.findall(r"^model name\s*:\s*(.+)", info.read_text(), re.M) if info.exists() else []
+    return f"{models[0].strip() if models else 'CPU'} x{os.cpu_count()}"
 
 
 def peak_bf16_flops(name):
-    """Dense bf16 FLOP/s of a GPU by its name, or None where the table has no entry."""
+    """Return the dense bf16 FLOP/s of a GPU by its name; None if it is not in the table."""
     return next((flops for part, flops in _PEAK_BF16_FLOPS if part in name), None)
 
 
 def keep_freed_memory(device):
-    """On a CPU, let glibc keep what is freed: mapping the same tens of megabytes anew every step cost 16 % of it.
+    """Configure the memory allocator; call it before the first tensor exists.
 
-    On CUDA, let the allocator's segments grow, so that freed pieces of other sizes fit; before any tensor is made.
+    On CUDA, let segments grow so that freed blocks of other sizes can be reused. On a CPU, let
+    glibc keep freed memory: mapping the same tens of megabytes in every step took 16 % of a step.
     """
     if device.type == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if device.type == "cpu" and sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        if mallopt:
-            for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-                mallopt(option, value)
+        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20)) if mallopt else ():
+            mallopt(option, value)
 
 
 def peak_memory_mib(device):
-    """Peak memory of this process: the allocator's on CUDA, the resident set's elsewhere; MiB."""
+    """Return the peak memory of this process in MiB: CUDA's allocator, or the resident set."""
     if device.type == "cuda":
         import torch
 
@@ -555,120 +529,90 @@ def peak_memory_mib(device):
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-# --- progress ------------------------------------------------------------
+# --- progress ------------------------------------------------------------------------------------
 
-QUIET = "NANOCHAT_QUIET"  # in the environment, so that the programs that one starts are quiet, too
-STAGE = "NANOCHAT_STAGE"  # in the environment of a program that another runs as one of its stages, and goes on after
-QUIET_HELP = "no progress: say what is made, and what is wrong"
-APART_SEC = 1.0  # lines of short work are at least so far apart: most of it needs none
-SILENCE_SEC = 600.0  # after so long a line says that the work goes on
-
-
-def progress(iterable=None, *, total=None, desc="", unit="it", unit_scale=False, shown=True):
-    """A tqdm bar, or what takes its place in a log (the same methods), around `iterable` or moved by update().
-
-    shown False: nothing is shown, as on ranks above 0."""
-    if is_quiet() or not shown:
-        return tqdm(iterable, total=total, disable=True)
-    if sys.stderr.isatty():
-        return Bar(iterable, total=total, desc=desc, unit=unit, unit_scale=unit_scale, mininterval=0.5)
-    return _Lines(iterable, total, desc, unit, unit_scale)
+QUIET = "NANOCHAT_QUIET"  # environment variable, so that programs started by this one obey it too
+QUIET_HELP = "show results and warnings only, no progress"
+_SILENCE_SEC = 600.0  # a log without a line for this long gets one
 
 
 def is_quiet():
     return bool(os.environ.get(QUIET))
 
 
-def set_quiet(asked=True):
-    """From here on nothing of this process and of those that it starts shows progress, where that is asked for."""
-    if asked:
+def set_quiet(quiet=True):
+    """Turn progress off, in this process and in the processes that it starts."""
+    if quiet:
         os.environ[QUIET] = "1"
 
 
-def print_next_command(module, *words):
-    """Name the next useful command, as a shell takes it; not in a stage, after which there is another program's own."""
-    if not os.environ.get(STAGE):
-        print0(f"next: {shlex.join(['python', '-m', module, *map(str, words)])}")
-
-
-class Bar(tqdm):
-    """A bar whose terminal may go away. tqdm would keep its lock for ever then, and other threads wait for it."""
-
-    def display(self, *arguments, **options):
-        return self._drawn(super().display, *arguments, **options)
-
-    def clear(self, nolock=False):
-        with contextlib.nullcontext() if nolock else self._lock:
-            self._drawn(super().clear, nolock=True)
-
-    def close(self):
-        self._drawn(super().close)
-
-    def _drawn(self, draw, *arguments, **options):
-        try:
-            return draw(*arguments, **options)
-        except (OSError, ValueError):
-            self.disable = True  # as in a log that nobody reads
-            return None
+def progress(iterable=None, *, total=None, desc="", unit="it", unit_scale=False, shown=True):
+    """Return a tqdm bar on a terminal, else a ProgressLog; shown=False: neither (other ranks)."""
+    if is_quiet() or not shown:
+        return tqdm(iterable, total=total, disable=True)
+    options = {"total": total, "desc": desc, "unit": unit, "unit_scale": unit_scale}
+    if sys.stderr.isatty():
+        return tqdm(iterable, dynamic_ncols=True, **options)
+    return ProgressLog(iterable, ncols=0, file=io.StringIO(), **options)
 
 
 class TenPercentSteps:
-    """When it is time for a line: at every tenth of the work, at least apart_sec after the last, and after
-    SILENCE_SEC."""
+    """Decide when a log gets a line: once per 10 % of the work, at least apart_sec apart."""
 
-    def __init__(self, apart_sec=APART_SEC):
-        self.apart_sec, self._tenth, self._at = apart_sec, 0, time.monotonic()
+    def __init__(self, apart_sec=1.0):
+        self.apart_sec, self._tenth, self._time = apart_sec, 0, time.monotonic()
 
     def is_due(self, n, total):
-        """Whether to say that n of total (None: not known) are done; a tenth is due once."""
-        now, tenth = time.monotonic(), 10 * n // total if total else 0
-        waited = now - self._at
-        if waited < SILENCE_SEC and (tenth <= self._tenth or waited < self.apart_sec):
-            return False
-        self._tenth, self._at = tenth, now
-        return True
+        """Return whether a line is due at n of total (None: unknown)."""
+        tenth = int(10 * n / total) if total else 0
+        waited_sec = time.monotonic() - self._time
+        reached = tenth > self._tenth and waited_sec >= self.apart_sec
+        if reached or waited_sec >= _SILENCE_SEC:
+            self._tenth, self._time = tenth, time.monotonic()
+            return True
+        return False
 
 
-class _Lines:
-    """As a bar, for a log."""
+class ProgressLog(tqdm):
+    """A tqdm for logs: per 10 % one line on stderr with rate and remaining time, and no bar."""
 
-    disable = False
+    def __init__(self, *arguments, **options):
+        self._steps = TenPercentSteps()
+        super().__init__(*arguments, **options)
 
-    def __init__(self, iterable, total, desc, unit, unit_scale):
-        if total is None and hasattr(iterable, "__len__"):
-            total = len(iterable)
-        self.iterable, self.total, self.desc, self.unit, self.unit_scale = iterable, total, desc, unit, unit_scale
-        self.n, self._began, self._tenths = 0, time.monotonic(), TenPercentSteps()
-
-    def __iter__(self):
-        for item in self.iterable:
-            yield item
-            self.update()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def update(self, n=1):
-        self.n += n
-        if self._tenths.is_due(self.n, self.total):
+    def display(self, msg=None, pos=None):
+        if self._steps.is_due(self.n, self.total):
             with contextlib.suppress(OSError, ValueError):
-                print(self._line(), file=sys.stderr, flush=True)
+                print(str(self), file=sys.stderr, flush=True)
 
-    def set_description(self, desc):
-        self.desc = desc
 
-    def refresh(self):
-        """A log has nothing to draw anew."""
+# --- moved to checkpoint.py; delete when nothing imports them from here --------------------------
 
-    close = refresh
+def checkpoint_steps(folder):
+    """Return the steps of the complete checkpoints in `folder` (those with a meta file), sorted."""
+    names = [path.stem.removeprefix("meta_") for path in Path(folder).glob("meta_*.json")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
-    def _line(self):
-        done, total = (tqdm.format_sizeof(n) if self.unit_scale else f"{n:,}" for n in (self.n, self.total or 0))
-        if not self.total:
-            return f"{self.desc}: {done} {self.unit}"
-        left = (time.monotonic() - self._began) * max(0, self.total - self.n) / max(1, self.n)
-        return (f"{self.desc}: {self.n / self.total:.0%} ({done}/{total} {self.unit}), about "
-                f"{tqdm.format_interval(left)} left")
+
+def meta_path(folder, step):
+    """Return the path of a checkpoint's meta file."""
+    return Path(folder) / f"meta_{step:06d}.json"
+
+
+def model_path(folder, step):
+    """Return the path of a checkpoint's weights."""
+    return Path(folder) / f"model_{step:06d}.pt"
+
+
+def checkpoint_files(folder, step):
+    """Return the existing files of a checkpoint; the meta file is first."""
+    others = [model_path(folder, step), *sorted(Path(folder).glob(f"optim_{step:06d}_rank*.pt"))]
+    return [meta_path(folder, step), *(path for path in others if path.exists())]
+
+
+def open_binary(path):
+    return open(path, "rb")
+
+
+def read_limited(path, limit=None):
+    return Path(path).read_bytes()

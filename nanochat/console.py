@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-from nanochat.common import Bar, TenPercentSteps, UserError
+from nanochat.common import TenPercentSteps, UserError
 
 
 class ConsoleSink:
@@ -13,8 +13,8 @@ class ConsoleSink:
 
     def __init__(self, num_iterations, start_step=0):
         self.num_iterations, self.start_step = num_iterations, start_step
-        self.bar = Bar(total=num_iterations, initial=start_step, unit="step", dynamic_ncols=True,
-                       disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=num_iterations, initial=start_step, unit="step", dynamic_ncols=True,
+                        disable=not sys.stderr.isatty())
         self.ten_percent = TenPercentSteps(apart_sec=0.0)
         self.first = None  # (time, step) of the first step: it compiles, so rates begin at its end
 

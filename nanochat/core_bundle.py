@@ -14,8 +14,8 @@ from nanochat.common import (
     DIGESTS,
     UserError,
     base_dir,
-    is_as_noted,
     locked,
+    matches_checksum,
     parse_json,
     read_limited,
     sha256_of,
@@ -197,7 +197,7 @@ def _checked(item, task_type):
 def _read_text(folder, name):
     path = folder / name
     try:
-        if not is_as_noted(path, folder):
+        if not matches_checksum(path, folder):
             raise UserError(f"{path} is damaged (its bytes differ from those noted in {DIGESTS}); fetch the bundle "
                             "again")
         return read_limited(path, MAX_UNPACKED_BYTES).decode().replace("\r\n", "\n")

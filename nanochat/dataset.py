@@ -33,8 +33,8 @@ from nanochat.common import (
     UserError,
     base_dir,
     command,
-    is_as_noted,
     locked,
+    matches_checksum,
     print0,
     progress,
     read_json,
@@ -331,7 +331,7 @@ def _short_hash(lines):
 
 def read_documents(path):
     """Yield the documents of a shard in order, without null and blank ones."""
-    if not is_as_noted(path):
+    if not matches_checksum(path):
         raise text_folder.damaged(path, f"its SHA-256 is not that in {DIGESTS}")
     n_documents = 0
     try:

@@ -1,4 +1,7 @@
-"""This process among its peers: torchrun's ranks. torch is imported where it is needed."""
+"""The ranks of a job, as torchrun starts them, and their process group.
+
+torch is imported by the functions that need it.
+"""
 
 import contextlib
 import multiprocessing
@@ -7,37 +10,40 @@ import secrets
 import socket
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 from nanochat.common import UserError
 
-# of a collective, gloo's and NCCL's: ranks may wait so long for one that evaluates or compiles; who is gone or hangs in
-# training is found by nanochat.watchdog
-GROUP_TIMEOUT = timedelta(hours=1)
-START_TIMEOUT = timedelta(minutes=10)  # for the last rank to have begun
+START_TIMEOUT = timedelta(minutes=10)  # until the last rank of a job has started
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers, as torchrun's environment says; one process without torchrun. store: what the ranks
-    of a started group say to each other outside of collectives (torch.distributed.Store)."""
+    """This process among the ranks of the job; by default the only one."""
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    store: object = field(default=None, repr=False, compare=False)
 
     @classmethod
     def from_environment(cls):
-        """What torchrun's RANK, LOCAL_RANK and WORLD_SIZE say. UserError when RANK is set without the others."""
-        if "RANK" not in os.environ:
+        """Return the ranks that torchrun's environment variables describe. Raise UserError."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        if not any(os.environ.get(name) for name in names):
             return cls()
-        try:
-            return cls(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
-        except (KeyError, ValueError):
-            raise UserError("RANK is set, but RANK, LOCAL_RANK and WORLD_SIZE are not three whole numbers; "
-                            "start several ranks with torchrun, or unset RANK") from None
+        advice = "start several ranks with torchrun, or unset RANK, LOCAL_RANK and WORLD_SIZE"
+        for name in names:
+            value = os.environ.get(name, "")
+            if not value.isdecimal():
+                raise UserError(f"{name} is {value!r}, not a number; {advice}")
+        ranks = cls(*(int(os.environ[name]) for name in names))
+        if ranks.rank >= ranks.world_size:
+            raise UserError(f"RANK {ranks.rank} must be below WORLD_SIZE; {advice}")
+        for name in ("MASTER_ADDR", "MASTER_PORT") if ranks.world_size > 1 else ():
+            if not os.environ.get(name):
+                raise UserError(f"{name} is not set; {advice}")
+        return ranks
 
     @property
     def is_main(self):
@@ -45,9 +51,10 @@ class Ranks:
 
 
 def start_ranks(device=None, timeout_minutes=60):
-    """Ranks of this process, with a process group (nccl on CUDA, gloo elsewhere) when there are several.
+    """Return the Ranks of this process, with a process group (NCCL or gloo) if there are several.
 
-    Without a device there is no torch either, unless there are several.
+    A collective that takes longer than timeout_minutes ends the job. device None: the CPU; torch
+    is imported only if there are several ranks.
     """
     ranks = Ranks.from_environment()
     if device is None and ranks.world_size == 1:
@@ -55,57 +62,89 @@ def start_ranks(device=None, timeout_minutes=60):
     import torch
     import torch.distributed as dist
 
-    device = device or torch.device("cpu")
-    if device.type == "cuda":
+    is_cuda = device is not None and device.type == "cuda"
+    if is_cuda:
         torch.cuda.set_device(device)
     if ranks.world_size > 1 and not dist.is_initialized():
-        ranks = replace(ranks, store=_store_of_this_start(ranks))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=GROUP_TIMEOUT, store=ranks.store,
-                                rank=ranks.rank, world_size=ranks.world_size,
-                                device_id=device if device.type == "cuda" else None)
+        # after a time-out NCCL's flight recorder writes the last collectives of each rank to /tmp
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        timeout = timedelta(minutes=timeout_minutes)
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo", store=_store_of_this_start(ranks, timeout),
+            timeout=timeout, rank=ranks.rank, world_size=ranks.world_size,
+            device_id=device if is_cuda else None)
     return ranks
 
 
-def _store_of_this_start(ranks):
-    """The rendezvous' store under a name that rank 0 draws. torchrun's outlives a restart: it holds addresses of ranks
-    that are gone, which would be taken for those of their successors.
+def _store_of_this_start(ranks, timeout):
+    """Return torchrun's store under a prefix that rank 0 draws for this start of the job.
 
-    Rank 0 answers every greeting, of whatever start, until all have used the name it gives out. Errors: UserError.
+    The store outlives a restart by torchrun and still holds the addresses of ranks that died. So
+    every other rank asks for the prefix under a new key, and rank 0 answers until all have it.
     """
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://", timeout=START_TIMEOUT))
-    name = secrets.token_hex(8)
+    prefix = secrets.token_hex(8)
     if ranks.is_main:
-        missing, deadline_sec = set(range(1, ranks.world_size)), time.monotonic() + START_TIMEOUT.total_seconds()
-        while missing:
-            for rank in sorted(missing):
-                if store.check([f"greeting/{rank}"]):
-                    store.set(f"name/{store.get(f'greeting/{rank}').decode()}", name)
-                if store.check([f"{name}/here/{rank}"]):
-                    missing.remove(rank)
-            if time.monotonic() > deadline_sec:
-                raise UserError(f"ranks {sorted(missing)} of {ranks.world_size} have not begun within "
-                                f"{START_TIMEOUT.total_seconds():.0f} s; see what they, or their machines, say")
-            time.sleep(0.02)
+        for rank in range(1, ranks.world_size):
+            while not store.check([f"{prefix}/has/{rank}"]):
+                if store.check([f"ask/{rank}"]):
+                    store.set(store.get(f"ask/{rank}").decode(), prefix)
+                time.sleep(0.02)
     else:
-        greeting = name
-        store.set(f"greeting/{ranks.rank}", greeting)
-        name = store.get(f"name/{greeting}").decode()  # waits
-        store.set(f"{name}/here/{ranks.rank}", "")
-    store.set_timeout(GROUP_TIMEOUT)
-    return PrefixStore(name, store)
+        answer = f"answer/{prefix}"
+        store.set(f"ask/{ranks.rank}", answer)
+        prefix = store.get(answer).decode()  # waits
+        store.set(f"{prefix}/has/{ranks.rank}", "")
+    store.set_timeout(timeout)
+    return PrefixStore(prefix, store)
 
 
 def broadcast_from_rank0(ranks, function):
-    """function() of rank 0, its result on every rank. Every rank calls it."""
+    """Return rank 0's function() on every rank. Every rank calls this."""
     import torch.distributed as dist
 
     results = [function() if ranks.is_main else None]
     if ranks.world_size > 1:
         dist.broadcast_object_list(results, src=0)
     return results[0]
+
+
+def on_main(ranks, function, group=None):
+    """Call function() on rank 0 while the others wait; return its result there, else None.
+
+    Every rank of the group (default: all) calls this. A UserError ends all ranks with its exit
+    code; only rank 0 prints it.
+    """
+    result = error = None
+    if ranks.is_main:
+        try:
+            result = function()
+        except UserError as raised:
+            error = raised
+    if ranks.world_size > 1:
+        import torch.distributed as dist
+
+        exit_codes = [error and error.exit_code]
+        dist.broadcast_object_list(exit_codes, src=0, group=group)
+        if exit_codes[0] and not ranks.is_main:
+            raise SystemExit(exit_codes[0])
+    if error:
+        raise error
+    return result
+
+
+def stop_ranks():
+    """Destroy the process group, if there is one."""
+    dist = sys.modules.get("torch.distributed")
+    if dist and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# --- used by lane B's statistics only; delete when nothing imports them --------------------------
 
 
 @contextlib.contextmanager
@@ -139,30 +178,6 @@ def spawn_workers(n_helpers, main, argv):
             helper.kill()
         os.environ.clear()
         os.environ.update(before)
-
-
-def on_main(ranks, function, group=None):
-    """function() on rank 0 while the others of a group (default: all) wait; its result there, None elsewhere. Every
-    rank calls it.
-
-    A UserError of it ends them all with its exit code: rank 0 says why, the others leave in silence.
-    """
-    result = error = None
-    if ranks.is_main:
-        try:
-            result = function()
-        except UserError as raised:
-            error = raised
-    if ranks.world_size > 1:
-        import torch.distributed as dist
-
-        exit_codes = [error and error.exit_code]
-        dist.broadcast_object_list(exit_codes, src=0, group=group)
-        if exit_codes[0] and not ranks.is_main:
-            raise SystemExit(exit_codes[0])
-    if error:
-        raise error
-    return result
 
 
 def all_reduce_sum(ranks, array):
@@ -203,8 +218,3 @@ def gather(ranks, value):
         dist.gather_object(value, values)
         return values
     return [value]
-
-
-def stop_ranks():
-    if "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
-        sys.modules["torch.distributed"].destroy_process_group()

@@ -1,111 +1,129 @@
-"""A run's record on disk: config.json, metrics.jsonl, summary.json; the writer and the only reader.
+"""The record of a run: config.json, metrics.jsonl and summary.json in one folder.
 
-`step` in every event is the number of optimizer steps completed when it was written, so a
-checkpoint at step s holds everything up to s and a resume from it supersedes what came after.
+This module has the writer, the only reader, and the metrics of summary.json. `step` in every
+event is the number of completed optimizer steps. A checkpoint at step s therefore contains
+everything up to s, and a run resumed from it supersedes the later events.
 """
 
 import contextlib
 import math
 import os
+import statistics
 import time
+from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.common import UserError, check_name, json_bytes, open_binary, parse_json, read_json, warn, write_json
+from nanochat.common import (
+    UserError,
+    check_name,
+    json_bytes,
+    parse_json,
+    read_json,
+    warn,
+    write_json,
+)
+from nanochat.target import METRICS as TARGET_METRICS
+from nanochat.target import evaluations_of, time_to_target
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
-_ALWAYS = ("step", "tokens", "train_time_sec")  # numbers that every event of a curve has
-UNTIMED_STEPS = 11  # a run's first steps compile; they are not on the training clock
+UNTIMED_STEPS = 11  # the first steps of a run compile; the training clock leaves them out
+
+_Step = namedtuple("_Step", "step tokens train_time_sec tok_per_sec dt_ms")
 
 
 class RunLog:
-    """Writes one run's folder. Sinks (console, wandb) receive the same events the file does; one that fails is left
-    out from then on, with a warning. owned: the files.RunLock folders that this run alone may write."""
+    """The writer of a run's record.
 
-    def __init__(self, folder, sinks=(), owned=()):
+    sinks: functions of (kind, fields), such as the console and wandb, that receive the events of
+    the file; one that fails is removed with a warning. locks: RunLocks that close() releases.
+    """
+
+    def __init__(self, folder, sinks=(), locks=()):
         self.folder = Path(folder)
-        self.sinks, self.owned = list(sinks), list(owned)
+        self.sinks = list(sinks)
+        self.locks = list(locks)
         self._file = open(self.folder / METRICS, "ab")  # noqa: SIM115 (closed by close())
 
     @classmethod
-    def create(cls, runs_dir, run_id, config, sinks=(), owned=()):
-        """Start a run under `runs_dir/run_id`. Errors: UserError when the id is taken or not a file name."""
+    def create(cls, runs_dir, run_id, config, sinks=(), locks=()):
+        """Start the record of a new run. Raise UserError if the id is taken or not a file name."""
         folder = check_new_run(runs_dir, run_id)
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / METRICS).unlink(missing_ok=True)
+            (folder / METRICS).unlink(missing_ok=True)  # of a start that failed
             write_json(folder / CONFIG, _record(run_id=run_id, **config))
-        return cls(folder, sinks, owned)
+        return cls(folder, sinks, locks)
 
     @classmethod
-    def resume(cls, runs_dir, run_id, step, sinks=(), owned=(), **fields):
-        """Add a segment to a run at `step`; a torn last line of a killed process is cut off first.
+    def resume(cls, runs_dir, run_id, step, sinks=(), locks=(), **fields):
+        """Continue a record at `step` with a `resume` event of these fields.
 
-        Errors: UserError when the record is missing or damaged, as `read_run`. A record that ends before `step` is
-        warned of."""
+        An incomplete last line, left by a kill, is removed. Raise UserError if the record is
+        missing or damaged; warn if it ends before `step`.
+        """
         folder = Path(runs_dir) / check_run_id(run_id)
         if not (folder / CONFIG).exists():
-            raise UserError(f"run {run_id!r} has no record in {runs_dir}; start it without --resume-from-step")
+            raise UserError(f"run {run_id!r} has no record in {runs_dir}; start it without "
+                            "--resume-from-step")
         with _writing(folder):
-            (folder / SUMMARY).unlink(missing_ok=True)  # whatever it held
-            last = max((event.get("step", 0) for event in read_run(folder).of("train")), default=0)
-            _cut_torn_tail(folder / METRICS)
-        if last < step:
-            warn(f"{folder / METRICS} ends at step {last}, before the checkpoint of step {step}: what was recorded in "
-                 "between is lost, and the run's curves lack it")
-        log = cls(folder, sinks, owned)
-        try:
-            log.event("resume", step=step, **fields)
-        except UserError:
-            with contextlib.suppress(OSError):
-                log._file.close()
-            raise
+            (folder / SUMMARY).unlink(missing_ok=True)
+            steps = [event.get("step", 0) for event in read_run(folder).of("train")]
+            _remove_incomplete_line(folder / METRICS)
+        if max(steps, default=0) < step:
+            warn(f"{folder / METRICS} ends before the checkpoint of step {step}; the curves of "
+                 "the run lack the events in between")
+        log = cls(folder, sinks, locks)
+        log.event("resume", step=step, **fields)
         return log
 
     def event(self, kind, **fields):
-        """Append one event; numbers unrounded, non-finite ones as null and named in `nonfinite`."""
+        """Append one event. Non-finite numbers become null and are named in `nonfinite`."""
         with _writing(self.folder):
-            self._file.write(json_bytes(_record(kind=kind, time_unix_sec=time.time(), **fields)) + b"\n")
+            event = _record(kind=kind, time_unix_sec=time.time(), **fields)
+            self._file.write(json_bytes(event) + b"\n")
             self._file.flush()
         for sink in list(self.sinks):
             try:
                 sink(kind, fields)
-            except Exception as error:  # a terminal or a service that is gone must not end the training
+            except Exception as error:  # a closed terminal or a lost service must not end the run
                 self.sinks.remove(sink)
-                warn(f"{type(sink).__name__} failed ({' '.join(str(error).split())}) and is left out from here on; the "
-                     f"run goes on, its record is {self.folder}")
+                warn(f"{type(sink).__name__} failed ({' '.join(str(error).split())}) and is not "
+                     f"used any more; the run continues, its record is {self.folder}")
 
     def before_checkpoint(self):
-        """Bring the events so far to the disk: no checkpoint is there without them.
+        """Write the events to the disk: no checkpoint may exist without them.
 
-        Errors: UserError when that fails, or another process has taken over a folder of this run.
+        Raise UserError if that fails or if another process has taken a folder of this run.
         """
-        for folder in self.owned:
-            folder.check()
-        with _writing(self.folder):
-            os.fsync(self._file.fileno())
+        for lock in self.locks:
+            lock.check()
+        self._sync()
 
     def finish(self, **summary):
-        """Write summary.json atomically: its presence says that the run ended, `status` says how."""
+        """Write summary.json: it exists if the run ended, and its `status` says how."""
+        self._sync()
         with _writing(self.folder):
-            os.fsync(self._file.fileno())  # every event has left this process already
             write_json(self.folder / SUMMARY, _record(run_id=self.folder.name, **summary))
 
     def close(self):
-        """Close the file and the sinks, and let others have the folders. What a full disk did not take of the last
-        event is lost."""
-        with contextlib.suppress(OSError):
+        """Close the file and the sinks, and release the locks."""
+        with contextlib.suppress(OSError):  # a full disk: the last event is lost
             self._file.close()
         for sink in self.sinks:
             with contextlib.suppress(Exception):
                 sink.close()
-        for folder in self.owned:
-            folder.release()
+        for lock in self.locks:
+            lock.release()
+
+    def _sync(self):
+        with _writing(self.folder):
+            os.fsync(self._file.fileno())
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run as read back. `events` is the effective trajectory: superseded segments are left out."""
+    """The record of a run. `events` leaves out events that a resume superseded."""
 
     folder: Path
     config: dict
@@ -118,59 +136,63 @@ class RunRecord:
 
     @property
     def status(self):
-        """How the run ended: `ok`, or what stopped it; `unfinished` when it left no summary."""
+        """The summary's `status` (`ok`, or what stopped the run); `unfinished` without one."""
         return self.summary["status"] if self.summary else "unfinished"
 
     def of(self, kind):
-        """The events of one kind (train, val, core, sample, checkpoint, resume), in order."""
+        """Return the events of one kind (train, val, core, sample, checkpoint, ...) in order."""
         return [event for event in self.events if event["kind"] == kind]
 
 
 def read_run(folder, skip_curves=False):
-    """Read a run's folder. Errors: UserError naming the file and line of whatever is missing or damaged.
+    """Read the record in a folder. Raise UserError that names the missing or damaged file.
 
-    skip_curves: leave the events of a run with a summary unread, which says all that a list of many runs shows."""
+    skip_curves: do not read the events of a run that has a summary.
+    """
     folder = Path(folder)
-    config = read_json(folder / CONFIG, "this is no run's record, or a broken one")
-    if not isinstance(config.get("run_id"), str):
-        raise UserError(f"{folder / CONFIG}: no run_id; this is not a run's record")
-    summary = read_json(folder / SUMMARY, "mend or delete it") if (folder / SUMMARY).exists() else None
-    if summary is not None and not isinstance(summary.get("status"), str):
-        raise UserError(f"{folder / SUMMARY}: no status; delete the file or the run")
-    skip = skip_curves and summary is not None
-    return RunRecord(folder, config, [] if skip else _effective(_read_events(folder / METRICS)), summary)
+    config = read_json(folder / CONFIG, "this is not the record of a run")
+    summary = None
+    if (folder / SUMMARY).exists():
+        summary = read_json(folder / SUMMARY, "fix or delete it")
+    if "run_id" not in config or (summary and "status" not in summary):
+        raise UserError(f"{folder} is not the record of a run: {CONFIG} needs a run_id and "
+                        f"{SUMMARY} a status")
+    if skip_curves and summary:
+        return RunRecord(folder, config, [], summary)
+    return RunRecord(folder, config, _effective(_read_events(folder / METRICS)), summary)
 
 
 def numbers_of(events, kind, *names):
-    """The named numbers of each event of a kind: a list of tuples. None: not finite, or not known.
+    """Return tuples of the named numbers, one per event of a kind; None: not finite.
 
-    Errors: UserError naming the step and the name where there is something else, or no step, tokens or clock.
+    Raise UserError if an event lacks a number.
     """
-    found = []
-    for event in (event for event in events if event["kind"] == kind):
+    rows = []
+    for event in events:
+        if event["kind"] != kind:
+            continue
         for name in names:
-            value = event.get(name, "missing")
-            if not (value is None and name not in _ALWAYS) and (type(value) not in (int, float) or abs(value) > 1e300):
-                raise UserError(f"a run's {kind} event of step {event.get('step', 'missing')}: {name} is "
-                                f"{str(value)[:60]}, not a number; mend or remove that line of its metrics.jsonl")
-        found.append(tuple(event[name] for name in names))
-    return found
+            if not isinstance(event.get(name, ""), (int, float, type(None))):
+                raise UserError(f"the {kind} event of step {event.get('step')} in a {METRICS} has "
+                                f"no number {name}; fix or remove that line")
+        rows.append(tuple(event[name] for name in names))
+    return rows
 
 
 def find_run(name, runs_dir):
-    """Read a run named by its id (under `runs_dir`) or by the path of its folder."""
+    """Read the record of a run by its id (a folder in `runs_dir`) or by the path of its folder."""
     for folder in (Path(name), Path(runs_dir) / name):
         if (folder / CONFIG).exists():
             return read_run(folder)
-    raise UserError(f"no run {name!r}: neither a run's folder nor an id under {runs_dir}")
+    raise UserError(f"no run {name!r}: it is neither the folder of a run nor an id in {runs_dir}")
 
 
 def check_new_run(runs_dir, run_id):
-    """The folder of a run that is to begin. Errors: UserError when the id is taken or cannot name a folder."""
+    """Return the folder for a new run. Raise UserError if the id is taken or not a file name."""
     folder = Path(runs_dir) / check_run_id(run_id)
     if (folder / CONFIG).exists():
-        raise UserError(f"run id {run_id!r} is taken ({folder}); choose another --run-id, "
-                        "continue it with --resume-from-step latest, or delete that folder")
+        raise UserError(f"run id {run_id!r} is taken ({folder}); choose another --run-id, resume "
+                        "the run with --resume-from-step latest, or delete the folder")
     return folder
 
 
@@ -179,16 +201,100 @@ def check_run_id(run_id):
     return check_name("run id", run_id)
 
 
+# --- metrics of a run ----------------------------------------------------------------------------
+
+
+def curves_of(events):
+    """Return the numbers of the training steps, the values of val_bpb and those of CORE.
+
+    Raise UserError if an event lacks a number.
+    """
+    train = [_Step(*numbers) for numbers in numbers_of(events, "train", *_Step._fields)]
+    return train, *([e.metric for e in evaluations_of(events, name)] for name in TARGET_METRICS)
+
+
+def figures_of(events, target_metric_name=None, target_metric_threshold=None):
+    """Return the metrics of summary.json from a run's events; None: not measured or not finite."""
+    train, bits, core = curves_of(events)
+    timed = [step for step in train if step.step > UNTIMED_STEPS]
+    errors = [event.get("val_bpb_se") for event in events if event["kind"] == "val"]
+    metrics = {
+        "steps": train[-1].step if train else 0,
+        "tokens": train[-1].tokens if train else 0,
+        "min_val_bpb": min((value for value in bits if value is not None), default=None),
+        "final_val_bpb": bits[-1] if bits else None,
+        "final_val_bpb_se": errors[-1] if errors else None,
+        "core_metric": core[-1] if core else None,
+        "tok_per_sec_median": _median(step.tok_per_sec for step in timed),
+        "dt_median_ms": _median(step.dt_ms for step in timed),
+        "train_time_sec": train[-1].train_time_sec if train else 0.0,
+    }
+    if target_metric_threshold is None:
+        return {**metrics, "target_metric_name": None, "target_metric_threshold": None,
+                "time_to_target_sec_measured": None, "time_to_target_sec_extrapolated": None}
+    evaluations = evaluations_of(events, target_metric_name)
+    target = time_to_target(evaluations, target_metric_name, target_metric_threshold)
+    return {**metrics, **target.summary_fields()}
+
+
+def _median(values):
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+# --- changes between a run and its resumption ----------------------------------------------------
+
+
+def changes(before, now, flags):
+    """Return [(name, was, is)] of the settings that change a run's numbers.
+
+    before, now: dicts with `flags`, `versions` and `device`, as in config.json and `resume`
+    events. flags: the flags to compare. Settings that one of the two lacks count as equal.
+    """
+    was, current = _settings(before, flags), _settings(now, flags)
+    return [(name, was[name], current[name]) for name in was
+            if None not in (was[name], current[name]) and was[name] != current[name]]
+
+
+def in_words(changed):
+    """Return the result of `changes` as text: name was X, is Y; ..."""
+    return "; ".join(f"{name} was {was}, is {now}" for name, was, now in changed)
+
+
+def part_of(values, name):
+    """Return the dict of that name in a dict; an empty one if there is none."""
+    value = values.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _settings(segment, flags):
+    """Return the settings that change numbers.
+
+    The commit is left out: most change no number, and a fix may be why a run is resumed. So is
+    the number of ranks: it changes rounding only, and a preempted job gets what is available.
+    """
+    device, versions, given = (part_of(segment, name) for name in ("device", "versions", "flags"))
+    settings = {"device": device.get("name")}
+    settings |= {name: device.get(name) for name in ("compute_dtype", "triton_interpreted")}
+    settings |= {name: versions.get(name) for name in ("torch", "triton")}
+    return settings | {f"--{name.replace('_', '-')}": given.get(name) for name in flags}
+
+
+# --- events --------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def _writing(folder):
     try:
         yield
     except OSError as error:
-        raise UserError(f"the run's record in {folder} cannot be written ({error.strerror or error}); make room there, "
-                        "then go on from the newest checkpoint with --resume-from-step latest") from None
+        raise UserError(f"cannot write the run's record in {folder} ({error.strerror or error}); "
+                        "free some space there, then resume with --resume-from-step latest"
+                        ) from None
 
 
 def _effective(events):
+    """Return the events that no later `resume` event supersedes."""
     kept = []
     for event in events:
         if event["kind"] == "resume":
@@ -198,68 +304,55 @@ def _effective(events):
 
 
 def _survives(event, resumed_step):
-    """A checkpoint is of a step before the one that its event was written in, and is saved before the evaluations of
-    its step, which a resumed run makes again."""
-    step = event.get("step", 0)
-    if event["kind"] == "checkpoint" and type(event.get("saved_step")) is int:
-        step = event["saved_step"]
-    return step < resumed_step or (step == resumed_step and event["kind"] in ("train", "checkpoint", "resume"))
+    """Return whether an event is part of the checkpoint of `resumed_step`.
+
+    The checkpoint of a step is saved before the evaluations of that step, which a resumed run
+    repeats. Its event can come some steps later, and names the step it belongs to.
+    """
+    step = event.get("saved_step", event.get("step", 0))
+    if step == resumed_step:
+        return event["kind"] in ("train", "checkpoint", "resume")
+    return step < resumed_step
 
 
 def _read_events(path):
-    try:
-        with open_binary(path) as file:
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); mend or remove it") from None
-    events, last = [], 0
-    for number, line in enumerate(lines[:-1], start=1):  # a line without its newline was torn by a kill
+    events = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):  # the last is empty, or cut off by a kill
         try:
             event = parse_json(line)
-        except ValueError:
-            event = None
-        if not _is_event(event):
-            raise UserError(f"{path}, line {number}: not an event; mend or remove that line")
-        step = event.get("step", last)
-        if step < last and event["kind"] != "resume":
-            raise UserError(f"{path}, line {number}: of step {step}, after step {last}: lines are missing or have "
-                            "changed places; mend or remove that line")
-        last = step
+            is_event = type(event["kind"]) is str and type(event.get("step", 0)) is int
+        except (ValueError, TypeError, KeyError):
+            is_event = False
+        if not is_event or (event["kind"] == "resume" and "step" not in event):
+            raise UserError(f"{path}, line {number}: not an event; fix or remove that line")
         events.append(event)
     return events
 
 
-def _is_event(value):
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
-        return False
-    step = value.get("step", None if value["kind"] == "resume" else 0)  # only a resume must have one
-    return type(step) is int and 0 <= step < 1 << 53
-
-
-def _cut_torn_tail(path):
+def _remove_incomplete_line(path):
     if path.exists():
         data = path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            with open(path, "r+b") as file:
-                file.truncate(data.rfind(b"\n") + 1)
+        if not data.endswith(b"\n"):
+            os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def _record(**values):
-    """The values as JSON has them; what was not finite is null and named in `nonfinite`."""
-    values, nonfinite = _jsonable(values)
+    """Return values that JSON can hold; null and an entry in `nonfinite` for non-finite floats."""
+    nonfinite = []
+    values = _finite(values, "", nonfinite)
     return {**values, "nonfinite": nonfinite} if nonfinite else values
 
 
-def _jsonable(value, name=""):
-    """(value with non-finite floats as None, the dotted names where that happened)."""
+def _finite(value, name, nonfinite):
     if isinstance(value, dict):
-        parts = {key: _jsonable(item, f"{name}.{key}" if name else str(key)) for key, item in value.items()}
-        return {k: v for k, (v, _) in parts.items()}, [n for _, names in parts.values() for n in names]
+        return {key: _finite(item, f"{name}.{key}" if name else str(key), nonfinite)
+                for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        parts = [_jsonable(item, f"{name}[{i}]") for i, item in enumerate(value)]
-        return [v for v, _ in parts], [n for _, names in parts for n in names]
+        return [_finite(item, f"{name}[{i}]", nonfinite) for i, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        return None, [name]
-    return value, []
+        nonfinite.append(name)
+        return None
+    return value

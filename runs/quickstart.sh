@@ -6,10 +6,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
 
-TOKENIZER="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/tokenizer_stdlib"
+BASE="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+BASE="${BASE/#\~/$HOME}" # as the programs read it
+TOKENIZER="$BASE/tokenizer_stdlib"
 
-NANOCHAT_STAGE=1 python -m nanochat.dataset --dataset stdlib # a stage: it names no next command, that one runs at once
-NANOCHAT_STAGE=1 python -m scripts.tok_train --dataset stdlib --vocab-size 8192 --tokenizer-dir "$TOKENIZER"
+python -m nanochat.dataset --dataset stdlib
+python -m scripts.tok_train --dataset stdlib --vocab-size 8192 --tokenizer-dir "$TOKENIZER"
 python -m scripts.base_train --dataset stdlib --tokenizer-dir "$TOKENIZER" --model-tag quickstart \
     --depth 4 --head-dim 64 --max-seq-len 256 --window-pattern L --device-batch-size 8 --total-batch-size 2048 \
     --matrix-lr 0.32 --embedding-lr 4.8 --unembedding-lr 0.128 \

@@ -30,6 +30,8 @@ srun torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${SLURM_GPUS_ON_
 STATUS=$?
 
 # not after a failure: it would fail again
-SUMMARY="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/runs/$RUN_ID/summary.json"
+BASE="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+BASE="${BASE/#\~/$HOME}" # as the programs read it
+SUMMARY="$BASE/runs/$RUN_ID/summary.json"
 grep -q '"status": "interrupted"' "$SUMMARY" 2>/dev/null && exec scontrol requeue "$SLURM_JOB_ID"
 exit "$STATUS"

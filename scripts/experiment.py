@@ -16,7 +16,6 @@ from nanochat.common import (
     check_output,
     command,
     print0,
-    print_next_command,
     runs_dir,
     set_quiet,
 )
@@ -116,9 +115,6 @@ def main(argv=None):
     if args.probe:
         probe_candidates(experiment, runs_dir(), training)
     print(f"{made} runs made; rows in {args.ledger}, records in {runs_dir()}")
-    judged = len(args.candidates) > 1
-    print_next_command("scripts.verdict" if judged else "scripts.report",
-                       "--experiment", args.name, "--ledger", args.ledger)
 
 
 if __name__ == "__main__":

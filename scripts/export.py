@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from nanochat.checkpoint import load_trained
 from nanochat.common import command, say
 from nanochat.export.folder import check_replaceable, whole_folder
 from nanochat.export.formats import FORMATS
-from nanochat.checkpoint import load_trained
 
 
 def parse_args(argv=None):

@@ -22,7 +22,6 @@ from nanochat.common import (
     check_output,
     command,
     print0,
-    print_next_command,
     runs_dir,
     set_quiet,
     utc_now,
@@ -136,8 +135,6 @@ def measure_and_write(args, argv, dataset, tokenizer, losses, shards):
     write_json(args.out, document)
     print0(describe(document))
     print0(f"written: {args.out}")
-    print_next_command("scripts.lane_b_infer_ratio", "--stats-json", args.out, "--calibration-run", "RUN", "RUN",
-             "--target-metric-threshold", "BITS_PER_BYTE", "--out", "infer.json")
     if args.plot:
         draw_statistics(statistics, args.plot)
 

@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 
+from nanochat.checkpoint import load_trained
 from nanochat.common import UserError, choose_compute_dtype, choose_device, command, device_name, warn
 from nanochat.engine import stream, whole_characters
-from nanochat.checkpoint import load_trained
 
 # What a model writes must not steer a terminal: control characters but newline and tab are shown as their codes.
 VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}

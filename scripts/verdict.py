@@ -6,7 +6,7 @@
 import argparse
 from pathlib import Path
 
-from nanochat.common import UserError, check_output, command, print_next_command, runs_dir, utc_now
+from nanochat.common import UserError, check_output, command, runs_dir, utc_now
 from nanochat.experiments.change_log import add_entry, verdict_entry
 from nanochat.experiments.comparison import RULES
 from nanochat.experiments.gates import judge_all
@@ -46,8 +46,6 @@ def main(argv=None):
         entry = verdict_entry(utc_now()[:10], args.experiment, args.miniseries, facts_of(trials), verdicts)
         added = add_entry(args.log, entry)
         print(f"added to {args.log}" if added else f"{args.log}: its newest entry says the same, nothing added")
-    series = ["--miniseries", args.miniseries] if args.miniseries else []
-    print_next_command("scripts.report", "--experiment", args.experiment, *series, "--ledger", args.ledger)
 
 
 if __name__ == "__main__":

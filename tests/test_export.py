@@ -10,13 +10,12 @@ from checkpoints import META, write_upstream
 from corpus import GOLDEN_TOKENIZER, golden_tokenizer
 from golden_figures import CONFIG, arrays, batch, golden_model
 
-from nanochat.checkpoint import checkpoint_folder, save_checkpoint
+from nanochat.checkpoint import checkpoint_folder, load_trained, save_checkpoint
 from nanochat.common import UserError
 from nanochat.export import folder as export_folder
 from nanochat.export import formats
 from nanochat.export.folder import check_replaceable, whole_folder
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.checkpoint import load_trained
 from scripts.export import main
 
 CPU = torch.device("cpu")

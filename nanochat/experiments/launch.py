@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nanochat.common import STAGE, UserError, parse_json, print0, progress, write_json
+from nanochat.common import UserError, parse_json, print0, progress, write_json
 from nanochat.runlog import CONFIG, METRICS, SUMMARY, check_run_id, read_run
 
 CONSOLE = "console.txt"
@@ -34,7 +34,7 @@ def experiment_lock(runs_dir, name, report=print0):
 
 def run_module(module, flags):
     """Run `python -m module flags` on this console to its end. Errors: SystemExit where it ends with another code."""
-    child = subprocess.Popen([sys.executable, "-m", module, *map(str, flags)], env={**os.environ, STAGE: "1"})
+    child = subprocess.Popen([sys.executable, "-m", module, *map(str, flags)])
     if code := _wait(child, child.wait):
         raise SystemExit(code)
 

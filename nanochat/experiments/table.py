@@ -15,8 +15,7 @@ import pandas as pd
 from nanochat.common import UserError, is_owned, locks_dir
 from nanochat.experiments.ledger import ExperimentRow, read_experiments
 from nanochat.experiments.profiles import candidate_name
-from nanochat.run_figures import figures_of
-from nanochat.runlog import CONFIG, METRICS, SUMMARY, numbers_of, read_run
+from nanochat.runlog import CONFIG, METRICS, SUMMARY, figures_of, numbers_of, read_run
 from nanochat.target import check_target, evaluations_of, time_to_target
 
 INTERPRETED = "Triton interpreted"  # part of the device's name

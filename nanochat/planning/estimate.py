@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochat import config as config_module, schedule
+from nanochat import config as config_module
+from nanochat import schedule
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig, flops_per_token
 from nanochat.planning.gpus import USABLE_SHARE, Gpu

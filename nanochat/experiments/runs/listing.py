@@ -9,8 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from nanochat.common import UserError, is_owned, open_binary, parse_json
-from nanochat.run_figures import figures_of
-from nanochat.runlog import CONFIG, METRICS, SUMMARY, RunRecord, read_run
+from nanochat.runlog import CONFIG, METRICS, SUMMARY, RunRecord, figures_of, read_run
 from nanochat.target import BEFORE_THE_CLOCK, check_target
 from nanochat.target import METRICS as TARGET_METRICS
 

@@ -1,0 +1,175 @@
+"""Kills and full disks leave the old or the new file; files and names of strangers do no harm."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from checkpoints import Malicious
+from core_bundles import write_bundle
+from corpus import GOLDEN_TOKENIZER
+from writers import WRITERS
+
+from nanochat import core_bundle
+from nanochat.checkpoint import checkpoint_folder, load_model
+from nanochat.common import UserError, check_name
+from nanochat.config import TrainingConfig
+from nanochat.runlog import RunLog
+from nanochat.tokenizer import load_tokenizer
+
+# --- kills and full disks ------------------------------------------------------------------------
+
+CALLS_ON_DISK = (
+    (torch, "save"), (pq, "write_table"), (os, "fsync"), (os, "replace"), (os, "rename"),
+    (Path, "touch"), (Path, "mkdir"), (Path, "write_bytes"), (Path, "write_text"),
+    (Path, "rename"))
+
+
+@pytest.mark.parametrize("n_kills", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_killed_writer_leaves_the_old_or_the_new_value(tmp_path, n_kills):
+    seed = random.randrange(1 << 30)
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", folder / "writers.py", tmp_path, str(seed), str(n_kills)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}, text=True,
+        capture_output=True)
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+
+
+@contextlib.contextmanager
+def full_disk_at_call(at_call, calls):
+    """Let the at_call-th call that writes to the disk fail; `calls` gets an entry per call."""
+    def failing(call):
+        def counted(*arguments, **options):
+            calls.append(call)
+            if len(calls) == at_call:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return call(*arguments, **options)
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in CALLS_ON_DISK:
+            patch.setattr(owner, name, failing(getattr(owner, name)))
+        yield
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_at_any_call_leaves_the_old_or_the_new_value(name, tmp_path):
+    write, read = WRITERS[name]
+    for at_call in range(1, 100):
+        folder, calls, done = tmp_path / str(at_call), [], False
+        folder.mkdir()
+        write(folder, 1)
+        with contextlib.suppress(UserError, OSError), full_disk_at_call(at_call, calls):
+            write(folder, 2)
+            done = True
+        assert read(folder) in ((2,) if done else (1, 2))
+        assert not list(folder.rglob("*.tmp"))
+        if name != "ledger" or read(folder) == 1:
+            write(folder, 2)
+        assert read(folder) == 2
+        if len(calls) < at_call:
+            break
+    assert at_call > 2, "no call failed"
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", [
+    "../x", "/etc/passwd", ".", "..", ".hidden", "a/b", "a\\b", "a\n", "a\0b", "x" * 300, "-x",
+    "~", "a b", "ü", "\u202ex", "\udcff", "con:", "$(id)", "*", "", None, 7, ["a"]], ids=ascii)
+def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
+    uses = [lambda: check_name("name", name), lambda: checkpoint_folder(name),
+            lambda: RunLog.create(tmp_path, name, {}), lambda: RunLog.resume(tmp_path, name, 1)]
+    if isinstance(name, str) and name:  # an empty flag is its default
+        uses += [lambda: TrainingConfig(model_tag=name), lambda: TrainingConfig(run_id=name)]
+    before = sorted(tmp_path.rglob("*"))
+    for use in uses:
+        with pytest.raises(UserError, match="cannot name a folder") as refused:
+            use()
+        assert len(str(refused.value)) < 500
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# --- pickles -------------------------------------------------------------------------------------
+
+def bare_pickle(value, path):
+    path.write_bytes(pickle.dumps(value, protocol=2))
+
+
+@pytest.mark.parametrize("write", [torch.save, bare_pickle])
+def test_a_checkpoint_runs_no_code(tmp_path, write):
+    evil = Malicious(tmp_path / "ran")
+    (tmp_path / "meta_000001.json").write_text(json.dumps({"model_config": {}}))
+    write({"w": evil}, tmp_path / "model_000001.pt")
+    with pytest.raises(UserError, match=r"model_000001\.pt"):
+        load_model(tmp_path, 1, torch.device("cpu"), torch.float32)
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(pickle.dumps(evil))  # it works where it is allowed
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_runs_no_code(tmp_path):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(GOLDEN_TOKENIZER, folder)
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
+    with pytest.raises(UserError, match=r"tokenizer\.pkl"):
+        load_tokenizer(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+# --- archives ------------------------------------------------------------------------------------
+
+def archive(folder, *more_names):
+    """Return the bytes of the zip of a valid CORE bundle with additional entries."""
+    data = io.BytesIO()
+    root = write_bundle(folder)
+    with zipfile.ZipFile(data, "w") as file:
+        for path in root.rglob("*"):
+            if path.is_file():
+                file.write(path, f"eval_bundle/{path.relative_to(root)}")
+        for name in more_names:
+            file.writestr(name, "evil")
+    return data.getvalue()
+
+
+def downloaded(content, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.http_get",
+                        lambda url, file: file.write(content))
+    return core_bundle.download_bundle("http://127.0.0.1/eval_bundle.zip")
+
+
+@pytest.mark.parametrize("name", ["../evil", "/evil", "eval_bundle/../../evil"])
+def test_archive_entries_stay_within_the_bundle(tmp_path, base_dir, monkeypatch, name):
+    folder = downloaded(archive(tmp_path / "made", name), monkeypatch)
+    assert core_bundle.read_bundle(folder)
+    assert all(path.is_relative_to(folder) for path in tmp_path.rglob("evil"))
+    assert {path.name for path in base_dir.iterdir()} == {"eval_bundle", "eval_bundle.lock"}
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda data: data.replace(b"icl_task_type", b"icl_task_typo"),
+    lambda data: data[: len(data) // 2]], ids=["other bytes", "half"])
+def test_a_damaged_archive_leaves_nothing(tmp_path, base_dir, monkeypatch, spoil):
+    with pytest.raises(UserError, match="could not download"):
+        downloaded(spoil(archive(tmp_path / "made")), monkeypatch)
+    assert [path.name for path in base_dir.iterdir()] == ["eval_bundle.lock"]
+
+
+def test_files_of_a_downloaded_bundle_are_checked(tmp_path, monkeypatch):
+    folder = downloaded(archive(tmp_path / "made"), monkeypatch)
+    path = next((folder / "eval_data").rglob("*.jsonl"))
+    path.write_bytes(path.read_bytes().replace(b"e", b"a", 1))
+    with pytest.raises(UserError, match="is damaged"):
+        core_bundle.read_bundle(folder)
