@@ -111,26 +111,24 @@ def differences(before, after, columns):
 
 
 def as_text(table):
-    """Return a table as text, its index to the left; no text of a record moves the cursor."""
+    """Return a table as text with its index to the left."""
     table = table.rename_axis(columns=table.index.name, index=None)
-    text = table.to_string(na_rep="·", float_format="{:,.6g}".format)
-    return "".join(x if x.isprintable() or x == "\n" else "?" for x in text)
+    return table.to_string(na_rep="·", float_format="{:,.6g}".format)
 
 
 @command
 def main(argv=None):
     args = parse_args(argv)
     if args.compare:
-        table = runs_table(find_run(name, runs_dir()) for name in args.compare)
-        print("\n\n".join(compare(table)))
-        return
-    table, broken = read_runs(args.patterns, args.state)
-    if table is None:
-        asked = "such run" if args.patterns or args.state else "runs"
-        print(f"no {asked} in {runs_dir()}")
+        blocks = compare(runs_table(find_run(name, runs_dir()) for name in args.compare))
     else:
-        print(as_text(pd.DataFrame(map(cells, table.itertuples())).set_index("run")))
-    print(*broken, sep="\n", end="\n" if broken else "")
+        table, blocks = read_runs(args.patterns, args.state)
+        shown = f"no {'such run' if args.patterns or args.state else 'runs'} in {runs_dir()}"
+        if table is not None:
+            shown = as_text(pd.DataFrame(map(cells, table.itertuples())).set_index("run"))
+        blocks = ["\n".join([shown, *blocks])]
+    # A record may come from a stranger: its text must not move the cursor.
+    print("".join(x if x.isprintable() or x == "\n" else "?" for x in "\n\n".join(blocks)))
 
 
 if __name__ == "__main__":

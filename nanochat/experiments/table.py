@@ -15,7 +15,7 @@ from nanochat.experiments.ledger import ExperimentRow, columns, read_experiments
 from nanochat.experiments.profiles import candidate_name
 from nanochat.run_figures import figures_of
 from nanochat.runlog import CONFIG, SUMMARY, numbers_of, read_run
-from nanochat.target import evaluations_of, time_to_target
+from nanochat.target import METRICS, evaluations_of, time_to_target
 
 INTERPRETED = "Triton interpreted"  # part of the device's name: such times say nothing of a GPU
 HORIZON_FLAGS = {"--num-iterations", "--target-flops", "--target-param-data-ratio"}
@@ -216,17 +216,22 @@ def _cells_of(record, summary=None):
         summary = record.summary
     if summary is None:
         threshold = number(flags.get("target_metric_threshold"))
-        summary = figures_of(record.events, flags.get("target_metric_name"), threshold)
+        summary = figures_of(record.events, _metric_of(flags), threshold)
     known = {**config, **summary, "total_tokens": summary.get("tokens"),
              "training_sec": summary.get("train_time_sec")}
+    texts = {"timestamp": config.get("created_utc"), "git_commit": config.get("git_commit"),
+             "dataset_id": config.get("dataset_id"), "status": summary.get("status", "failed")}
     return {
         **{name: number(known.get(name)) for name in NUMBERS},
-        "timestamp": config.get("created_utc", ""), "git_commit": config.get("git_commit") or "",
+        **{name: value if isinstance(value, str) else "" for name, value in texts.items()},
         "experiment_name": "", "candidate_flags": "", "run_id": record.run_id,
         "seed": number(config.get("seed")), "depth": number(flags.get("depth")),
-        "target_metric_name": summary.get("target_metric_name") or "val_bpb",
-        "status": summary.get("status", "failed"), "dataset_id": config.get("dataset_id"),
-        "device": _device_of(config)}
+        "target_metric_name": _metric_of(summary), "device": _device_of(config)}
+
+
+def _metric_of(fields):
+    name = fields.get("target_metric_name")
+    return name if isinstance(name, str) and name in METRICS else "val_bpb"
 
 
 def _flags(record):

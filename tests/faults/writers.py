@@ -16,7 +16,6 @@ from nanochat import core_bundle
 from nanochat.checkpoint import find_checkpoint, load_model_state, read_meta, save_checkpoint
 from nanochat.common import write_checksums, write_json, write_text
 from nanochat.dataset import _open_shards, open_dataset
-from nanochat.experiments.change_log import add_entry
 from nanochat.export.folder import check_replaceable, whole_folder
 from nanochat.lane_b.infer.inference_file import read_inference
 from nanochat.lane_b.infer.record import LaneBRecord, append_record, read_records
@@ -94,12 +93,6 @@ def read_export(folder):
     return int((folder / "e" / "a" / "b").read_text()[0])
 
 
-def edit_change_log(folder, value):
-    if not (folder / "LOG.md").exists():
-        (folder / "LOG.md").write_text("# Log\n")
-    add_entry(folder / "LOG.md", f"## 2026-01-0{value} \u00b7 entry {value}\n\n{'words ' * 99}")
-
-
 def infer(folder, value):
     [path] = CASES["inference"].make(folder) if value == 1 else [folder / "f.json"]
     write_json(path, {**json.loads(path.read_text()), "target_metric_threshold": float(value)})
@@ -155,7 +148,6 @@ WRITERS = {  # name -> (write the value 1, then 2; read which is there)
                lambda folder: int((folder / "r.html").read_text()[0])),
     "digests": (lambda folder, value: write_checksums(folder, {"name": str(value) * 64}),
                 lambda folder: int((folder / "sha256.json").read_text().split('"')[3][0])),
-    "change log": (edit_change_log, lambda folder: (folder / "LOG.md").read_text().count("\n## ")),
     "inference": (infer, lambda folder: int(read_inference(folder / "f.json").target_metric_threshold)),
     "token cache": (fill_cache, read_cache),
     "export": (export, read_export),
