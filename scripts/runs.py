@@ -17,8 +17,9 @@ from nanochat.experiments.table import age_sec, recipe_of, runs_table
 from nanochat.runlog import find_run, read_run
 
 STATES = ("running", "finished", "stopped", "failed", "stale")
-COMPARED = ["min_val_bpb", "final_val_bpb", "core_metric", "time_to_target_sec",
-            "tok_per_sec_median", "training_sec", "total_tokens", "peak_memory_mib"]
+COMPARED = ["min_val_bpb", "final_val_bpb", "final_val_bpb_se", "core_metric",
+            "time_to_target_sec", "tok_per_sec_median", "training_sec", "total_tokens",
+            "peak_memory_mib"]
 
 
 def parse_args(argv=None):
@@ -101,7 +102,7 @@ def differences(before, after, columns):
     seeds = before.index.intersection(after.index)
     before, after = before.loc[seeds], after.loc[seeds]
     lines = document_notes(before.record, after.record)
-    for name in reversed(columns):
+    for name in reversed([name for name in columns if name != "final_val_bpb_se"]):
         change = (after[name] - before[name]).dropna()
         if change.any():
             percent = 100 * change.mean() / before[name][change.index].mean()

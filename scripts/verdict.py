@@ -5,7 +5,7 @@ python -m scripts.verdict --experiment lane_c --miniseries depths
 
 import argparse
 
-from nanochat.common import command, print_next_command, runs_dir
+from nanochat.common import command, runs_dir
 from nanochat.experiments.gates import RULES, judge_all
 from nanochat.experiments.table import experiment_table
 
@@ -33,9 +33,6 @@ def main(argv=None):
     print("\n".join(RULES.describe()), end="\n\n")
     for verdict in verdicts:
         print("\n".join(verdict.describe()), end="\n\n")
-    shown = ["--miniseries", args.miniseries] if args.miniseries else []
-    print_next_command("scripts.report", "--experiment", args.experiment, *shown,
-                       "--ledger", args.ledger)
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def test_a_full_disk_and_a_missing_folder_leave_the_ledger_as_it_was(tmp_path, m
     append_row(path, ROW)
     before = path.read_text()
     assert before == HEADER + "a,1,0.5,\n"
-    with pytest.raises(UserError, match="cannot write the ledger"):
+    with pytest.raises(UserError, match="cannot write"):
         append_row(path / "ledger.csv", ROW)
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(UserError, match=r"cannot write the ledger .*No space left"):

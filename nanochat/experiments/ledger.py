@@ -16,9 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from filelock import FileLock
-
-from nanochat.common import UserError, atomic_path, read_limited, warn
+from nanochat.common import UserError, atomic_path, locked, warn
 from nanochat.target import METRICS, check_target
 
 STATUSES = ("ok", "nan", "interrupted", "error", "failed")
@@ -105,8 +103,7 @@ def append_row(path, row):
     header = ",".join(names).encode() + b"\n"
     _line(row, names)  # refuse a bad row before a file is made
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"), atomic_path(path) as temporary:
+        with locked(path), atomic_path(path) as temporary:
             data = _read(path) if path.exists() else b""
             if data:
                 names, rows = _parse(path, data, type(row))
@@ -146,7 +143,7 @@ def parse_cell(cell, field):
 
 def _read(path):
     try:
-        return read_limited(path)
+        return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the ledger {path} ({error.strerror})") from None
 

@@ -23,8 +23,8 @@ RECENT_SEC = 900  # a run on another host counts as running while its record is 
 NUMBERS = (
     "target_metric_threshold", "time_to_target_sec_measured", "time_to_target_sec_extrapolated",
     "tok_per_sec_median", "dt_median_ms", "wall_time_sec", "min_val_bpb", "total_tokens",
-    "peak_memory_mib", "steps", "num_iterations", "training_sec", "final_val_bpb", "core_metric",
-    "total_batch_size_tokens")
+    "peak_memory_mib", "steps", "num_iterations", "training_sec", "final_val_bpb",
+    "final_val_bpb_se", "core_metric", "total_batch_size_tokens")
 _NOT_IN_RECIPE = {  # flags in which repeats of a recipe may differ
     "seed", "run", "run_id", "model_tag", "resume_from_step", "allow_changed", "quiet",
     "sample_every", "save_every", "save_minutes", "keep_checkpoints"}
