@@ -18,6 +18,6 @@ python -m scripts.experiment --name "lane_c_$NAME" --profile "$PROFILE" --seeds 
     --candidates baseline fused-rmsnorm chunked-ce both --target-from "baseline_$NAME" --probe
 bash runs/miniseries.sh "$PROFILE"
 
-python -m scripts.verdict --experiment "lane_c_$NAME" --miniseries "miniseries_$NAME" --log
+python -m scripts.verdict --experiment "lane_c_$NAME" --miniseries "miniseries_$NAME"
 python -m scripts.report --experiment "lane_c_$NAME" --miniseries "miniseries_$NAME" \
     --out "dev/reports/lane_c_$NAME.html"

@@ -21,7 +21,7 @@ from nanochat.common import (
 )
 from nanochat.dataset import download_shards
 from nanochat.experiments import runner
-from nanochat.experiments.comparison import RULES
+from nanochat.experiments.gates import RULES
 from nanochat.experiments.launch import run_module
 from nanochat.experiments.probe import probe_candidates
 from nanochat.experiments.profiles import BASELINE, CANDIDATES, PROFILES, candidate_flags, find_profile

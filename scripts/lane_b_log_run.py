@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from nanochat.common import command, runs_dir
-from nanochat.csv_ledger import parse_cell
+from nanochat.experiments.ledger import parse_cell
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.infer.inference_file import read_inference
 from nanochat.lane_b.infer.inputs import NUMBER_OR_NONE, recorded

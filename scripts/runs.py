@@ -1,93 +1,136 @@
-"""What runs there are, from their records alone: python -m scripts.runs
+"""List runs, newest first, or compare runs, from their records.
 
-python -m scripts.runs 'lane_c*' --state running      those with such names, in such a state
-python -m scripts.runs --watch RUN                    follow one to its end
-python -m scripts.runs --compare RUN RUN ...          flags that differ, figures, seeds grouped
-python -m scripts.runs --prune                        what checkpoints and leftovers could be freed; --yes frees them
+python -m scripts.runs                                  all runs
+python -m scripts.runs 'lane_c*' --state running        runs by name and state
+python -m scripts.runs --compare RUN RUN ...            flags, statistics, paired differences
 """
 
 import argparse
+import fnmatch
+from datetime import datetime, timedelta
 
-from nanochat.common import UserError, base_dir, checkpoints_dir, command, locks_dir, runs_dir, say
-from nanochat.experiments.runs.compare import compare
-from nanochat.experiments.runs.listing import STATES, list_runs, printable, read_state, table
-from nanochat.experiments.runs.prune import free, leftovers, what_to_free
-from nanochat.experiments.runs.watch import watch
-from nanochat.runlog import find_run
+import pandas as pd
+
+from nanochat.common import UserError, command, runs_dir
+from nanochat.experiments.gates import RULES, document_notes, paired
+from nanochat.experiments.table import age_sec, recipe_of, runs_table
+from nanochat.runlog import find_run, read_run
+
+STATES = ("running", "finished", "stopped", "failed", "stale")
+COMPARED = ["min_val_bpb", "final_val_bpb", "final_val_bpb_se", "core_metric",
+            "time_to_target_sec", "tok_per_sec_median", "training_sec", "total_tokens",
+            "peak_memory_mib"]
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.runs", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("patterns", nargs="*", metavar="NAME", help="run ids, also with * and ?; all when left out")
-    parser.add_argument("--state", nargs="+", choices=STATES, default=[], metavar="STATE", help=", ".join(STATES))
-    parser.add_argument("--newest", type=int, metavar="N", help="the N that were written last")
-    doing = parser.add_mutually_exclusive_group()
-    doing.add_argument("--watch", metavar="RUN", help="follow a run: its curve and the time left; ends with the run")
-    doing.add_argument("--compare", nargs="+", metavar="RUN", help="ids or folders")
-    doing.add_argument("--prune", action="store_true", help="say what could be freed: checkpoints that are neither a "
-                       "run's newest nor its best, those of runs that diverged, what killed writers left")
-    parser.add_argument("--yes", action="store_true", help="with --prune: free it")
-    parser.add_argument("--with-last", action="store_true", help="with --prune and NAMEs: of those runs also the "
-                        "newest and the best checkpoint")
+    parser.add_argument("patterns", nargs="*", metavar="NAME",
+                        help="run ids to list, also with * and ? (default: all)")
+    parser.add_argument("--state", nargs="+", choices=STATES, metavar="STATE",
+                        help=f"list only runs in these states: {', '.join(STATES)}")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="compare runs (ids or folders)")
     args = parser.parse_args(argv)
-    if (args.yes or args.with_last) and not args.prune:
-        parser.error("--yes and --with-last go with --prune")
-    if (args.watch or args.compare) and (args.patterns or args.state or args.newest):
-        parser.error("--watch and --compare name their runs; NAME, --state and --newest are for the list and --prune")
+    if args.compare and (args.patterns or args.state):
+        parser.error("--compare names its runs; NAME and --state are for the list")
     return args
 
 
-def prune(runs, args):
-    """Say what of these runs' files could go, and with --yes let it go."""
-    if args.with_last and not args.patterns:
-        raise UserError("--with-last takes runs' last checkpoints too: name the runs ('*' for all)")
-    freed, kept, notes = what_to_free(checkpoints_dir(), locks_dir(), runs, args.with_last)
-    if not (args.patterns or args.state or args.newest):  # of no run in particular
-        freed += leftovers(base_dir())
-    for item in freed:
-        say(printable(f"{size(item.n_bytes):>9}  {item.what}: {item.why}"))
-    for note in notes:
-        say(printable(f"left alone: {note}"))
-    if kept:
-        say(f"kept: {len(kept)} newest and best checkpoints, {size(sum(item.n_bytes for item in kept))}; "
-            "--with-last and the runs' names take them too")
-    total = size(sum(item.n_bytes for item in freed))
-    if not args.yes:
-        return say(f"{total} could be freed" + ("; --yes frees it" if freed else ""))
-    n_bytes, refused = free(freed, locks_dir())
-    for line in refused:
-        say(printable(f"left alone: {line}"))
-    return say(f"{size(n_bytes)} freed")
+def read_runs(patterns, states):
+    """Return the table of the runs asked for, newest first, and a line per unreadable run."""
+    tables, broken = [], []
+    for folder in sorted(path for path in runs_dir().glob("[!.]*") if path.is_dir()):
+        if patterns and not any(fnmatch.fnmatchcase(folder.name, name) for name in patterns):
+            continue
+        try:
+            record = read_run(folder, skip_curves=True)
+            tables.append(runs_table([record]).assign(run=folder.name, age=age_sec(record)))
+        except (UserError, OSError) as error:
+            broken.append(f"broken: {folder.name}: {' '.join(str(error).split())}")
+    tables = [table for table in tables if not states or table.state[0] in states]
+    return pd.concat(tables).sort_values(["age", "run"]) if tables else None, broken
 
 
-def size(n_bytes):
-    return f"{n_bytes / 2**20:,.1f} MiB"
+def cells(row):
+    """Return the columns of the list for a row of the table."""
+    of = "" if pd.isna(row.num_iterations) else f"/{row.num_iterations:,.0f}"
+    target = ""
+    if pd.notna(row.target_metric_threshold):
+        seconds, how = row.time_to_target_sec_measured, "reached after"
+        if row.state == "running" and pd.isna(seconds):
+            seconds, how = row.time_to_target_sec_extrapolated, "extrapolated to"
+        when = "not reached" if pd.isna(seconds) else f"{how} {seconds:,.0f} s"
+        target = f"{row.target_metric_threshold:g} {when}"
+    written = datetime.now() - timedelta(seconds=row.age)
+    return {"run": row.run, "state": row.state, "written": f"{written:%Y-%m-%d %H:%M}",
+            "steps": f"{row.steps:,.0f}{of}", "tokens": f"{row.total_tokens / 1e6:,.2f}M",
+            "min val_bpb": f"{row.min_val_bpb:.4f}", "tok/s": f"{row.tok_per_sec_median:,.0f}",
+            "target": target}
+
+
+def compare(table):
+    """Yield the flags that differ, the statistics, and each candidate's difference to the first."""
+    for (_, seed), runs in table.groupby(["candidate", "seed"]):
+        if len(runs) > 1:
+            raise UserError(f"{' and '.join(runs.run_id)} have the same flags and the seed {seed}; "
+                            "name one of them")
+    recipes = {name: pd.Series(recipe_of(record), dtype=object).map(str)
+               for name, record in zip(table.candidate, table.record, strict=True)}
+    recipes = pd.DataFrame(recipes).fillna("")
+    different = recipes[recipes.nunique(axis=1) > 1].rename_axis("flag")
+    yield as_text(different) if len(different) else (
+        "equal flags, dataset and device: these runs are seeds of one candidate")
+
+    columns = [name for name in COMPARED if table[name].notna().any()]
+    shown = table.set_index(table.run_id.rename("run"))[["state", *columns]]
+    groups = {name: runs[runs.state == "finished"].set_index("seed")
+              for name, runs in table.groupby("candidate", sort=False)}
+    for name, runs in groups.items():
+        if len(runs) > 1:
+            shown.loc[f"{name} mean"] = runs[columns].mean()
+            shown.loc[f"{name} sd"] = runs[columns].std()
+    yield as_text(shown)
+
+    first, *others = groups
+    for other in others:
+        yield "\n".join([f"{other} minus {first}, over the seeds that both have finished:",
+                         *differences(groups[first], groups[other], columns)])
+
+
+def differences(before, after, columns):
+    """Return a line per column that differs: the difference over seeds and over documents."""
+    seeds = before.index.intersection(after.index)
+    before, after = before.loc[seeds], after.loc[seeds]
+    lines = document_notes(before.record, after.record)
+    for name in reversed([name for name in columns if name != "final_val_bpb_se"]):
+        change = (after[name] - before[name]).dropna()
+        if change.any():
+            percent = 100 * change.mean() / before[name][change.index].mean()
+            statistics = paired(change, RULES.confidence)
+            lines.insert(0, f"{name}: {statistics.describe(f'({percent:+.1f} %)')}")
+    return [f"  {line}" for line in lines or ["no difference can be given"]]
+
+
+def as_text(table):
+    """Return a table as text with its index to the left."""
+    table = table.rename_axis(columns=table.index.name, index=None)
+    return table.to_string(na_rep="·", float_format="{:,.6g}".format)
 
 
 @command
 def main(argv=None):
     args = parse_args(argv)
-    if args.newest is not None and args.newest < 1:
-        raise UserError(f"--newest {args.newest} must be at least 1")
-    if args.watch is not None:
-        folder = find_run(args.watch, runs_dir()).folder
-        try:
-            return watch(lambda: read_state(folder, locks_dir()))
-        except KeyboardInterrupt:  # how one leaves a run that goes on
-            return 130
     if args.compare:
-        runs = [read_state(find_run(name, runs_dir()).folder, locks_dir()) for name in args.compare]
-        return say("\n".join(map(printable, compare(runs))))
-    runs, broken = list_runs(runs_dir(), locks_dir(), args.patterns, args.state, args.newest)
-    if args.prune:
-        return prune(runs, args)
-    asked = "such run" if args.patterns or args.state else "runs"
-    say("\n".join(table([run.cells() for run in runs])) if runs else f"no {asked} in {runs_dir()}")
-    for name, reason in broken:
-        say(printable(f"broken: {name}: {reason}"))
-    return None
+        blocks = compare(runs_table(find_run(name, runs_dir()) for name in args.compare))
+    else:
+        table, blocks = read_runs(args.patterns, args.state)
+        shown = f"no {'such run' if args.patterns or args.state else 'runs'} in {runs_dir()}"
+        if table is not None:
+            shown = as_text(pd.DataFrame(map(cells, table.itertuples())).set_index("run"))
+        blocks = ["\n".join([shown, *blocks])]
+    # A record may come from a stranger: its text must not move the cursor.
+    print("".join(x if x.isprintable() or x == "\n" else "?" for x in "\n\n".join(blocks)))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -5,9 +5,9 @@ import math
 import numpy as np
 
 from nanochat.common import runs_dir
-from nanochat.experiments.ledger import append_experiment
+from nanochat.experiments.ledger import append_row
 from nanochat.experiments.profiles import CANDIDATES
-from nanochat.experiments.trials import row_of
+from nanochat.experiments.table import row_of
 from nanochat.runlog import RunLog, find_run
 from nanochat.target import evaluations_of, time_to_target
 
@@ -58,7 +58,7 @@ def make_trial(ledger, experiment, *, candidate="baseline", depth=4, seed=0, thr
     """A made run and its ledger row; `row` overrides cells of the row."""
     run_id = f"{experiment}.{candidate}.d{depth}.s{seed}"
     record = make_run(run_id, candidate=candidate, depth=depth, seed=seed, threshold=threshold, **run)
-    append_experiment(ledger, row_of(record, **{
+    append_row(ledger, row_of(record, **{
         "experiment_name": experiment, "candidate_flags": CANDIDATES.get(candidate, candidate),
         "target_metric_threshold": threshold, **(row or {})}))
 

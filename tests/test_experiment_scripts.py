@@ -1,7 +1,6 @@
 """scripts.experiment and scripts.verdict as a person calls them."""
 
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -137,37 +136,15 @@ def test_verdict_prints_rules_gates_and_decision(matrix, capsys):
     verdict.main(["--experiment", "lane_c", "--miniseries", "depths", "--ledger", str(matrix)])
     out = capsys.readouterr().out
     assert "chunked-ce: INSUFFICIENT (gate 3 stability)" in out and "no save/resume probe" in out
-    assert "gain n=2, mean +10.00 %" in out and "decision: reject when" in out
+    assert "gain n=2, mean +10 %" in out and "decision: reject when" in out
 
 
-def test_verdict_goes_into_the_log_above_older_entries(matrix, tmp_path, capsys):
-    log = tmp_path / "LOG.md"
-    log.write_text("# Log\n\n## 2026-01-01 · older\n\nText.\n")
-    for extra in ([], ["--miniseries", "depths"]):
-        verdict.main(["--experiment", "lane_c", *extra, "--ledger", str(matrix), "--log", str(log)])
-    text = log.read_text()
-    heads = [line for line in text.splitlines() if line.startswith("## ")]
-    assert text.startswith("# Log\n\n## 20") and len(heads) == 3 and heads[-1] == "## 2026-01-01 · older"
-    assert "**chunked-ce** (`--chunked-ce`): **insufficient**" in text and text.endswith("older\n\nText.\n")
-
-
-def test_a_verdict_without_the_records_says_so_and_is_not_logged(matrix, tmp_path, capsys, monkeypatch, refusal):
+def test_a_verdict_in_a_fresh_clone_says_what_the_ledger_says(matrix, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "elsewhere"))
     verdict.main(["--experiment", "lane_c", "--ledger", str(matrix)])
-    assert "note: 4 of 4 runs have no record in" in capsys.readouterr().out
-    log = tmp_path / "LOG.md"
-    log.write_text("# Log\n")
-    argv = ["--experiment", "lane_c", "--ledger", str(matrix), "--log", str(log)]
-    assert "where they were made" in refusal(verdict.main, argv) and log.read_text() == "# Log\n"
-
-
-def test_the_same_verdict_is_logged_once(matrix, tmp_path, capsys):
-    log = tmp_path / "LOG.md"
-    log.write_text("# Log\n")
-    for _ in range(2):
-        verdict.main(["--experiment", "lane_c", "--ledger", str(matrix), "--log", str(log)])
-        log.write_text(re.sub(r"## \d{4}", "## 2020", log.read_text()))  # the second time it is another day
-    assert log.read_text().count("## ") == 1 and "nothing added" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "chunked-ce: NOT JUDGED (records missing here of 4 of 4 runs; the ledger says: " in out
+    assert "chunked-ce reached the target in 2 of 2 runs after 10.8 s on average" in out
 
 
 def test_a_longer_baseline_leaves_the_threshold_of_rows_that_are_there(matrix):
@@ -180,19 +157,9 @@ def test_a_longer_baseline_leaves_the_threshold_of_rows_that_are_there(matrix):
         assert (asked.target_metric_threshold == 1.5) == kept
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "create it"), ("no title\n", "line 1")])
-def test_verdict_refuses_a_log_without_a_title(matrix, tmp_path, refusal, text, message):
-    log = tmp_path / "LOG.md"
-    if text is not None:
-        log.write_text(text)
-    argv = ["--experiment", "lane_c", "--ledger", str(matrix), "--log", str(log)]
-    assert message in refusal(verdict.main, argv)
-    assert log.exists() == (text is not None) and (text is None or log.read_text() == text)
-
-
 @pytest.mark.parametrize(("argv", "message"), [
     (["--experiment", "x"], "no experiment 'x'"),
-    (["--experiment", "lane_c", "--candidates", "both"], "no candidate 'both'"),
+    (["--experiment", "lane_c", "--candidates", "both"], "'both' is judged against"),
     (["--experiment", "lane_c", "--ledger", "nowhere.csv"], "nowhere.csv"),
 ])
 def test_verdict_refuses_in_one_line(matrix, refusal, argv, message):

@@ -1,50 +1,89 @@
-"""The four gates on made ledgers with known answers."""
+"""The four gates on made ledgers with known answers, and against plain loops."""
 
 import math
+import types
 
 import numpy as np
+import pandas as pd
 import pytest
+import synthetic_runs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from synthetic_runs import make_trial
 
 from nanochat.common import UserError, runs_dir
-from nanochat.experiments.comparison import Rules
-from nanochat.experiments.gates import judge
-from nanochat.experiments.paired import paired
+from nanochat.experiments.gates import (
+    RULES,
+    SPIKE_WINDOW,
+    judge,
+    paired,
+    quality_margin,
+    spikes,
+    time_gate,
+)
 from nanochat.experiments.probe import Probe
-from nanochat.experiments.trials import load_trials
+from nanochat.experiments.runner import SLACK_BPB
+from nanochat.experiments.table import experiment_table, on_one_clock
 
-CANDIDATE = "fused-rmsnorm"
+KERNEL, HORIZON = "fused-rmsnorm", "shorter"
+INTERPRETED = {"device": "CPU, Triton interpreted"}
+UNTIMED = {"row": {"time_to_target_sec_measured": 0.0, "time_to_target_sec_extrapolated": None}}
 
 
 class Bench:
-    """A made experiment: two or more seeds of baseline and candidate, a miniseries, a resume probe."""
+    """A made experiment: seeds of a baseline and a candidate, a miniseries, a probe."""
 
     def __init__(self, tmp_path):
         self.ledger = tmp_path / "experiments.csv"
         self.probe = Probe(graph_breaks=0, resume_difference_nats=0.0, steps_compared=10)
+        self.candidate = KERNEL
 
-    def pair(self, seed, gain=0.05, depth=4, experiment="lane_c", baseline=None, **candidate):
+    def run(self, candidate="baseline", seed=0, experiment="own", **run):
+        make_trial(self.ledger, experiment, candidate=candidate, seed=seed, **run)
+
+    def pair(self, seed, gain=0.05, depth=4, experiment="own", baseline=None, **candidate):
         jitter = 1 + 0.001 * math.sin(7 * seed + depth)
-        self.baseline(seed, depth, experiment, **(baseline or {}))
-        make_trial(self.ledger, experiment, candidate=CANDIDATE, depth=depth, seed=seed,
-                   **{"step_ms": 100 * (1 - gain) * jitter} | candidate)
+        self.run(seed=seed, depth=depth, experiment=experiment, **(baseline or {}))
+        self.run(KERNEL, seed, depth=depth, experiment=experiment,
+                 **{"step_ms": 100 * (1 - gain) * jitter} | candidate)
 
-    def pairs(self, n_seeds, **run):
+    def pairs(self, n_seeds=3, **run):
         for seed in range(n_seeds):
             self.pair(seed, **run)
+        return self
 
-    def baseline(self, seed, depth=4, experiment="lane_c", **run):
-        make_trial(self.ledger, experiment, depth=depth, seed=seed, **run)
-
-    def miniseries(self, gain=0.05, **candidate):
+    def series(self, gain=0.05, **candidate):
         for depth in (2, 3, 4):
-            self.pair(0, gain=gain, depth=depth, experiment="miniseries", **candidate)
+            self.pair(0, gain=gain, depth=depth, experiment="series", **candidate)
+        return self
 
-    def verdict(self, miniseries=True):
-        return judge(CANDIDATE, load_trials(self.ledger, "lane_c", runs_dir()),
-                     load_trials(self.ledger, "miniseries", runs_dir()) if miniseries else (),
-                     self.probe)
+    def horizon(self, seed, steps=180, flags="--target-param-data-ratio 9", baseline=None, **run):
+        """A candidate of another horizon: the made curve scales with it, and so its crossing."""
+        self.candidate = HORIZON
+        world = {name: run[name] for name in ("experiment", "depth", "threshold") if name in run}
+        row = {"candidate_flags": flags} | run.pop("row", {})
+        self.run(seed=seed, **world | (baseline or {}))
+        self.run(HORIZON, seed, steps=steps, row=row, **run)
+
+    def horizons(self, n_seeds=3, steps=180, **run):
+        for seed in range(n_seeds):
+            self.horizon(seed, steps=steps + seed, **run)
+        return self
+
+    def horizon_series(self, steps=(150, 170, 180), thresholds=(1.6, 1.55, 1.5), **run):
+        for depth, own, threshold in zip((2, 3, 4), steps, thresholds, strict=True):
+            self.horizon(0, own, f"--num-iterations {own}", experiment="series", depth=depth,
+                         threshold=threshold, **run)
+        return self
+
+    def tables(self, folder=None):
+        has_series = ",series," in self.ledger.read_text()
+        return [experiment_table(self.ledger, name, folder or runs_dir()) if there else None
+                for name, there in (("own", True), ("series", has_series))]
+
+    def verdict(self, folder=None):
+        return judge(self.candidate, *self.tables(folder), self.probe)
 
 
 @pytest.fixture
@@ -57,343 +96,379 @@ def outcomes(verdict):
 
 
 def test_a_real_gain_is_promoted(bench):
-    bench.pairs(3)
-    bench.miniseries()
-    verdict = bench.verdict()
+    verdict = bench.pairs().series().verdict()
     assert (verdict.decision, verdict.decided_by) == ("promote", "all four gates")
-    assert outcomes(verdict) == ["pass"] * 4
-    assert verdict.gain.n == 3 and verdict.gain.mean == pytest.approx(5.0, abs=0.2) and verdict.gain.p < 0.01
-    assert "n=3" in verdict.gates[0].detail and "sd" in verdict.gates[0].detail and "p=" in verdict.gates[0].detail
+    assert outcomes(verdict) == ["pass"] * 4 and verdict.flags == "--fused-rmsnorm"
+    assert verdict.gates[0].sentence.startswith("gain n=3, mean +5")
+    assert "two-sided p=" in verdict.gates[0].sentence
+    assert "1 time           pass          gain" in "\n".join(verdict.describe())
 
 
-def test_slower_in_one_seed_fails_gate_1_alone(bench):
+FAILURES = {  # (runs, failing gate's number, words)
+    "slower": ({"gain": -0.02}, 1, "not lower in seed 0, 1, 2"),
+    "equal": ({"step_ms": 100.0}, 1, "seed 0, 1, 2; gain n=3, mean +0 % (no interval)"),
+    "worse end": ({"bpb_shift": 0.0028, "threshold": 2.5, "baseline": {"threshold": 2.5}}, 2,
+                  "margin 0.00"),
+    "spike": ({"spike_at": 150}, 3, "seed 0 has a loss spike at step 150"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_fault_fails_its_gate_only(bench, case):
+    runs, number, words = FAILURES[case]
+    verdict = bench.pairs(**runs).series().verdict()
+    assert outcomes(verdict) == ["fail" if at == number else "pass" for at in (1, 2, 3, 4)]
+    assert verdict.decision == "reject" and words in verdict.gates[number - 1].sentence
+    assert verdict.decided_by == f"gate {verdict.gates[number - 1].name}"
+
+
+def test_one_slower_seed_fails_gate_1(bench):
     bench.pair(0), bench.pair(1, gain=-0.02), bench.pair(2)
-    bench.miniseries()
-    verdict = bench.verdict()
-    assert outcomes(verdict) == ["fail", "pass", "pass", "pass"]
-    assert (verdict.decision, verdict.decided_by) == ("reject", "gate 1 time")
-    assert "not lower in seed 1" in verdict.gates[0].detail
+    assert "not lower in seed 1;" in bench.verdict().gates[0].sentence
 
 
-def test_equal_times_are_not_a_gain(bench):
-    bench.pairs(3, step_ms=100.0)
-    bench.miniseries()
-    verdict = bench.verdict()
-    assert outcomes(verdict) == ["fail", "pass", "pass", "pass"] and verdict.decision == "reject"
-    assert verdict.gain.mean == 0 and verdict.gain.p is None
-
-
-def test_target_never_reached_where_the_baseline_reached_it_fails_gate_1(bench):
+def test_a_target_that_only_the_baseline_reached_fails_gate_1(bench):
     bench.pairs(2, gain=-0.05, bpb_shift=0.2)
-    bench.miniseries()
-    assert "not lower in seed 0, 1" in bench.verdict().gates[0].detail
+    assert bench.verdict().gates[0].outcome == "fail"
 
 
-def test_worse_end_fails_gate_2_alone(bench):
-    # baseline sd 0.0005: the margin is 2 sd; the excess comes after the target was reached
-    bench.pairs(3, bpb_shift=0.0028, threshold=2.5, baseline={"threshold": 2.5})
-    bench.miniseries()
-    verdict = bench.verdict()
-    assert outcomes(verdict) == ["pass", "fail", "pass", "pass"]
-    assert (verdict.decision, verdict.decided_by) == ("reject", "gate 2 quality")
+def test_a_spike_of_the_baseline_too_comes_from_the_data(bench):
+    bench.pairs(spike_at=150, baseline={"spike_at": 150})
+    assert bench.verdict().gates[2].outcome == "pass"
 
 
-def test_excess_below_the_floor_passes_even_when_repeats_are_equal(bench):
+def test_an_excess_below_the_floor_passes_when_repeats_are_equal(bench):
     for seed in (0, 1):
-        bench.pair(seed, bpb_shift=0.00045 - 0.001 * math.sin(seed), baseline={"bpb_shift": -0.001 * math.sin(seed)})
-    bench.miniseries()
+        own = -0.001 * math.sin(seed)
+        bench.pair(seed, bpb_shift=0.00045 + own, baseline={"bpb_shift": own})
     gate = bench.verdict().gates[1]
-    assert gate.outcome == "pass" and "margin 0.00050" in gate.detail
+    assert gate.outcome == "pass" and "margin 0.00050" in gate.sentence
 
 
-def test_excess_in_mid_run_fails_gate_2(bench, monkeypatch):
-    import synthetic_runs
+@pytest.mark.parametrize(("noisy_step", "bad_step", "outcome"), [
+    (None, 60, "fail"), (20, 20, "pass"), (20, 160, "fail")])
+def test_an_excess_in_mid_run_is_judged_by_the_noise_of_its_step(
+        bench, monkeypatch, noisy_step, bad_step, outcome):
     plain = synthetic_runs._bpb
     for seed in range(3):
-        bench.baseline(seed)
-    monkeypatch.setattr(synthetic_runs, "_bpb", lambda step, *a: plain(step, *a) + (0.05 if step == 60 else 0))
-    for seed in range(3):
-        make_trial(bench.ledger, "lane_c", candidate=CANDIDATE, seed=seed, step_ms=95 + 0.1 * seed)
-    verdict = bench.verdict(miniseries=False)
-    assert verdict.gates[1].outcome == "fail" and "at step 60" in verdict.gates[1].detail
+        def noisy(step, *world, seed=seed):
+            return plain(step, *world) + (0.2 * seed if step == noisy_step else 0)
+
+        def bad(step, *world, noisy=noisy):
+            return noisy(step, *world) + (0.05 if step == bad_step else 0)
+
+        monkeypatch.setattr(synthetic_runs, "_bpb", noisy)
+        bench.run(seed=seed)
+        monkeypatch.setattr(synthetic_runs, "_bpb", bad)
+        bench.run(KERNEL, seed, step_ms=95 + 0.1 * seed)
+    gate = bench.verdict().gates[1]
+    assert gate.outcome == outcome
+    assert outcome == "pass" or f"at step {bad_step}" in gate.sentence
 
 
-def test_a_loss_spike_fails_gate_3_alone(bench):
-    bench.pair(0), bench.pair(1, spike_at=150), bench.pair(2)
-    bench.miniseries()
-    verdict = bench.verdict()
-    assert outcomes(verdict) == ["pass", "pass", "fail", "pass"]
-    assert (verdict.decision, verdict.decided_by) == ("reject", "gate 3 stability")
-    assert "seed 1 has a loss spike at step 150" in verdict.gates[2].detail
-
-
-def test_a_spike_that_the_baseline_has_too_is_the_datas(bench):
-    bench.pairs(3, spike_at=150, baseline={"spike_at": 150})
-    bench.miniseries()
-    assert bench.verdict().decision == "promote"
-
-
-@pytest.mark.parametrize(("probe", "words"), [
-    (Probe(0, 0.1, 10), "differ by 0.1 nats"), (Probe(0, None, 10), "did not end well"),
-    (Probe(2, 0.0, 10), "2 graph breaks"),
-])
-def test_a_failed_probe_fails_gate_3_alone(bench, probe, words):
-    bench.pairs(3)
-    bench.miniseries()
-    bench.probe = probe
-    verdict = bench.verdict()
-    assert outcomes(verdict) == ["pass", "pass", "fail", "pass"] and words in verdict.gates[2].detail
-
-
-def test_an_uncompiled_probe_says_nothing_of_graph_breaks(bench):
-    bench.pairs(3)
-    bench.miniseries()
-    bench.probe = Probe(None, 0.0, 10)
-    verdict = bench.verdict()
-    assert outcomes(verdict) == ["pass", "pass", "insufficient", "pass"] and "uncompiled" in verdict.gates[2].detail
+@pytest.mark.parametrize(("probe", "outcome", "words"), [
+    (Probe(0, 0.1, 10), "fail", "differ by 0.1 nats"), (Probe(0, None, 10), "fail", "not end well"),
+    (Probe(2, 0.0, 10), "fail", "2 graph breaks"), (Probe(None, 0.0, 10), "insufficient", "uncomp"),
+    (None, "insufficient", "no save/resume probe")])
+def test_the_probe_decides_gate_3(bench, probe, outcome, words):
+    bench.pairs(2).probe = probe
+    gate = bench.verdict().gates[2]
+    assert gate.outcome == outcome and words in gate.sentence
 
 
 @pytest.mark.parametrize(("steps", "outcome"), [(50, "insufficient"), (60, "pass")])
 def test_runs_too_short_to_look_for_a_spike_are_not_called_stable(bench, steps, outcome):
     short = {"steps": steps, "eval_every": 5}
-    bench.pairs(2, baseline=short, **short)
-    gate = bench.verdict(miniseries=False).gates[2]
-    assert gate.outcome == outcome and ("too short to look for a spike" in gate.detail) == (steps == 50)
+    assert bench.pairs(2, baseline=short, **short).verdict().gates[2].outcome == outcome
 
 
-def test_identical_differences_are_no_interval_and_never_promoted(bench):
-    bench.pairs(3, step_ms=95.0)
-    bench.miniseries(step_ms=95.0)
+@pytest.mark.parametrize(("ends", "words"), [({"nan_at": 99}, "nan"), ({"finished": False}, "fa")])
+def test_a_run_that_did_not_end_well_is_rejected_by_gate_3(bench, ends, words):
+    bench.pair(0), bench.pair(1, **ends), bench.pair(2)
+    verdict = bench.series().verdict()
+    assert (verdict.decision, verdict.decided_by) == ("reject", "gate 3 stability")
+    assert f"depth 4 seed 1: {words}" in verdict.gates[2].sentence
+    assert outcomes(verdict)[0] == "insufficient"
+
+
+DOUBTS = {
+    "the gain has no interval": [{"step_ms": 95.0}] * 3,
+    "the gain's interval reaches zero": [{"gain": gain} for gain in (0.001, 0.03, 0.002)],
+    "a time to target was extrapolated, not measured": [
+        {"row": {"time_to_target_sec_measured": None, "time_to_target_sec_extrapolated": 8 + seed}}
+        for seed in (0.0, 0.01, 0.02)],
+}
+
+
+@pytest.mark.parametrize("doubt", DOUBTS)
+def test_a_gain_in_doubt_is_optional(bench, doubt):
+    for seed, run in enumerate(DOUBTS[doubt]):
+        bench.pair(seed, **run)
+    verdict = bench.series().verdict()
+    assert outcomes(verdict) == ["not shown", "pass", "pass", "pass"]
+    assert (verdict.decision, verdict.decided_by) == ("optional", f"gate 1 time: {doubt}")
+
+
+@pytest.mark.parametrize("lack", ["candidate seed", "baseline seed", "one seed", "failed baseline",
+                                  "series", "depths", "val_bpb", "before the clock"])
+def test_missing_runs_are_insufficient_never_a_pass(bench, lack):
+    bench.pair(0, **({"row": {"min_val_bpb": None}} if lack == "val_bpb" else {}))
+    if lack != "one seed":
+        untimed = UNTIMED if lack == "before the clock" else {}
+        bench.pair(1, **untimed, baseline={"finished": lack != "failed baseline"} | untimed)
+    if lack == "candidate seed":
+        bench.run(seed=2)
+    if lack == "baseline seed":
+        bench.run(KERNEL, seed=2, step_ms=95.0)
+    if lack == "depths":
+        bench.pair(0, depth=2, experiment="series"), bench.pair(0, depth=3, experiment="series")
+    elif lack != "series":
+        bench.series()
     verdict = bench.verdict()
-    assert outcomes(verdict) == ["pass"] * 4 and (verdict.gain.lo, verdict.gain.p) == (None, None)
-    assert (verdict.decision, verdict.decided_by) == ("optional", "gate 1 time: the gain has no interval")
+    number, words = {"series": (3, "no miniseries"), "depths": (3, "2 of 3 depths"),
+                     "val_bpb": (1, "1 of 2 seeds; min val_bpb n=1"),
+                     "one seed": (0, "1 of 2 seeds"),
+                     "candidate seed": (0, "fused-rmsnorm depth 4 seed 2: was not run"),
+                     "baseline seed": (0, "baseline depth 4 seed 2: was not run"),
+                     "before the clock": (0, "reached before the clock starts in seed 1"),
+                     "failed baseline": (0, "baseline depth 4 seed 1: failed")}[lack]
+    assert verdict.decision == "insufficient" and "fail" not in outcomes(verdict)
+    assert outcomes(verdict)[number] == "insufficient"
+    assert words in verdict.gates[number].sentence
 
 
-@pytest.mark.parametrize("step", [20, 160])
-def test_noise_of_early_evaluations_excuses_no_late_excess(bench, monkeypatch, step):
-    """Baselines that differ by 0.2 at step 20 alone: an excess of 0.05 is within the noise there, and only there."""
-    import synthetic_runs
-    plain = synthetic_runs._bpb
-    for seed in range(3):
-        noise = 0.2 * seed
-        monkeypatch.setattr(synthetic_runs, "_bpb", lambda s, *a, n=noise: plain(s, *a) + (n if s == 20 else 0))
-        bench.baseline(seed)
-        monkeypatch.setattr(synthetic_runs, "_bpb", lambda s, *a, n=noise: (
-            plain(s, *a) + (n if s == 20 else 0) + (0.05 if s == step else 0)))
-        make_trial(bench.ledger, "lane_c", candidate=CANDIDATE, seed=seed, step_ms=95 + 0.1 * seed)
-    gate = bench.verdict(miniseries=False).gates[1]
-    assert gate.outcome == ("pass" if step == 20 else "fail")
-
-
-@pytest.mark.parametrize(("world", "word"), [({"device": "H200"}, "device"), ({"dataset_id": "books-2"}, "dataset")])
-def test_a_miniseries_of_another_world_is_refused(bench, world, word):
-    bench.pairs(2)
-    bench.miniseries(baseline=world, **world)
-    with pytest.raises(UserError, match=f"another {word}.*miniseries"):
-        bench.verdict()
-
-
-def test_runs_of_another_tokenizer_are_not_compared(bench):
-    bench.pair(0), bench.pair(1)
-    config = runs_dir() / f"lane_c.{CANDIDATE}.d4.s1" / "config.json"
-    config.write_text(config.read_text().replace("abc123", "def456"))
-    with pytest.raises(UserError, match=r"another tokenizer.*def456"):
-        bench.verdict(miniseries=False)
+def test_missing_records_are_said_and_contradict_no_verdict(bench, tmp_path):
+    verdict = bench.pairs().series().verdict(folder=tmp_path / "nowhere")
+    assert verdict.decision == "not judged"
+    assert verdict.decided_by.startswith("records missing here of 6 of 6 runs; the ledger says: "
+                                         "baseline reached the target in 3 of 3 runs after 12 s")
+    bench.run(seed=3), bench.run(KERNEL, 3, nan_at=120)
+    assert bench.verdict(folder=tmp_path / "nowhere").decision == "reject"  # the ledger suffices
 
 
 @pytest.mark.parametrize(("worse", "decision"), [({}, "not judged"), ({"nan_at": 120}, "reject"),
                                                  ({"bpb_shift": 0.05}, "reject")])
-def test_an_interpreters_times_are_not_judged_but_its_numbers_are(bench, worse, decision):
-    """A kernel six times slower in the interpreter: gates 1 and 4 say neither that it is slower nor that it is not."""
-    device = {"device": "CPU, Triton interpreted"}
-    bench.pairs(3, step_ms=600.0, baseline=device, **device, **worse)
-    bench.miniseries(step_ms=600.0, baseline=device, **device)
-    verdict = bench.verdict()
-    assert verdict.decision == decision and outcomes(verdict)[0] == outcomes(verdict)[3] == "insufficient"
+def test_an_interpreters_times_are_not_judged_but_its_losses_are(bench, worse, decision):
+    bench.pairs(step_ms=600.0, baseline=INTERPRETED, **INTERPRETED, **worse)
+    verdict = bench.series(step_ms=600.0, baseline=INTERPRETED, **INTERPRETED).verdict()
+    assert verdict.decision == decision and verdict.gates[0].outcome == "not judged"
     if not worse:
-        assert outcomes(verdict) == ["insufficient", "pass", "pass", "insufficient"]
-        assert "not judged on this device" in verdict.decided_by and "Triton" in verdict.gates[0].detail
+        assert outcomes(verdict) == ["not judged", "pass", "pass", "not judged"]
+        assert "run it on a GPU" in verdict.decided_by
 
 
-def test_a_kernel_whose_bits_per_byte_rise_over_the_depths_fails_in_the_interpreter_too(bench):
-    device = {"device": "CPU, Triton interpreted"}
-    bench.pairs(3, baseline=device, **device)
-    bench.miniseries(bpb_shift=0.05, threshold=2.5, baseline={"threshold": 2.5, **device}, **device)
-    assert (bench.verdict().decision, bench.verdict().decided_by) == ("reject", "gate 4 generalisation")
+@pytest.mark.parametrize(("series", "outcome", "words"), [
+    ({"gain": -0.05}, "fail", "time to target n=3, mean +5"),
+    ({"bpb_shift": 0.02, "threshold": 2.5, "baseline": {"threshold": 2.5}}, "fail", "val_bpb n=3"),
+    ({}, "pass", "worse at 0 of 3 depths"),
+    ({"nan_at": 120}, "fail", "fused-rmsnorm depth 2 seed 0: nan"),
+    ({"row": {"min_val_bpb": None}}, "insufficient", "a run has no val_bpb"),
+])
+def test_gate_4_asks_for_systematic_regressions(bench, series, outcome, words):
+    gate = bench.pairs().series(**series).verdict().gates[3]
+    assert gate.outcome == outcome and words in gate.sentence
 
 
-def test_a_target_reached_before_the_clock_is_said_to_be_that(bench):
-    row = {"time_to_target_sec_measured": 0.0, "time_to_target_sec_extrapolated": None}
-    bench.pair(0, row=row, baseline={"row": row}), bench.pair(1)
-    gate = bench.verdict(miniseries=False).gates[0]
-    assert gate.outcome == "insufficient"
-    assert gate.detail.startswith("target reached before the clock starts in seed 0; gain n=1")
-
-
-def test_a_nan_run_is_rejected_by_gate_3(bench):
-    bench.pair(0), bench.pair(1, nan_at=120), bench.pair(2)
-    bench.miniseries()
-    verdict = bench.verdict()
-    assert (verdict.decision, verdict.decided_by) == ("reject", "gate 3 stability")
-    assert "seed 1 ended as 'nan'" in verdict.gates[2].detail
-    assert outcomes(verdict)[0] == "insufficient"
-
-
-def test_a_run_without_summary_counts_as_failed(bench):
-    bench.pair(0), bench.pair(1, finished=False)
-    bench.miniseries()
-    verdict = bench.verdict()
-    assert verdict.decision == "reject" and "'failed'" in verdict.gates[2].detail
-
-
-def test_slower_at_every_depth_fails_gate_4_alone(bench):
-    bench.pairs(3)
-    bench.miniseries(gain=-0.05)
-    verdict = bench.verdict()
-    assert outcomes(verdict) == ["pass", "pass", "pass", "fail"]
-    assert (verdict.decision, verdict.decided_by) == ("reject", "gate 4 generalisation")
-    assert "worse at 3 of 3 depths (sign test p=0.12)" in verdict.gates[3].detail
-
-
-def test_worse_bits_per_byte_at_every_depth_fails_gate_4_alone(bench):
-    bench.pairs(3)
-    bench.miniseries(bpb_shift=0.02, threshold=2.5, baseline={"threshold": 2.5})
-    assert outcomes(bench.verdict()) == ["pass", "pass", "pass", "fail"]
-
-
-def test_slower_at_one_depth_of_four_is_not_systematic(bench):
-    bench.pairs(3)
-    bench.miniseries()
-    bench.pair(0, gain=-0.03, depth=6, experiment="miniseries")
-    assert outcomes(bench.verdict()) == ["pass"] * 4
-
-
-def test_gates_give_figures_and_one_place_words_them(bench):
-    bench.pair(0), bench.pair(1), bench.pair(2, row={"min_val_bpb": None})
-    bench.baseline(3)
-    time, quality, *_ = bench.verdict(miniseries=False).gates
-    assert time.figures["absent"] == [("candidate", 4, 3)] and time.figures["gain_percent"].n == 3
-    assert time.detail.startswith("no run of the candidate at depth 4 seed 3; gain n=3, mean +")
-    assert quality.figures["excess_and_margin_bpb"][0].n == 2
-
-
-def test_a_seed_without_val_bpb_is_one_of_those_needed(bench):
-    bench.pair(0), bench.pair(1), bench.pair(2, row={"min_val_bpb": None})
-    gate = bench.verdict(miniseries=False).gates[1]
-    assert gate.outcome == "insufficient" and gate.detail.startswith("2 of 3 seeds; min val_bpb n=2")
-
-
-@pytest.mark.parametrize("missing", ["candidate seed", "baseline seed", "one seed", "miniseries", "depths", "probe",
-                                     "failed baseline"])
-def test_missing_runs_are_insufficient_never_a_pass(bench, missing):
-    bench.pair(0)
-    if missing != "one seed":
-        bench.pair(1, baseline={"finished": missing != "failed baseline"})
-    if missing == "candidate seed":
-        bench.baseline(2)
-    if missing == "baseline seed":
-        make_trial(bench.ledger, "lane_c", candidate=CANDIDATE, seed=2, step_ms=95.0)
-    if missing == "probe":
-        bench.probe = None
-    if missing == "depths":
-        bench.pair(0, depth=2, experiment="miniseries"), bench.pair(0, depth=3, experiment="miniseries")
-    elif missing != "miniseries":
-        bench.miniseries()
-    verdict = bench.verdict(miniseries=missing != "miniseries")
-    assert verdict.decision == "insufficient" and "fail" not in outcomes(verdict)
-    number = {"miniseries": 3, "depths": 3, "probe": 2}.get(missing, 0)
-    assert outcomes(verdict)[number] == "insufficient"
-
-
-def test_runs_whose_curves_are_elsewhere_are_insufficient(bench, monkeypatch, tmp_path):
-    bench.pairs(3)
-    bench.miniseries()
-    trials, series = (load_trials(bench.ledger, name, tmp_path / "nowhere") for name in ("lane_c", "miniseries"))
-    verdict = judge(CANDIDATE, trials, series, bench.probe)
-    assert verdict.decision == "insufficient" and outcomes(verdict) == ["pass", *["insufficient"] * 2, "pass"]
-
-
-def test_noise_at_the_size_of_the_gain_is_optional(bench):
-    for seed, gain in enumerate((0.001, 0.03, 0.002)):
-        bench.pair(seed, gain=gain)
-    bench.miniseries()
-    verdict = bench.verdict()
-    assert outcomes(verdict) == ["pass"] * 4
-    assert verdict.decision == "optional" and "interval reaches zero" in verdict.decided_by
-    assert [gate.standing for gate in verdict.gates] == ["not shown", *["pass"] * 3]
-    assert "1 time           not shown" in "\n".join(verdict.describe())
-
-
-def test_extrapolated_times_are_at_most_optional(bench):
-    for seed in range(3):
-        bench.pair(seed, row={"time_to_target_sec_measured": None,
-                              "time_to_target_sec_extrapolated": 8.0 + 0.01 * seed})
-    bench.miniseries()
-    verdict = bench.verdict()
-    assert verdict.decision == "optional" and "extrapolated" in verdict.decided_by
+def test_a_regression_at_one_of_four_depths_is_not_systematic(bench):
+    bench.pairs().series().pair(0, gain=-0.03, depth=6, experiment="series")
+    gate = bench.verdict().gates[3]
+    assert gate.outcome == "pass" and "worse at 1 of 4 depths" in gate.sentence
 
 
 @pytest.mark.parametrize(("change", "word"), [
     ({"dataset_id": "books-2"}, "dataset"), ({"device": "NVIDIA H200"}, "device"),
-    ({"row": {"target_metric_threshold": 1.4}}, "target"), ({"steps": 100}, "horizon"),
-])
+    ({"row": {"target_metric_threshold": 1.4}}, "target"), ({"steps": 100}, "horizon")])
 def test_runs_of_different_worlds_are_not_compared(bench, change, word):
+    bench.pair(0), bench.pair(1, **change)
+    with pytest.raises(UserError, match=rf"another {word}.*s1"):
+        bench.verdict()
+
+
+def test_a_miniseries_of_another_world_is_not_compared(bench):
+    bench.pairs(2).series(baseline={"device": "H200"}, device="H200")
+    with pytest.raises(UserError, match=r"another device.*series"):
+        bench.verdict()
+
+
+def test_wrong_tables_are_refused_by_name(bench):
     bench.pair(0)
-    bench.pair(1, **change)
-    with pytest.raises(UserError, match=f"another {word}.*s1"):
-        bench.verdict(miniseries=False)
+    table, _ = bench.tables()
+    for candidate, runs in (("both", table), (KERNEL, table[table.candidate == KERNEL])):
+        with pytest.raises(UserError, match="is judged against the 'baseline' of an experiment"):
+            judge(candidate, runs)
+    bench.pair(0, depth=2)
+    with pytest.raises(UserError, match="depths 2, 4"):
+        bench.verdict()
 
 
-def test_two_runs_of_one_cell_are_refused_by_name(bench):
-    bench.pair(0)
-    make_trial(bench.ledger, "lane_c", seed=0, depth=4, candidate="chunked-ce", row={"candidate_flags": ""})
-    with pytest.raises(UserError, match=r"lane_c\.baseline\.d4\.s0 and lane_c\.chunked-ce\.d4\.s0 are both baseline"):
-        bench.verdict(miniseries=False)
+# --- horizons ---------------------------------------------------------------------------------
+
+def test_a_horizon_that_reaches_the_target_sooner_is_promoted(bench):
+    """Though each depth has a ratio and a target of its own, and a shorter run ends worse."""
+    verdict = bench.horizons(row={"min_val_bpb": 1.49}).horizon_series().verdict()
+    assert (verdict.decision, verdict.decided_by) == ("promote", "all four gates")
+    assert "target reached in all 3 seeds" in verdict.gates[1].sentence
 
 
-def test_a_hand_made_mistake_in_the_ledger_is_named_by_line(bench):
-    bench.pair(0)
-    lines = bench.ledger.read_text().splitlines()
-    lines[2] = lines[2].replace(",4,val_bpb", ",four,val_bpb")
-    bench.ledger.write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match="line 3: depth is 'four'"):
-        bench.verdict(miniseries=False)
+def test_another_flag_beside_the_horizon_leaves_the_kernels_rules(bench):
+    bench.horizons(row={"min_val_bpb": 1.49}, flags="--num-iterations 9 --fused-rmsnorm")
+    gate = bench.verdict().gates[1]
+    assert gate.outcome == "fail" and "margin" in gate.sentence
 
 
-def test_a_record_with_another_runs_id_is_refused(bench):
-    bench.pair(0)
-    folder = runs_dir() / "lane_c.baseline.d4.s0"
-    (folder / "config.json").write_text((folder / "config.json").read_text().replace("baseline.d4.s0", "other"))
-    with pytest.raises(UserError, match="two runs"):
-        bench.verdict(miniseries=False)
+def test_times_are_interpolated_steps_whatever_the_load_of_the_machine(bench):
+    """Every candidate run met a machine twice as slow, and gains less than an evaluation."""
+    bench.horizons(steps=196, step_ms=200.0)
+    table, _ = bench.tables()
+    timed = on_one_clock(table).set_index("candidate").time_to_target_sec
+    assert timed[HORIZON].mean() / timed["baseline"].mean() == pytest.approx(197 / 200, abs=0.004)
+    crossing = table.crossing_step[table.candidate == "baseline"].iloc[0]
+    assert timed["baseline"].iloc[0] == pytest.approx(crossing * 0.15)  # the median of 0.1 and 0.2
+    assert (table.time_to_target_sec[table.candidate == HORIZON] > 20).all()  # by their own clocks
+    assert bench.verdict().gates[0].sentence.startswith("gain n=3, mean +1.")
 
 
-def test_unknown_names_are_refused_with_those_there_are(bench):
-    bench.pair(0)
-    with pytest.raises(UserError, match=r"no experiment 'x'.*lane_c"):
-        load_trials(bench.ledger, "x", runs_dir())
-    with pytest.raises(UserError, match=r"no candidate 'both'.*fused-rmsnorm"):
-        judge("both", load_trials(bench.ledger, "lane_c", runs_dir()))
+def test_two_seeds_are_not_enough_for_a_horizon(bench):
+    verdict = bench.horizons(2).horizon_series().verdict()
+    assert outcomes(verdict) == ["insufficient", "insufficient", "pass", "pass"]
+    assert "2 of 3 seeds" in verdict.gates[0].sentence
 
 
-def test_several_depths_are_not_judged_as_one(bench):
-    bench.miniseries()
-    with pytest.raises(UserError, match="depths 2, 3, 4"):
-        judge(CANDIDATE, load_trials(bench.ledger, "miniseries", runs_dir()))
+def test_a_seed_that_misses_the_target_fails_gate_2(bench):
+    bench.horizons(2).horizon(2, bpb_shift=0.1)
+    gate = bench.verdict().gates[1]
+    assert gate == ("2 quality", "fail", "target not reached: shorter depth 4 seed 2")
+    bench.horizon(3, nan_at=20)
+    assert "seed 3" not in bench.verdict().gates[1].sentence.partition(";")[0]
 
 
-def test_paired_statistics_agree_with_scipy():
-    base, tried = np.array([10.0, 11.0, 9.5, 10.4]), np.array([9.1, 10.6, 9.4, 9.3])
-    found = paired(base - tried, 0.9)
-    want = stats.ttest_rel(base, tried, alternative="two-sided").confidence_interval(0.9)
-    assert (found.lo, found.hi) == pytest.approx((want.low, want.high))
-    assert found.p == pytest.approx(stats.ttest_rel(base, tried, alternative="greater").pvalue)
-    assert found.sd == pytest.approx(np.std(base - tried, ddof=1))
+def test_a_run_past_the_baselines_crossing_is_slower_in_steps(bench):
+    bench.horizons(2).horizon(2, steps=100, step_ms=900.0, bpb_shift=0.1)
+    assert "not lower" not in bench.verdict().gates[0].sentence
+    bench.horizon(3, steps=190, bpb_shift=0.1)
+    assert "not lower in seed 3" in bench.verdict().gates[0].sentence
 
 
-def test_without_a_real_gain_promotion_is_rarer_than_the_intervals_error():
-    """2000 experiments of three seeds whose candidate changes nothing: gate 1's interval excludes zero above."""
+@pytest.mark.parametrize("derived", [lambda ends: ends[0], np.median, np.mean,
+                                     lambda ends: max(ends) + SLACK_BPB])
+def test_a_target_derived_from_the_baselines_ends_is_refused(bench, derived):
+    ends = [1.45 + 1.5 * math.exp(-6) + 0.001 * math.sin(seed) for seed in range(3)]
+    bench.horizons(threshold=float(derived(ends)), bpb_shift=-0.01)
+    gate = bench.verdict().gates[0]
+    assert gate.outcome == "insufficient" and "derived from the baseline runs" in gate.sentence
+
+
+def test_a_target_must_be_recorded_and_batches_equal(bench):
+    bench.horizons(row={"target_metric_threshold": None},
+                   baseline={"row": {"target_metric_threshold": None}})
+    assert [gate.outcome for gate in bench.verdict().gates[:2]] == ["insufficient"] * 2
+    assert "none is recorded of baseline depth 4 seed 0" in bench.verdict().gates[0].sentence
+    config = runs_dir() / "own.shorter.d4.s1" / "config.json"
+    config.write_text(config.read_text().replace('tokens": 2048', 'tokens": 4096'))
+    assert "batches of 2048, 4096 tokens" in bench.verdict().gates[0].sentence
+
+
+@pytest.mark.parametrize(("series", "outcome", "words"), [
+    ({"steps": (220, 220, 220)}, "fail", "worse at 3 of 3 depths"),
+    ({"bpb_shift": 0.2}, "fail", "target not reached: shorter depth 2 seed 0"),
+    ({"steps": (150, 170, 220)}, "pass", "worse at 1 of 3 depths"),
+    ({"thresholds": (1.55 + 1.5 * math.exp(-6), 1.55, 1.5), "bpb_shift": -0.01}, "insufficient",
+     "at depth 2 was derived"),
+])
+def test_gate_4_takes_each_depths_own_horizon(bench, series, outcome, words):
+    gate = bench.horizons().horizon_series(**series).verdict().gates[3]
+    assert gate.outcome == outcome and words in gate.sentence and "val_bpb" not in gate.sentence
+
+
+def test_a_horizon_is_judged_where_triton_is_interpreted(bench):
+    bench.horizons(**INTERPRETED, baseline=INTERPRETED)
+    assert outcomes(bench.verdict())[:3] == ["pass"] * 3
+
+
+# --- against plain loops ----------------------------------------------------------------------
+
+seconds = st.none() | st.just(0.0) | st.floats(0.1, 100)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(seconds, seconds, st.booleans(), st.sampled_from(["ok", "nan"])),
+                min_size=1, max_size=5))
+def test_gate_1_against_a_loop(seeds):
+    rows, pairs, has_failed = [], [], False
+    for seed, (before, after, is_extrapolated, status) in enumerate(seeds):
+        rows += [{"candidate": name, "depth": 4, "seed": seed, "status": end, "ok": end == "ok",
+                  "time_to_target_sec": time, "is_extrapolated": extrapolated, "training_sec": 50.0}
+                 for name, time, end, extrapolated in (("baseline", before, "ok", False),
+                                                       (KERNEL, after, status, is_extrapolated))]
+        has_failed |= status != "ok"
+        if status == "ok":
+            pairs.append((before, after, is_extrapolated))
+    table = pd.DataFrame(rows).astype({"time_to_target_sec": float})
+    outcome, sentence = time_gate(table, RULES)
+
+    timed = [(before, after, is_extrapolated) for before, after, is_extrapolated in pairs
+             if before and after]
+    is_slower = any(after >= before for before, after, _ in timed) or any(
+        after is None and before is not None and before <= 50 for before, after, _ in pairs)
+    if is_slower:
+        expected = "fail"
+    elif has_failed or len(timed) < max(2, len(pairs)):
+        expected = "insufficient"
+    else:
+        gains = [100 * (1 - after / before) for before, after, _ in timed]
+        sd = float(np.std(gains, ddof=1))
+        half = stats.t.ppf(0.975, len(gains) - 1) * sd / math.sqrt(len(gains))
+        is_equal = sd <= 1e-12 * max(map(abs, gains))
+        is_shown = not is_equal and np.mean(gains) - half > 0 and not any(x for *_, x in timed)
+        expected = "pass" if is_shown else "not shown"
+        assert f"gain n={len(gains)}, mean {np.mean(gains):+.4g} %" in sentence
+    assert outcome == expected
+
+
+@given(st.lists(st.floats(-10, 10).filter(lambda x: abs(x) > 1e-3), min_size=2, max_size=6))
+def test_paired_statistics_are_students(differences):
+    found = paired(differences, 0.9)
+    assert found.mean == pytest.approx(np.mean(differences))
+    if np.std(differences) > 1e-6:
+        test = stats.ttest_rel(differences, np.zeros(len(differences)))
+        assert (found.lo, found.hi) == pytest.approx(tuple(test.confidence_interval(0.9)), rel=1e-6)
+        assert found.p == pytest.approx(test.pvalue) and (found.lo > 0) <= (found.p < 0.1)
+    if len(set(differences)) == 1:
+        assert math.isnan(found.lo) and math.isnan(found.p)
+
+
+@given(st.lists(st.floats(0, 5), min_size=SPIKE_WINDOW, max_size=120))
+def test_spikes_against_a_loop(losses):
+    events = [{"kind": "train", "step": step, "tokens": step, "train_time_sec": 0.0, "loss": loss}
+              for step, loss in enumerate(losses, start=1)]
+    expected = {step for step in range(SPIKE_WINDOW + 1, len(losses) + 1)
+                if losses[step - 1] > np.median(losses[step - 1 - SPIKE_WINDOW:step - 1]) + 1}
+    assert spikes(types.SimpleNamespace(events=events)) == expected
+
+
+def test_the_margin_is_two_standard_deviations_or_the_floor(bench):
+    bench.pairs()
+    ends = [1.45 + 1.5 * math.exp(-6) + 0.001 * math.sin(seed) for seed in range(3)]
+    table, _ = bench.tables()
+    assert quality_margin(table) == pytest.approx(2 * np.std(ends, ddof=1))
+    assert quality_margin(table[table.seed < 1]) is None
+    assert quality_margin(table.assign(min_val_bpb=1.0)) == 0.0005
+
+
+def test_documents_add_their_paired_standard_error(bench):
+    """Two seeds of 64 documents with known differences in nats."""
+    loss_eval = pytest.importorskip("nanochat.loss_eval")
+    if not hasattr(loss_eval, "paired_difference"):
+        pytest.skip("the final validation does not store losses per document yet")
+    bench.pairs(2)
     rng = np.random.default_rng(0)
-    gains = rng.standard_normal((2000, 3))
-    promoted = sum(bool((row > 0).all()) and paired(row, Rules().confidence).lo > 0 for row in gains)
-    assert promoted / 2000 < 0.025 + 3 * math.sqrt(0.025 * 0.975 / 2000)
+    n_bytes, before = rng.integers(50, 500, 64), rng.uniform(50, 500, 64)
+    change = rng.normal(1.0, 2.0, 64)
+    for seed in range(2):
+        for name, nats in (("baseline", before), (KERNEL, before + change)):
+            np.savez(runs_dir() / f"own.{name}.d4.s{seed}" / "validation.npz", dataset_id="d",
+                     tokenizer_id="t", split="val", documents=np.arange(64), nats=nats,
+                     n_bytes=n_bytes)
+    mean = change.sum() / n_bytes.sum() / math.log(2)
+    words = f"final val_bpb {mean:+.5f} with standard error 0.00"
+    assert words in bench.verdict().gates[1].sentence

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import UserError
-from nanochat.csv_ledger import columns
+from nanochat.experiments.ledger import columns
 from nanochat.lane_b.infer.record import LaneBRecord, append_record, read_records
 
 RECORD = LaneBRecord(

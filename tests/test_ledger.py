@@ -1,57 +1,307 @@
-from dataclasses import replace
+"""The CSV ledgers: what people and spreadsheets do to them, and what tools append."""
+
+import csv
+import io
+import subprocess
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from full_disk import full_disk
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from nanochat.common import UserError
-from nanochat.csv_ledger import columns
-from nanochat.experiments.ledger import ExperimentRow, append_experiment, read_experiments
+from nanochat.experiments.ledger import (
+    ExperimentRow,
+    append_row,
+    columns,
+    read_experiments,
+    read_rows,
+)
 
-ROW = ExperimentRow(
-    timestamp="2026-11-23T10:00:00Z", git_commit="abc1234", experiment_name="lane_c", seed=0, depth=12,
-    target_metric_name="val_bpb", target_metric_threshold=None, time_to_target_sec_measured=None,
-    time_to_target_sec_extrapolated=901.25, tok_per_sec_median=37_000.0, dt_median_ms=440.0, wall_time_sec=700.5,
-    min_val_bpb=1.01, status="ok", candidate_flags="--chunked-ce --fused-rmsnorm", dataset_id="d",
+
+@dataclass(frozen=True)
+class Row:
+    run_id: str
+    seed: int | None
+    loss: float
+    notes: str
+
+    def __post_init__(self):
+        if self.notes == "forbidden":
+            raise UserError("notes must not be 'forbidden'")
+
+
+HEADER = "run_id,seed,loss,notes\n"
+ROW = Row("a", 1, 0.5, "")
+
+# UTF-8 holds anything but lone surrogates; NUL is no text.
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+rows = st.builds(
+    Row, run_id=texts.filter(str.strip), seed=st.none() | st.integers(),
+    loss=st.floats(allow_nan=False, allow_infinity=False),
+    notes=texts.filter(lambda text: text != "forbidden"))
+row_lists = st.lists(rows, max_size=4, unique_by=lambda row: row.run_id.strip())
+
+
+@settings(deadline=None)
+@given(row_lists)
+def test_rows_read_back_exactly_here_and_in_pandas(tmp_path_factory, written):
+    path = tmp_path_factory.mktemp("ledger") / "ledger.csv"
+    path.write_text(HEADER)
+    for row in written:
+        before = path.read_bytes()
+        append_row(path, row)
+        assert path.read_bytes().startswith(before)
+    assert read_rows(path, Row) == written
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    assert list(frame.run_id) == [row.run_id for row in written]
+    assert list(frame.notes) == [row.notes for row in written]
+    assert list(map(float, frame.loss)) == [row.loss for row in written]
+
+
+@settings(deadline=None)
+@given(existing=row_lists, bom=st.booleans(), end=st.sampled_from(["\n", "\r\n", "\r"]),
+       blank=st.sampled_from(["", "   ", ",,,,"]), final_end=st.booleans(),
+       names=st.permutations([*HEADER.strip().split(","), "remark"]))
+def test_appending_keeps_every_byte_that_people_wrote(
+        tmp_path_factory, existing, bom, end, blank, final_end, names):
+    """Blank lines, spaces around numbers, needless quotes, another order, an own column."""
+    def by_hand(row):
+        cells = {"run_id": row.run_id, "notes": row.notes, "remark": "mine, \"quoted\"",
+                 "seed": "" if row.seed is None else f" {row.seed} ", "loss": f"{row.loss!r}  "}
+        return ",".join('"' + cells[name].replace('"', '""') + '"' for name in names)
+
+    lines = [",".join(names), *(line for row in existing for line in (blank, by_hand(row)))]
+    text = ("\ufeff" if bom else "") + end.join(lines) + (end if final_end else "")
+    path = tmp_path_factory.mktemp("ledger") / "ledger.csv"
+    path.write_bytes(text.encode())
+    new = Row("the new row", None, 1e-300, "--chunked-ce")
+    append_row(path, new)
+    assert read_rows(path, Row) == [*existing, new]
+    cells = {"run_id": "the new row", "loss": "1e-300", "notes": "--chunked-ce"}
+    known_end = end if final_end or existing else "\n"  # a lone header does not show its line end
+    added = ",".join(cells.get(name, "") for name in names) + known_end
+    assert path.read_bytes().decode() == text + ("" if final_end else known_end) + added
+
+
+@settings(deadline=None)
+@given(row_lists, st.booleans())
+def test_what_pandas_and_csv_write_is_read(tmp_path_factory, written, use_pandas):
+    """pandas writes integers beside missing ones as floats: 7.0. It does not quote a lone CR."""
+    assume(all(abs(row.seed or 0) < 1e15 and "\r" not in row.run_id + row.notes
+               for row in written))
+    path = tmp_path_factory.mktemp("ledger") / "ledger.csv"
+    if use_pandas:
+        frame = pd.DataFrame(list(map(vars, written)), columns=columns(Row))
+        frame.astype({"seed": float}).to_csv(path, index=False)
+    else:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([columns(Row), *(vars(row).values() for row in written)])
+    assert read_rows(path, Row) == written
+
+
+@pytest.mark.parametrize("cell", [
+    "1.966", "15.000", "1.966080", "1.966.080", "1,966,080", "1 966", "1'966", "1\u00a0966",
+    "1966\u00a0", "1966%", "1_966", "2.026", "1,5", "1e3", "0x10", "١", "12,0", "seven", "1966.00"])
+def test_an_integer_has_digits_only(tmp_path, cell):
+    path = tmp_path / "ledger.csv"
+    path.write_text(HEADER + "b,1,0.5,\n" + f'c,"{cell}",0.5,\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"line 3: seed is .* not a whole number"):
+        read_rows(path, Row)
+
+
+@pytest.mark.parametrize("cell", [
+    "0,5", "15.565,8", "15,565.8", "1.234.567", "1 234", "1 234,5", "1'234.5", "1\u202f234.5",
+    "0.5\u00a0", "50%", "50 %", "1_0.5", "\u22120.5", "nan", "inf", "", "1.5 ms", "0.5\t"])
+def test_a_number_has_a_decimal_point_and_no_separators(tmp_path, cell):
+    path = tmp_path / "ledger.csv"
+    path.write_text(HEADER + f'c,1,"{cell}",\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"line 2: loss is .* not a number with a decimal point"):
+        read_rows(path, Row)
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+@pytest.mark.parametrize("number", ["0.5", "0,5", "15.565"])
+def test_other_separators_than_commas_are_refused_by_line(tmp_path, separator, number):
+    path = tmp_path / "ledger.csv"
+    text = HEADER.replace(",", separator) + separator.join(["b", "1", number, ""]) + "\n"
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"line 1: the header must have .* between commas"):
+        read_rows(path, Row)
+    path.write_text(HEADER + text.splitlines()[1] + "\n")
+    with pytest.raises(UserError, match=r"line 2: [12] cells where the header has 4"):
+        read_rows(path, Row)
+
+
+GERMAN = "2026-11-23T21:48:22Z;8a0e316;lane_b;0;2;val_bpb;;;;15.565;131,58;213,6;1,5138;ok;;stdlib"
+
+
+def test_a_german_export_is_refused(tmp_path):
+    path = tmp_path / "experiments.csv"
+    path.write_text("\ufeff" + ";".join(columns(ExperimentRow)) + "\r\n" + GERMAN
+                    + ";1966080;EPYC;838,7;r\r\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"line 1: the header must have"):
+        read_experiments(path)
+
+
+@pytest.mark.parametrize("text, fault", [
+    ("run_id,seed,loss\n", r"line 1: the header must have .* it has not: notes"),
+    ("sep=,\nrun_id,seed,loss,notes\n", r"line 1: the header must have"),
+    ("seed,run_id,loss,notes,seed\n", r"line 1: .* it has not: seed"),
+    ('"run_id,seed\n', r"line 1: not CSV"), ("\n", r"line 1: the header must have"),
+    (HEADER + "b,1,0.5\n", r"line 2: 3 cells where the header has 4"),
+    (HEADER + "b,1,0,5,\n", r"line 2: 5 cells where the header has 4 \(a comma inside a text"),
+    (HEADER + "b,1,0.5,\r\r\n# a comment\n", r"line 4: 1 cells"),
+    (HEADER + "b,1,1e999,\n", r"line 2: loss is '1e999', beyond"),
+    (HEADER + " ,1,0.5,\n", r"line 2: run_id is empty"),
+    (HEADER + "b,1,0.5,\nc,1,0.5,\nb ,2,0.6,\n", r"line 4: run_id 'b' is also on line 2"),
+    (HEADER + 'b,1,0.5,"two\nlines"\nc,1,x,\n', r"line 4: loss"),
+    (HEADER + 'b,1,0.5,"x" y\n', r"line 2: not CSV"),
+    (HEADER + 'b,1,0.5,\nc,1,0.5,"never closed\n', r"line 3: not CSV"),
+    (HEADER + "b,1,0.5,forbidden\n", r"line 2: notes must not be"),
+    (HEADER.encode() + b"b,1,0.5,\nc,1,0.5,caf\xe9\n", r"line 3: not UTF-8"),
+    (HEADER.encode("utf-16"), r"line 1: not UTF-8"),
+])
+def test_mistakes_are_named_by_line_and_nothing_is_written(tmp_path, text, fault):
+    path = tmp_path / "ledger.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=fault):
+        read_rows(path, Row)
+    with pytest.raises(UserError, match=fault):
+        append_row(path, ROW)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("row, fault", [
+    (replace(ROW, loss=float("nan")), "loss is 'nan'"), (replace(ROW, loss=None), "loss is ''"),
+    (replace(ROW, seed=1.5), "seed is '1.5'"), (replace(ROW, notes=None), "would read back as"),
+    (replace(ROW, notes="\ud800"), "surrogates"), (replace(ROW, run_id=" "), "run_id is empty"),
+    (replace(ROW, notes="x" * 200_000), "field larger than"),
+])
+def test_a_row_that_csv_cannot_hold_is_refused(tmp_path, row, fault):
+    with pytest.raises(UserError, match=fault):
+        append_row(tmp_path / "new" / "ledger.csv", row)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_and_a_missing_folder_leave_the_ledger_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "ledger.csv"
+    with pytest.raises(UserError, match="cannot read the ledger"):
+        read_rows(path, Row)
+    append_row(path, ROW)
+    before = path.read_text()
+    assert before == HEADER + "a,1,0.5,\n"
+    with pytest.raises(UserError, match="cannot write"):
+        append_row(path / "ledger.csv", ROW)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(UserError, match=r"cannot write the ledger .*No space left"):
+        append_row(path, replace(ROW, run_id="b"))
+    assert path.read_text() == before and not list(path.parent.glob(".*.tmp"))
+
+
+def test_a_run_is_logged_once_also_through_a_symlink(tmp_path):
+    (tmp_path / "real.csv").write_text(HEADER)
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    append_row(tmp_path / "link.csv", ROW)
+    with pytest.raises(UserError, match=r"line 2: run_id 'a' is already there"):
+        append_row(tmp_path / "real.csv", replace(ROW, run_id=" a ", seed=2))
+    assert (tmp_path / "link.csv").is_symlink() and read_rows(tmp_path / "real.csv", Row) == [ROW]
+
+
+def test_a_last_line_without_its_end_is_warned_of(tmp_path, capsys):
+    path = tmp_path / "ledger.csv"
+    append_row(path, replace(ROW, notes="complete"))
+    assert read_rows(path, Row) and not capsys.readouterr().err
+    path.write_bytes(path.read_bytes()[:-5])
+    assert read_rows(path, Row) == [replace(ROW, notes="comp")]
+    assert "the last line has no line end" in capsys.readouterr().err
+
+
+APPEND_AT_ONCE = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from nanochat.experiments.ledger import append_row
+from test_ledger import Row
+may_begin, begin = os.pipe()
+for number in range(40):
+    if os.fork() == 0:
+        os.close(begin)
+        os.read(may_begin, 1)  # until the parent has closed its end
+        append_row(sys.argv[1], Row(f"run-{number}", number, 0.5, f'"{number}"\\n' * 50))
+        os._exit(0)
+os.close(begin)
+sys.exit(any(os.wait()[1] for _ in range(40)))
+"""
+
+
+def test_processes_that_append_at_once_lose_no_row(tmp_path):
+    path = tmp_path / "ledger.csv"
+    command = [sys.executable, "-c", APPEND_AT_ONCE, str(path)]
+    assert subprocess.run(command, cwd=Path(__file__).parents[1]).returncode == 0
+    found = read_rows(path, Row)
+    assert sorted(row.seed for row in found) == list(range(40))
+    assert all(row.notes == f'"{row.seed}"\n' * 50 for row in found)
+
+
+# --- the ledger of experiments ----------------------------------------------------------------
+
+EXPERIMENT = ExperimentRow(
+    timestamp="2026-11-23T10:00:00Z", git_commit="abc1234", experiment_name="lane_c", seed=0,
+    depth=12, target_metric_name="val_bpb", target_metric_threshold=None,
+    time_to_target_sec_measured=None, time_to_target_sec_extrapolated=901.25,
+    tok_per_sec_median=37_000.0, dt_median_ms=440.0, wall_time_sec=700.5, min_val_bpb=1.01,
+    status="ok", candidate_flags="--chunked-ce --fused-rmsnorm", dataset_id="d",
     total_tokens=24_576_000, device="CPU x2", peak_memory_mib=None, run_id="lane_c-both-s0")
 
 
-def test_columns_are_frozen():
+def test_the_committed_ledger_has_the_plans_columns_and_reads_in_pandas():
+    path = Path(__file__).parents[1] / "dev" / "experiments.csv"
     assert columns(ExperimentRow) == [
         "timestamp", "git_commit", "experiment_name", "seed", "depth", "target_metric_name",
         "target_metric_threshold", "time_to_target_sec_measured", "time_to_target_sec_extrapolated",
-        "tok_per_sec_median", "dt_median_ms", "wall_time_sec", "min_val_bpb", "status", "candidate_flags",
-        "dataset_id", "total_tokens", "device", "peak_memory_mib", "run_id"]
+        "tok_per_sec_median", "dt_median_ms", "wall_time_sec", "min_val_bpb", "status",
+        "candidate_flags", "dataset_id", "total_tokens", "device", "peak_memory_mib", "run_id"]
+    frame = pd.read_csv(path).fillna({"candidate_flags": ""})
+    rows = read_experiments(path)
+    assert list(frame.columns) == columns(ExperimentRow) and len(rows) > 40
+    for name in columns(ExperimentRow):
+        values = [getattr(row, name) for row in rows]
+        if isinstance(values[0], str):
+            assert list(frame[name]) == values
+        else:  # pandas rounds the last digit
+            assert list(frame[name]) == pytest.approx(
+                [float("nan") if value is None else value for value in values], nan_ok=True)
 
 
-def test_the_committed_ledger_has_this_header():
-    path = Path(__file__).parents[1] / "dev" / "experiments.csv"
-    assert path.read_text().splitlines()[0].split(",") == columns(ExperimentRow)
-    read_experiments(path)  # and every row a person edited parses
-
-
-def test_a_row_survives_the_ledger_and_its_run_id_is_unique(tmp_path):
-    path = tmp_path / "experiments.csv"
-    append_experiment(path, ROW)
-    with pytest.raises(UserError, match="line 2: run_id 'lane_c-both-s0' is already there"):
-        append_experiment(path, replace(ROW, seed=1))
-    assert read_experiments(path) == [ROW]
+def test_flags_are_written_as_they_are(tmp_path):
+    append_row(tmp_path / "e.csv", EXPERIMENT)
+    assert pd.read_csv(tmp_path / "e.csv").candidate_flags[0] == "--chunked-ce --fused-rmsnorm"
 
 
 @pytest.mark.parametrize(("cells", "message"), [
-    ({"seed": None}, "seed is empty"), ({"depth": None}, "depth is empty"), ({"depth": 0}, "depth is 0, not above 0"),
+    ({"seed": None}, "seed is empty"), ({"depth": 0}, "depth is 0, which no run can have"),
     ({"dataset_id": ""}, "dataset_id is empty"), ({"device": " "}, "device is empty"),
-    ({"status": "fine"}, "status is 'fine', not one of ok"), ({"target_metric_name": "loss"}, "not one of val_bpb"),
-    ({"min_val_bpb": 0.0}, "min_val_bpb is 0.0, not above 0"), ({"target_metric_threshold": -1.0}, "above 0"),
-    ({"time_to_target_sec_measured": -1.0}, "time_to_target_sec_measured is -1.0, below 0"),
+    ({"status": "fine"}, "status is 'fine', not one of ok"),
+    ({"target_metric_name": "loss"}, "not one of val_bpb"),
+    ({"target_metric_threshold": -1.0}, "above 0"), ({"min_val_bpb": 0.0}, "min_val_bpb is 0.0"),
+    ({"time_to_target_sec_measured": -1.0}, "time_to_target_sec_measured is -1.0"),
 ])
-def test_a_row_that_no_run_can_have_is_refused(cells, message):
+def test_values_that_no_run_can_have_are_refused(cells, message):
     with pytest.raises(UserError, match=message):
-        replace(ROW, **cells)
+        replace(EXPERIMENT, **cells)
 
 
-def test_a_hand_made_mistake_is_named_by_line(tmp_path):
+@pytest.mark.parametrize("date", ["23.11.2026 21:48", "11/23/26", "23.11.26"])
+def test_a_date_that_a_spreadsheet_rewrote_is_named_by_line(tmp_path, date):
     path = tmp_path / "experiments.csv"
-    append_experiment(path, ROW)
-    path.write_text(path.read_text().replace(",ok,", ",fine,"))
-    with pytest.raises(UserError, match=r"experiments\.csv, line 2: status is 'fine'"):
+    append_row(path, EXPERIMENT)
+    sheet = io.StringIO(path.read_text().replace(EXPERIMENT.timestamp, date))
+    path.write_text(sheet.read())
+    with pytest.raises(UserError, match=r"line 2: timestamp is .*; write the date as 2026-"):
         read_experiments(path)

@@ -26,7 +26,7 @@ from nanochat.experiments.runner import (
     threshold_in_use,
     training_command,
 )
-from nanochat.experiments.trials import load_trials
+from nanochat.experiments.table import experiment_table
 
 # A stand-in for scripts.base_train: parses the flags it needs and writes a record as the real one does.
 FAKE_TRAIN = textwrap.dedent("""
@@ -347,16 +347,16 @@ def test_a_candidate_of_ones_own_has_its_probe_and_its_name(ledger, fake):
     asked = Experiment("own", PROFILE, {"baseline": "", "hot": "--matrix-lr 0.1"}, (0, 1), (4,), "val_bpb", 1.2)
     run(asked, ledger, fake)
     probe_candidates(asked, runs_dir(), fake, lambda line: None)
-    [verdict] = judge_all(load_trials(ledger, "own", runs_dir()), [], runs_dir(), candidates=["hot"])
+    [verdict] = judge_all(experiment_table(ledger, "own", runs_dir()), None, runs_dir(), candidates=["hot"])
     assert (verdict.candidate, verdict.flags) == ("hot", "--matrix-lr 0.1")
-    assert "no save/resume probe" not in verdict.gates[2].detail
+    assert "no save/resume probe" not in verdict.gates[2].sentence
 
 
 def test_one_name_for_two_sets_of_flags_is_refused_in_the_ledger(ledger, fake):
     for seed, flags in ((0, "--matrix-lr 0.1"), (1, "--matrix-lr 0.2")):
         run(Experiment("own", PROFILE, {"hot": flags}, (seed,), (4,), "val_bpb", 1.2), ledger, fake)
-    with pytest.raises(UserError, match=r"d4\.s0 has candidate 'hot' with flags '--matrix-lr 0\.1', own\.hot\.d4\.s1"):
-        load_trials(ledger, "own", runs_dir())
+    with pytest.raises(UserError, match=r"'hot' has the flags '--matrix-lr 0\.1' and '--matrix-lr 0\.2'"):
+        experiment_table(ledger, "own", runs_dir())
 
 
 def test_torch_words_a_graph_break_as_the_probe_counts_it():

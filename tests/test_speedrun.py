@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import UserError
-from nanochat.experiments.leaderboard import leaderboard_row, time_to_target_line
 from nanochat.runlog import RunRecord
 from scripts import base_train
+from scripts.leaderboard import leaderboard_row, time_to_target_line
 
 PROGRAMS = ("nanochat.dataset", "nanochat.core_eval", "scripts.tok_train", "scripts.tok_eval", "scripts.base_train",
             "scripts.base_eval", "scripts.leaderboard")

@@ -1,214 +1,478 @@
-"""The four acceptance gates: their rules, written down before any run, and the verdict they give.
+"""The four acceptance gates: rules fixed before any run, applied to a table of runs.
 
-Gates give figures by name; findings.py words them.
+Each gate is a function from the rows of the baseline and one candidate to (outcome, sentence). A
+candidate that sets only the horizon (lane B) is timed in steps and must reach its target, since its
+final loss differs by design.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import nan
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+from scipy import stats
 
 from nanochat.common import UserError
-from nanochat.experiments import horizon_gates
-from nanochat.experiments.comparison import (
-    FAIL,
-    INSUFFICIENT,
-    PASS,
-    RULES,
-    SPIKE_WINDOW,
-    Comparison,
-    fewer,
-    found,
-    relative_change,
-    series_fault,
-)
-from nanochat.experiments.findings import Gate, Verdict, listed
-from nanochat.experiments.paired import paired
 from nanochat.experiments.probe import read_probe
-from nanochat.experiments.trials import INTERPRETED, check_comparable, check_same_world, split
+from nanochat.experiments.profiles import BASELINE
+from nanochat.experiments.runner import SLACK_BPB
+from nanochat.experiments.table import (
+    INTERPRETED,
+    check_same,
+    check_same_world,
+    curve,
+    on_one_clock,
+)
+
+PASS, NOT_SHOWN, FAIL = "pass", "not shown", "fail"
+INSUFFICIENT, NOT_JUDGED = "insufficient", "not judged"
+SPIKE_WINDOW = 50  # losses
+SAME_BPB = 1e-6  # a threshold this close to one derived from the baseline counts as derived
+NOT_ON_THIS_DEVICE = ("the times are the Triton interpreter's and say nothing of a kernel's, so "
+                      "they are not judged on this device: run it on a GPU")
 
 
-def judge(candidate, trials, miniseries=(), probe=None):
-    """The verdict on one candidate against the baseline.
+@dataclass(frozen=True)
+class Rules:
+    """Every number that the gates use. A change after a run makes the run's verdict worthless."""
 
-    trials: those of the experiment, at one depth. miniseries: those of gate 4's experiment. probe: the candidate's
-    Probe, or None. Errors: UserError when there is no such candidate or no baseline, and for trials of another
-    dataset, device, target or horizon.
+    confidence: float = 0.95  # of every interval
+    min_seeds: int = 2
+    horizon_min_seeds: int = 3  # for a candidate that sets only the horizon
+    quality_sds: float = 2.0  # standard deviations of the baseline's seeds
+    quality_floor_bpb: float = 0.0005
+    spike_nats: float = 1.0  # above the median of the SPIKE_WINDOW losses before
+    resume_tolerance_nats: float = 0.002
+    min_depths: int = 3
+    depth_time_tolerance: float = 0.01  # relative
+
+    def describe(self):
+        """Return the rules as text, one line each."""
+        return [
+            f"1 time: lower time to target in every seed, at least {self.min_seeds} seeds; the "
+            f"gain is shown when its paired {self.confidence:.0%} interval lies above zero and "
+            "every time was measured",
+            "2 quality: mean excess of min val_bpb at most the margin, which is "
+            f"{self.quality_sds:g} sd of the baseline's seeds or {self.quality_floor_bpb:g}, "
+            "whichever is larger; at every evaluation, mean excess at most twice the larger of "
+            f"the margin and {self.quality_sds:g} sd of the baseline's seeds at that step",
+            f"3 stability: every run ends well, no train loss {self.spike_nats:g} nats above the "
+            f"median of the {SPIKE_WINDOW} before it where the baseline has none (shorter runs are "
+            "not checked: insufficient), no graph break, losses after a resume within "
+            f"{self.resume_tolerance_nats:g} nats",
+            f"4 generalisation: over at least {self.min_depths} depths no systematic regression, "
+            "which is a mean relative change of val_bpb above gate 2's margin, or of time above "
+            f"{self.depth_time_tolerance:.0%}, that is worse at every depth or has its interval "
+            "above zero",
+            "a candidate that sets only the horizon: 1 by interpolated crossings times the median "
+            f"step time of all runs, in at least {self.horizon_min_seeds} seeds, at a recorded "
+            "target that was not derived from the baseline runs being judged; 2 it reaches the "
+            "target in every seed; 4 the same at each depth with its own horizon and target, and "
+            "no systematic regression of time",
+            "decision: reject when a gate fails; not judged when records are missing or times are "
+            "the Triton interpreter's (unless the candidate sets only the horizon; they fail no "
+            "gate); insufficient when a gate lacks runs; optional when all pass but the gain is "
+            "not shown; promote otherwise",
+        ]
+
+
+RULES = Rules()
+
+
+class Paired(NamedTuple):
+    """n paired differences: mean, sd (ddof 1), t interval and two-sided p; NaN where unknown.
+
+    One difference has no sd. Equal differences have no interval: their noise is below the precision
+    recorded, not zero.
     """
-    baseline, others = split(trials)
-    if candidate not in others:
-        there = ", ".join(others) or "the baseline alone"
-        raise UserError(f"no candidate {candidate!r} in this experiment; it has {there}")
-    if not baseline:
-        raise UserError("no baseline runs in this experiment; a candidate is judged against them")
-    runs = Comparison(baseline, others[candidate])
-    series_baseline, series_others = split(miniseries)
-    series = Comparison(series_baseline, series_others.get(candidate, {}))
-    check_comparable(runs.trials)
-    check_same_world(runs.trials + series.trials)
-    depths = sorted({trial.row.depth for trial in runs.trials})
-    if len(depths) > 1:
-        raise UserError(f"this experiment has depths {listed(depths)}; a candidate is judged at one depth, "
-                        "several depths are gate 4's miniseries")
-    gates = _gates(runs, series, probe, RULES)
-    return Verdict(candidate, next(iter(runs.tried.values())).row.candidate_flags, gates, *decide(gates))
+
+    n: int
+    mean: float
+    sd: float = nan
+    lo: float = nan
+    hi: float = nan
+    p: float = nan
+
+    def describe(self, unit):
+        """Return the statistics as text."""
+        mean = f"n={self.n}, mean {self.mean:+.4g} {unit}"
+        if not self.lo <= self.hi:
+            return f"{mean} (no interval)"
+        return (f"{mean} (interval {self.lo:+.4g} to {self.hi:+.4g}, sd {self.sd:.2g}, two-sided "
+                f"p={self.p:.2g})")
 
 
-def judge_all(trials, miniseries, runs_dir, candidates=None):
-    """A Verdict for each candidate (all that the trials have, when None), in the ledger's order. Errors: as judge."""
-    return [judge(name, trials, miniseries, read_probe(runs_dir, trials[0].row.experiment_name, name))
-            for name in candidates or split(trials)[1]]
+class Gate(NamedTuple):
+    """One gate's outcome (pass, not shown, fail, insufficient, not judged) and the reasons."""
+
+    name: str
+    outcome: str
+    sentence: str
 
 
-def _gates(runs, series, probe, rules):
-    """The four gates, by the rules for horizons where the candidate sets nothing else."""
+class Verdict(NamedTuple):
+    """The decision on a candidate: promote, optional, reject, insufficient or not judged."""
+
+    candidate: str
+    flags: str
+    decision: str
+    decided_by: str
+    gates: list[Gate]
+
+    def describe(self):
+        """Return lines for the console."""
+        lines = [f"{self.candidate}: {self.decision.upper()} ({self.decided_by})"]
+        return lines + [f"  {g.name:<16} {g.outcome:<13} {g.sentence}" for g in self.gates]
+
+
+def judge_all(table, series, runs_dir, candidates=None):
+    """Return a Verdict per candidate (None: all of the table). Raise UserError as judge."""
+    names = candidates or [name for name in table.candidate.unique() if name != BASELINE]
+    experiment = table.experiment_name.iloc[0]
+    return [judge(name, table, series, read_probe(runs_dir, experiment, name)) for name in names]
+
+
+def judge(candidate, table, series=None, probe=None, rules=RULES):
+    """Return the Verdict on a candidate of an experiment_table at one depth.
+
+    series: experiment_table of gate 4's miniseries; probe: the candidate's Probe; None: not run.
+    Raise UserError for a missing candidate or baseline, several depths, and runs of different
+    datasets, devices, targets or horizons.
+    """
+    names = list(table.candidate.unique())
+    if candidate not in names or candidate == BASELINE or BASELINE not in names:
+        raise UserError(f"{candidate!r} is judged against the {BASELINE!r} of an experiment that "
+                        f"has both; this one has {', '.join(names)}")
+    if table.depth.nunique() > 1:
+        raise UserError(f"this experiment has depths {_listed(sorted(table.depth.unique()))}; a "
+                        "candidate is judged at one depth, several are gate 4's miniseries")
+    runs = table[table.candidate.isin([BASELINE, candidate])].reset_index(drop=True)
+    series = table[:0] if series is None else series
+    series = series[series.candidate.isin([BASELINE, candidate])].reset_index(drop=True)
+    check_same_world(pd.concat([runs, series]))
+    _check_comparable(runs)
+
+    tried = runs[runs.candidate == candidate]
+    is_interpreted = runs.device.str.contains(INTERPRETED).any()
     stability = stability_gate(runs, probe, rules)
-    if all(trial.horizon_only for trial in runs.tried.values()):
+    if tried.horizon_only.all():
         rules = replace(rules, min_seeds=rules.horizon_min_seeds)
-        runs, series = horizon_gates.on_one_clock(runs), horizon_gates.on_one_clock(series)
-        return (time_gate(runs, rules, horizon_gates.unfit(runs)), horizon_gates.reach_gate(runs, rules), stability,
-                horizon_gates.generalisation_gate(series, rules))
-    void = found(interpreted=any(INTERPRETED in t.row.device for t in runs.trials) or None)
-    return (time_gate(runs, rules, void), quality_gate(runs, rules), stability,
-            generalisation_gate(series, quality_margin(runs.baseline, rules), rules, void))
+        runs, series = on_one_clock(runs), on_one_clock(series)
+        outcomes = (time_gate(runs, rules, target_faults(runs)), reach_gate(runs, rules), stability,
+                    generalisation_gate(series, rules))
+    else:
+        margin = quality_margin(runs, rules)
+        outcomes = (time_gate(runs, rules), quality_gate(runs, rules), stability,
+                    generalisation_gate(series, rules, margin, is_interpreted))
+        if is_interpreted:
+            outcomes = ((NOT_JUDGED, NOT_ON_THIS_DEVICE), *outcomes[1:])
+    names = ("1 time", "2 quality", "3 stability", "4 generalisation")
+    gates = [Gate(name, *outcome) for name, outcome in zip(names, outcomes, strict=True)]
+    return Verdict(candidate, tried.candidate_flags.iloc[0], *_decide(gates, runs), gates)
 
 
-def decide(gates):
-    """(decision, the gates that decided, the doubt about gate 1's gain)."""
-    for outcome, decision in ((FAIL, "reject"), (INSUFFICIENT, "insufficient")):
-        deciding = tuple(gate.name for gate in gates if gate.outcome == outcome)
-        if deciding and outcome == INSUFFICIENT and "interpreted" in gates[0].figures:
-            return "not judged", (), "interpreted"
-        if deciding:
-            return decision, deciding, None
-    doubt = gates[0].doubt
-    return "optional" if doubt else "promote", (), doubt
+def _decide(gates, runs):
+    """Return the decision and what decided it."""
+    def having(outcome):
+        return ", ".join(f"gate {gate.name}" for gate in gates if gate.outcome == outcome)
+
+    reason = f"gate 1 time: {gates[0].sentence.partition(';')[0]}"
+    if having(FAIL):
+        return "reject", having(FAIL)
+    if having(NOT_JUDGED):
+        return NOT_JUDGED, reason
+    if runs.record.isna().any():
+        n_missing = runs.record.isna().sum()
+        return NOT_JUDGED, (f"records missing here of {n_missing} of {len(runs)} runs; the ledger "
+                            f"says: {_ledger_says(runs)}")
+    if having(INSUFFICIENT):
+        return INSUFFICIENT, having(INSUFFICIENT)
+    return ("optional", reason) if having(NOT_SHOWN) else ("promote", "all four gates")
 
 
-def time_gate(runs, rules, void=None):
-    """Gate 1: the paired gain, and the seeds in which there is none. void: figures of why times say nothing."""
-    name, pairs = "1 time", runs.pairs
-    timed = [(b, c) for b, c in pairs if b.time_to_target_sec and c.time_to_target_sec]
-    slower = [c.row.seed for b, c in pairs if c.time_to_target_sec is None and b.time_to_target_sec is not None
-              and c.training_sec is not None and c.training_sec >= b.time_to_target_sec]
-    slower += [c.row.seed for b, c in timed if c.time_to_target_sec >= b.time_to_target_sec]
-    before = [b.row.seed for b, c in pairs if 0 in (b.time_to_target_sec, c.time_to_target_sec)]
-    untimed = [b.row.seed for b, c in pairs if (b, c) not in timed and b.row.seed not in before]
-    figures = {"no_times": True}
-    if timed:
-        times = [(b.time_to_target_sec, c.time_to_target_sec) for b, c in timed]
-        figures = {"gain_percent": paired([100 * (1 - after / before) for before, after in times], rules.confidence),
-                   "gain_sec": paired([before - after for before, after in times], rules.confidence),
-                   "extrapolated": any(t.is_extrapolated for pair in timed for t in pair)}
+def _ledger_says(runs):
+    said = []
+    for name, rows in runs.groupby("candidate", sort=False):
+        seconds = rows.time_to_target_sec_measured.dropna()
+        when = f" after {seconds.mean():.4g} s on average" if len(seconds) else ""
+        said.append(f"{name} reached the target in {len(seconds)} of {len(rows)} runs{when}, mean "
+                    f"min val_bpb {rows.min_val_bpb.mean():.4f}")
+    return ", ".join(said)
+
+
+# --- the gates --------------------------------------------------------------------------------
+
+def time_gate(runs, rules, void=()):
+    """Gate 1: time to target per seed. void: reasons why times cannot be compared."""
+    b, c = pairs(runs)
+    before, after = b.time_to_target_sec, c.time_to_target_sec
+    timed = (before > 0) & (after > 0)
+    if not timed.any():
+        notes, doubt = ["no seed has both times"], ""
+    else:
+        gain = paired(100 * (1 - after / before)[timed], rules.confidence)
+        seconds = paired((before - after)[timed], rules.confidence)
+        is_extrapolated = (b.is_extrapolated | c.is_extrapolated)[timed].any()
+        notes = [f"gain {gain.describe('%')}", seconds.describe("s"),
+                 "extrapolated" if is_extrapolated else "measured"]
+        doubt = ("the gain has no interval" if not gain.lo <= gain.hi else
+                 "the gain's interval reaches zero" if gain.lo <= 0 else
+                 "a time to target was extrapolated, not measured" if is_extrapolated else "")
     if void:
-        return Gate(name, INSUFFICIENT, {**void, **figures})
-    if slower:
-        return Gate(name, FAIL, {"slower_seeds": slower, **figures})
-    lacks = (runs.missing or found(before_clock_seeds=before, untimed_seeds=untimed)
-             or fewer("seeds", len(timed), rules.min_seeds))
-    return Gate(name, INSUFFICIENT if lacks else PASS, {**lacks, **figures})
+        return _outcome([], void, notes)
+
+    never = after.isna() & (c.training_sec >= before)
+    slower = b.seed[timed & (after >= before) | never]
+    faults = _about("not lower in seed", slower)
+    gaps = (missing(runs) + _about("target reached before the clock starts in seed",
+                                   b.seed[(before == 0) | (after == 0)])
+            + _about("no time to target in seed", b.seed[before.isna() | after.isna()]))
+    gaps = gaps or _fewer("seeds", timed.sum(), rules.min_seeds)
+    if doubt and not faults and not gaps:
+        return NOT_SHOWN, "; ".join([doubt, *notes])
+    return _outcome(faults, gaps, notes)
 
 
-def quality_margin(baseline, rules):
-    """How much val_bpb may rise: max(quality_sds x sd of the baseline's min val_bpb, floor); None with one repeat."""
-    ends = [t.row.min_val_bpb for t in baseline.values() if t.ok and t.row.min_val_bpb is not None]
+def target_faults(runs):
+    """Return the reasons why a horizon's times to target are void.
+
+    About half of the seeds miss a threshold that was derived from their own final losses (one of
+    them, their mean or median, the worst plus the runner's slack).
+    """
+    faults = _without_target(runs)
+    for depth, rows in runs[runs.candidate == BASELINE].groupby("depth"):
+        threshold, ends = rows.target_metric_threshold.iloc[0], rows.min_val_bpb.dropna()
+        derived = np.array([*ends, ends.mean(), ends.median(), ends.max() + SLACK_BPB])
+        if (abs(derived - threshold) < SAME_BPB).any():
+            faults.append(f"the threshold {threshold:.6g} at depth {depth} was derived from the "
+                          "baseline runs being judged: give an independent one")
+    if (runs.groupby("depth").total_batch_size_tokens.nunique() > 1).any():
+        sizes = sorted(runs.total_batch_size_tokens.dropna().astype(int).unique())
+        faults.append(f"batches of {_listed(sizes)} tokens, so steps differ: give "
+                      "--total-batch-size")
+    return faults
+
+
+def quality_margin(runs, rules=RULES):
+    """Return how much val_bpb may rise, by the spread of the baseline's seeds (None: one seed)."""
+    ends = runs[(runs.candidate == BASELINE) & runs.ok].min_val_bpb.dropna()
     if len(ends) < 2:
         return None
-    return max(rules.quality_sds * float(np.std(ends, ddof=1)), rules.quality_floor_bpb)
+    return max(rules.quality_sds * float(ends.std()), rules.quality_floor_bpb)
 
 
 def quality_gate(runs, rules):
-    """Gate 2: the end of the run and the largest excess over it."""
-    name, pairs = "2 quality", runs.pairs
-    margin = quality_margin(runs.baseline, rules)
-    if margin is None:
-        return Gate(name, INSUFFICIENT, {"no_margin": True})
-    excesses = [c.row.min_val_bpb - b.row.min_val_bpb for b, c in pairs
-                if None not in (b.row.min_val_bpb, c.row.min_val_bpb)]
-    if not excesses:
-        return Gate(name, INSUFFICIENT, runs.missing or {"no_val_bpb": True})
+    """Gate 2: the excess of val_bpb at the end of the run and at the worst evaluation."""
+    b, c = pairs(runs)
+    margin, excesses = quality_margin(runs, rules), (c.min_val_bpb - b.min_val_bpb).dropna()
+    if margin is None or excesses.empty:
+        return _outcome([], missing(runs) or ["two baseline seeds and one pair need a val_bpb"])
     excess, worst = paired(excesses, rules.confidence), _worst_excess(runs, margin, rules)
-    figures = found(excess_and_margin_bpb=(excess, margin), worst_bpb=worst)
-    if excess.mean > margin or (worst is not None and worst[0] > worst[1]):
-        return Gate(name, FAIL, figures)
-    no_curves = worst is None and not any(c.own_horizon for _, c in pairs)
-    lacks = (runs.missing or fewer("seeds", len(excesses), max(rules.min_seeds, len(pairs)))
-             or found(no_curves=no_curves or None))
-    return Gate(name, INSUFFICIENT if lacks else PASS, {**lacks, **figures})
+    notes = [f"min val_bpb {excess.describe('bpb')}, margin {margin:.5f}"]
+    notes += document_notes(b.record, c.record)
+    if worst:
+        notes.append(f"worst of the run {worst[0]:+.5f} at step {worst[2]:.0f}, allowed "
+                     f"{worst[1]:.5f}")
+    if excess.mean > margin or (worst and worst[0] > worst[1]):
+        return FAIL, "; ".join(notes)
+    gaps = missing(runs) or _fewer("seeds", len(excesses), max(rules.min_seeds, len(b)))
+    if not gaps and not worst and not c.own_horizon.any():
+        gaps = ["the runs' curves are not here"]
+    return _outcome([], gaps, notes)
 
 
 def _worst_excess(runs, margin, rules):
-    """(mean excess of val_bpb over the seeds, what is allowed, step) of the evaluation that most exceeds it.
+    """Return (mean excess, allowed excess, step) of the worst evaluation, or None without one."""
+    def losses(records):
+        curves = [curve(record, "val", "val_bpb").set_index("step").value for record in records]
+        return pd.DataFrame(curves).T.sort_index()  # a row per step, a column per run
 
-    None without curves.
-    """
-    pairs = runs.pairs
-    if not pairs or any(c.own_horizon or not len(c.val_curve) or not len(b.val_curve) for b, c in pairs):
+    b, c = pairs(runs)
+    if c.own_horizon.any():
         return None
-    excess, repeats = {}, {}
-    for trial in runs.baseline.values():
-        for step, _, _, bpb in trial.val_curve if trial.ok else ():
-            repeats.setdefault(step, []).append(bpb)
-    for b, c in pairs:
-        reference = {step: bpb for step, _, _, bpb in b.val_curve}
-        for step, _, _, bpb in c.val_curve:
-            if step > 0 and step in reference:
-                excess.setdefault(step, []).append(bpb - reference[step])
-    sds = {step: float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for step, values in repeats.items()}
-    found = [(float(np.mean(values)), 2 * max(margin, rules.quality_sds * sds[step]), step)
-             for step, values in excess.items()]
-    return max(found, key=lambda worst: worst[0] - worst[1], default=None)
+    before, after = losses(b.record), losses(c.record)
+    sds = losses(runs[(runs.candidate == BASELINE) & runs.ok].record).std(axis=1).fillna(0.0)
+    allowed = 2 * (rules.quality_sds * sds).clip(lower=margin)
+    excess = (after - before).mean(axis=1)
+    beyond = (excess - allowed)[lambda values: values.index > 0].dropna()
+    if beyond.empty or pd.concat([before, after], axis=1).isna().all().any():
+        return None
+    step = beyond.idxmax()
+    return excess[step], allowed[step], step
+
+
+def document_notes(records, others):
+    """Return the mean difference of final val_bpb and its standard error over documents."""
+    paths = [[record.folder / "validation.npz" for record in pair if record]
+             for pair in zip(records, others, strict=True)]
+    paths = [pair for pair in paths if len(pair) == 2 and all(path.exists() for path in pair)]
+    if not paths:
+        return []
+    from nanochat.loss_eval import load_document_losses, paired_difference  # torch takes seconds
+    try:
+        found = [paired_difference(load_document_losses(after), load_document_losses(before))
+                 for before, after in paths]
+    except UserError as error:
+        return [f"no standard error over documents: {error}"]
+    mean, error = np.mean(found, axis=0)
+    return [f"final val_bpb {mean:+.5f} with standard error {error:.5f} over documents, per seed"]
+
+
+def reach_gate(runs, rules):
+    """Gate 2 of a horizon: every seed reaches the target."""
+    n = len(pairs(runs)[0])
+    gaps = missing(runs) or _without_target(runs) or _fewer("seeds", n, rules.min_seeds)
+    missed = _missed(runs)
+    return _outcome(missed, gaps, [] if missed or gaps else [f"target reached in all {n} seeds"])
 
 
 def stability_gate(runs, probe, rules):
-    """Gate 3: ends, spikes, graph breaks, resume."""
-    name = "3 stability"
-    failed = [(t.row.seed, t.row.status) for t in runs.tried.values() if not t.ok]
-    steps = {key: spikes(t, rules) - (spikes(runs.baseline[key], rules) if key in runs.baseline else set())
-             for key, t in runs.tried.items()}
-    faults = found(failed_seeds=failed, spikes=[(seed, min(at)) for (_, seed), at in steps.items() if at])
-    gaps = found(losses_not_enough=[(t.row.seed, len(t.loss_curve)) for t in runs.tried.values()
-                                     if t.ok and len(t.loss_curve) <= SPIKE_WINDOW])
+    """Gate 3: how runs end, loss spikes, graph breaks, and losses after a resume."""
+    tried = runs[runs.candidate != BASELINE]
+    baseline = runs[runs.candidate == BASELINE].set_index("seed").record
+    faults = [f"{_label(row)}: {row.status}" for row in tried[~tried.ok].itertuples()]
+    gaps, notes = [], [f"{len(tried)} runs without NaN, spike or graph break"]
+    for row in tried.itertuples():
+        steps = spikes(row.record, rules) - spikes(baseline.get(row.seed), rules)
+        faults += [f"seed {row.seed} has a loss spike at step {min(steps):.0f}"] if steps else []
+        n = len(curve(row.record, "train", "loss"))
+        if row.ok and n <= SPIKE_WINDOW:
+            gaps.append(f"seed {row.seed} has {n} losses here: too few to look for a spike")
     if probe is None:
-        gaps["no_probe"] = True
+        return _outcome(faults, [*gaps, "no save/resume probe"])
+    if probe.graph_breaks is None:
+        gaps.append("graph breaks were not looked for: the probe ran uncompiled")
+    elif probe.graph_breaks:
+        faults.append(f"compiles with {probe.graph_breaks} graph breaks")
+    difference = probe.resume_difference_nats
+    if difference is None:
+        faults.append("a run did not end well after a resume")
+    elif difference > rules.resume_tolerance_nats:
+        faults.append(f"losses differ by {difference:.2g} nats after a resume")
     else:
-        difference = probe.resume_difference_nats
-        if probe.graph_breaks is None:
-            gaps["uncompiled"] = True
-        elif probe.graph_breaks:
-            faults["graph_breaks"] = probe.graph_breaks
-        if difference is None:
-            faults["not_resumed"] = True
-        elif difference > rules.resume_tolerance_nats:
-            faults["resume_differs_nats"] = difference
+        notes.append(f"losses after a resume differ by at most {difference:.2g} nats")
+    return _outcome(faults, gaps, [] if faults or gaps else notes)
+
+
+def spikes(record, rules=RULES):
+    """Return the steps with a train loss spike_nats above the median of the SPIKE_WINDOW before."""
+    losses = curve(record, "train", "loss")
+    before = losses.value.rolling(SPIKE_WINDOW).median().shift(1)
+    return set(losses.step[losses.value > before + rules.spike_nats])
+
+
+def generalisation_gate(series, rules, margin=None, is_interpreted=False):
+    """Gate 4: the relative change over depths of time and, but for a horizon, of val_bpb."""
+    if series.candidate.nunique() < 2:
+        return INSUFFICIENT, "no miniseries of this candidate and the baseline"
+    _check_comparable(series)
+    b, c = pairs(series)
+    tried = series[series.candidate != BASELINE]
+    faults = [f"{_label(row)}: {row.status}" for row in tried[~tried.ok].itertuples()]
+    gaps = missing(series) or _fewer("depths", b.depth.nunique(), rules.min_depths)
+    columns = {"time to target": "time_to_target_sec"}
+    if tried.horizon_only.all():
+        faults += _missed(series)
+        gaps = gaps or target_faults(series)
+    else:
+        if margin is None:
+            gaps = gaps or ["gate 2's margin needs two baseline seeds that ended well"]
+        if not (pd.concat([b, c]).time_to_target_sec > 0).all():
+            columns = {"step time": "dt_median_ms"}  # the number of steps is the same
+        columns = {"val_bpb": "min_val_bpb", **({} if is_interpreted else columns)}
     if faults or gaps:
-        return Gate(name, FAIL if faults else INSUFFICIENT, faults | gaps)
-    return Gate(name, PASS, {"stable_runs": len(runs.tried), "resume_within_nats": difference})
+        return _outcome(faults, gaps)
+
+    notes = [NOT_ON_THIS_DEVICE] if is_interpreted else []
+    for what, column in columns.items():
+        ratios = c[column].where(c[column] > 0) / b[column].where(b[column] > 0)
+        if ratios.isna().any():
+            return INSUFFICIENT, f"a run has no {what}"
+        tolerance = rules.depth_time_tolerance
+        if what == "val_bpb":
+            tolerance = margin / b.min_val_bpb.mean()
+        changes = ratios.groupby(level="depth").mean() - 1
+        mean, n_worse = paired(100 * changes, rules.confidence), int((changes > 0).sum())
+        notes.append(f"{what} {mean.describe('%')}, tolerance {100 * tolerance:.2f} %, worse at "
+                     f"{n_worse} of {mean.n} depths")
+        if mean.mean > 100 * tolerance and (n_worse == mean.n or mean.lo > 0):
+            faults.append(what)
+    return FAIL if faults else NOT_JUDGED if is_interpreted else PASS, "; ".join(notes)
 
 
-def spikes(trial, rules):
-    """The steps whose train loss is spike_nats above the median of the SPIKE_WINDOW before; a set of int."""
-    loss = trial.loss_curve[:, 3]
-    if len(loss) <= SPIKE_WINDOW:
-        return set()
-    before = np.median(np.lib.stride_tricks.sliding_window_view(loss[:-1], SPIKE_WINDOW), axis=1)
-    return set(trial.loss_curve[SPIKE_WINDOW:, 0][loss[SPIKE_WINDOW:] > before + rules.spike_nats].astype(int).tolist())
+# --- shared -----------------------------------------------------------------------------------
+
+def paired(differences, confidence):
+    """Return Student's t statistics (Paired) of at least one difference."""
+    d = np.asarray(differences, dtype=np.float64)
+    n, mean = len(d), float(d.mean())
+    sd = float(d.std(ddof=1)) if n > 1 else nan
+    if not sd > 1e-12 * abs(d).max():  # one difference, or equal ones but for rounding
+        return Paired(n, mean, sd)
+    error = sd / n**0.5
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
+    p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
+    return Paired(n, mean, sd, mean - half, mean + half, p)
 
 
-def generalisation_gate(series, margin_bpb, rules, void=None):
-    """Gate 4: the relative change of val_bpb and of time (not where it is void) at each depth, mean over its seeds."""
-    name, pairs, fault = "4 generalisation", series.pairs, series_fault(series, rules)
-    if fault or margin_bpb is None:
-        return fault or Gate(name, INSUFFICIENT, {"no_margin_of_gate_2": True})
-    level = float(np.mean([b.row.min_val_bpb for b, _ in pairs if b.row.min_val_bpb is not None]))
-    # time to target where every run has one, else the time of a step: the steps are equally many
-    what, value_of = (("time to target", lambda t: t.time_to_target_sec)
-                      if all(t.time_to_target_sec for pair in pairs for t in pair)
-                      else ("step time", lambda t: t.row.dt_median_ms))
-    changes = [relative_change("val_bpb", pairs, lambda t: t.row.min_val_bpb, margin_bpb / level, rules)]
-    if not void:
-        changes.append(relative_change(what, pairs, value_of, rules.depth_time_tolerance, rules))
-    if None in changes:
-        return Gate(name, INSUFFICIENT, {"no_figures": True})
-    if any(change.is_regression for change in changes):
-        return Gate(name, FAIL, {"changes": changes})
-    return Gate(name, INSUFFICIENT if void else PASS, {**(void or {}), "changes": changes})
+def pairs(runs):
+    """Return the rows of baseline and candidate with equal depth and seed that both ended well."""
+    ended = runs[runs.ok].set_index(["depth", "seed"], drop=False)
+    b, c = ended[ended.candidate == BASELINE], ended[ended.candidate != BASELINE]
+    b = b[b.index.isin(c.index)]
+    return b, c.loc[b.index]
+
+
+def missing(runs):
+    """Return the reasons why seeds do not pair: runs that are absent or did not end well."""
+    cells = runs.pivot(index=["depth", "seed"], columns="candidate", values="status")
+    cells = cells.fillna("was not run").stack()
+    return [f"{name} depth {depth} seed {seed}: {status}"
+            for (depth, seed, name), status in cells[cells != "ok"].items()]
+
+
+def _check_comparable(runs):
+    """Raise UserError unless the runs share target and, per depth, horizon in tokens.
+
+    A candidate that sets only the horizon has a target per depth.
+    """
+    targets = runs.assign(target=runs.target_metric_name + " "
+                          + runs.target_metric_threshold.map(str))
+    for _, rows in targets.groupby("depth") if runs.horizon_only.any() else [(None, targets)]:
+        check_same("target", rows, "target")
+    for _, rows in runs[runs.ok & ~runs.own_horizon].groupby("depth"):
+        check_same("horizon", rows, "total_tokens")
+
+
+def _outcome(faults, gaps, notes=()):
+    outcome = FAIL if faults else INSUFFICIENT if gaps else PASS
+    return outcome, "; ".join([*faults, *gaps, *notes])
+
+
+def _missed(runs):
+    rows = runs[(runs.candidate != BASELINE) & runs.ok & runs.target_metric_threshold.notna()
+                & runs.time_to_target_sec_measured.isna()]
+    return _about("target not reached:", map(_label, rows.itertuples()))
+
+
+def _without_target(runs):
+    rows = runs[runs.target_metric_threshold.isna()]
+    return _about("give an independent target, none is recorded of", map(_label, rows.itertuples()))
+
+
+def _fewer(what, n, least):
+    return [f"{n} of {least} {what}"] if n < least else []
+
+
+def _about(words, values):
+    listed = _listed(values)
+    return [f"{words} {listed}"] if listed else []
+
+
+def _label(row):
+    return f"{row.candidate} depth {row.depth} seed {row.seed}"
+
+
+def _listed(values):
+    return ", ".join(map(str, values))

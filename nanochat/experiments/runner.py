@@ -13,9 +13,9 @@ from pathlib import Path
 
 from nanochat.common import UserError, print0, read_json, utc_now
 from nanochat.experiments.launch import PLANNED, experiment_lock, run_training
-from nanochat.experiments.ledger import append_experiment, read_experiments
-from nanochat.experiments.profiles import CANDIDATES, Profile
-from nanochat.experiments.trials import load_trials, row_of, split
+from nanochat.experiments.ledger import append_row, read_experiments
+from nanochat.experiments.profiles import BASELINE, CANDIDATES, Profile
+from nanochat.experiments.table import experiment_table, row_of
 from nanochat.runlog import CONFIG, check_run_id, read_run
 from nanochat.target import BEFORE_THE_CLOCK, check_target
 
@@ -124,7 +124,7 @@ def run_experiment(experiment, ledger, runs_dir, command=training_command, repor
                 read_run(folder), timestamp=utc_now(), experiment_name=experiment.name, seed=run.seed, depth=run.depth,
                 candidate_flags=run.candidate_flags, target_metric_name=experiment.target_metric_name,
                 target_metric_threshold=experiment.target_metric_threshold)
-            append_experiment(ledger, row)
+            append_row(ledger, row)
             report(f"[{number}/{len(runs)}] {_describe(row)}")
     return made
 
@@ -155,12 +155,13 @@ def threshold_from(ledger, experiment_name, runs_dir):
 
     Errors: UserError with fewer than two baseline runs that ended well, or at several depths.
     """
-    baseline, _ = split(load_trials(ledger, experiment_name, runs_dir))
-    ends = [t.row.min_val_bpb for t in baseline.values() if t.ok and t.row.min_val_bpb is not None]
-    if len(ends) < 2 or len({depth for depth, _ in baseline}) > 1:
+    table = experiment_table(ledger, experiment_name, runs_dir)
+    baseline = table[table.candidate == BASELINE]
+    ends = baseline.min_val_bpb[baseline.ok].dropna()
+    if len(ends) < 2 or baseline.depth.nunique() > 1:
         raise UserError(f"a threshold needs two baseline seeds of {experiment_name!r} that ended well, at one depth; "
                         f"it has {len(ends)}")
-    return max(ends) + SLACK_BPB
+    return float(ends.max()) + SLACK_BPB
 
 
 def _train_flags(experiment, run_id, candidate_flags, depth, seed):

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from nanochat import csv_ledger
 from nanochat.common import UserError
+from nanochat.experiments.ledger import append_row, read_rows
 from nanochat.lane_b.infer.inputs import NUMBER_OR_NONE, recorded
 
 DECISIONS = ("inferred", "confirmation", "fallback")
@@ -47,8 +47,8 @@ class LaneBRecord:
             raise UserError("notes lack alpha_source= (curves or default)")
 
 
-read_records = partial(csv_ledger.read_rows, row_type=LaneBRecord)
-append_record = csv_ledger.append_row
+read_records = partial(read_rows, row_type=LaneBRecord)
+append_record = append_row
 
 
 def record_of_run(run, inference, decision, reached, ratio=None, notes=""):

@@ -1,1 +1,0 @@
-"""Runs day by day, from their records alone: list, follow, compare, clean up."""
