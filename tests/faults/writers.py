@@ -17,7 +17,6 @@ from nanochat.checkpoint import find_checkpoint, load_model_state, read_meta, sa
 from nanochat.common import write_checksums, write_json, write_text
 from nanochat.dataset import _open_shards, open_dataset
 from nanochat.experiments.change_log import add_entry
-from nanochat.export.folder import check_replaceable, whole_folder
 from nanochat.lane_b.infer.inference_file import read_inference
 from nanochat.lane_b.infer.record import LaneBRecord, append_record, read_records
 from nanochat.runlog import RunLog, read_run
@@ -84,16 +83,6 @@ def read_log(folder):
     return max(event["step"] for event in read_run(folder / "r").of("train"))
 
 
-def export(folder, value):
-    with whole_folder(folder / "e", {"value": value}) as new:
-        write_text(new / "a" / "b", str(value) * 5000)
-
-
-def read_export(folder):
-    check_replaceable(folder / "e")  # all of it is as it was written
-    return int((folder / "e" / "a" / "b").read_text()[0])
-
-
 def edit_change_log(folder, value):
     if not (folder / "LOG.md").exists():
         (folder / "LOG.md").write_text("# Log\n")
@@ -158,7 +147,6 @@ WRITERS = {  # name -> (write the value 1, then 2; read which is there)
     "change log": (edit_change_log, lambda folder: (folder / "LOG.md").read_text().count("\n## ")),
     "inference": (infer, lambda folder: int(read_inference(folder / "f.json").target_metric_threshold)),
     "token cache": (fill_cache, read_cache),
-    "export": (export, read_export),
     "bundle": (unpack, read_unpacked),
 }
 ONCE = ("ledger",)  # has each row once: to write it again is an error
