@@ -11,7 +11,7 @@ from nanochat.common import UserError, runs_dir
 from nanochat.experiments.comparison import Rules
 from nanochat.experiments.gates import judge
 from nanochat.experiments.paired import paired
-from nanochat.experiments.probe import Probe
+from nanochat.experiments.runner import Probe
 from nanochat.experiments.trials import load_trials
 
 CANDIDATE = "fused-rmsnorm"

@@ -9,7 +9,7 @@ from synthetic_runs import make_trial
 
 from nanochat.common import UserError, runs_dir
 from nanochat.experiments.gates import judge
-from nanochat.experiments.probe import Probe
+from nanochat.experiments.runner import Probe
 from nanochat.experiments.report import experiment_report
 from nanochat.experiments.runner import SLACK_BPB
 from nanochat.experiments.trials import load_trials

@@ -1,4 +1,4 @@
-"""runs/slurm.sh with stand-ins for SLURM's programs; what torchrun does with SLURM's warning, for real."""
+"""runs/slurm.sh with stand-ins for SLURM's programs, and a real torchrun under SLURM's warning."""
 
 import os
 import re
@@ -19,48 +19,59 @@ from scripts.base_train import parse_args
 SCRIPT = Path(__file__).parent.parent / "runs" / "slurm.sh"
 
 
-@pytest.mark.parametrize(("ended", "requeued"), [("interrupted", True), ("ok", False), ("error", False), (None, False)])
-def test_the_job_queues_again_when_it_was_warned_and_not_after_a_failure(tmp_path, ended, requeued):
+@pytest.mark.parametrize(("status", "is_queued_again"), [
+    ("interrupted", True), ("ok", False), ("error", False), (None, False)])
+def test_the_job_is_queued_again_after_an_interruption_only(tmp_path, status, is_queued_again):
     folder, programs = tmp_path / "submitted", tmp_path / "programs"
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").write_text("")
     programs.mkdir()
     summary = runs_dir() / "job-77" / "summary.json"
-    write = f'mkdir -p "{summary.parent}"; echo \'{{"run_id": "job-77", "status": "{ended}"}}\' > "{summary}"'
-    for name, does in (("scontrol", 'case "$1" in show) printf "node7\\nnode8\\n";; esac'),
-                       ("srun", write if ended else "")):
-        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/calls\n{does}\nexit 3\n')
+    train = ""
+    if status:
+        text = f'{{"run_id": "job-77", "status": "{status}"}}'
+        train = f"mkdir -p '{summary.parent}'; echo '{text}' > '{summary}'"
+    nodes = 'case "$1" in show) printf "node7\\nnode8\\n";; esac'
+    for name, commands in (("scontrol", nodes), ("srun", train)):
+        log = f'echo {name} "$@" >> {tmp_path}/calls'
+        (programs / name).write_text(f"#!/bin/sh\n{log}\n{commands}\nexit 3\n")
         (programs / name).chmod(0o755)
-    done = subprocess.run(["bash", SCRIPT, "--depth", "24"], cwd=tmp_path, capture_output=True, text=True, env={
-        **os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "NANOCHAT_BASE_DIR": str(base_dir()),
-        "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "job", "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_NODELIST": "node[7-8]"})
+    done = subprocess.run(
+        ["bash", SCRIPT, "--depth", "24"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_NAME": "job",
+             "NANOCHAT_BASE_DIR": str(base_dir()), "SLURM_SUBMIT_DIR": str(folder),
+             "SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[7-8]"})
     assert done.returncode == 3 and not done.stderr
-    launched, *then = (tmp_path / "calls").read_text().splitlines()[1:]
-    assert then == (["scontrol requeue 77"] if requeued else [])
-    assert "--nnodes=2 --nproc-per-node=8 --max-restarts=3" in launched and "--rdzv-endpoint=node7:29500" in launched
-    config = parse_args(launched.split(" scripts.base_train ")[1].split())
-    assert (config.run_id, config.tag, config.depth, config.resume_from_step) == ("job-77", "job-77", 24, "auto")
+    _, launch, *then = (tmp_path / "calls").read_text().splitlines()
+    assert then == (["scontrol requeue 77"] if is_queued_again else [])
+    assert "--nnodes=2 --nproc-per-node=8 --max-restarts=3" in launch
+    assert "--rdzv-endpoint=node7:29500" in launch
+    config = parse_args(launch.split(" scripts.base_train ")[1].split())
+    assert config.run_id == config.tag == "job-77" and config.depth == 24
+    assert config.resume_from_step == "auto"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", ["torchrun", "all"])
-def test_slurms_warning_has_the_ranks_save_and_torchrun_end_without_a_restart(tmp_path, whom):
-    """SLURM sends it to every process, or to torchrun alone, which passes it on."""
+def test_slurms_warning_makes_the_ranks_save_and_torchrun_end(tmp_path, whom):
+    """SLURM signals every process, or only torchrun, which forwards the signal."""
     corpus = write_corpus(tmp_path / "corpus")
     [signals] = re.findall(r"--signals-to-handle=\S+", SCRIPT.read_text())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3",
-               signals, "-m", "scripts.base_train", *TINY_FLAGS, "--dataset", str(corpus), "--num-iterations", "99999",
-               "--run-id", "job", "--model-tag", "job", "--device-type", "cpu", "--eval-every", "-1",
-               "--resume-from-step", "auto"]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "--max-restarts=3", signals, "-m", "scripts.base_train", *TINY_FLAGS,
+        "--dataset", str(corpus), "--num-iterations=99999", "--run-id=job", "--model-tag=job",
+        "--device-type=cpu", "--eval-every=-1", "--resume-from-step=auto"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANOCHAT_DTYPE": "float32"}
     with open(tmp_path / "log", "w") as log:
-        job = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "NANOCHAT_DTYPE": "float32"})
+        job = subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True, env=environment)
     try:
         deadline_sec = time.monotonic() + 100
-        record = runs_dir() / "job" / "metrics.jsonl"
-        while not record.exists() or record.read_text().count('"train"') < 5:
-            assert time.monotonic() < deadline_sec and job.poll() is None, (tmp_path / "log").read_text()
+        metrics = runs_dir() / "job" / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_text().count('"train"') < 5:
+            is_late = time.monotonic() > deadline_sec or job.poll() is not None
+            assert not is_late, (tmp_path / "log").read_text()
             time.sleep(0.05)
         (os.killpg if whom == "all" else os.kill)(job.pid, signal.SIGUSR1)
         assert job.wait(60) != 0
@@ -70,5 +81,6 @@ def test_slurms_warning_has_the_ranks_save_and_torchrun_end_without_a_restart(tm
             job.wait()
     run = read_run(runs_dir() / "job")
     assert run.status == "interrupted", (tmp_path / "log").read_text()
-    assert checkpoint_steps(base_dir() / "base_checkpoints" / "job") == [run.of("train")[-1]["step"]]
+    checkpoints = base_dir() / "base_checkpoints" / "job"
+    assert checkpoint_steps(checkpoints) == [run.of("train")[-1]["step"]]
     assert not run.of("resume")

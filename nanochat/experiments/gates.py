@@ -23,7 +23,7 @@ from nanochat.experiments.comparison import (
 )
 from nanochat.experiments.findings import Gate, Verdict, listed
 from nanochat.experiments.paired import paired
-from nanochat.experiments.probe import read_probe
+from nanochat.experiments.runner import read_probe
 from nanochat.experiments.trials import INTERPRETED, check_comparable, check_same_world, split
 
 
