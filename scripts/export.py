@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from nanochat.checkpoint import load_trained
 from nanochat.common import command
 from nanochat.export import FORMATS, check_new, new_folder
-from nanochat.checkpoint import load_trained
 
 
 def parse_args(argv=None):

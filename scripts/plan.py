@@ -9,8 +9,8 @@ import argparse
 import shlex
 
 from nanochat.common import UserError, command, read_json
+from nanochat.config import parse_config
 from nanochat.plan import GPUS, Gpu, describe, estimate, largest_fitting
-from scripts import base_train
 
 
 def parse_args(argv=None):
@@ -50,7 +50,7 @@ def main(argv=None):
     if args.inference_json:
         ratio = read_json(args.inference_json, "run lane B again").get("chosen_ratio")
         flags.append(f"--target-param-data-ratio={ratio}")
-    config = base_train.parse_args(flags)
+    config = parse_config(flags, prog="python -m scripts.plan")
 
     def plan(nodes, gpus):
         if any(flag.startswith("--device-batch-size") for flag in flags):

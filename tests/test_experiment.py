@@ -9,10 +9,10 @@ import pytest
 from synthetic_runs import make_trial
 
 from nanochat import core_eval, dataset
+from nanochat.config import parse_config
 from nanochat.experiments.runner import training_runs
 from scripts import (
     base_eval,
-    base_train,
     experiment,
     lane_b,
     leaderboard,
@@ -62,7 +62,7 @@ def test_the_target_is_that_of_the_baseline_and_rows_keep_theirs(ledger, dry_run
     for name in ("new", "lane_c"):
         _, commands = dry_run("--name", name, "--profile", "cpu", "--target-from", "base")
         flags = commands[-1].split("scripts.base_train ")[1].split()
-        thresholds.append(base_train.parse_args(flags).target_metric_threshold)
+        thresholds.append(parse_config(flags).target_metric_threshold)
     assert thresholds[0] > 1.1 and thresholds[1] == 1.5
 
 
@@ -123,11 +123,10 @@ def test_experiment_refuses_in_one_line(ledger, refusal, argv, message):
     assert error.count("\n") == 1 and message in error
 
 
-PARSERS = {
-    "nanochat.core_eval": core_eval, "nanochat.dataset": dataset, "scripts.base_eval": base_eval,
-    "scripts.base_train": base_train, "scripts.experiment": experiment, "scripts.lane_b": lane_b,
-    "scripts.leaderboard": leaderboard, "scripts.plan": plan, "scripts.report": report,
-    "scripts.tok_eval": tok_eval, "scripts.tok_train": tok_train, "scripts.verdict": verdict}
+MODULES = (core_eval, dataset, base_eval, experiment, lane_b, leaderboard, plan, report, tok_eval,
+           tok_train, verdict)
+PARSERS = {module.__name__: module.parse_args for module in MODULES}
+PARSERS["scripts.base_train"] = parse_config
 
 
 @pytest.mark.parametrize(("script", "argv"), [
@@ -153,8 +152,8 @@ def test_every_command_of_the_shell_scripts_parses(tmp_path, script, argv):
                    capture_output=True, env=environment)
     for line in calls.read_text().splitlines():
         _, module, *flags = line.rstrip("\0").split("\0")
-        args = PARSERS[module].parse_args(flags)
+        args = PARSERS[module](flags)
         if module == "scripts.experiment":
             args.target_from = None
             for run in training_runs(experiment.experiment_of(args)):
-                assert base_train.parse_args(run.flags).tokenizer_dir
+                assert parse_config(run.flags).tokenizer_dir

@@ -10,11 +10,10 @@ from checkpoints import META, write_upstream
 from corpus import GOLDEN_TOKENIZER, golden_tokenizer
 from golden_figures import CONFIG, arrays, batch, golden_model
 
-from nanochat.checkpoint import checkpoint_folder, save_checkpoint
+from nanochat.checkpoint import checkpoint_folder, load_trained, save_checkpoint
 from nanochat.common import UserError
 from nanochat.export import new_folder, write_safetensors
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.checkpoint import load_trained
 from scripts.export import main
 
 CPU = torch.device("cpu")
@@ -85,7 +84,7 @@ def test_a_checkpoint_of_upstream_gives_upstreams_logits(load, tmp_path, monkeyp
         vocab_size, bos_id, tokenizer_id = CONFIG.vocab_size, 0, "none"
         vocabulary = {}, {}, "x"
 
-    monkeypatch.setattr("nanochat.trained.load_tokenizer", lambda folder: NoTokenizer())
+    monkeypatch.setattr("nanochat.checkpoint.load_tokenizer", lambda folder: NoTokenizer())
     write_upstream(checkpoint_folder("tiny"), "_orig_mod.")
     model = load(export(tmp_path / "out"))
     idx, _ = batch()

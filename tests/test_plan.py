@@ -13,9 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dev.bench.plan import CPU, SHAPES, planned_peak_mb, record_rows
-from nanochat import build
 from nanochat.common import choose_compute_dtype
-from nanochat.config import TrainingConfig
+from nanochat.config import TrainingConfig, model_config, parse_config, run_horizon
 from nanochat.gpt import GPT, GPTConfig, parameter_counts
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.plan import (
@@ -31,7 +30,6 @@ from nanochat.plan import (
     model_parts,
 )
 from nanochat.updates import polar_express, polar_express_flops
-from scripts import base_train
 from scripts import plan as plan_script
 
 ROOT = Path(__file__).parent.parent
@@ -115,7 +113,7 @@ def test_records_are_within_ten_percent_and_the_readme_has_these_figures():
 
 def test_the_horizon_is_that_of_the_training_program():
     found = estimate(D24, 32768, GPUS["h100"])
-    assert found.horizon == build.plan(D24, build.model_config(D24, 32768))
+    assert found.horizon == run_horizon(D24, model_config(D24, 32768))
     assert "MFU 59%, 1.67 hours" in found.speed()
 
 
@@ -135,8 +133,8 @@ def test_the_device_batch_is_the_largest_that_fits():
     ("AMD EPYC x2", None)])
 def test_at_start_time_is_planned_if_the_device_is_in_the_table(name, known):
     assert gpu_of_device(name) == GPUS.get(known)
-    model = build.model_config(D24, 32768)
-    lines = at_start(D24, model, build.plan(D24, model), 32, name, 8, torch.device("cuda"),
+    model = model_config(D24, 32768)
+    lines = at_start(D24, model, run_horizon(D24, model), 32, name, 8, torch.device("cuda"),
                      torch.bfloat16).splitlines()
     assert lines[0].startswith("plan: memory 59.3 GB per rank: weights 4.2 GB, ")
     expected = [f"plan: {estimate(D24, 32768, GPUS[known]).speed()}"] if known else []
@@ -184,7 +182,7 @@ def test_a_gpu_that_is_not_in_the_list_is_planned_from_memory_and_rate(capsys):
 
 def test_the_flags_are_those_of_the_training_program(capsys):
     plan_script.main(["--depth=24", "--target-param-data-ratio=8", "--fp8", "--as-flags"])
-    assert base_train.parse_args(capsys.readouterr().out.split()) == D24
+    assert parse_config(capsys.readouterr().out.split()) == D24
 
 
 def test_the_ratio_of_lane_b_is_taken_from_its_file(tmp_path, capsys):

@@ -13,8 +13,8 @@ from corpus import TINY_FLAGS, write_corpus
 
 from nanochat.checkpoint import checkpoint_steps
 from nanochat.common import base_dir, runs_dir
+from nanochat.config import parse_config
 from nanochat.runlog import read_run
-from scripts.base_train import parse_args
 
 SCRIPT = Path(__file__).parent.parent / "runs" / "slurm.sh"
 
@@ -46,7 +46,7 @@ def test_the_job_is_queued_again_after_an_interruption_only(tmp_path, status, is
     assert then == (["scontrol requeue 77"] if is_queued_again else [])
     assert "--nnodes=2 --nproc-per-node=8 --max-restarts=3" in launch
     assert "--rdzv-endpoint=node7:29500" in launch
-    config = parse_args(launch.split(" scripts.base_train ")[1].split())
+    config = parse_config(launch.split(" scripts.base_train ")[1].split())
     assert config.run_id == config.tag == "job-77" and config.depth == 24
     assert config.resume_from_step == "auto"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import UserError
+from nanochat.config import parse_config
 from nanochat.experiments.leaderboard import leaderboard_row, time_to_target_line
 from nanochat.runlog import RunRecord
-from scripts import base_train
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("nanochat.dataset", "nanochat.core_eval", "scripts.tok_train", "scripts.tok_eval",
@@ -67,7 +67,7 @@ def test_the_same_command_continues_at_the_stage_that_failed(speedrun, stage):
 def test_the_training_has_the_flags_of_the_plan_and_resumes(speedrun):
     _, commands, _ = speedrun("9.5", "wand", "7")
     [flags] = [command[1:] for command in commands if command[0] == "scripts.base_train"]
-    config = base_train.parse_args(flags)
+    config = parse_config(flags)
     assert config.depth == 24 and config.fp8 and config.device_batch_size == 16
     assert config.target_param_data_ratio == 9.5 and config.core_metric_max_per_task == -1
     assert config.run == "wand" and config.seed == 7

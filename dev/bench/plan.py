@@ -17,7 +17,7 @@ import torch
 from dev.bench.measure import cpu_peak_bytes
 from nanochat import build, schedule
 from nanochat.common import choose_compute_dtype, command
-from nanochat.config import TrainingConfig
+from nanochat.config import TrainingConfig, model_config, run_horizon
 from nanochat.distributed import Ranks
 from nanochat.plan import GPUS, estimate, memory_of
 
@@ -76,31 +76,31 @@ def record_rows():
         yield record.name, record.minutes, f"{minutes:.1f}", deviation, record.assumed
 
 
-def setting_of(shape):
+def setting_of(name):
     """Return (TrainingConfig, GPTConfig, Horizon, compute dtype, micro-batches) of a shape."""
-    vocab_size, flags = SHAPES[shape]
+    vocab_size, flags = SHAPES[name]
     config = TrainingConfig(**flags)
-    model = build.model_config(config, vocab_size)
-    horizon = build.plan(config, model)
+    shape = model_config(config, vocab_size)
+    horizon = run_horizon(config, shape)
     dtype, _ = choose_compute_dtype(CPU)
     micro_batches = schedule.count_micro_batches(
         horizon.total_batch_size_tokens, config.device_batch_size, config.max_seq_len, 1)
-    return config, model, horizon, dtype, micro_batches
+    return config, shape, horizon, dtype, micro_batches
 
 
 def planned_peak_mb(shape):
-    config, model, _, dtype, micro_batches = setting_of(shape)
-    return memory_of(config, model, dtype, CPU, micro_batches, 1)[1] / 1e6
+    config, sizes, _, dtype, micro_batches = setting_of(shape)
+    return memory_of(config, sizes, dtype, CPU, micro_batches, 1)[1] / 1e6
 
 
 def measured_peak_mb(shape):
     """Return the peak of one optimizer step of this process, which should do nothing else."""
-    config, model_config, horizon, dtype, micro_batches = setting_of(shape)
-    model = build.build_model(config, model_config, CPU, dtype)
+    config, sizes, horizon, dtype, micro_batches = setting_of(shape)
+    model = build.build_model(config, sizes, CPU, dtype)
     optimizer = build.build_optimizer(config, model, horizon, Ranks(), dtype)
     compiled = build.compile_model(config, model, optimizer)
     rows = config.device_batch_size, config.max_seq_len
-    ids = torch.randint(model_config.vocab_size, rows)
+    ids = torch.randint(sizes.vocab_size, rows)
 
     def step():
         for _ in range(micro_batches):
