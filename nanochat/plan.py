@@ -1,8 +1,379 @@
-from types import SimpleNamespace
+"""The plan of a run before it starts: memory and time from the flags of base_train.
 
-from nanochat.planning import report
+Memory is counted from the program's tensors, plus the activations that its compiled graphs keep.
+Time is a roofline per kind of work plus an alpha-beta model of the collectives; nothing overlaps.
+README.md compares the plan with published records.
+"""
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from nanochat import schedule
+from nanochat.attention import BLOCK_QUERIES, choose_backend
+from nanochat.common import UserError, peak_bf16_flops
+from nanochat.config import model_config, run_horizon
+from nanochat.gpt import GPT, GPTConfig, flops_per_token, parameter_counts, scaling_params
+from nanochat.kernels.linear_cross_entropy import default_chunk_bytes
+from nanochat.optim import SMALL_NUMEL, parameter_groups
+from nanochat.updates import polar_express_flops
 
 
-def at_start(config, model, horizon, micro_batches, device_name, world_size, device, dtype):
-    place = SimpleNamespace(device=device, name=device_name, ranks=SimpleNamespace(world_size=world_size))
-    return report.at_start(config, model, horizon, micro_batches, place, dtype)
+class Gpu(NamedTuple):
+    """Datasheet of one GPU: dense FLOP/s; links and network in one direction, per GPU."""
+
+    name: str  # part of the name that the device reports
+    bf16_flop_per_sec: float
+    fp8_flop_per_sec: float | None  # None: no fp8
+    memory_bytes: float
+    memory_bytes_per_sec: float
+    link_bytes_per_sec: float = 32e9  # PCIe 4.0 x16
+    network_bytes_per_sec: float = 50e9
+
+
+GPUS = {
+    "a100": Gpu("A100", 312e12, None, 80e9, 2.04e12, 300e9, 25e9),  # SXM 80 GB, NVLink 3
+    "h100": Gpu("H100", 989e12, 1979e12, 80e9, 3.35e12, 450e9),  # SXM, NVLink 4
+    "h200": Gpu("H200", 989e12, 1979e12, 141e9, 4.8e12, 450e9),  # SXM, NVLink 4
+    "b200": Gpu("B200", 2250e12, 4500e12, 180e9, 8.0e12, 900e9),  # SXM, NVLink 5
+}
+
+# Shares of the peaks that a training step reaches. They were estimated for an H100 before the plan
+# was compared with any record, are used for all GPUs, and are fitted to none of the records.
+MATMUL_SHARE = 0.66  # of the peak of the matmul's dtype: 574 TFLOP in 880 ms
+ATTENTION_SHARE = 0.47  # of bf16's peak, T keys per query in full layers: 51.9 TFLOP in 112 ms
+POLAR_SHARE = 0.50  # of bf16's peak, in Muon's orthogonalisation: 1.63 TFLOP in 3.3 ms
+BANDWIDTH_SHARE = 0.81  # of the memory's bandwidth: 16.8 GB in 6.2 ms
+LINK_SHARE = 0.82  # of links and network: 370 of 450 GB/s
+USABLE_SHARE = 0.90  # of the memory; the assumed rest is for CUDA, NCCL's buffers and fragments
+
+GAP_SEC = 2e-3 / 12  # between kernels, per layer and micro-batch: 2 ms at depth 12
+LINK_ALPHA_SEC, NETWORK_ALPHA_SEC = 3.4e-6, 14e-6  # per hop of a ring, from NCCL's tuning table
+
+# Activations that a compiled graph keeps for its backward pass, counted at 2 and 4 layers.
+KEPT_PER_LAYER = 18.5  # elements per token and channel: q, k, v, the MLP's two, the residual's
+KEPT_OUTSIDE = 3  # elements per token and channel, around the layers
+KEPT_FP32_PER_LAYER = 8  # bytes per token and norm: one norm per layer and one per head
+
+# Bytes that compiled kernels move, without any cache: counted at depth 12 (dev/lowered_h100.csv);
+# at depth 24 they give 175.2 GB where 175.4 GB were counted.
+BYTES_PER_LAYER_CHANNEL = 137  # per token, forward and backward
+BYTES_PER_LOGIT = 6  # loss: one read in the forward pass, a read and a write in the backward pass
+BYTES_PER_EMBEDDING_ELEMENT = 5  # per micro-batch: the gradients of the tables
+MUON_BYTES = 38  # per matrix element that a rank updates
+ADAMW_BYTES = {2: 14, 4: 30}  # per element of that many bytes
+QUANTISED_BYTES = 7  # per fp8 operand element: read twice, written, and transposed for dW
+QUANTISED_CHANNELS = 16  # per layer and channel: 7 widths of inputs, 9 of output gradients
+
+
+def gpu_of_device(device_name):
+    """Return the Gpu of a device's name, or None if the table lacks it or only has a variant."""
+    rate = peak_bf16_flops(device_name)
+    return next((gpu for gpu in GPUS.values()
+                 if gpu.name in device_name and gpu.bf16_flop_per_sec == rate), None)
+
+
+class Part(NamedTuple):
+    """An AdamW parameter, or Muon's matrices of one shape, padded to a multiple of the ranks."""
+
+    numel: int
+    padded_numel: int
+    share: int  # elements whose optimizer state one rank keeps
+    itemsize: int
+    compute_itemsize: int  # of the copy in the compute dtype, if there is one
+    matrix: tuple[int, int] | None  # shape of Muon's matrices
+
+    def gradient_itemsize(self, accumulation):
+        """Return the bytes per element: several micro-batches are summed in the master's dtype."""
+        return self.itemsize if accumulation > 1 else self.compute_itemsize
+
+
+@cache
+def model_parts(shape, dtype, world_size):
+    """Return (Parts of a GPTConfig's model, bytes of its buffers), without making its values."""
+    with torch.device("meta"):
+        model = GPT(shape, dtype)
+    copies, parts = model.keep_casts(), []
+    for group in parameter_groups(model):
+        is_muon, params = group["kind"] == "muon", group["params"]
+        for stack in [params] if is_muon else [[p] for p in params]:
+            p, numel = stack[0], len(stack) * stack[0].numel()
+            padded = numel
+            if is_muon:
+                padded = math.ceil(len(stack) / world_size) * world_size * p.numel()
+            is_sharded = is_muon or (numel >= SMALL_NUMEL and p.size(0) % world_size == 0)
+            parts.append(Part(
+                numel, padded, padded // world_size if is_sharded else numel, p.itemsize,
+                dtype.itemsize if p in copies else p.itemsize,
+                tuple(p.shape) if is_muon else None))
+    return parts, sum(buffer.nbytes for buffer in model.buffers())
+
+
+def _fp8_numel(config, counts):
+    """Return the number of weights that --fp8 quantises; the gates, which it leaves, are tiny."""
+    if not config.fp8:
+        return 0
+    return counts["transformer_matrices"] + (0 if config.chunked_ce else counts["lm_head"])
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+def memory_of(config, model, dtype, device, accumulation, world_size):
+    """Return ({part: bytes}, peak) of one rank that runs `accumulation` micro-batches per step."""
+    parts, buffer_bytes = model_parts(model, dtype, world_size)
+    counts, muon = parameter_counts(model), [part for part in parts if part.matrix]
+    copied = [part for part in parts if part.compute_itemsize < part.itemsize]
+
+    gradients = sum(p.padded_numel * p.gradient_itemsize(accumulation) for p in parts)
+    micro_batch = sum(p.padded_numel * p.compute_itemsize for p in parts)
+    summed = gradients if accumulation > 1 else 0
+    if copied and device.type != "cuda":  # gradients of embeddings are summed in fp32
+        micro_batch += 4 * (counts["wte"] + counts["value_embeds"])
+    stacks = sum((p.padded_numel + (p.share if world_size > 1 else 0))
+                 * p.gradient_itemsize(accumulation) for p in muon)
+    memory = {
+        "weights": sum(p.padded_numel * p.itemsize for p in parts) + buffer_bytes,
+        "copies": sum(p.padded_numel * p.compute_itemsize for p in copied)
+        + 2 * _fp8_numel(config, counts),  # fp8: two layouts
+        "optimizer state": sum(p.share * (4 if p.matrix else 2 * p.itemsize) for p in parts),
+        "gradients": summed + micro_batch,
+        "activations": _activation_bytes(config, model, dtype, device),
+        "logits": _logits_bytes(config, model, dtype, device),
+        "update": stacks + 3 * max(p.share for p in muon) * dtype.itemsize,
+    }
+    kept = memory["weights"] + memory["copies"] + memory["optimizer state"]
+    backward = summed + max(memory["activations"] + memory["logits"], micro_batch)
+    return memory, kept + max(backward, gradients + memory["update"])
+
+
+def _activation_bytes(config, model, dtype, device):
+    per_token = (KEPT_PER_LAYER * model.n_layer + KEPT_OUTSIDE) * model.n_embd * dtype.itemsize
+    per_token += KEPT_FP32_PER_LAYER * (1 + model.n_head) * model.n_layer
+    heads = model.n_head, model.n_kv_head, model.head_dim
+    for window in model.windows:
+        backend = config.attention
+        if backend == "auto" and device.type == "cpu":
+            backend, _ = choose_backend(
+                device, dtype, heads, not config.no_compile, model.sequence_len, window)
+        if backend == "blockwise":  # keeps the scores in fp32 and the probabilities
+            keys = min(window + BLOCK_QUERIES, (model.sequence_len + BLOCK_QUERIES) // 2)
+            per_token += keys * model.n_head * (4 + dtype.itemsize)
+    return round(config.device_batch_size * config.max_seq_len * per_token)
+
+
+def _logits_bytes(config, model, dtype, device):
+    """Return the bytes of the logits and of their gradient, which a GPU writes in place of them."""
+    tokens = config.device_batch_size * config.max_seq_len
+    logits = tokens * model.padded_vocab_size * dtype.itemsize
+    if not config.chunked_ce:
+        return logits if device.type == "cuda" else 2 * logits
+    gradients = model.padded_vocab_size * model.n_embd * 4 + tokens * model.n_embd * dtype.itemsize
+    return min(logits, default_chunk_bytes(device, dtype)) + gradients
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+def step_time(config, model, dtype, gpu, step_tokens, accumulation, nodes, gpus_per_node):
+    """Return {kind of work: seconds per step} of `nodes` x `gpus_per_node` GPUs.
+
+    step_tokens: of all ranks. accumulation: micro-batches of the rank that has the most.
+    """
+    parts, _ = model_parts(model, dtype, nodes * gpus_per_node)
+    micro_batches = max(1, round(step_tokens / config.device_batch_size / config.max_seq_len))
+    tokens = step_tokens * accumulation / micro_batches
+    bandwidth = gpu.memory_bytes_per_sec * BANDWIDTH_SHARE
+    channels, counts = model.n_layer * model.n_embd, parameter_counts(model)
+
+    matmul_flops, fp8_flops = 6 * scaling_params(model), 6 * _fp8_numel(config, counts)
+    matmul_sec, quantised = (matmul_flops - fp8_flops) / gpu.bf16_flop_per_sec, 0
+    if config.fp8:
+        matmul_sec += fp8_flops / gpu.fp8_flop_per_sec
+        head = 0 if config.chunked_ce else model.n_embd + model.padded_vocab_size
+        quantised = QUANTISED_CHANNELS * channels + head
+    attention_flops = flops_per_token(model) - matmul_flops
+    polar_flops = sum(p.share // math.prod(p.matrix) * polar_express_flops(*p.matrix)
+                      for p in parts if p.matrix)
+    moved = BYTES_PER_LAYER_CHANNEL * channels + BYTES_PER_LOGIT * model.padded_vocab_size
+    embedding_bytes = BYTES_PER_EMBEDDING_ELEMENT * (counts["wte"] + counts["value_embeds"])
+    sizes = collective_bytes(parts, accumulation) if nodes * gpus_per_node > 1 else []
+    return {
+        "matmul": tokens * matmul_sec / MATMUL_SHARE,
+        "attention": tokens * attention_flops / (gpu.bf16_flop_per_sec * ATTENTION_SHARE),
+        "elementwise": (tokens * moved + accumulation * embedding_bytes) / bandwidth,
+        "quantisation": tokens * QUANTISED_BYTES * quantised / bandwidth,
+        "gaps": accumulation * model.n_layer * GAP_SEC,
+        "orthogonalisation": polar_flops / (gpu.bf16_flop_per_sec * POLAR_SHARE),
+        "update": sum(_update_bytes(part, accumulation) for part in parts) / bandwidth,
+        "communication": sum(collective_sec(gpu, size, nodes, gpus_per_node) for size in sizes),
+    }
+
+
+def _update_bytes(part, accumulation):
+    """Return the bytes that a rank moves to sum a part's gradients and to update its share."""
+    moved = (MUON_BYTES if part.matrix else ADAMW_BYTES[part.itemsize]) * part.share
+    if part.matrix:  # the gradients are copied into a stack
+        moved += 2 * part.gradient_itemsize(accumulation) * part.padded_numel
+    if accumulation > 1:
+        moved += accumulation * part.numel * (part.compute_itemsize + 2 * part.itemsize)
+    return moved
+
+
+def collective_bytes(parts, accumulation):
+    """Return the bytes of each collective of a step: gradients scattered, weights gathered."""
+    sizes, replicated = [], 0
+    for part in parts:
+        if part.share < part.padded_numel:
+            sizes.append(part.padded_numel * part.gradient_itemsize(accumulation))
+            sizes.append(part.padded_numel * part.compute_itemsize)
+        else:
+            replicated += part.numel
+    return [*sizes, 2 * 4 * replicated]  # an all-reduce moves its bytes twice
+
+
+def collective_sec(gpu, size_bytes, nodes, gpus_per_node):
+    """Return the seconds of one collective: the slower of links and network, and a time per hop.
+
+    S bytes over W ranks: S (W - 1)/W / bandwidth + (W - nodes) alpha_link + nodes alpha_network.
+    """
+    world_size = nodes * gpus_per_node
+    links = gpu.link_bytes_per_sec if gpus_per_node > 1 else math.inf
+    networks = gpus_per_node * gpu.network_bytes_per_sec if nodes > 1 else math.inf
+    network_hops = nodes if nodes > 1 else 0
+    hops_sec = (world_size - nodes) * LINK_ALPHA_SEC + network_hops * NETWORK_ALPHA_SEC
+    return size_bytes * (1 - 1 / world_size) / (min(links, networks) * LINK_SHARE) + hops_sec
+
+
+# --- estimates ------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Estimate:
+    """Requirements of a run: bytes per rank and seconds per step, both by part."""
+
+    model: GPTConfig
+    horizon: schedule.Horizon
+    device_batch_size: int
+    world_size: int
+    gpu: Gpu
+    memory: dict
+    peak_bytes: int
+    time: dict
+
+    @property
+    def step_sec(self):
+        return sum(self.time.values())
+
+    @property
+    def train_hours(self):
+        """Hours of all steps, without evaluation, checkpoints and compilation."""
+        return self.step_sec * self.horizon.num_iterations / 3600
+
+    @property
+    def gpu_hours(self):
+        return self.train_hours * self.world_size
+
+    @property
+    def fits(self):
+        return self.peak_bytes <= USABLE_SHARE * self.gpu.memory_bytes
+
+    def speed(self):
+        """Return one line: device batch, time per step, share of bf16's peak, hours."""
+        tok_per_sec = self.horizon.total_batch_size_tokens / self.step_sec
+        peak_flops = self.gpu.bf16_flop_per_sec * self.world_size
+        return (f"{self.device_batch_size} rows, {1e3 * self.step_sec:,.0f} ms per step "
+                f"(communication {self.time['communication'] / self.step_sec:.0%}), "
+                f"{tok_per_sec:,.0f} tok/s, "
+                f"MFU {tok_per_sec * flops_per_token(self.model) / peak_flops:.0%}, "
+                f"{self.train_hours:.2f} hours of training, {self.gpu_hours:,.1f} GPU hours")
+
+
+def estimate(config, vocab_size, gpu, *, gpus_per_node=8, nodes=1):
+    """Return the Estimate of a TrainingConfig in bf16 at its own device batch size.
+
+    Raise UserError for sizes that do not divide, and for fp8 on a GPU that has none.
+    """
+    if gpus_per_node < 1 or nodes < 1:
+        raise UserError(f"--gpus {gpus_per_node} and --nodes {nodes} must be at least 1")
+    if config.fp8 and gpu.fp8_flop_per_sec is None:
+        raise UserError(f"--fp8: the {gpu.name} has no fp8; leave the flag out")
+    model = model_config(config, vocab_size)
+    horizon = run_horizon(config, model)
+    world_size, dtype, device = nodes * gpus_per_node, torch.bfloat16, torch.device("cuda")
+    tokens = horizon.total_batch_size_tokens
+    accumulation = math.ceil(schedule.count_micro_batches(
+        tokens, config.device_batch_size, config.max_seq_len, world_size) / world_size)
+    memory, peak = memory_of(config, model, dtype, device, accumulation, world_size)
+    time = step_time(config, model, dtype, gpu, tokens, accumulation, nodes, gpus_per_node)
+    return Estimate(model, horizon, config.device_batch_size, world_size, gpu, memory, peak, time)
+
+
+def largest_fitting(config, vocab_size, gpu, **where):
+    """Return the Estimate at the largest device batch size, a power of two, that fits and divides.
+
+    Raise UserError as `estimate` does, and when not even one row per GPU fits.
+    """
+    for rows in (256, 128, 64, 32, 16, 8, 4, 2, 1):
+        sized = dataclasses.replace(config, device_batch_size=rows)
+        try:
+            found = estimate(sized, vocab_size, gpu, **where)
+        except UserError:
+            if rows == 1:
+                raise
+            continue
+        if found.fits:
+            return found
+    usable = USABLE_SHARE * gpu.memory_bytes
+    raise UserError(f"one row needs {in_gb(found.peak_bytes)}, and {in_gb(usable)} of a {gpu.name} "
+                    "are usable; lower --depth or --max-seq-len")
+
+
+def describe(found):
+    """Return the lines of an Estimate: model, horizon, memory and time by part."""
+    model, horizon, n_scaling = found.model, found.horizon, scaling_params(found.model)
+    tokens, usable = horizon.target_tokens, USABLE_SHARE * found.gpu.memory_bytes
+    kinds = (f"{kind} {1e3 * seconds:.0f}" for kind, seconds in found.time.items() if seconds)
+    return [
+        f"model: {model.n_layer} layers, width {model.n_embd}, "
+        f"{parameter_counts(model)['total'] / 1e6:.1f}M parameters, {n_scaling / 1e6:.1f}M of them "
+        f"scaling parameters, {flops_per_token(model) / 1e9:.3f} GFLOP per token",
+        f"horizon: {horizon.num_iterations} steps of {horizon.total_batch_size_tokens} tokens, "
+        f"{tokens / 1e9:.3f}B tokens, {tokens / n_scaling:.2f} per scaling parameter, "
+        f"{tokens * flops_per_token(model):.3g} FLOPs",
+        f"memory per GPU: {in_gb(found.peak_bytes)} with --device-batch-size "
+        f"{found.device_batch_size}, {in_gb(usable)} of {in_gb(found.gpu.memory_bytes)} are "
+        f"usable: {'fits' if found.fits else 'DOES NOT FIT'}",
+        f"  {memory_in_words(found.memory)}",
+        f"step on {found.world_size} x {found.gpu.name}: {1e3 * found.step_sec:.0f} ms "
+        f"({', '.join(kinds)})"]
+
+
+def at_start(config, shape, horizon, micro_batches, device_name, world_size, device, dtype):
+    """Return the lines that base_train prints: memory, and time if the device is in the table.
+
+    shape: the run's GPTConfig. micro_batches: of all ranks, per step.
+    """
+    accumulation = math.ceil(micro_batches / world_size)
+    memory, peak = memory_of(config, shape, dtype, device, accumulation, world_size)
+    bound = "at least " if config.no_compile else ""
+    lines = [f"plan: memory {bound}{in_gb(peak)} per rank: {memory_in_words(memory)}"]
+    gpu = gpu_of_device(device_name)
+    if gpu and dtype == torch.bfloat16 and not config.no_compile:
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        time = step_time(config, shape, dtype, gpu, horizon.total_batch_size_tokens, accumulation,
+                         math.ceil(world_size / per_node), per_node)
+        found = Estimate(
+            shape, horizon, config.device_batch_size, world_size, gpu, memory, peak, time)
+        lines.append(f"plan: {found.speed()}")
+    return "\n".join(lines)
+
+
+def memory_in_words(memory):
+    return ", ".join(f"{part} {in_gb(n_bytes)}" for part, n_bytes in memory.items())
+
+
+def in_gb(n_bytes):
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"

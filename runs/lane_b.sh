@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Lane B from corpus to verdict: target, calibration, statistics, inference, the baseline beside the inferred ratio and
-# its one neighbour, rows, who won.   bash runs/lane_b.sh [cpu | d12] ["seeds"]     stop it at any time; it goes on
+# Lane B from the corpus to a verdict: target, calibration, statistics, inference, then the baseline
+# against the inferred ratio and one neighbour.
+#   bash runs/lane_b.sh [cpu | d12] ["seeds"]      repeat the command to continue
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh

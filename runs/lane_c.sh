@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Lane C from baseline to verdict: baseline, fused-rmsnorm, chunked-ce and both, then the miniseries, gates, report.
-#   bash runs/lane_c.sh [cpu-short | cpu | d12] ["seeds"]      stop it at any time; the same command goes on
+# Lane C from the baseline to a verdict: baseline, fused-rmsnorm, chunked-ce and both; miniseries;
+# gates; report in out/.
+#   bash runs/lane_c.sh [cpu-short | cpu | d12] ["seeds"]      repeat the command to continue
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
@@ -10,7 +11,7 @@ SEEDS="${2:-0 1}"
 NAME="$PROFILE${TAG:-}"
 bash runs/baseline.sh "$PROFILE" "$SEEDS"
 
-# lane C's kernels run in the Triton interpreter where there is no GPU
+# the Triton kernels run in the interpreter on a machine without a GPU
 [[ "$PROFILE" != cpu* ]] || export TRITON_INTERPRET=1
 
 # shellcheck disable=SC2086  (the seeds are words)
@@ -19,5 +20,6 @@ python -m scripts.experiment --name "lane_c_$NAME" --profile "$PROFILE" --seeds 
 bash runs/miniseries.sh "$PROFILE"
 
 python -m scripts.verdict --experiment "lane_c_$NAME" --miniseries "miniseries_$NAME"
+mkdir -p out
 python -m scripts.report --experiment "lane_c_$NAME" --miniseries "miniseries_$NAME" \
-    --out "dev/reports/lane_c_$NAME.html"
+    --out "out/lane_c_$NAME.html"

@@ -1,38 +1,41 @@
 #!/usr/bin/env bash
-# From nothing to the CORE of GPT-2 on one node: data, tokenizer, training, evaluation, the leaderboard's row. The recipe
-# is upstream's record (depth 24, fp8, ratio 8 or lane B's) with the device batch that fits by the plan.
-#   bash runs/speedrun.sh [ratio or infer.json] [wandb name] [seed]      stop it at any time; the same command goes on
-# GPU=h200 GPUS=4 bash ...: another node. TAG=_2 bash ...: another run beside one of the same seed.
+# Train to the CORE of GPT-2 on one node: data, tokenizer, training, evaluation, leaderboard row.
+# The recipe is upstream's record (depth 24, fp8, ratio 8 or lane B's ratio); the device batch size
+# is the largest that fits by scripts.plan.
+#   bash runs/speedrun.sh [ratio or infer.json] [wandb name] [seed]   repeat it to continue
+# GPU=h200 GPUS=4: another node. TAG=_2: another run beside one with the same seed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
 
 RATIO="${1:-8}" WANDB="${2:-dummy}" SEED="${3:-42}" GPU="${GPU:-h100}" GPUS="${GPUS:-8}"
 BASE="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
-BASE="${BASE/#\~/$HOME}" # as the programs read it
 RUN="speedrun_s$SEED${TAG:-}"
 DONE="$BASE/stages/$RUN"
 mkdir -p "$DONE"
 export OMP_NUM_THREADS=1
 
-stage() {  # NAME COMMAND...: run the command, unless it has succeeded before
+stage() {  # NAME COMMAND...: run the command unless it has succeeded before
     [ -e "$DONE/$1" ] || { "${@:2}" && touch "$DONE/$1"; }
 }
 
-case "$RATIO" in *.json) HORIZON="--inference-json=$RATIO" ;; *) HORIZON="--ratio=$RATIO" ;; esac
-FLAGS="$(python -m scripts.plan --depth 24 --fp8 --gpu "$GPU" --gpus "$GPUS" "$HORIZON" --as-flags)"
+HORIZON="--target-param-data-ratio=$RATIO"
+case "$RATIO" in *.json) HORIZON="--inference-json=$RATIO" ;; esac
+FLAGS="$(python -m scripts.plan --gpu "$GPU" --gpus "$GPUS" --depth=24 --fp8 "$HORIZON" --as-flags)"
 [ -e "$DONE/flags" ] || echo "$FLAGS" > "$DONE/flags"
 [ "$FLAGS" = "$(cat "$DONE/flags")" ] || {
-    echo "error: $RUN has begun with $(cat "$DONE/flags"), not $FLAGS; give TAG=_2, or the same again" >&2; exit 2; }
+    echo "error: $RUN was started with $(cat "$DONE/flags"), now the flags are $FLAGS; give the" \
+        "same arguments or TAG=_2" >&2; exit 2; }
 
 stage data python -m nanochat.dataset --dataset climbmix -n 170 -w 16
 stage core python -m nanochat.core_eval
-[ -e "$BASE/tokenizer/tokenizer.tiktoken" ] || python -m scripts.tok_train --dataset climbmix --vocab-size 32768
+[ -d "$BASE/tokenizer" ] || python -m scripts.tok_train --dataset climbmix --vocab-size 32768
 stage tok_eval python -m scripts.tok_eval --dataset climbmix
 # shellcheck disable=SC2086  (the flags are words)
-stage train torchrun --standalone --nproc-per-node="$GPUS" -m scripts.base_train --dataset climbmix --run "$WANDB" \
-    --seed "$SEED" --run-id "$RUN" --model-tag "$RUN" $FLAGS --core-metric-max-per-task -1 --save-minutes 10 \
-    --keep-checkpoints 2 --resume-from-step auto --target-metric-name core --target-metric-threshold 0.256525
-stage eval torchrun --standalone --nproc-per-node="$GPUS" -m scripts.base_eval --dataset climbmix --model-tag "$RUN" \
-    --eval core,bpb,sample
+stage train torchrun --standalone --nproc-per-node="$GPUS" -m scripts.base_train \
+    --dataset climbmix --run "$WANDB" --seed "$SEED" --run-id "$RUN" --model-tag "$RUN" $FLAGS \
+    --core-metric-max-per-task -1 --save-minutes 10 --keep-checkpoints 2 --resume-from-step auto \
+    --target-metric-name core --target-metric-threshold 0.256525
+stage eval torchrun --standalone --nproc-per-node="$GPUS" -m scripts.base_eval \
+    --dataset climbmix --model-tag "$RUN" --eval core,bpb,sample
 python -m scripts.leaderboard "$RUN"

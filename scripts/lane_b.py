@@ -11,7 +11,7 @@ import sys
 
 from nanochat.common import QUIET_HELP, base_dir, command, set_quiet
 from nanochat.experiments.lane_b_study import SETTINGS, Study, commands
-from nanochat.experiments.launch import run_module
+from nanochat.experiments.runner import run_module
 from nanochat.target import check_target
 
 

@@ -1,95 +1,78 @@
-"""What a run will need and cost, before it starts: python -m scripts.plan --depth 24 --gpu h100 --ratio 8 --fp8
+"""Plan a run before it starts: memory per GPU, time, cost, and the device batch size that fits.
 
-Steps, tokens and FLOPs are the training program's own; memory and time are models (README.md has how well they did).
+python -m scripts.plan --gpu h100 --gpus 8 --depth 24 --target-param-data-ratio 8 --fp8
+
+All other flags are those of scripts.base_train. README.md says how well the plan describes records.
 """
 
 import argparse
-import dataclasses
-import math
+import shlex
 
-from nanochat.common import UserError, command, warn
-from nanochat.config import TrainingConfig
-from nanochat.gpt import scaling_params
-from nanochat.lane_b.infer.inference_file import read_inference
-from nanochat.planning.estimate import MAX_NODES, estimate, with_fitting_rows
-from nanochat.planning.gpus import GPUS, find_gpu
-from nanochat.planning.report import describe, logits_in_words, nodes_table
-
-# flags of scripts.base_train that a plan depends on
-PLANNED = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "fp8", "fused_rmsnorm", "chunked_ce",
-           "num_iterations", "target_param_data_ratio", "total_batch_size")
+from nanochat.common import UserError, command, read_json
+from nanochat.config import parse_config
+from nanochat.plan import GPUS, Gpu, describe, estimate, largest_fitting
 
 
 def parse_args(argv=None):
+    """Return (the plan's own flags, the flags for scripts.base_train)."""
     parser = argparse.ArgumentParser(prog="python -m scripts.plan", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag in dataclasses.fields(TrainingConfig):
-        if flag.name in PLANNED:
-            kind = {"action": "store_true"} if flag.type is bool else {
-                "type": flag.type, "metavar": flag.metadata["unit"], "default": flag.default}
-            also = ["--ratio"] if flag.name == "target_param_data_ratio" else []
-            parser.add_argument(f"--{flag.name.replace('_', '-')}", *also, **kind,
-                                help=flag.metadata["help"] + ("" if flag.type is bool else " (%(default)s)"))
-    parser.add_argument("--device-batch-size", type=int, default=0, help="rows; 0: the most that fit (0)")
-    parser.add_argument("--vocab-size", type=int, default=32768, help="of the tokenizer (%(default)s)")
-    parser.add_argument("--gpu", default="h100", help=f"{', '.join(GPUS)} (h100)")
-    parser.add_argument("--gpus", type=int, default=8, help="of one node (%(default)s)")
-    parser.add_argument("--nodes", type=int, default=1, help=f"a table for 1, 2, 4, ... up to {MAX_NODES} nodes")
-    parser.add_argument("--price-per-gpu-hour", type=float, default=0.0, help="for the cost, in any currency")
-    parser.add_argument("--inference-json", default="", help="lane B's infer.json: its ratio, with its interval")
-    parser.add_argument("--as-flags", action="store_true", help="print only the flags for scripts.base_train")
-    return parser.parse_args(argv)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    add("--gpu", default="h100", choices=GPUS, help="%(choices)s (%(default)s)", metavar="NAME")
+    add("--gpu-memory-gb", type=float, help="memory of a GPU that is not in the list")
+    add("--gpu-tflops", type=float, help="dense bf16 TFLOP/s of a GPU that is not in the list; fp8 "
+        "is assumed twice as fast, the memory bandwidth in an H100's proportion")
+    add("--gpus", type=int, default=8, help="GPUs per node (%(default)s); one GPU is shown as well")
+    add("--nodes", type=int, default=1, help="also plan 2, 4, ... up to this many nodes")
+    add("--vocab-size", type=int, default=32768, help="tokens of the vocabulary (%(default)s)")
+    add("--price-per-gpu-hour", type=float, default=0.0, help="for the cost, in any currency")
+    add("--inference-json", default="", help="take the ratio from lane B's infer.json")
+    add("--as-flags", action="store_true", help="only print the flags for scripts.base_train")
+    return parser.parse_known_args(argv)
+
+
+def find_gpu(args):
+    """Return the Gpu that the flags describe."""
+    if args.gpu_memory_gb is None and args.gpu_tflops is None:
+        return GPUS[args.gpu]
+    if not (args.gpu_memory_gb or 0) > 0 or not (args.gpu_tflops or 0) > 0:
+        raise UserError("give both --gpu-memory-gb and --gpu-tflops, above 0")
+    flops, h100 = args.gpu_tflops * 1e12, GPUS["h100"]
+    bandwidth = h100.memory_bytes_per_sec * flops / h100.bf16_flop_per_sec
+    return Gpu("given GPU", flops, 2 * flops, args.gpu_memory_gb * 1e9, bandwidth)
 
 
 @command
 def main(argv=None):
-    args = parse_args(argv)
-    for flag in ("price_per_gpu_hour", "device_batch_size"):
-        if not 0 <= getattr(args, flag) < math.inf:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be at least 0 and finite")
-    if not 1 <= args.nodes <= MAX_NODES:
-        raise UserError(f"--nodes {args.nodes} must be 1 to {MAX_NODES}")
-    gpu = find_gpu(args.gpu)
-    inference = read_inference(args.inference_json) if args.inference_json else None
-    if inference:
-        args.target_param_data_ratio = inference.ratio_of(
-            "fallback" if inference.decision == "fallback" else "inferred")
-    config = TrainingConfig(**{name: getattr(args, name) for name in PLANNED})
-    planned = planned_at(config, args, gpu)
-    if inference and inference.n_scaling_params != scaling_params(planned.model):
-        warn(f"{args.inference_json} is of a model of {inference.n_scaling_params:,} scaling parameters, this one has "
-             f"{scaling_params(planned.model):,}: that its ratio holds here is an assumption")
+    args, flags = parse_args(argv)
+    gpu = find_gpu(args)
+    if args.inference_json:
+        ratio = read_json(args.inference_json, "run lane B again").get("chosen_ratio")
+        flags.append(f"--target-param-data-ratio={ratio}")
+    config = parse_config(flags, prog="python -m scripts.plan")
+
+    def plan(nodes, gpus):
+        if any(flag.startswith("--device-batch-size") for flag in flags):
+            return estimate(config, args.vocab_size, gpu, gpus_per_node=gpus, nodes=nodes)
+        return largest_fitting(config, args.vocab_size, gpu, gpus_per_node=gpus, nodes=nodes)
+
+    found = plan(1, args.gpus)
     if args.as_flags:
-        print(" ".join(as_flags(config, planned)))
-        return 0
-    print(describe(planned, args.price_per_gpu_hour))
-    print(logits_in_words(config, args.vocab_size, gpu, gpus_per_node=args.gpus))
-    if inference:
-        for name, ratio in (("lower", inference.ratio_lo), ("upper", inference.ratio_hi)):
-            if ratio:
-                end = planned_at(dataclasses.replace(config, target_param_data_ratio=ratio), args, gpu)
-                print(f"{name} end of the inferred ratio: {ratio:.4g}, {end.train_sec / 3600:.2f} hours")
-    if args.nodes > 1:
-        print(*nodes_table(config, args.vocab_size, gpu, args.gpus, args.nodes, args.price_per_gpu_hour), sep="\n")
-    return 0
-
-
-def planned_at(config, args, gpu):
-    """The Estimate on one node at --device-batch-size, or at the most rows that fit."""
-    if not args.device_batch_size:
-        return with_fitting_rows(config, args.vocab_size, gpu, gpus_per_node=args.gpus)
-    return estimate(dataclasses.replace(config, device_batch_size=args.device_batch_size), args.vocab_size, gpu,
-                    gpus_per_node=args.gpus)
-
-
-def as_flags(config, planned):
-    """The flags of scripts.base_train that differ from its defaults, the device batch always among them."""
-    config = dataclasses.replace(config, device_batch_size=planned.rows)
-    for flag in dataclasses.fields(config):
-        value, name = getattr(config, flag.name), f"--{flag.name.replace('_', '-')}"
-        if flag.name == "device_batch_size" or (flag.name in PLANNED and value != flag.default):
-            yield name if value is True else f"{name}={value}"
+        rows = f"--device-batch-size={found.device_batch_size}"
+        print(shlex.join([*flags, rows]))
+        return
+    print(*describe(found), sep="\n")
+    sizes = [(2**power, args.gpus) for power in range(args.nodes.bit_length())]
+    for nodes, gpus in dict.fromkeys([(1, 1), *sizes]):
+        try:
+            found = plan(nodes, gpus)
+        except UserError as error:
+            print(f"{nodes * gpus} GPU(s): {error}")
+            continue
+        price = args.price_per_gpu_hour * found.gpu_hours
+        print(f"{nodes * gpus} GPU(s): {found.speed()}" + (f", cost {price:,.2f}" if price else ""))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from nanochat.experiments.runner import plan
-from scripts import base_train, experiment, lane_b, lane_b_infer_ratio, lane_b_log_run, lane_b_stats, report, verdict
+from nanochat.config import parse_config
+from nanochat.experiments.runner import training_runs
+from scripts import experiment, lane_b, lane_b_infer_ratio, lane_b_log_run, lane_b_stats, report, verdict
 
 PARSERS = {"scripts.experiment": experiment, "scripts.lane_b_stats": lane_b_stats, "scripts.report": report,
            "scripts.lane_b_infer_ratio": lane_b_infer_ratio, "scripts.lane_b_log_run": lane_b_log_run,
@@ -43,19 +44,19 @@ def test_every_stage_is_a_command_that_exists_and_the_trainings_are_of_flags_tha
         "experiment", "experiment", "lane_b_stats", "lane_b_infer_ratio", "experiment", "lane_b_log_run",
         "lane_b_log_run", "report", "verdict"]
     asked = [experiment.experiment_of(args) for module, args in ran if module == "scripts.experiment"]
-    made = {run.run_id for one in asked for run in plan(one)}
+    made = {run.run_id for one in asked for run in training_runs(one)}
     for one in asked:
-        for planned in plan(one):
-            base_train.parse_args(planned.flags)
+        for planned in training_runs(one):
+            parse_config(planned.flags)
     target, calibration, proof = asked
     seeds = [{*one.seeds} for one in asked]
     assert len(set.union(*seeds)) == sum(map(len, seeds)) and len(calibration.seeds) == len(target.seeds) == 2
     assert proof.target_metric_threshold == 1.25 and list(proof.candidates) == ["baseline", "inferred", "confirmation"]
-    assert {base_train.parse_args(run.flags).target_param_data_ratio for run in plan(proof)} >= {9.5, 9.975}
+    assert {parse_config(run.flags).target_param_data_ratio for run in training_runs(proof)} >= {9.5, 9.975}
     stats, inference, log = ran[2][1], ran[3][1], ran[5][1]
     named = {*stats.position_losses, *inference.calibration_run, *inference.baseline_run, *log.runs}
     assert named <= made and len(inference.calibration_run) == 2 * 2
-    assert all(base_train.parse_args(run.flags).position_losses for one in asked for run in plan(one))
+    assert all(parse_config(run.flags).position_losses for one in asked for run in training_runs(one))
 
 
 @pytest.mark.parametrize("first", [WIDE, TOO_SHORT])

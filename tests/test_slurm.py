@@ -14,7 +14,7 @@ from corpus import TINY_FLAGS
 from nanochat.checkpoint import checkpoint_steps
 from nanochat.common import base_dir, runs_dir
 from nanochat.runlog import METRICS, read_run
-from scripts.base_train import parse_args
+from nanochat.config import parse_config
 
 SCRIPT = Path(__file__).parent.parent / "runs" / "slurm.sh"
 
@@ -51,7 +51,7 @@ def test_a_job_is_queued_again_after_the_signal_and_not_after_a_failure(
     assert later == (["scontrol requeue 77"] if requeued else [])
     assert "--nnodes=2 --nproc-per-node=8 --max-restarts=3" in launched
     assert "--rdzv-endpoint=node7:29500" in launched
-    config = parse_args(launched.split(" scripts.base_train ")[1].split())
+    config = parse_config(launched.split(" scripts.base_train ")[1].split())
     assert (config.run_id, config.tag, config.depth) == ("job-77", "job-77", 24)
     assert config.resume_from_step == "auto"
 

@@ -124,6 +124,6 @@ def _proof(study, inference, found, figures):
     for decision in ratios:
         yield "scripts.lane_b_log_run", [*study.run_ids(study.name, study.seeds, decision), "--inference-json",
                                          inference, "--decision", decision, "--skip-logged"]
-    yield "scripts.report", ["--experiment", study.name, "--out", f"dev/reports/{study.name}.html",
+    yield "scripts.report", ["--experiment", study.name, "--out", study.folder / "report.html",
                              "--lane-b-figures", *figures]
     yield "scripts.verdict", ["--experiment", study.name]

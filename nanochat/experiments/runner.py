@@ -1,178 +1,158 @@
-"""Runs an experiment: candidates x seeds in interleaved order, one training process and one ledger row each.
+"""Run an experiment: candidates x seeds x depths, one training process and one ledger row each.
 
-What is finished is skipped, what was interrupted starts again, so the same command can be repeated until
-every row is there. One lock an experiment, inherited by the training process, keeps two runners apart
-even when the first was killed and its training goes on.
+Finished runs are skipped and interrupted ones start again, so that the same command can be repeated
+until every row is there. A lock per experiment, which the training process inherits, keeps two
+runners apart even if the first was killed and its training is still running.
 """
 
+import contextlib
+import fcntl
 import shlex
+import shutil
+import signal
+import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from nanochat.common import UserError, print0, read_json, utc_now
-from nanochat.experiments.launch import PLANNED, experiment_lock, run_training
+from nanochat.common import UserError, checkpoints_dir, print0, read_json, utc_now, write_json
 from nanochat.experiments.ledger import append_row, read_experiments
 from nanochat.experiments.profiles import BASELINE, CANDIDATES, Profile
-from nanochat.experiments.table import experiment_table, row_of
-from nanochat.runlog import CONFIG, check_run_id, read_run
-from nanochat.target import BEFORE_THE_CLOCK, check_target
+from nanochat.experiments.table import row_of
+from nanochat.runlog import CONFIG, SUMMARY, check_run_id, read_run
+from nanochat.target import check_target
 
-TRAIN = "scripts.base_train"
-SLACK_BPB = 0.001  # above the worst of a baseline's ends, so that each of its seeds reaches the threshold
+FLAGS = "flags.json"  # in the run's folder: the flags of its training process
+SLACK_BPB = 0.001  # added to the worst final val_bpb of a baseline, so that all its seeds reach it
+PROBE = "probe.json"  # in the probe's folder: its result
+PROBE_STEPS, PROBE_RESUME_STEP = 20, 10
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is asked for. `candidates` maps names to flags; `extra_flags` go to every run, after the profile's."""
+    """The runs that were asked for. extra_flags go to every run, after those of the profile."""
 
     name: str
     profile: Profile
-    candidates: dict
+    candidates: dict  # {name: flags}
     seeds: tuple[int, ...]
     depths: tuple[int, ...]
     target_metric_name: str = "val_bpb"
-    target_metric_threshold: float | None = None  # None: no target
-    dataset: str = ""  # empty: the profile's
+    target_metric_threshold: float | None = None
+    dataset: str = ""  # empty: that of the profile
     extra_flags: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.target_metric_threshold is not None:
-            check_target(self.target_metric_name, self.target_metric_threshold)
-        for what, values in (("seed", self.seeds), ("depth", self.depths)):
-            if not values or len(set(values)) < len(values):
-                raise UserError(f"give each {what} once, and at least one: {list(values)}")
-        if len(self.seeds) < self.profile.min_seeds:
-            raise UserError(f"a protocol run needs {self.profile.min_seeds} seeds, as with --seeds 0 1")
-        given = self.candidates.items()
-        for (name, flags), (other, others) in product(given, [*CANDIDATES.items(), *given]):
+            check_target(*self.target)
+        if len(set(self.seeds)) < self.profile.min_seeds:
+            raise UserError(f"this protocol needs {self.profile.min_seeds} seeds; give --seeds 0 1")
+        known = [*CANDIDATES.items(), *self.candidates.items()]
+        for (name, flags), (other, others) in product(self.candidates.items(), known):
             if (name == other) != (flags == others):
-                raise UserError(f"candidate {name!r} has the flags {flags!r}, {other!r} has {others!r}: one name for "
-                                "one set of flags; leave out or rename one")
+                raise UserError(f"candidate {name!r} has the flags {flags!r} and {other!r} has "
+                                f"{others!r}; give each set of flags one name")
+
+    @property
+    def target(self):
+        return self.target_metric_name, self.target_metric_threshold
 
     @property
     def has_own_data(self):
-        """Whether dataset and tokenizer are the profile's own."""
+        """Whether dataset and tokenizer are those of the profile."""
         return self.dataset in ("", self.profile.dataset)
 
 
 @dataclass(frozen=True)
-class PlannedRun:
-    """One run to be made: its id and its base_train flags."""
+class TrainingRun:
+    """One run of an experiment; flags are those of its training process."""
 
     run_id: str
     candidate: str
     candidate_flags: str
     depth: int
     seed: int
-    flags: list[str] = field(repr=False)
+    flags: list
 
 
-def plan(experiment):
-    """Every run in its order: all candidates of a seed, then the next seed, then the next depth (A B A B ...)."""
-    runs = []
-    for depth, seed, (name, flags) in product(experiment.depths, experiment.seeds, experiment.candidates.items()):
+def training_runs(experiment):
+    """Return the runs in order: per depth and seed all candidates (A B A B ...)."""
+    runs, profile = {}, experiment.profile
+    tokenizer = [f"--tokenizer-dir={profile.tokenizer_dir()}"] if experiment.has_own_data else []
+    metric, threshold = experiment.target
+    target = [] if threshold is None else [
+        f"--target-metric-name={metric}", f"--target-metric-threshold={threshold!r}"]
+    for depth, seed, (name, candidate_flags) in product(
+            experiment.depths, experiment.seeds, experiment.candidates.items()):
         run_id = check_run_id(f"{experiment.name}.{name}.d{depth}.s{seed}")
-        runs.append(PlannedRun(run_id, name, flags, depth, seed, _train_flags(experiment, run_id, flags, depth, seed)))
-    return runs
+        flags = [*profile.command_flags(depth), *tokenizer, *experiment.extra_flags,
+                 *shlex.split(candidate_flags),
+                 f"--dataset={experiment.dataset or profile.dataset}", f"--seed={seed}", *target,
+                 f"--run-id={run_id}", f"--model-tag={run_id}"]
+        runs[run_id] = TrainingRun(run_id, name, candidate_flags, depth, seed, flags)
+    return list(runs.values())
 
 
 def training_command(flags, nproc_per_node=1):
-    """The argv that trains: one process, or torchrun with one process a device."""
-    ranks = ([] if nproc_per_node == 1 else
-             ["torch.distributed.run", "--standalone", f"--nproc_per_node={nproc_per_node}", "-m"])
-    return [sys.executable, "-m", *ranks, TRAIN, *flags]
+    """Return the argv of a training: one process, or torchrun with one process per device."""
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={nproc_per_node}", "-m"]
+    return [sys.executable, "-m", *(torchrun if nproc_per_node > 1 else []), "scripts.base_train",
+            *flags]
 
 
 def finished_runs(experiment, ledger):
-    """The run ids of the experiment that the ledger holds. Errors: UserError when one stands for another run."""
-    planned = {run.run_id: run for run in plan(experiment)}
-    rows = [row for row in _rows(ledger) if row.run_id in planned]
-    target = (experiment.target_metric_name, experiment.target_metric_threshold)
-    for row in rows:
-        run = planned[row.run_id]
-        if ((row.candidate_flags, row.depth, row.seed) != (run.candidate_flags, run.depth, run.seed)
-                or (row.target_metric_name, row.target_metric_threshold) != target):
-            raise UserError(f"{ledger}: {row.run_id} is there with candidate flags {row.candidate_flags!r} and target "
-                            f"{row.target_metric_name} {row.target_metric_threshold}, asked are "
-                            f"{run.candidate_flags!r} and {' '.join(map(str, target))}; give the same (--target-...), "
-                            "or choose another --name")
-    return {row.run_id for row in rows}
+    """Return the run ids of the experiment that the ledger has."""
+    return {run.run_id for run in training_runs(experiment)} & {
+        row.run_id for row in _rows(ledger)}
 
 
 def run_experiment(experiment, ledger, runs_dir, command=training_command, report=print0):
-    """Make every run that the ledger has not, one row each. Returns the number of runs made.
+    """Train every run that the ledger does not have, one row each; return the number trained.
 
-    command(flags) gives the training process's argv. Errors: UserError before anything runs when rows were made
-    elsewhere or records under other flags; when a run does not start (its last line says why; no row) and when
-    it was stopped by a signal (no row; the same call goes on). A run without summary gets a row with status `failed`.
+    command(flags) returns the argv of the training process, which prints on this console. A run
+    that crashes or diverges gets a row with its status. Raise UserError before anything runs if a
+    record is missing or was made with other flags, and when a training does not start or is stopped
+    by a signal.
     """
-    made = 0
+    n_trained = 0
     with experiment_lock(runs_dir, experiment.name, report) as lock:
-        runs = plan(experiment)
-        finished = finished_runs(experiment, ledger)
+        runs, finished = training_runs(experiment), finished_runs(experiment, ledger)
         _check_records(experiment, runs, finished, ledger, Path(runs_dir))
         for number, run in enumerate(runs, start=1):
             if run.run_id in finished:
                 continue
-            folder = Path(runs_dir) / run.run_id
+            folder, title = Path(runs_dir) / run.run_id, f"[{number}/{len(runs)}] {run.run_id}"
             if not _ended_well(folder):
-                run_training(folder, command(run.flags), lock, f"[{number}/{len(runs)}] {run.run_id}", flags=run.flags)
-                made += 1
-            row = row_of(
-                read_run(folder), timestamp=utc_now(), experiment_name=experiment.name, seed=run.seed, depth=run.depth,
-                candidate_flags=run.candidate_flags, target_metric_name=experiment.target_metric_name,
-                target_metric_threshold=experiment.target_metric_threshold)
+                report(title)
+                _train_anew(folder, run.flags, command, lock)
+                n_trained += 1
+            metric, threshold = experiment.target
+            row = row_of(read_run(folder), timestamp=utc_now(), experiment_name=experiment.name,
+                         seed=run.seed, depth=run.depth, candidate_flags=run.candidate_flags,
+                         target_metric_name=metric, target_metric_threshold=threshold)
             append_row(ledger, row)
-            report(f"[{number}/{len(runs)}] {_describe(row)}")
-    return made
+            report(f"{title}: {_describe(row)}")
+    return n_trained
 
 
-def check_asked(folder, flags):
-    """Raise UserError, naming the first flag that differs, unless the run in `folder` was planned with `flags`."""
-    given = read_json(folder / PLANNED, "delete that folder to train it again").get("flags", [])
-    before, asked = ({"crop": "drop", **_parsed(words)} for words in (given, flags))  # before --crop, all dropped
-    for name in {**asked, **before}:
-        was, now = before.get(name, "not given"), asked.get(name, "not given")
-        if was != now and _number(was) != _number(now):
-            raise UserError(f"{folder}: this run was made with --{name} {was}, now it is {now}; "
-                            "choose another --name (with the scripts in runs/: TAG=...)")
+def threshold_from(ledger, baseline_name, experiment_name):
+    """Return a val_bpb that all baseline seeds of an experiment reached: the worst, plus a slack.
 
-
-def threshold_in_use(ledger, experiment_name):
-    """The val_bpb threshold of the experiment's rows, or None when they have none. Errors: UserError when several."""
-    found = {row.target_metric_threshold for row in _rows(ledger) if row.experiment_name == experiment_name
-             and row.target_metric_name == "val_bpb"} - {None}
-    if len(found) > 1:
-        raise UserError(f"{ledger}: the rows of {experiment_name!r} have the thresholds "
-                        f"{', '.join(map(str, sorted(found)))}; choose another --name")
-    return next(iter(found), None)
-
-
-def threshold_from(ledger, experiment_name, runs_dir):
-    """A val_bpb that every baseline seed of a finished experiment reached: the worst of their ends, plus a slack.
-
-    Errors: UserError with fewer than two baseline runs that ended well, or at several depths.
+    An experiment that has rows keeps their threshold. Raise UserError unless at least two baseline
+    seeds ended well, all at one depth.
     """
-    table = experiment_table(ledger, experiment_name, runs_dir)
-    baseline = table[table.candidate == BASELINE]
-    ends = baseline.min_val_bpb[baseline.ok].dropna()
-    if len(ends) < 2 or baseline.depth.nunique() > 1:
-        raise UserError(f"a threshold needs two baseline seeds of {experiment_name!r} that ended well, at one depth; "
-                        f"it has {len(ends)}")
-    return float(ends.max()) + SLACK_BPB
-
-
-def _train_flags(experiment, run_id, candidate_flags, depth, seed):
-    profile = experiment.profile
-    tokenizer = [f"--tokenizer-dir={profile.tokenizer_dir()}"] if experiment.has_own_data else []
-    target = [] if experiment.target_metric_threshold is None else [
-        f"--target-metric-name={experiment.target_metric_name}",
-        f"--target-metric-threshold={experiment.target_metric_threshold!r}"]
-    return [*profile.command_flags(depth), *tokenizer, *experiment.extra_flags, *shlex.split(candidate_flags),
-            f"--dataset={experiment.dataset or profile.dataset}", f"--seed={seed}", *target,
-            f"--run-id={run_id}", f"--model-tag={run_id}"]
+    thresholds = {row.target_metric_threshold for row in _rows(ledger)
+                  if row.experiment_name == experiment_name}
+    if len(thresholds) == 1 and None not in thresholds:
+        return thresholds.pop()
+    rows = [row for row in _rows(ledger) if row.experiment_name == baseline_name
+            and row.candidate_flags == CANDIDATES[BASELINE]
+            and row.status == "ok" and row.min_val_bpb is not None]
+    if len(rows) < 2 or len({row.depth for row in rows}) > 1:
+        raise UserError(f"--target-from needs two baseline seeds of {baseline_name!r} that ended "
+                        f"well, at one depth; {ledger} has {len(rows)}")
+    return max(row.min_val_bpb for row in rows) + SLACK_BPB
 
 
 def _rows(ledger):
@@ -180,50 +160,155 @@ def _rows(ledger):
 
 
 def _check_records(experiment, runs, finished, ledger, runs_dir):
-    """Refuse rows whose records are not here, and records (with a row or to be logged) made under other flags."""
-    there = [row.run_id for row in _rows(ledger) if row.experiment_name == experiment.name or row.run_id in finished]
-    absent = [run_id for run_id in there if not (runs_dir / run_id / CONFIG).exists()]
-    if absent:
-        raise UserError(f"{len(absent)} of {len(there)} rows of {experiment.name!r} in {ledger} have no record in "
-                        f"{runs_dir}, so they were made elsewhere; choose another --name (with the scripts in runs/: "
-                        "TAG=...), or another --ledger")
+    """Refuse rows without a record on this machine, and records made with other flags."""
+    logged = [row.run_id for row in _rows(ledger) if row.experiment_name == experiment.name]
+    for run_id in {*logged, *finished}:
+        if not (runs_dir / run_id / CONFIG).exists():
+            raise UserError(f"{ledger} has {run_id}, whose record is not in {runs_dir}: it was "
+                            "made elsewhere; choose another --name (in runs/*.sh: TAG=...)")
     for run in runs:
         if run.run_id in finished or _ended_well(runs_dir / run.run_id):
-            check_asked(runs_dir / run.run_id, run.flags)
+            _check_flags(runs_dir / run.run_id, run.flags)
+
+
+def _check_flags(folder, flags):
+    """Raise UserError unless the run in `folder` was made with the same flags."""
+    before = read_json(folder / FLAGS, "delete that folder to train it again").get("flags", [])
+    changed = [flag for flag in [*before, *flags] if (flag in before) != (flag in flags)]
+    if before != flags:
+        raise UserError(f"{folder} was made with other flags, they differ in {' '.join(changed)}; "
+                        "choose another --name (in runs/*.sh: TAG=...)")
 
 
 def _ended_well(folder):
     return (folder / CONFIG).exists() and read_run(folder).status == "ok"
 
 
-def _parsed(flags):
-    """{name: its last value in words, or True} of a command line's flags."""
-    parsed, name = {}, None
-    for word in flags:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            parsed[name] = value if equals else True
-        elif name is not None:
-            parsed[name] = word
-    return parsed
-
-
-def _number(word):
-    """A flag's value as a number where it is one: 0.50 is 0.5."""
-    try:
-        return float(word)
-    except ValueError:
-        return word
-
-
 def _describe(row):
-    if row.status != "ok":
-        return f"{row.run_id}: {row.status}"
-    reached = ("not known" if row.time_to_target_sec_extrapolated is None
-               else f"{row.time_to_target_sec_extrapolated:.1f} s extrapolated")
-    if row.time_to_target_sec_measured is not None:
-        reached = f"{row.time_to_target_sec_measured:.1f} s" if row.time_to_target_sec_measured else BEFORE_THE_CLOCK
-    figures = [f"val_bpb {row.min_val_bpb:.5f}" if row.min_val_bpb is not None else "no val_bpb",
-               f"time to target {reached}",
-               f"{row.tok_per_sec_median:,.0f} tokens/s" if row.tok_per_sec_median is not None else "no rate"]
-    return f"{row.run_id}: {', '.join(figures)}"
+    if row.status != "ok" or row.min_val_bpb is None:
+        return row.status
+    result = f"val_bpb {row.min_val_bpb:.5f}"
+    if row.target_metric_threshold is None:
+        return result
+    seconds = row.time_to_target_sec_measured
+    return f"{result}, target {'not reached' if seconds is None else f'after {seconds:.1f} s'}"
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def experiment_lock(runs_dir, name, report=print0):
+    """Hold the lock of an experiment for the block, waiting for it; yield its open file."""
+    Path(runs_dir).mkdir(parents=True, exist_ok=True)
+    with open(Path(runs_dir) / f".{check_run_id(name)}.lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"experiment {name!r} is running in another process: waiting for it to end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+
+
+def run_module(module, flags):
+    """Run `python -m module flags` on this console; raise SystemExit with its code if it fails."""
+    child = subprocess.Popen([sys.executable, "-m", module, *map(str, flags)])
+    if code := _wait(child):
+        raise SystemExit(code)
+
+
+def _wait(child):
+    """Return the exit code of a process; when a signal ends this process, end the child first."""
+    try:
+        return child.wait()
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
+
+
+def _train_anew(folder, flags, command, lock):
+    """Train in an empty folder: an interrupted attempt left nothing that counts."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(folder / FLAGS, {"flags": flags})
+    _train(folder, command(flags), lock)
+
+
+def _train(folder, argv, lock):
+    """Run a training process to its end; one that crashes leaves a record without a summary.
+
+    Raise UserError if it did not start or was stopped by a signal.
+    """
+    child = subprocess.Popen(argv, pass_fds=(lock.fileno(),))
+    code = _wait(child)
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder.name} did not start (exit code {code}); its error is above")
+    killed = code in (-signal.SIGINT, -signal.SIGTERM) and not (folder / SUMMARY).exists()
+    if killed or read_run(folder).status == "interrupted":
+        raise UserError(f"{folder.name} was stopped by a signal; repeat the command to continue")
+
+
+# --- stability probe ------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Probe:
+    """Result of a short run that is resumed from its middle (gate 3).
+
+    resume_difference_nats: largest difference of the losses after the resume; None: a run failed.
+    graph_breaks: 0 in a compiled run, since a graph break stops it; None: the run was uncompiled.
+    """
+
+    graph_breaks: int | None
+    resume_difference_nats: float | None
+    steps_compared: int
+
+
+def probe_candidates(experiment, runs_dir, command=training_command, report=print0):
+    """Probe each candidate but the baseline at the first depth and seed, unless it was probed."""
+    first = experiment.depths[0], experiment.seeds[0]
+    with experiment_lock(runs_dir, experiment.name, report) as lock:
+        for run in training_runs(experiment):
+            if (run.depth, run.seed) != first or run.candidate == BASELINE:
+                continue
+            folder = Path(runs_dir) / _probe_id(experiment.name, run.candidate)
+            flags = [*run.flags, f"--run-id={folder.name}", f"--model-tag={folder.name}",
+                     f"--num-iterations={PROBE_STEPS}", "--eval-every=-1",
+                     f"--save-every={PROBE_RESUME_STEP}"]
+            if (folder / PROBE).exists():
+                _check_flags(folder, flags)
+            else:
+                report(folder.name)
+                write_json(folder / PROBE, asdict(_probe(folder, flags, command, lock)))
+            report(f"{folder.name}: {read_probe(runs_dir, experiment.name, run.candidate)}")
+
+
+def read_probe(runs_dir, experiment_name, candidate):
+    """Return the Probe of a candidate, or None if it was not made."""
+    path = Path(runs_dir) / _probe_id(experiment_name, candidate) / PROBE
+    remedy = "delete it and probe again (scripts.experiment --probe)"
+    return Probe(**read_json(path, remedy)) if path.exists() else None
+
+
+def _probe(folder, flags, command, lock):
+    _train_anew(folder, flags, command, lock)
+    first = read_run(folder)
+    (folder / SUMMARY).unlink(missing_ok=True)  # a resume that fails must not keep this status
+    _train(folder, command([*flags, f"--resume-from-step={PROBE_RESUME_STEP}"]), lock)
+    second = read_run(folder)
+    shutil.rmtree(checkpoints_dir() / folder.name, ignore_errors=True)
+
+    steps = range(PROBE_RESUME_STEP + 1, PROBE_STEPS + 1)
+    losses, resumed = ({event["step"]: event["loss"] for event in record.of("train")}
+                       for record in (first, second))
+    pairs = [(losses.get(step), resumed.get(step)) for step in steps]
+    difference = None
+    # a record that was not resumed has the losses of the first process, which equal themselves
+    did_resume = any(event["step"] == PROBE_RESUME_STEP for event in second.of("resume"))
+    if second.status == "ok" and did_resume and all(None not in pair for pair in pairs):
+        difference = max(abs(one - other) for one, other in pairs)
+    is_compiled = not first.config.get("flags", {}).get("no_compile")
+    return Probe(0 if is_compiled else None, difference, len(steps))
+
+
+def _probe_id(experiment_name, candidate):
+    return f"{experiment_name}.{candidate}.probe"

@@ -1,0 +1,159 @@
+"""scripts.experiment as a user calls it, and the commands of runs/*.sh."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from synthetic_runs import make_trial
+
+from nanochat import core_eval, dataset
+from nanochat.config import parse_config
+from nanochat.experiments.runner import training_runs
+from scripts import (
+    base_eval,
+    experiment,
+    lane_b,
+    leaderboard,
+    plan,
+    report,
+    tok_eval,
+    tok_train,
+    verdict,
+)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return tmp_path / "experiments.csv"
+
+
+@pytest.fixture
+def dry_run(ledger, capsys):
+    """Return the printed text and the training commands of a dry run."""
+    def dry_run(*argv):
+        experiment.main(["--ledger", str(ledger), "--dry-run", *argv])
+        printed = capsys.readouterr().out
+        return printed, [line for line in printed.splitlines() if "scripts.base_train" in line]
+    return dry_run
+
+
+def test_a_dry_run_prints_rules_and_commands(ledger, dry_run):
+    printed, commands = dry_run("--name", "x", "--profile", "cpu", "--candidates", "baseline",
+                                "both", "--seeds", "0", "1", "--", "--device-type=cpu")
+    assert [line.split("--run-id=")[1].split()[0] for line in commands] == [
+        f"x.{name}.d4.s{seed}" for seed in (0, 1) for name in ("baseline", "both")]
+    assert all("--device-type=cpu" in line for line in commands) and "4 generalisation" in printed
+    assert not ledger.exists()
+
+
+def test_a_dry_run_marks_finished_runs(ledger, dry_run):
+    make_trial(ledger, "lane_c", seed=0)
+    _, commands = dry_run("--name", "lane_c", "--profile", "cpu", "--seeds", "0", "9")
+    assert [line.startswith("# finished: ") for line in commands] == [True, False]
+
+
+def test_the_target_is_that_of_the_baseline_and_rows_keep_theirs(ledger, dry_run):
+    for seed, shift in ((0, 0.0), (1, 0.0), (2, 0.1)):
+        make_trial(ledger, "base", seed=seed, bpb_shift=shift)
+    make_trial(ledger, "lane_c", seed=0)
+    thresholds = []
+    for name in ("new", "lane_c"):
+        _, commands = dry_run("--name", name, "--profile", "cpu", "--target-from", "base")
+        flags = commands[-1].split("scripts.base_train ")[1].split()
+        thresholds.append(parse_config(flags).target_metric_threshold)
+    assert thresholds[0] > 1.1 and thresholds[1] == 1.5
+
+
+PROTOCOL = """
+    --depth=12 --head-dim=128 --window-pattern=L --max-seq-len=512 --device-batch-size=16
+    --total-batch-size=16384 --eval-every=100 --eval-tokens=524288 --core-metric-every=-1
+    --sample-every=-1 --save-every=-1 --num-iterations=1500 --run=dummy
+"""
+
+
+def test_the_d12_profile_is_the_protocol_to_the_letter(base_dir, dry_run):
+    _, commands = dry_run("--name", "b", "--profile", "d12")
+    assert len(commands) == 2
+    for seed, line in enumerate(commands):
+        run_id = f"b.baseline.d12.s{seed}"
+        assert line.split("scripts.base_train ")[1].split() == [
+            *PROTOCOL.split(), "--crop=drop", f"--tokenizer-dir={base_dir}/tokenizer_climbmix",
+            "--dataset=climbmix", f"--seed={seed}", f"--run-id={run_id}", f"--model-tag={run_id}"]
+
+
+@pytest.mark.parametrize(("argv", "depths"), [
+    (["d12", "--series"], [8, 10, 12, 14]), (["cpu", "--series"], [2, 3, 4]),
+    (["cpu", "--series", "--depths", "3"], [3]), (["cpu"], [4])])
+def test_a_series_has_the_depths_of_the_profile_or_those_given(dry_run, argv, depths):
+    _, commands = dry_run("--name", "x", "--seeds", "0", "--profile", *argv)
+    assert [int(line.split("--depth=")[1].split()[0]) for line in commands] == depths
+    assert ("--target-param-data-ratio=12" in commands[0]) == (argv[0] == "d12")
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_missing_data_of_a_profile_is_prepared(ledger, base_dir, monkeypatch, has_tokenizer):
+    calls = []
+    monkeypatch.setattr(experiment, "download_shards", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(experiment.runner, "run_module",
+                        lambda module, flags: calls.append((module, *map(str, flags))))
+    monkeypatch.setattr(experiment.runner, "run_experiment", lambda *_: calls.append("trained"))
+    folder = base_dir / "tokenizer_climbmix"
+    if has_tokenizer:
+        folder.mkdir()
+    argv = ["--name", "x", "--profile", "d12", "--ledger", str(ledger)]
+    experiment.main(argv)
+    tokenizer = ("scripts.tok_train", "--dataset", "climbmix", "--vocab-size", "32768",
+                 "--tokenizer-dir", str(folder))
+    assert calls == [("climbmix", 8), *([] if has_tokenizer else [tokenizer]), "trained"]
+    calls.clear()
+    experiment.main([*argv, "--dataset", "books"])
+    assert calls == ["trained"]
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--profile", "d99"], "no profile 'd99'"),
+    (["--profile", "cpu", "--candidates", "magic"], "no candidate 'magic'"),
+    (["--profile", "cpu", "--target-metric-threshold", "-1"], "above 0"),
+    (["--profile", "cpu", "--target-from", "nothing"], "two baseline seeds of 'nothing'"),
+])
+def test_experiment_refuses_in_one_line(ledger, refusal, argv, message):
+    error = refusal(experiment.main, ["--name", "x", "--ledger", str(ledger), *argv])
+    assert error.count("\n") == 1 and message in error
+
+
+MODULES = (core_eval, dataset, base_eval, experiment, lane_b, leaderboard, plan, report, tok_eval,
+           tok_train, verdict)
+PARSERS = {module.__name__: module.parse_args for module in MODULES}
+PARSERS["scripts.base_train"] = parse_config
+
+
+@pytest.mark.parametrize(("script", "argv"), [
+    ("baseline.sh", []), ("baseline.sh", ["d12", "0 1 2"]),
+    ("miniseries.sh", ["d12", "chunked-ce", "8 12"]), ("lane_c.sh", ["d12", "0 1 2"]),
+    ("lane_c.sh", []), ("scaling_laws.sh", ["1e17", "4 6", "8"]), ("lane_b.sh", ["d12", "0 1 2"]),
+    ("speedrun.sh", ["8", "dummy", "1"]), ("speedrun.sh", []),
+])
+def test_every_command_of_the_shell_scripts_parses(tmp_path, script, argv):
+    """The scripts run with a stand-in `python` that writes down its arguments."""
+    shutil.copytree(Path(__file__).parents[1] / "runs", tmp_path / "runs")
+    (tmp_path / "runs" / "setup.sh").write_text("")
+    calls, programs = tmp_path / "calls", tmp_path / "bin"
+    programs.mkdir()
+    (programs / "python").write_text(
+        f'#!/bin/sh\nfor arg in "$@"; do printf "%s\\0" "$arg"; done >> {calls}\necho >> {calls}\n')
+    (programs / "torchrun").write_text('#!/bin/sh\nshift 2\nexec python "$@"\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}",
+                   "NANOCHAT_BASE_DIR": str(tmp_path / "cache")}
+    subprocess.run(["bash", tmp_path / "runs" / script, *argv], check=True, timeout=30,
+                   capture_output=True, env=environment)
+    for line in calls.read_text().splitlines():
+        _, module, *flags = line.rstrip("\0").split("\0")
+        args = PARSERS[module](flags)
+        if module == "scripts.experiment":
+            args.target_from = None
+            for run in training_runs(experiment.experiment_of(args)):
+                assert parse_config(run.flags).tokenizer_dir
