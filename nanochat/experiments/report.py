@@ -7,6 +7,7 @@ matplotlib draws the figures as SVG, which the page's style sheet inverts on a d
 import base64
 import html
 import io
+import mimetypes
 import re
 import shlex
 from itertools import pairwise
@@ -28,23 +29,24 @@ from nanochat.target import BEFORE_THE_CLOCK
 X_AXES = {"step": "step", "tokens": "tokens, millions", "train_time_sec": "training time, s"}
 COLUMNS = [  # heading, column of the table of runs, digits
     ("min val_bpb", "min_val_bpb", 5),
-    ("its standard error", "val_bpb_se", 5),
+    ("standard error", "val_bpb_se", 5),
     ("time to target, s", "time_to_target_sec", 1),
     ("tokens/s", "tok_per_sec_median", 0),
     ("step, ms", "dt_median_ms", 1),
     ("memory, MiB", "peak_memory_mib", 0),
-    ("tokens, M", "tokens_millions", 2),
+    ("tokens", "total_tokens", 0),
 ]
 INK, MUTED, GRID = "#1c1f24", "#666c75", "#e4e2dc"
-COLOURS = "#5b6472 #2a6fdb #d9601a #16896b #9a3fb5 #b38600 #c2347c #3a8fa3".split()
+COLOURS = [
+    "#5b6472", "#2a6fdb", "#d9601a", "#16896b", "#9a3fb5", "#b38600", "#c2347c", "#3a8fa3",
+]
 DASHES = [(1, 0), (6, 2), (1.5, 1.5), (6, 1.5, 1.5, 1.5)]  # lengths on and off, in line widths
-AXES_STYLE = {
-    "font.size": 9, "axes.formatter.useoffset": False, "axes.grid": True, "grid.color": GRID,
+FIGURE_STYLE = {
+    "font.size": 8.5, "axes.formatter.useoffset": False, "axes.grid": True, "grid.color": GRID,
     "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "xtick.labelcolor": INK,
     "ytick.labelcolor": INK, "xtick.major.size": 0, "ytick.major.size": 0,
 }
-IMAGE_TYPES = {".png": "png", ".svg": "svg+xml", ".jpg": "jpeg", ".jpeg": "jpeg"}
 CACHE = '"${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"/'  # the cache folder in a shell command
 
 
@@ -54,15 +56,14 @@ def experiment_page(ledger, experiment_name, runs_dir, miniseries=None, images=(
     """Return the page of an experiment.
 
     miniseries: name of the experiment over depths that gate 4 judges by. images: image files of the
-    lane B tools. live: a note for the top of the page. Raise UserError for runs that cannot be
-    compared.
+    lane B tools. live: time to show at the top. Raise UserError for runs that cannot be compared.
     """
     table = runs_of.experiment_table(ledger, experiment_name, runs_dir)
-    series = runs_of.experiment_table(ledger, miniseries, runs_dir) if miniseries else table
+    series = runs_of.experiment_table(ledger, miniseries, runs_dir) if miniseries else None
     runs_of.check_same_world(pd.concat([table, series]))
     candidates = set(table.candidate)
     can_judge = BASELINE in candidates and len(candidates) > 1 and table.depth.nunique() == 1
-    verdicts = judge_all(table, series if miniseries else None, runs_dir) if can_judge else []
+    verdicts = judge_all(table, series, runs_dir) if can_judge else []
     return render(experiment_name, table, series, verdicts, images, live)
 
 
@@ -77,78 +78,44 @@ def runs_page(names, runs_dir, images=(), live=""):
     runs_of.check_same_world(table)
     groups = list(table.candidate.unique())
     others = f" and {len(groups) - 1} more" if len(groups) > 1 else ""
-    return render(f"{groups[0]}{others}", table, table, [], images, live)
+    return render(f"{groups[0]}{others}", table, None, [], images, live)
 
 
 def render(title, table, series, verdicts, images, live):
-    """Return the page of a table of runs and a series over depths (the same table if there is none)."""
-    candidates = pd.concat([table.candidate, series.candidate]).unique()
+    """Return the page of a table of runs; series: runs over depths, None for those of the table."""
+    candidates = pd.concat([table, series]).candidate.unique()
     styles = {
         name: {"color": COLOURS[at % len(COLOURS)], "linestyle": (0, DASHES[at % len(DASHES)])}
         for at, name in enumerate(candidates)
     }
-    val, loss = curves_of(table, "val", "val_bpb"), curves_of(table, "train", "loss")
-    loss["value"] = loss.groupby("run_id").value.transform(running_mean)
-    bands = {"val_bpb, bits per byte": bands_of(val), "training loss, nats per token": bands_of(loss)}
-    bands = {name: band for name, band in bands.items() if len(band)}
-    targets = table.target_metric_threshold[table.target_metric_name == "val_bpb"].dropna().unique()
-
+    sections = {
+        "Overview": time_figures(table, styles) + quality_figures(table, styles),
+        "Curves": curve_figures(table, styles),
+        "Depths": depth_figures(table if series is None else series, styles),
+        "Lane B": [embed(path) for path in images],
+    }
+    headings, rows = rows_of(table)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined,
                                      autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    headings, rows = rows_of(table)
     return environment.get_template("report.html.jinja").render(
-        title=title, live=live, facts=runs_of.facts_of(table), verdicts=verdicts, rules=RULES,
-        styles=styles, axes=X_AXES, overview=overview(table, styles, val, verdicts),
-        curves=[(name, x, curves_figure(band, styles, name, x, targets))
-                for x in X_AXES for name, band in bands.items()],
-        curve_tables={name: curve_table(band) for name, band in bands.items()},
-        depths=depth_figures(series, styles), images=list(map(embed, images)),
-        headings=headings, rows=rows, versions=versions_of(table), commands=commands_of(table))
-
-
-def overview(table, styles, val, verdicts):
-    """Return (caption, note, figure) of the times to target and of gate 2."""
-    figures = []
-    is_horizon = verdicts and table.horizon_only[table.candidate != BASELINE].all()
-    timed = runs_of.on_one_clock(table) if is_horizon else table
-    if timed.time_to_target_sec.notna().any():
-        clock = "steps at the median step time of all runs; " if is_horizon else ""
-        note = f"{clock}bar: mean; line: 95 % interval; dots: seeds, hollow if extrapolated"
-        figures.append(("Training time to target", note, time_figure(timed, styles)))
-    if verdicts and len(val):
-        margin = quality_margin(table, RULES)
-        figure = excess_figure(val, styles, margin)
-        figures.append(("Quality", "same seed, same step; band: margin of gate 2", figure))
-    return figures
-
-
-def depth_figures(series, styles):
-    """Return (caption, note, figure) of a series; [] without several depths."""
-    figures = []
-    for column, name in (("min_val_bpb", "min val_bpb"), ("dt_median_ms", "step time, ms")):
-        means = series[series.ok].pivot_table(index="depth", columns="candidate", values=column)
-        if len(means) < 2:
-            continue
-        figures.append((f"{name} against depth", "", lines_figure(means, styles, name)))
-        if BASELINE in means and len(means.columns) > 1:
-            change = 100 * (means.div(means[BASELINE], axis=0) - 1)
-            figure = lines_figure(change, styles, f"{name}: change, %", is_change=True)
-            figures.append(("Change from the baseline", "below zero is better", figure))
-    return figures
+        title=title, live=live, facts=runs_of.facts_of(table), verdicts=verdicts,
+        rules=RULES.describe(), styles=styles, axes=X_AXES, sections=sections, headings=headings,
+        rows=rows, versions=versions_of(table), commands=commands_of(table))
 
 
 def embed(path):
-    """Return (caption, data URL) of an image file. Raise UserError for any other file."""
+    """Return (caption, note, <img> element) of an image file. Raise UserError for other files."""
     path = Path(path)
-    kind = IMAGE_TYPES.get(path.suffix.lower())
-    if not kind:
-        raise UserError(f"{path} is not an image; use {', '.join(IMAGE_TYPES)}")
+    kind = mimetypes.guess_type(path.name)[0] or "unknown"
+    if not kind.startswith("image/"):
+        raise UserError(f"{path} is not an image, its type is {kind}; give a .png or .svg file")
     try:
         data = base64.b64encode(path.read_bytes()).decode()
     except OSError as error:
         raise UserError(f"cannot read the image {path} ({error.strerror})") from None
-    return path.stem.replace("_", " "), f"data:image/{kind};base64,{data}"
+    image = Markup('<img alt="{}" src="data:{};base64,{}">').format(path.stem, kind, data)
+    return path.stem.replace("_", " "), "", image
 
 
 # --- tables and commands -----------------------------------------------
@@ -157,8 +124,7 @@ def rows_of(table):
     """Return the headings and (name, state, CSS class, cells) per group of seeds and per run."""
     last = [record.of("val")[-1:] if record else [] for record in table.record]
     errors = [runs_of.number(events[0].get("val_bpb_se")) if events else None for events in last]
-    table = table.assign(val_bpb_se=pd.Series(errors, table.index, dtype=float),
-                         tokens_millions=table.total_tokens / 1e6)
+    table = table.assign(val_bpb_se=pd.Series(errors, table.index, dtype=float))
     columns = [column for column in COLUMNS if table[column[1]].notna().any()]
     rows = []
     for (candidate, depth), group in table.groupby(["candidate", "depth"], sort=False):
@@ -166,7 +132,7 @@ def rows_of(table):
             means = [mean_sd(group[name][group.ok], digits) for _, name, digits in columns]
             rows.append((f"{candidate}, depth {depth}", "mean ± sd", "mean", means))
         for at, run in group.iterrows():
-            kind = "" if run.ok or run.state == "running" else "bad"
+            kind = "" if run.ok or run.state == "running" else "failed"
             cells = [mean_sd(group[name][[at]], digits) for _, name, digits in columns]
             rows.append((run.run_id, state_of(run), kind, cells))
     return [heading for heading, _, _ in columns], rows
@@ -174,15 +140,15 @@ def rows_of(table):
 
 def state_of(run):
     """Return how a run ended or how far it is, and where it was resumed."""
-    words = run.status
+    words = [run.status]
     if run.state == "running":
-        words = f"running, step {run.steps:,.0f} of {run.num_iterations:,.0f}"
+        words = [f"running, step {run.steps:,.0f} of {run.num_iterations:,.0f}"]
     if run.is_extrapolated:
-        words += ", target not reached: its time is extrapolated"
+        words.append("target not reached: time extrapolated")
     for event in run.record.of("resume") if run.record else ():
-        changes = [f"{name} was {old}, is {new}" for name, old, new in event.get("changed", ())]
-        words += "; ".join([f", resumed at step {event['step']}", *changes])
-    return words
+        words.append(f"resumed at step {event['step']}")
+        words += [f"{name} was {old}, is {new}" for name, old, new in event.get("changed", ())]
+    return "; ".join(words)
 
 
 def mean_sd(values, digits):
@@ -197,20 +163,17 @@ def mean_sd(values, digits):
 
 
 def versions_of(table):
-    """Return (name, values) of the commits and the package versions of the runs."""
-    versions = {"commit": {commit[:12] for commit in table.git_commit if commit}}
+    """Return the commits and the package versions that occur among the runs, as text."""
+    words = {f"commit {commit[:12]}" for commit in table.git_commit if commit}
     for config in (record.config for record in table.record if record):
-        if config.get("git_dirty"):
-            versions["commit"].add("uncommitted changes")
-        for name, version in config.get("versions", {}).items():
-            versions.setdefault(name, set()).add(str(version))
-    return [(name, ", ".join(sorted(values))) for name, values in versions.items()]
+        words |= {"uncommitted changes"} if config.get("git_dirty") else set()
+        words |= {f"{name} {version}" for name, version in config.get("versions", {}).items()}
+    return ", ".join(sorted(words))
 
 
 def commands_of(table):
     """Return the shell commands of the runs: the shared flags, then each run's own."""
-    records = [record for record in table.record if record and record.config.get("flags")]
-    flags = [flags_of(record) for record in records]
+    flags = [flags_of(record) for record in table.record if record and record.config.get("flags")]
     if not flags:
         return []
     shared = [flag for flag in flags[0] if all(flag in others for others in flags)]
@@ -239,19 +202,27 @@ def flags_of(record):
 
 # --- curves ------------------------------------------------------------
 
+def curve_figures(table, styles):
+    """Return (caption, note, figure, CSS class) of the curves against every x-axis."""
+    val, loss = curves_of(table, "val", "val_bpb"), curves_of(table, "train", "loss")
+    loss["value"] = loss.groupby("run_id").value.transform(
+        lambda values: values.rolling(len(values) // 50 + 1, min_periods=1).mean())
+    is_bpb = table.target_metric_name == "val_bpb"
+    targets = [*table.target_metric_threshold[is_bpb].dropna().unique()]
+    shown = [("val_bpb, bits per byte", bands_of(val), targets),
+             ("training loss, nats per token", bands_of(loss), [])]
+    return [(name, "", curves_figure(bands, styles, name, x, lines), f"curve {x}")
+            for x in X_AXES for name, bands, lines in shown if len(bands)]
+
+
 def curves_of(table, kind, value):
-    """Return the curves of all runs in one table: run_id, candidate, depth, seed, step, value, ..."""
+    """Return the curves of all runs in one table."""
     curves = pd.concat([
         runs_of.curve(run.record, kind, value).drop_duplicates("step", keep="last").assign(
             run_id=run.run_id, candidate=run.candidate, depth=run.depth, seed=run.seed)
         for run in table.itertuples()
     ], ignore_index=True)
     return curves.assign(tokens=curves.tokens / 1e6)
-
-
-def running_mean(values):
-    """Return the running mean over 2 % of a curve."""
-    return values.rolling(len(values) // 50 + 1, min_periods=1).mean()
 
 
 def bands_of(curves):
@@ -267,20 +238,8 @@ def bands_of(curves):
         tokens=("tokens", "mean"), train_time_sec=("train_time_sec", "mean"),
         value=("value", "mean"), low=("value", "min"), high=("value", "max"))
     rest = curves[~is_shared]
-    bands = pd.concat([mean.assign(part="mean"),
-                       rest.assign(part=rest.run_id, low=rest.value, high=rest.value)])
-    depth = "" if curves.depth.nunique() == 1 else ", depth " + bands.depth.astype(str)
-    words = [f"{line.value:.4f}" + f" ({line.low:.4f} to {line.high:.4f})" * (line.high > line.low)
-             for line in bands.itertuples()]
-    return bands.assign(label=bands.candidate + depth, words=words)
-
-
-def curve_table(bands):
-    """Return an HTML table of the curves at up to 12 steps."""
-    mean = bands[bands.part == "mean"]
-    mean = mean[mean.step.isin(thin(sorted(mean.step.unique()), 12))].astype({"step": int})
-    table = mean.pivot(index="step", columns="label", values="words")[mean.label.unique()]
-    return Markup(table.rename_axis(None, axis=1).fillna("·").to_html(border=0))
+    return pd.concat([mean.assign(part="mean"),
+                      rest.assign(part=rest.run_id, low=rest.value, high=rest.value)])
 
 
 def curves_figure(bands, styles, name, x, targets):
@@ -294,38 +253,45 @@ def curves_figure(bands, styles, name, x, targets):
         axes.plot(line[x], line.value, lw=width, marker=marker, ms=2.5, **styles[candidate])
         colour = styles[candidate]["color"]
         axes.fill_between(line[x], line.low, line.high, color=colour, alpha=0.25, lw=0)
-    late = [*bands.value[bands.step >= 0.1 * lines.step.transform("max")]]
-    for target in targets if name.startswith("val_bpb") else ():
+    for target in targets:
         axes.axhline(target, color=MUTED, lw=1, ls="--")
-        late.append(target)
-    set_limits(axes, late)
+    set_limits(axes, [*bands.value[bands.step >= 0.1 * lines.step.transform("max")], *targets])
     axes.set_xlim(left=0)
+    return to_svg(figure, f"{name} against {X_AXES[x]}", add_strips(axes, bands, x))
+
+
+def add_strips(axes, bands, x):
+    """Cover the axes with up to 40 invisible strips and return the mean values in each as text."""
     mean = bands[bands.part == "mean"]
-    last = mean.groupby("label", sort=False).words.last()
-    alt = f"{name} against {X_AXES[x]}; last values: " + ", ".join(last.index + " " + last)
-    return to_svg(figure, alt, add_strips(axes, mean, x))
-
-
-def add_strips(axes, mean, x):
-    """Cover the axes with up to 40 invisible strips and return the values in each as text."""
     xs = thin(sorted(mean[x].unique()), 40)
     left, right = axes.get_xlim()
     edges = [left, *((a + b) / 2 for a, b in pairwise(xs)), right]
     texts = []
     for at, (start, end) in zip(xs, pairwise(edges), strict=True):
         axes.axvspan(start, end, color=INK, lw=0, gid="strip")
-        words = mean[mean[x].between(start, end)].groupby("label", sort=False).words.last()
-        texts.append("\n".join([f"{X_AXES[x]}: {at:,.6g}", *(words.index + ": " + words)]))
+        inside = mean[mean[x].between(start, end)]
+        inside = inside.drop_duplicates(["candidate", "depth"], keep="last")
+        lines = [f"{X_AXES[x]}: {at:,.6g}"]
+        for line in inside.itertuples():
+            spread = f"({line.low:.4f} to {line.high:.4f})"
+            lines.append(f"{line.candidate}, depth {line.depth}: {line.value:.4f} {spread}")
+        texts.append("\n".join(lines))
     return texts
 
 
 # --- other figures -----------------------------------------------------
 
-def time_figure(table, styles):
-    """Draw the mean time to target with its 95 % interval, and each seed."""
+def time_figures(table, styles):
+    """Return [(caption, note, figure)] of the time to target: means, intervals and seeds."""
+    note = "bar: mean; line: 95 % interval; dots: seeds, hollow if extrapolated"
+    is_tried = table.candidate != BASELINE
+    if is_tried.any() and table.horizon_only[is_tried].all():
+        table = runs_of.on_one_clock(table)
+        note += "; steps at the median step time of all runs"
+    if table.time_to_target_sec.isna().all():
+        return []
     names = table.candidate.unique()
     figure, axes = new_axes("training time to target, s", height=0.9 + 0.5 * len(names))
-    means = []
     for row, name in enumerate(names):
         own = table[(table.candidate == name) & table.time_to_target_sec.notna()]
         seconds, colour = own.time_to_target_sec, styles[name]["color"]
@@ -336,32 +302,54 @@ def time_figure(table, styles):
         faces = ["none" if is_hollow else colour for is_hollow in own.is_extrapolated]
         heights = row + np.linspace(-0.16, 0.16, len(own))
         axes.scatter(seconds, heights, 26, facecolors=faces, edgecolors=colour, zorder=3)
-        means.append(f"{name} {mean_sd(seconds, 1)}")
     short = [name if len(name) <= 26 else f"{name[:12]}…{name[-13:]}" for name in names]
-    axes.set_yticks(range(len(names)), short)
+    axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in short])  # no formulas
     axes.set(xlim=(0, None), ylim=(len(names) - 0.4, -0.6))
-    return to_svg(figure, f"training time to target in seconds: {', '.join(means)}")
+    return [("Training time to target", note, to_svg(figure, "training time to target"))]
 
 
-def excess_figure(val, styles, margin):
-    """Draw val_bpb minus the baseline's at the same seed and step, with gate 2's margin."""
-    baseline = val[val.candidate == BASELINE][["seed", "step", "value"]]
-    tried = val[(val.candidate != BASELINE) & (val.step > 0)]
-    both = tried.merge(baseline, on=["seed", "step"], suffixes=("", "_of_baseline"))
+def quality_figures(table, styles):
+    """Return [(caption, note, figure)] of val_bpb minus the baseline's, per seed and step."""
+    val, keys = curves_of(table, "val", "val_bpb"), ["depth", "seed", "step"]
+    val = val[val.step > 0]
+    baseline = val[val.candidate == BASELINE][[*keys, "value"]]
+    both = val[val.candidate != BASELINE].merge(baseline, on=keys, suffixes=("", "_of_baseline"))
+    if both.empty:
+        return []
     both["excess"] = both.value - both.value_of_baseline
-    excess = both.pivot(index="step", columns=["candidate", "seed"], values="excess")
-    return lines_figure(excess, styles, "val_bpb minus the baseline's", True, margin or 0.0)
+    excess = both.pivot(index="step", columns=["candidate", "depth", "seed"], values="excess")
+    margin = quality_margin(table) or 0.0
+    figure = lines_figure(excess, styles, "val_bpb minus the baseline's", margin)
+    return [("Quality", "same seed, same step; band: margin of gate 2", figure)]
 
 
-def lines_figure(table, styles, y_label, is_change=False, margin=0.0):
-    """Draw the columns of a table, named by candidate or (candidate, seed), against its index."""
+def depth_figures(series, styles):
+    """Return (caption, note, figure) against depth, as changes where there is a baseline."""
+    figures = []
+    for column, name in (("min_val_bpb", "min val_bpb"), ("dt_median_ms", "step time, ms")):
+        means = series[series.ok].pivot_table(index="depth", columns="candidate", values=column)
+        if len(means) < 2:
+            continue
+        margin = None
+        if BASELINE in means and len(means.columns) > 1:
+            means = 100 * (means.div(means[BASELINE], axis=0) - 1)
+            name, margin = f"{name}: change from the baseline, %", 0.0
+        figures.append((name, "", lines_figure(means, styles, name, margin)))
+    return figures
+
+
+def lines_figure(table, styles, y_label, margin=None):
+    """Draw the columns of a table, named by candidate or (candidate, ...), against its index.
+
+    margin: half the height of a grey band about 0; None if the values are no differences.
+    """
     figure, axes = new_axes(table.index.name, y_label)
     for name, values in table.items():
         candidate = name if isinstance(name, str) else name[0]
         values = values.dropna()
         axes.plot(values.index, values, lw=1.4, marker="o", ms=3, **styles[candidate])
     shown = [*table[table.index >= 0.1 * table.index.max()].to_numpy().ravel()]
-    if is_change:
+    if margin is not None:
         axes.axhline(0, color=MUTED, lw=1)
         axes.axhspan(-margin, margin, color=MUTED, alpha=0.15, lw=0)
         shown += [-margin, margin]
@@ -377,10 +365,9 @@ def new_axes(x_label, y_label="", height=2.9):
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("the report needs matplotlib: pip install 'nanochat[report]'") from None
-    with matplotlib.rc_context(AXES_STYLE):
-        figure = Figure(figsize=(4.3, height), layout="constrained")
+    with matplotlib.rc_context(FIGURE_STYLE):
+        figure = Figure(figsize=(5, height), layout="constrained", facecolor="none")
         axes = figure.add_subplot(facecolor="none", xlabel=x_label, ylabel=y_label)
-    figure.patch.set_alpha(0)
     axes.locator_params(nbins=6)  # the page's font may be wider than matplotlib's
     return figure, axes
 
@@ -388,7 +375,7 @@ def new_axes(x_label, y_label="", height=2.9):
 def set_limits(axes, values):
     """Set the vertical limits a little beyond the values."""
     low, high = np.nanmin(values), np.nanmax(values)
-    edge = max(0.05 * (high - low), 1e-3 * abs(high), 1e-5)
+    edge = max(0.05 * (high - low), 1e-3 * abs(high), 1e-3 * (low == high))
     axes.set_ylim(low - edge, high + edge)
 
 
@@ -410,5 +397,5 @@ def to_svg(figure, alt, texts=()):
     titles = (f'<g class="strip"><title>{html.escape(text)}</title>' for text in texts)
     svg = re.sub('<g id="strip">', lambda _: next(titles), svg)
     svg = re.sub('<g id="[^"]*"', "<g", svg)  # these ids repeat in every figure
-    svg = re.sub(r' (?:d|x|y)="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m[0]), svg)
+    svg = re.sub(' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
     return Markup(f'<svg role="img" aria-label="{html.escape(alt)}"{svg}')
