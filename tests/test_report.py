@@ -17,11 +17,11 @@ import pytest
 from synthetic_runs import make_run, make_trial
 
 from nanochat.common import RunLock, UserError, locks_dir, runs_dir, write_json
+from nanochat.config import parse_config
 from nanochat.experiments.gates import judge_all
 from nanochat.experiments.report import experiment_page, runs_page
 from nanochat.experiments.table import experiment_table
 from nanochat.runlog import RunLog
-from scripts import base_train
 from scripts import report as script
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib (extra `report`)")
@@ -118,7 +118,7 @@ def test_rows_of_candidates_have_mean_and_standard_deviation(ledger):
     bpb = np.array([1.5, 1.51, 1.54])
     rows = table_of(experiment_page(ledger, "x", runs_dir()))
     mean_sd = f"{bpb.mean():.5f} ± {bpb.std(ddof=1):.5f}"
-    assert rows["baseline, depth 4"][:2] == ["mean ± sd", mean_sd]
+    assert rows["baseline, depth 4"][:2] == ["mean ± sd of 3", mean_sd]
     assert rows["x.baseline.d4.s2"][1] == "1.54000"
 
 
@@ -128,7 +128,7 @@ def test_standard_error_over_documents_is_shown_where_it_was_recorded(ledger):
     path = runs_dir() / "x.baseline.d4.s0" / "metrics.jsonl"
     path.write_text(path.read_text().replace('"val_bpb":', '"val_bpb_se": 0.0123, "val_bpb":'))
     rows = table_of(experiment_page(ledger, "x", runs_dir()))
-    assert rows["run"][2] == "standard error"
+    assert rows["run"][2] == "standard error over documents"
     assert rows["x.baseline.d4.s0"][2] == "0.01230" and rows["x.baseline.d4.s1"][2] == "·"
 
 
@@ -201,7 +201,7 @@ def test_commands_give_the_flags_back(tmp_path, monkeypatch, where):
     for name, seed in (("one", 0), ("other", 7)):
         make_run(name, **SMALL)
         own = [f"--run-id={name}", f"--seed={seed}"]
-        given.append(base_train.parse_args([*flags, *own]).to_dict())
+        given.append(parse_config([*flags, *own]).to_dict())
         edit_config(name, flags=given[-1])
     page = runs_page(["one", "other"], runs_dir())
     commands = html.unescape(re.search("<pre>(.*)</pre>", page, re.DOTALL)[1])
@@ -210,7 +210,7 @@ def test_commands_give_the_flags_back(tmp_path, monkeypatch, where):
     printed = subprocess.run(["bash", "-c", shell], check=True, capture_output=True, text=True,
                              env={where: str(tmp_path / "my folder")}).stdout
     argvs = [line.rstrip("\0").split("\0")[2:] for line in printed.splitlines()]
-    assert [base_train.parse_args(argv).to_dict() for argv in argvs] == given
+    assert [parse_config(argv).to_dict() for argv in argvs] == given
 
 
 # --- refusals ----------------------------------------------------------

@@ -29,14 +29,14 @@ from nanochat.target import BEFORE_THE_CLOCK
 X_AXES = {"step": "step", "tokens": "tokens, millions", "train_time_sec": "training time, s"}
 COLUMNS = [  # heading, column of the table of runs, digits
     ("min val_bpb", "min_val_bpb", 5),
-    ("standard error", "val_bpb_se", 5),
+    ("standard error over documents", "val_bpb_se", 5),
     ("time to target, s", "time_to_target_sec", 1),
     ("tokens/s", "tok_per_sec_median", 0),
     ("step, ms", "dt_median_ms", 1),
     ("memory, MiB", "peak_memory_mib", 0),
     ("tokens", "total_tokens", 0),
 ]
-INK, MUTED, GRID = "#1c1f24", "#666c75", "#e4e2dc"
+INK, MUTED, GRID = "#1c1f24", "#666c75", "#d4d2cd"
 COLOURS = [
     "#5b6472", "#2a6fdb", "#d9601a", "#16896b", "#9a3fb5", "#b38600", "#c2347c", "#3a8fa3",
 ]
@@ -129,8 +129,10 @@ def rows_of(table):
     rows = []
     for (candidate, depth), group in table.groupby(["candidate", "depth"], sort=False):
         if len(group) > 1:
-            means = [mean_sd(group[name][group.ok], digits) for _, name, digits in columns]
-            rows.append((f"{candidate}, depth {depth}", "mean ± sd", "mean", means))
+            means = ["" if name == "val_bpb_se" else mean_sd(group[name][group.ok], digits)
+                     for _, name, digits in columns]
+            state = f"mean ± sd of {group.ok.sum()}"
+            rows.append((f"{candidate}, depth {depth}", state, "mean", means))
         for at, run in group.iterrows():
             kind = "" if run.ok or run.state == "running" else "failed"
             cells = [mean_sd(group[name][[at]], digits) for _, name, digits in columns]
@@ -330,11 +332,11 @@ def depth_figures(series, styles):
         means = series[series.ok].pivot_table(index="depth", columns="candidate", values=column)
         if len(means) < 2:
             continue
-        margin = None
+        label, margin = name, None
         if BASELINE in means and len(means.columns) > 1:
             means = 100 * (means.div(means[BASELINE], axis=0) - 1)
-            name, margin = f"{name}: change from the baseline, %", 0.0
-        figures.append((name, "", lines_figure(means, styles, name, margin)))
+            label, margin = "change from the baseline, %", 0.0
+        figures.append((name, "", lines_figure(means, styles, label, margin)))
     return figures
 
 
