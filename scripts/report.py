@@ -55,6 +55,7 @@ def main(argv=None):
         serve(draw, args.port)
         return
     out = args.out or Path("report.html")
+    out.parent.mkdir(parents=True, exist_ok=True)
     check_output("--out", out)
     write_text(out, draw())
     say(f"written: {out} ({out.stat().st_size / 1024:.0f} KiB)")

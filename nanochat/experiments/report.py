@@ -328,15 +328,15 @@ def quality_figures(table, styles):
 def depth_figures(series, styles):
     """Return (caption, note, figure) against depth, as changes where there is a baseline."""
     figures = []
-    for column, name in (("min_val_bpb", "min val_bpb"), ("dt_median_ms", "step time, ms")):
+    for column, name in (("min_val_bpb", "min val_bpb"), ("dt_median_ms", "step time in ms")):
         means = series[series.ok].pivot_table(index="depth", columns="candidate", values=column)
         if len(means) < 2:
             continue
-        label, margin = name, None
+        label, note, margin = name, "", None
         if BASELINE in means and len(means.columns) > 1:
             means = 100 * (means.div(means[BASELINE], axis=0) - 1)
-            label, margin = "change from the baseline, %", 0.0
-        figures.append((name, "", lines_figure(means, styles, label, margin)))
+            label, note, margin = f"{name}: change, %", "change from the baseline", 0.0
+        figures.append((name, note, lines_figure(means, styles, label, margin)))
     return figures
 
 
