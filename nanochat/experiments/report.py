@@ -1,265 +1,403 @@
-"""The report of an experiment: one self-contained HTML page, or Markdown; the figures are in figures.py."""
+"""The report of an experiment or of chosen runs: one HTML page that works offline.
+
+The numbers come from table.py and the verdicts from gates.py; report.html.jinja lays them out.
+matplotlib draws the figures as SVG, which the page's style sheet inverts on a dark background.
+"""
 
 import base64
+import html
+import io
+import mimetypes
 import re
 import shlex
-from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup  # marks the figures as markup: matplotlib escapes their texts
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from scipy import stats
 
-from nanochat.common import UserError, locks_dir
-from nanochat.experiments import figures
-from nanochat.experiments.canvas import DASHES
-from nanochat.experiments.comparison import RULES
-from nanochat.experiments.gates import judge_all, quality_margin
-from nanochat.experiments.horizon_gates import one_clock
+from nanochat.common import UserError
+from nanochat.experiments import table as runs_of
+from nanochat.experiments.gates import RULES, judge_all, quality_margin
 from nanochat.experiments.profiles import BASELINE
-from nanochat.experiments.runs.listing import read_state
-from nanochat.experiments.runs.watch import progress
-from nanochat.experiments.trials import (
-    Trial,
-    check_same_world,
-    facts_of,
-    load_trials,
-    recipe_of,
-    row_of,
-    seeds_label,
-    split,
-)
 from nanochat.runlog import find_run
-from nanochat.segments import in_words, part_of, segments_of
 from nanochat.target import BEFORE_THE_CLOCK
 
-MARKS = {"pass": "✓", "fail": "✗", "insufficient": "?", "not shown": "~"}
-_CACHE = '"${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"'  # in a shell, as paths.base_dir has it
-_IMAGE_TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
+X_AXES = {"step": "step", "tokens": "tokens, millions", "train_time_sec": "training time, s"}
+COLUMNS = [  # heading, column of the table of runs, digits
+    ("min val_bpb", "min_val_bpb", 5),
+    ("standard error over documents", "val_bpb_se", 5),
+    ("time to target, s", "time_to_target_sec", 1),
+    ("tokens/s", "tok_per_sec_median", 0),
+    ("step, ms", "dt_median_ms", 1),
+    ("memory, MiB", "peak_memory_mib", 0),
+    ("tokens", "total_tokens", 0),
+]
+INK, MUTED, GRID = "#1c1f24", "#666c75", "#d4d2cd"
+COLOURS = [
+    "#5b6472", "#2a6fdb", "#d9601a", "#16896b", "#9a3fb5", "#b38600", "#c2347c", "#3a8fa3",
+]
+DASHES = [(1, 0), (6, 2), (1.5, 1.5), (6, 1.5, 1.5, 1.5)]  # lengths on and off, in line widths
+FIGURE_STYLE = {
+    "font.size": 8.5, "axes.formatter.useoffset": False, "axes.grid": True, "grid.color": GRID,
+    "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK, "xtick.major.size": 0, "ytick.major.size": 0,
+}
+CACHE = '"${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"/'  # the cache folder in a shell command
 
 
-@dataclass(frozen=True)
-class Section:
-    """Figures under one heading; `figures` are (caption, note, markup). table: (headings, rows) of the same values."""
+# --- pages -------------------------------------------------------------
 
-    title: str
-    figures: list
-    table: tuple | None = None
+def experiment_page(ledger, experiment_name, runs_dir, miniseries=None, images=(), live=""):
+    """Return the page of an experiment.
 
-
-@dataclass(frozen=True)
-class Report:
-    """What both forms show."""
-
-    title: str
-    facts: list  # (name, value)
-    labels: list  # of the colours, in order
-    trials: list
-    verdicts: list
-    sections: list
-    states: dict = field(default_factory=dict)  # in words, of runs that have no summary, by id
-    is_over: bool = False  # whether it is of certain runs, and none of these is running
-    marks = MARKS
-    dashes = tuple(" ".join(map(str, dash)) for dash in DASHES)
-    rules = RULES.describe()
-
-    @property
-    def records(self):
-        return [trial.record for trial in self.trials if trial.record]
-
-    @property
-    def versions(self):
-        """(name, version) pairs, every version that occurs among the runs, and the commits."""
-        configs = [record.config for record in self.records]
-        names = dict.fromkeys(name for config in configs for name in config.get("versions", {}))
-        found = [(name, ", ".join(sorted({str(config.get("versions", {}).get(name)) for config in configs})))
-                 for name in names]
-        commits = sorted({trial.row.git_commit[:12] for trial in self.trials if trial.row.git_commit})
-        dirty = any(config.get("git_dirty") for config in configs)
-        return [("commit", ", ".join(commits) + (" (with uncommitted changes)" if dirty else "")), *found]
-
-    @property
-    def segments(self):
-        """(run, first step, what computed it, what changed then) of each segment of the runs that have several."""
-        several = [(record, segments_of(record)) for record in self.records]
-        return [(record.run_id, segment["first_step"], _computed_on(segment),
-                 "; ".join([*filter(None, [segment.get("rollback")]), in_words(segment.get("changed", []))]))
-                for record, segments in several if len(segments) > 1 for segment in segments]
-
-    @property
-    def commands(self):
-        """Shell lines that make the runs again: the flags all have in common, then each run's own."""
-        argvs = [_flags(record) for record in self.records if record.config.get("flags")]
-        if not argvs:
-            return []
-        shared = [item for item in argvs[0] if all(item in items for items in argvs)]
-        own = [" ".join(item for item in items if item not in shared) for items in argvs]
-        interpreted = any(record.config["device"].get("triton_interpreted") for record in self.records)
-        return [*(["export TRITON_INTERPRET=1"] if interpreted else []), f"COMMON=({' '.join(shared)})",
-                *(f'python -m scripts.base_train "${{COMMON[@]}}" {flags}'.rstrip() for flags in own)]
-
-    def html(self, live=None):
-        """The page. live: what a page that is served says of itself, above the rest (Markup)."""
-        return _template("report.html.jinja", autoescape=True).render(report=self, live=live)
-
-    def markdown(self):
-        return _template("report.md.jinja", autoescape=False).render(report=self)
-
-
-def experiment_report(ledger, experiment_name, runs_dir, miniseries=None, images=()):
-    """The Report of an experiment: verdicts, curves, times, miniseries. Errors: UserError as judge."""
-    trials = load_trials(ledger, experiment_name, runs_dir)
-    series = load_trials(ledger, miniseries, runs_dir) if miniseries else []
-    check_same_world([*trials, *series])
-    groups, (baseline, others) = _groups(trials), split(trials)
-    one_depth = len({trial.row.depth for trial in trials}) == 1
-    verdicts = judge_all(trials, series, runs_dir) if others and baseline and one_depth else []
-    by_steps = bool(verdicts) and all(trial.record for trial in trials) and all(
-        trial.horizon_only for tried in others.values() for trial in tried.values())
-    overview = _overview(groups, by_steps)
-    if verdicts:
-        drawn = figures.excess(groups, BASELINE, quality_margin(baseline, RULES))
-        overview.append(("Quality", "val_bpb minus the baseline's, same seed and step; band: gate 2's margin",
-                         Markup(drawn)))
-    sections = [Section("Overview", overview), *_curve_sections(groups),
-                *_miniseries_sections(series if one_depth else trials, list(groups)), *_image_sections(images)]
-    return Report(experiment_name, facts_of(trials), list(groups), trials, verdicts, sections)
-
-
-def runs_report(names, runs_dir, images=()):
-    """The Report of runs chosen by id or folder; those that differ in their seeds alone are one group.
-
-    Errors: UserError for a run that is not there, two runs with one id, and runs of other datasets or devices.
+    miniseries: name of the experiment over depths that gate 4 judges by. images: image files of the
+    lane B tools. live: time to show at the top. Raise UserError for runs that cannot be compared.
     """
-    runs = [read_state(find_run(name, runs_dir).folder, locks_dir()) for name in names]
-    trials = list(map(_chosen, runs))
-    seen = {}
-    for trial in trials:
-        first = seen.setdefault(trial.row.run_id, trial)
-        if first is not trial:
-            raise UserError(f"two runs have the id {trial.row.run_id!r}: {first.record.folder} and "
-                            f"{trial.record.folder}; name one of them")
-    check_same_world(trials)
-    by_recipe = {}
-    for trial in trials:
-        by_recipe.setdefault(str(recipe_of(trial.record)), []).append(trial)
-    groups = {seeds_label([trial.row.run_id for trial in members]): members for members in by_recipe.values()}
-    sections = [Section("Overview", _overview(groups)), *_curve_sections(groups), *_image_sections(images)]
-    first, *others = groups
-    title = ", ".join(groups) if len(groups) < 4 else f"{first} and {len(others)} others"
-    states = {run.run_id: ", ".join([run.state, *progress(run)]) for run in runs if run.record.summary is None}
-    return Report(title, facts_of(trials, states), list(groups), trials, [], sections, states,
-                  all(run.is_over for run in runs))
+    table = runs_of.experiment_table(ledger, experiment_name, runs_dir)
+    series = runs_of.experiment_table(ledger, miniseries, runs_dir) if miniseries else None
+    runs_of.check_same_world(pd.concat([table, series]))
+    candidates = set(table.candidate)
+    can_judge = BASELINE in candidates and len(candidates) > 1 and table.depth.nunique() == 1
+    verdicts = judge_all(table, series, runs_dir) if can_judge else []
+    return render(experiment_name, table, series, verdicts, images, live)
 
 
-def _chosen(run):
-    """The Trial of a Run; of one without a summary, with the figures so far."""
-    so_far = {}
-    if run.record.summary is None:
-        so_far = {name: run.figures[name] for name in (
-            "target_metric_threshold", "time_to_target_sec_measured", "time_to_target_sec_extrapolated",
-            "tok_per_sec_median", "dt_median_ms", "min_val_bpb")} | {"total_tokens": run.figures["tokens"]}
-    try:
-        return Trial(row_of(run.record, **so_far), run.record)
-    except UserError as error:
-        raise UserError(f"{run.record.folder}: {error}; this is no training's record, or an edited one") from None
+def runs_page(names, runs_dir, images=(), live=""):
+    """Return the page of runs named by id or folder; runs that differ only in the seed are a group.
+
+    Raise UserError for a missing run, two runs with one id, and runs that cannot be compared.
+    """
+    table = runs_of.runs_table(find_run(name, runs_dir) for name in names)
+    for run_id in table.run_id[table.run_id.duplicated()]:
+        raise UserError(f"two of the runs have the id {run_id!r}; name one of them")
+    runs_of.check_same_world(table)
+    groups = list(table.candidate.unique())
+    others = f" and {len(groups) - 1} more" if len(groups) > 1 else ""
+    return render(f"{groups[0]}{others}", table, None, [], images, live)
 
 
-def _overview(groups, by_steps=False):
-    """by_steps: times to target are on one clock, as the gates of horizons take them."""
-    drawn, timed, note = [], groups, ""
-    if by_steps:
-        clock = one_clock([trial for trials in groups.values() for trial in trials])
-        timed = {label: list(map(clock, trials)) for label, trials in groups.items()}
-        note = "steps to it at the median step time of all runs; "
-    if any(t.time_to_target_sec is not None for trials in timed.values() for t in trials):
-        drawn.append(("Training time to target", f"{note}bar: mean; line: 95 % interval of the mean; dots: seeds, "
-                      "hollow where extrapolated, with their own interval", Markup(figures.time_bars(timed, 0.95))))
-    if any(len(t.step_times_ms) for trials in groups.values() for t in trials):
-        drawn.append(("Step times", "median, quartiles, 5th to 95th percentile of all seeds, compiling steps left out",
-                      Markup(figures.step_times(groups))))
-    return drawn
+def render(title, table, series, verdicts, images, live):
+    """Return the page of a table of runs; series: runs over depths, None for those of the table."""
+    candidates = pd.concat([table, series]).candidate.unique()
+    styles = {
+        name: {"color": COLOURS[at % len(COLOURS)], "linestyle": (0, DASHES[at % len(DASHES)])}
+        for at, name in enumerate(candidates)
+    }
+    sections = {
+        "Overview": time_figures(table, styles) + quality_figures(table, styles),
+        "Curves": curve_figures(table, styles),
+        "Depths": depth_figures(table if series is None else series, styles),
+        "Lane B": [embed(path) for path in images],
+    }
+    headings, rows = rows_of(table)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined,
+                                     autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html.jinja").render(
+        title=title, live=live, facts=runs_of.facts_of(table), verdicts=verdicts,
+        rules=RULES.describe(), styles=styles, axes=X_AXES, sections=sections, headings=headings,
+        rows=rows, versions=versions_of(table), commands=commands_of(table))
 
 
-def _curve_sections(groups):
-    sections = []
-    for value, title in (("val_bpb", "Validation"), ("loss", "Training loss")):
-        if any(len(t.val_curve if value == "val_bpb" else t.loss_curve) for trials in groups.values() for t in trials):
-            sections.append(Section(title, [(f"against {axis}", "", Markup(figures.curves(groups, value, axis)))
-                                            for axis in figures.X_AXES], figures.curve_table(groups, value)))
-    return sections
-
-
-def _image_sections(images):
-    return [Section("Lane B", [_image(path) for path in images])] if images else []
-
-
-def _miniseries_sections(series, labels):
-    if len({trial.row.depth for trial in series}) < 2:
-        return []
-    groups = _groups(series, labels)
-    values = {"val_bpb": lambda t: t.row.min_val_bpb, "step time": lambda t: t.row.dt_median_ms}
-    drawn = [("val_bpb against depth", "", Markup(figures.over_depths(groups, values["val_bpb"], "min val_bpb")))]
-    if groups.get(BASELINE) and len(groups) > 1:
-        drawn += [(f"{what}, change at each depth", "below zero is better",
-                   Markup(figures.over_depths(groups, value_of, f"{what} change, %", BASELINE)))
-                  for what, value_of in values.items()]
-    return [Section(f"Miniseries: {series[0].row.experiment_name}", drawn)]
-
-
-def _groups(trials, labels=()):
-    """{candidate: its trials}; `labels` come first, so that a candidate has one colour in all figures."""
-    groups = {label: [] for label in labels}
-    for trial in trials:
-        groups.setdefault(trial.candidate, []).append(trial)
-    return groups
-
-
-def _flags(record):
-    """A run's flags as shell words; the cache folder it used becomes the one of whoever runs them."""
-    cache = str(record.folder.resolve().parent.parent)
-    items = []
-    for name, value in record.config["flags"].items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            items.append(flag)
-        elif value is not None and value is not False and value != "":  # a 0 is a value
-            rest = str(value).removeprefix(f"{cache}/")
-            items.append(f"{flag}=" + (f"{_CACHE}/" if rest != str(value) else "") + shlex.quote(rest))
-    return items
-
-
-def _computed_on(segment):
-    device, versions = part_of(segment, "device"), part_of(segment, "versions")
-    if not device:
-        return "not recorded"
-    commit = str(segment.get("git_commit"))[:12]
-    return (f"{device.get('name')}, {device.get('world_size', 1)} rank(s) on {device.get('host', 'an unknown host')}, "
-            f"{device.get('compute_dtype')}, torch {versions.get('torch')}, commit {commit}")
-
-
-def _image(path):
+def embed(path):
+    """Return (caption, note, <img> element) of an image file. Raise UserError for other files."""
     path = Path(path)
-    if path.suffix.lower() not in _IMAGE_TYPES:
-        raise UserError(f"{path}: not an image this page can hold; use {', '.join(_IMAGE_TYPES)}")
+    kind = mimetypes.guess_type(path.name)[0] or "unknown"
+    if not kind.startswith("image/"):
+        raise UserError(f"{path} is not an image, its type is {kind}; give a .png or .svg file")
     try:
         data = base64.b64encode(path.read_bytes()).decode()
     except OSError as error:
-        raise UserError(f"cannot read the figure {path} ({error.strerror})") from None
-    caption = path.stem.replace("_", " ")
-    return caption, "", Markup('<img alt="{}" src="data:{};base64,{}">').format(
-        caption, _IMAGE_TYPES[path.suffix.lower()], data)
+        raise UserError(f"cannot read the image {path} ({error.strerror})") from None
+    image = Markup('<img alt="{}" src="data:{};base64,{}">').format(path.stem, kind, data)
+    return path.stem.replace("_", " "), "", image
 
 
-def _without_markup(value):
-    """For Markdown: no text begins an HTML tag, ends a table's cell or its line."""
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(value.split("\n")).replace("|", "\\|")) \
-        if isinstance(value, str) and not isinstance(value, Markup) else value
+# --- tables and commands -----------------------------------------------
+
+def rows_of(table):
+    """Return the headings and (name, state, CSS class, cells) per group of seeds and per run."""
+    last = [record.of("val")[-1:] if record else [] for record in table.record]
+    errors = [runs_of.number(events[0].get("val_bpb_se")) if events else None for events in last]
+    table = table.assign(val_bpb_se=pd.Series(errors, table.index, dtype=float))
+    columns = [column for column in COLUMNS if table[column[1]].notna().any()]
+    rows = []
+    for (candidate, depth), group in table.groupby(["candidate", "depth"], sort=False):
+        if len(group) > 1:
+            means = ["" if name == "val_bpb_se" else mean_sd(group[name][group.ok], digits)
+                     for _, name, digits in columns]
+            state = f"mean ± sd of {group.ok.sum()}"
+            rows.append((f"{candidate}, depth {depth}", state, "mean", means))
+        for at, run in group.iterrows():
+            kind = "" if run.ok or run.state == "running" else "failed"
+            cells = [mean_sd(group[name][[at]], digits) for _, name, digits in columns]
+            rows.append((run.run_id, state_of(run), kind, cells))
+    return [heading for heading, _, _ in columns], rows
 
 
-def _template(name, autoescape):
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=autoescape,
-                                     trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-                                     finalize=None if autoescape else _without_markup)
-    environment.filters["number"] = lambda value, digits=0: "·" if value is None else f"{value:,.{digits}f}"
-    environment.filters["seconds"] = lambda sec: BEFORE_THE_CLOCK if sec == 0 else environment.filters["number"](sec, 1)
-    return environment.get_template(name)
+def state_of(run):
+    """Return how a run ended or how far it is, and where it was resumed."""
+    words = [run.status]
+    if run.state == "running":
+        words = [f"running, step {run.steps:,.0f} of {run.num_iterations:,.0f}"]
+    if run.is_extrapolated:
+        words.append("target not reached: time extrapolated")
+    for event in run.record.of("resume") if run.record else ():
+        words.append(f"resumed at step {event['step']}")
+        words += [f"{name} was {old}, is {new}" for name, old, new in event.get("changed", ())]
+    return "; ".join(words)
+
+
+def mean_sd(values, digits):
+    """Return the mean ± standard deviation as text."""
+    values = values.dropna()
+    if values.empty:
+        return "·"
+    if values.name == "time_to_target_sec" and (values == 0).all():
+        return BEFORE_THE_CLOCK
+    sd = f" ± {values.std():,.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():,.{digits}f}{sd}"
+
+
+def versions_of(table):
+    """Return the commits and the package versions that occur among the runs, as text."""
+    words = {f"commit {commit[:12]}" for commit in table.git_commit if commit}
+    for config in (record.config for record in table.record if record):
+        words |= {"uncommitted changes"} if config.get("git_dirty") else set()
+        words |= {f"{name} {version}" for name, version in config.get("versions", {}).items()}
+    return ", ".join(sorted(words))
+
+
+def commands_of(table):
+    """Return the shell commands of the runs: the shared flags, then each run's own."""
+    flags = [flags_of(record) for record in table.record if record and record.config.get("flags")]
+    if not flags:
+        return []
+    shared = [flag for flag in flags[0] if all(flag in others for others in flags)]
+    lines = [f"COMMON=({' '.join(shared)})"]
+    if table.device.str.contains(runs_of.INTERPRETED).any():
+        lines.insert(0, "export TRITON_INTERPRET=1")
+    for run_flags in flags:
+        own = [flag for flag in run_flags if flag not in shared]
+        lines.append(" ".join(['python -m scripts.base_train "${COMMON[@]}"', *own]))
+    return lines
+
+
+def flags_of(record):
+    """Return a run's flags as shell words; its cache folder becomes that of the reader."""
+    cache = f"{record.folder.resolve().parent.parent}/"
+    words = []
+    for name, value in record.config["flags"].items():
+        flag = f"--{name.replace('_', '-')}"
+        path = str(value).removeprefix(cache)
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False and value != "":
+            words.append(f"{flag}={CACHE if path != str(value) else ''}{shlex.quote(path)}")
+    return words
+
+
+# --- curves ------------------------------------------------------------
+
+def curve_figures(table, styles):
+    """Return (caption, note, figure, CSS class) of the curves against every x-axis."""
+    val, loss = curves_of(table, "val", "val_bpb"), curves_of(table, "train", "loss")
+    loss["value"] = loss.groupby("run_id").value.transform(
+        lambda values: values.rolling(len(values) // 50 + 1, min_periods=1).mean())
+    is_bpb = table.target_metric_name == "val_bpb"
+    targets = [*table.target_metric_threshold[is_bpb].dropna().unique()]
+    shown = [("val_bpb, bits per byte", bands_of(val), targets),
+             ("training loss, nats per token", bands_of(loss), [])]
+    return [(name, "", curves_figure(bands, styles, name, x, lines), f"curve {x}")
+            for x in X_AXES for name, bands, lines in shown if len(bands)]
+
+
+def curves_of(table, kind, value):
+    """Return the curves of all runs in one table."""
+    curves = pd.concat([
+        runs_of.curve(run.record, kind, value).drop_duplicates("step", keep="last").assign(
+            run_id=run.run_id, candidate=run.candidate, depth=run.depth, seed=run.seed)
+        for run in table.itertuples()
+    ], ignore_index=True)
+    return curves.assign(tokens=curves.tokens / 1e6)
+
+
+def bands_of(curves):
+    """Return a table of lines: per candidate and depth the part "mean" and one part per seed.
+
+    "mean" has the mean, low and high of the seeds at the steps that all of them have. The other
+    parts have the remaining points of the seeds.
+    """
+    group = ["candidate", "depth"]
+    n_seeds = curves.groupby(group).run_id.transform("nunique")
+    is_shared = curves.groupby([*group, "step"]).run_id.transform("size") == n_seeds
+    mean = curves[is_shared].groupby([*group, "step"], sort=False, as_index=False).agg(
+        tokens=("tokens", "mean"), train_time_sec=("train_time_sec", "mean"),
+        value=("value", "mean"), low=("value", "min"), high=("value", "max"))
+    rest = curves[~is_shared]
+    return pd.concat([mean.assign(part="mean"),
+                      rest.assign(part=rest.run_id, low=rest.value, high=rest.value)])
+
+
+def curves_figure(bands, styles, name, x, targets):
+    """Draw the curves against `x`; the pointer shows their values."""
+    figure, axes = new_axes(X_AXES[x], name)
+    lines = bands.groupby(["candidate", "depth", "part"], sort=False)
+    for (candidate, _, part), line in lines:
+        line = line.iloc[thin(range(len(line)), 200)]
+        marker = "o" if len(line) <= 20 else ""
+        width = 1.5 if part == "mean" else 0.8
+        axes.plot(line[x], line.value, lw=width, marker=marker, ms=2.5, **styles[candidate])
+        colour = styles[candidate]["color"]
+        axes.fill_between(line[x], line.low, line.high, color=colour, alpha=0.25, lw=0)
+    for target in targets:
+        axes.axhline(target, color=MUTED, lw=1, ls="--")
+    set_limits(axes, [*bands.value[bands.step >= 0.1 * lines.step.transform("max")], *targets])
+    axes.set_xlim(left=0)
+    return to_svg(figure, f"{name} against {X_AXES[x]}", add_strips(axes, bands, x))
+
+
+def add_strips(axes, bands, x):
+    """Cover the axes with up to 40 invisible strips and return the mean values in each as text."""
+    mean = bands[bands.part == "mean"]
+    xs = thin(sorted(mean[x].unique()), 40)
+    left, right = axes.get_xlim()
+    edges = [left, *((a + b) / 2 for a, b in pairwise(xs)), right]
+    texts = []
+    for at, (start, end) in zip(xs, pairwise(edges), strict=True):
+        axes.axvspan(start, end, color=INK, lw=0, gid="strip")
+        inside = mean[mean[x].between(start, end)]
+        inside = inside.drop_duplicates(["candidate", "depth"], keep="last")
+        lines = [f"{X_AXES[x]}: {at:,.6g}"]
+        for line in inside.itertuples():
+            spread = f"({line.low:.4f} to {line.high:.4f})"
+            lines.append(f"{line.candidate}, depth {line.depth}: {line.value:.4f} {spread}")
+        texts.append("\n".join(lines))
+    return texts
+
+
+# --- other figures -----------------------------------------------------
+
+def time_figures(table, styles):
+    """Return [(caption, note, figure)] of the time to target: means, intervals and seeds."""
+    note = "bar: mean; line: 95 % interval; dots: seeds, hollow if extrapolated"
+    is_tried = table.candidate != BASELINE
+    if is_tried.any() and table.horizon_only[is_tried].all():
+        table = runs_of.on_one_clock(table)
+        note += "; steps at the median step time of all runs"
+    if table.time_to_target_sec.isna().all():
+        return []
+    names = table.candidate.unique()
+    figure, axes = new_axes("training time to target, s", height=0.9 + 0.5 * len(names))
+    for row, name in enumerate(names):
+        own = table[(table.candidate == name) & table.time_to_target_sec.notna()]
+        seconds, colour = own.time_to_target_sec, styles[name]["color"]
+        axes.barh(row, seconds.mean(), height=0.56, color=colour, alpha=0.35)
+        if len(own) > 1:
+            half = stats.sem(seconds) * stats.t.ppf(0.975, len(own) - 1)
+            axes.errorbar(seconds.mean(), row, xerr=half, ecolor=INK, elinewidth=1.6)
+        faces = ["none" if is_hollow else colour for is_hollow in own.is_extrapolated]
+        heights = row + np.linspace(-0.16, 0.16, len(own))
+        axes.scatter(seconds, heights, 26, facecolors=faces, edgecolors=colour, zorder=3)
+    short = [name if len(name) <= 26 else f"{name[:12]}…{name[-13:]}" for name in names]
+    axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in short])  # no formulas
+    axes.set(xlim=(0, None), ylim=(len(names) - 0.4, -0.6))
+    return [("Training time to target", note, to_svg(figure, "training time to target"))]
+
+
+def quality_figures(table, styles):
+    """Return [(caption, note, figure)] of val_bpb minus the baseline's, per seed and step."""
+    val, keys = curves_of(table, "val", "val_bpb"), ["depth", "seed", "step"]
+    val = val[val.step > 0]
+    baseline = val[val.candidate == BASELINE][[*keys, "value"]]
+    both = val[val.candidate != BASELINE].merge(baseline, on=keys, suffixes=("", "_of_baseline"))
+    if both.empty:
+        return []
+    both["excess"] = both.value - both.value_of_baseline
+    excess = both.pivot(index="step", columns=["candidate", "depth", "seed"], values="excess")
+    margin = quality_margin(table) or 0.0
+    figure = lines_figure(excess, styles, "val_bpb minus the baseline's", margin)
+    return [("Quality", "same seed, same step; band: margin of gate 2", figure)]
+
+
+def depth_figures(series, styles):
+    """Return (caption, note, figure) against depth, as changes where there is a baseline."""
+    figures = []
+    for column, name in (("min_val_bpb", "min val_bpb"), ("dt_median_ms", "step time in ms")):
+        means = series[series.ok].pivot_table(index="depth", columns="candidate", values=column)
+        if len(means) < 2:
+            continue
+        label, note, margin = name, "", None
+        if BASELINE in means and len(means.columns) > 1:
+            means = 100 * (means.div(means[BASELINE], axis=0) - 1)
+            label, note, margin = f"{name}: change, %", "change from the baseline", 0.0
+        figures.append((name, note, lines_figure(means, styles, label, margin)))
+    return figures
+
+
+def lines_figure(table, styles, y_label, margin=None):
+    """Draw the columns of a table, named by candidate or (candidate, ...), against its index.
+
+    margin: half the height of a grey band about 0; None if the values are no differences.
+    """
+    figure, axes = new_axes(table.index.name, y_label)
+    for name, values in table.items():
+        candidate = name if isinstance(name, str) else name[0]
+        values = values.dropna()
+        axes.plot(values.index, values, lw=1.4, marker="o", ms=3, **styles[candidate])
+    shown = [*table[table.index >= 0.1 * table.index.max()].to_numpy().ravel()]
+    if margin is not None:
+        axes.axhline(0, color=MUTED, lw=1)
+        axes.axhspan(-margin, margin, color=MUTED, alpha=0.15, lw=0)
+        shown += [-margin, margin]
+    set_limits(axes, shown)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return to_svg(figure, f"{y_label} against {table.index.name}")
+
+
+def new_axes(x_label, y_label="", height=2.9):
+    """Return (figure, axes) of that height in inches. Raise UserError without matplotlib."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the report needs matplotlib: pip install 'nanochat[report]'") from None
+    with matplotlib.rc_context(FIGURE_STYLE):
+        figure = Figure(figsize=(5, height), layout="constrained", facecolor="none")
+        axes = figure.add_subplot(facecolor="none", xlabel=x_label, ylabel=y_label)
+    axes.locator_params(nbins=6)  # the page's font may be wider than matplotlib's
+    return figure, axes
+
+
+def set_limits(axes, values):
+    """Set the vertical limits a little beyond the values."""
+    low, high = np.nanmin(values), np.nanmax(values)
+    edge = max(0.05 * (high - low), 1e-3 * abs(high), 1e-3 * (low == high))
+    axes.set_ylim(low - edge, high + edge)
+
+
+def thin(items, n):
+    """Return at most n of the items, evenly spaced, with the first and the last."""
+    return [items[at] for at in np.unique(np.linspace(0, len(items) - 1, n).astype(int))]
+
+
+def to_svg(figure, alt, texts=()):
+    """Return the figure as an <svg> element. texts: what its strips show under the pointer."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt}):
+        figure.savefig(buffer, format="svg", metadata=metadata)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") + 4:]
+    titles = (f'<g class="strip"><title>{html.escape(text)}</title>' for text in texts)
+    svg = re.sub('<g id="strip">', lambda _: next(titles), svg)
+    svg = re.sub('<g id="[^"]*"', "<g", svg)  # these ids repeat in every figure
+    svg = re.sub(' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
+    return Markup(f'<svg role="img" aria-label="{html.escape(alt)}"{svg}')
