@@ -19,7 +19,7 @@ from dev.lowering.fake_h100 import answer_for_triton
 from nanochat.kernels import embedding
 from nanochat.kernels import rms_norm as norms
 from nanochat.kernels.rms_norm import rms_norm, rope_qk_norm
-from nanochat.plain import plain_rms_norm, plain_rope_qk_norm
+from nanochat.gpt import plain_rms_norm, plain_rope_qk_norm
 
 KERNELS = {"rms_norm": "_norm_kernel", "rms_norm_backward": "_norm_kernel", "rope_norm": "_rope_norm_kernel",
            "rope_norm_backward": "_rope_norm_kernel", "embedding_gradient": "_rows_sum_kernel"}

@@ -14,7 +14,7 @@ from core_bundles import accuracy_by_brute_force, write_bundle
 
 from nanochat import core_eval
 from nanochat.common import UserError
-from nanochat.core_bundle import Task, bundle_folder, download_bundle, read_bundle
+from nanochat.core_eval import Task, bundle_folder, download_bundle, read_bundle
 from nanochat.core_eval import (
     CoreResult,
     Option,

@@ -34,7 +34,7 @@ import sys, torch
 sys.modules["triton"] = None
 from nanochat.kernels.rms_norm import rms_norm
 from nanochat.kernels.linear_cross_entropy import linear_cross_entropy
-from nanochat.plain import plain_linear_cross_entropy
+from nanochat.gpt import plain_linear_cross_entropy
 x, weight, targets = torch.randn(5, 8, requires_grad=True), torch.randn(64, 8), torch.arange(5)
 loss = linear_cross_entropy(x, weight, targets, 60, implementation="torch")
 loss.backward()

@@ -20,7 +20,7 @@ from nanochat.kernels.linear_cross_entropy import (
     chunk_rows,
     linear_cross_entropy,
 )
-from nanochat.plain import plain_linear_cross_entropy
+from nanochat.gpt import plain_linear_cross_entropy
 
 both = pytest.mark.parametrize("implementation", ["triton", "torch"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -368,7 +368,7 @@ _ROOT = Path(__file__).parents[1]
 _PEAK = """
 import sys, torch
 from nanochat.kernels.linear_cross_entropy import linear_cross_entropy
-from nanochat.plain import plain_linear_cross_entropy
+from nanochat.gpt import plain_linear_cross_entropy
 from dev.bench.measure import cpu_peak_bytes
 x = torch.randn(2048, 64, dtype=torch.bfloat16, requires_grad=True)
 weight, targets = torch.randn(16384, 64, requires_grad=True), torch.randint(0, 16000, (2048,))

@@ -13,7 +13,7 @@ from nanochat import optim
 from nanochat.distributed import Ranks
 from nanochat.gpt import Linear
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.updates import adamw_update, muon_direction, muon_update, polar_express
+from nanochat.optim import adamw_update, muon_direction, muon_update, polar_express
 
 
 def take_golden_steps(model, optimizer):

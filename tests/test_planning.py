@@ -28,7 +28,7 @@ from nanochat.planning.memory import memory_of
 from nanochat.planning.parts import MatrixStack, Tensor, model_parts
 from nanochat.planning.report import at_start, nodes_table
 from nanochat.planning.step_time import collective_bytes, collective_sec
-from nanochat.updates import polar_express, polar_express_flops
+from nanochat.optim import polar_express, polar_express_flops
 from scripts import base_train
 from scripts import plan as plan_script
 

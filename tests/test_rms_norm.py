@@ -14,7 +14,7 @@ from nanochat.common import UserError
 from nanochat.kernels import rms_norm as module
 from nanochat.kernels.rms_norm import check_rms_norm, rms_norm, rope_qk_norm
 from nanochat.kernels.runtime import triton
-from nanochat.plain import plain_rms_norm, plain_rope_qk_norm
+from nanochat.gpt import plain_rms_norm, plain_rope_qk_norm
 
 EPS = torch.finfo(torch.float32).eps
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

@@ -14,7 +14,7 @@ from torch._inductor.utils import run_and_get_code
 from dev.bench.variants import masked_loss, sliced_loss
 from nanochat.common import command
 from nanochat.gpt import GPTConfig
-from nanochat.plain import plain_linear_cross_entropy
+from nanochat.gpt import plain_linear_cross_entropy
 
 FORMS = {"sliced before the softcap": sliced_loss, "masked after it": masked_loss,
          "plain path": plain_linear_cross_entropy}

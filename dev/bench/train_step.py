@@ -29,7 +29,7 @@ from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
 from nanochat.kernels.rms_norm import check_rms_norm, rms_norm
 from nanochat.optim import MuonAdamW, parameter_groups
 from nanochat.schedule import model_shape
-from nanochat.updates import polar_express_flops
+from nanochat.optim import polar_express_flops
 
 RESIDUAL_TOO = "fused, residual norms too"  # a choice that --fused-rmsnorm does not make in a compiled model
 CANDIDATES = {
@@ -101,7 +101,7 @@ def step_flops(config, tokens):
 def refusal(flags, config, dtype, device, args):
     """Why a candidate cannot run here, or None."""
     heads = config.n_head, config.n_kv_head, config.head_dim
-    if reason := why_not(flags.get("attention", "auto"), device, dtype, heads, compiled=not args.no_compile):
+    if reason := why_not(flags.get("attention", "auto"), device, dtype, heads):
         return reason
     try:
         if flags.get("fp8"):

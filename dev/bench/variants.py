@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from nanochat.kernels.linear_cross_entropy import SOFTCAP, linear_cross_entropy
 from nanochat.kernels.rms_norm import rms_norm, rope_qk_norm
-from nanochat.plain import plain_linear_cross_entropy, plain_rms_norm, plain_rope_qk_norm
+from nanochat.gpt import plain_linear_cross_entropy, plain_rms_norm, plain_rope_qk_norm
 
 
 class Unavailable(Exception):

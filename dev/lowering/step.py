@@ -62,7 +62,7 @@ def lowered_rows(case, vocab_size, flags, largest=0, code=""):
     """A CSV row for each phase of a case; printed too."""
     config, counter = lowered(case, vocab_size, **flags)
     heads = config.n_head, config.n_kv_head, config.head_dim
-    chosen = collections.Counter(choose_backend(torch.device("cuda", 0), torch.bfloat16, heads, True, case.seq_len,
+    chosen = collections.Counter(choose_backend(torch.device("cuda", 0), torch.bfloat16, heads, case.seq_len,
                                                 window)[0] for window in config.windows)
     attention = " ".join(f"{name} {n}" for name, n in sorted(chosen.items()))
     rows = []

@@ -70,7 +70,7 @@ def _kept_bytes_per_token(config, model, dtype, device):
     for window in model.windows:
         backend = config.attention
         if backend == "auto" and device.type == "cpu":  # no GPU chooses what keeps scores
-            backend, _ = choose_backend(device, dtype, heads, not config.no_compile, model.sequence_len, window)
+            backend, _ = choose_backend(device, dtype, heads, model.sequence_len, window)
         if backend == "blockwise":  # keeps the scores in fp32 and the probabilities: of a query, its block's keys
             seen = min(window + BLOCK_QUERIES, (model.sequence_len + BLOCK_QUERIES) // 2)
             kept += seen * model.n_head * (4 + item)

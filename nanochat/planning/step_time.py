@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from nanochat.gpt import flops_per_token, scaling_params
 from nanochat.planning import gpus
 from nanochat.planning.parts import model_parts
-from nanochat.updates import polar_express_flops
+from nanochat.optim import polar_express_flops
 
 # Bytes that compiled kernels read and write, as if no cache held any of them: the solution of the counts at depth 12,
 # 8,192 and 32,768 tokens (dev/lowered_h100.csv); at depth 24 they give 175.2 GB where 175.4 were counted

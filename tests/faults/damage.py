@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from nanochat.checkpoint import load_model_state, load_optimizer_state, read_meta, save_checkpoint
 from nanochat.common import sha256_of, write_checksums
-from nanochat.core_bundle import read_bundle
+from nanochat.core_eval import read_bundle
 from nanochat.dataset import _open_shards
 from nanochat.experiments.ledger import read_experiments
 from nanochat.lane_b.infer.inference_file import read_inference

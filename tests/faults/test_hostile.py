@@ -11,7 +11,7 @@ import torch
 from checkpoints import Malicious
 from damage import bundle
 
-from nanochat import core_bundle
+from nanochat import core_eval as core_bundle
 from nanochat.checkpoint import checkpoint_folder, load_model
 from nanochat.common import UserError, check_name
 from nanochat.config import TrainingConfig

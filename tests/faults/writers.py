@@ -12,7 +12,7 @@ import torch
 from corpus import golden_tokenizer
 from damage import CASES, bundle
 
-from nanochat import core_bundle
+from nanochat import core_eval as core_bundle
 from nanochat.checkpoint import find_checkpoint, load_model_state, read_meta, save_checkpoint
 from nanochat.common import write_checksums, write_json, write_text
 from nanochat.dataset import _open_shards, open_dataset
