@@ -10,13 +10,7 @@ import time
 
 import numpy as np
 
-from nanochat.common import (
-    UserError,
-    choose_compute_dtype,
-    choose_device,
-    command,
-    device_name,
-)
+from nanochat.common import UserError, choose_compute_dtype, choose_device, command
 from nanochat.engine import stream, whole_characters
 from nanochat.checkpoint import load_trained
 
@@ -54,10 +48,11 @@ def main(argv=None):
     device = choose_device(args.device_type)
     dtype, _ = choose_compute_dtype(device)
     trained = load_trained(args.model_tag, args.step, device, dtype, args.tokenizer_dir)
-    note(f"{trained.name} on {device_name(device)} in {dtype}")
-    sys.stdin.reconfigure(errors="replace")
-    if not args.prompt and sys.stdin.isatty():
-        note("one prompt per line; Ctrl-D ends")
+    note(f"{trained.name} in {dtype} on {device}")
+    if not args.prompt:
+        sys.stdin.reconfigure(errors="replace")
+        if sys.stdin.isatty():
+            note("one prompt per line; Ctrl-D ends")
     n_samples = n_tokens = 0
     started = time.perf_counter()
     try:
