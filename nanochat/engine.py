@@ -1,4 +1,4 @@
-"""Generation with a key/value cache; decoding token by token equals the full forward."""
+"""Generation with a key/value cache; decoding token by token equals one full forward pass."""
 
 import math
 
@@ -6,35 +6,40 @@ import torch
 
 from nanochat.common import UserError
 
+# Softcapped logits divided by a lower temperature could overflow fp32. At this one, every draw is
+# already the likeliest token.
+MIN_TEMPERATURE = 1e-30
+
 
 class KVCache:
-    """Keys and values of every layer for B sequences of at most `capacity` tokens, all of one length.
+    """Keys and values of every layer for B sequences of equal length, at most `capacity` tokens.
 
-    `extend` is called once a layer with (B, T, Hkv, D), `advance` once a forward.
+    Each forward pass calls `extend` once per layer and `advance` once.
     """
 
     def __init__(self, config, batch_rows, capacity, device, dtype):
         shape = (2, config.n_layer, batch_rows, capacity, config.n_kv_head, config.head_dim)
         self._store = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
-        self.previous_embedding = None  # (B, 1, n_embd): what the smear of the next token needs
+        self.previous_embedding = None  # (B, 1, n_embd), which the smear of the next token reads
 
     def extend(self, layer, k, v):
-        """Store this layer's new keys and values; return all of them so far, each (B, length + T, Hkv, D)."""
+        """Store a layer's new keys and values (B, T, Hkv, D); return all of them so far."""
         end = self.length + k.size(1)
         assert end <= self._store.size(3), "the cache is full"
-        for store, new in zip(self._store[:, layer], (k, v), strict=True):
-            store[:, self.length : end] = new
-        return self._store[0, layer, :, :end], self._store[1, layer, :, :end]
+        keys, values = self._store[:, layer]
+        keys[:, self.length : end] = k
+        values[:, self.length : end] = v
+        return keys[:, :end], values[:, :end]
 
     def advance(self, n_tokens):
         self.length += n_tokens
 
 
 def generate(model, prompt_ids, max_new_tokens, *, n_samples=1, **sampling):
-    """Sample continuations of one prompt; returns n_samples lists of new token ids, stop tokens left out.
+    """Return n_samples continuations of one prompt as lists of token ids, without stop tokens.
 
-    sampling, errors: as `stream` has them.
+    sampling: arguments of `stream`, which also lists the errors.
     """
     outputs = [[] for _ in range(n_samples)]
     for tokens in stream(model, prompt_ids, max_new_tokens, n_samples=n_samples, **sampling):
@@ -45,26 +50,28 @@ def generate(model, prompt_ids, max_new_tokens, *, n_samples=1, **sampling):
 
 
 @torch.inference_mode()
-def stream(model, prompt_ids, max_new_tokens, *, n_samples=1, temperature=1.0, top_k=None, seed=0, stop_ids=()):
-    """Yield the next token id of each of n_samples continuations of one prompt, step by step; None from a stop token
-    on. It ends when all have stopped, at the latest after max_new_tokens.
+def stream(model, prompt_ids, max_new_tokens, *, n_samples=1, temperature=1.0, top_k=None, seed=0,
+           stop_ids=()):
+    """Yield per step a list with the next token id of each of n_samples continuations of a prompt.
 
-    temperature 0 takes the likeliest token. Errors: UserError for an empty prompt or one that, with
-    the new tokens, is longer than the model's rotary table.
+    After its first stop token a continuation yields None; the stream ends when all have stopped.
+    Temperature 0 takes the likeliest token. Raise UserError if the prompt is empty, if prompt and
+    new tokens exceed the rotary table, or if a number is out of range.
     """
-    capacity = len(prompt_ids) + max_new_tokens
     if not prompt_ids:
-        raise UserError("the prompt is empty: it must hold at least one token (the BOS token, say)")
+        raise UserError("the prompt is empty; it needs at least one token, for example BOS")
     if max_new_tokens < 0 or n_samples < 1:
-        raise UserError(f"{n_samples} samples of {max_new_tokens} new tokens cannot be; ask for at least 1 sample")
+        raise UserError(f"cannot draw {n_samples} samples of {max_new_tokens} new tokens")
+    capacity = len(prompt_ids) + max_new_tokens
     if capacity > model.cos.size(1):
-        raise UserError(f"prompt and new tokens are {capacity} together, the model takes {model.cos.size(1)}; "
-                        "ask for fewer")
+        raise UserError(f"the prompt and {max_new_tokens} new tokens have {capacity} tokens, but "
+                        f"the model takes {model.cos.size(1)}; ask for fewer")
     if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
-        raise UserError("temperature must be at least 0 and top_k at least 1")
+        raise UserError("temperature must be finite and at least 0, and top_k at least 1")
     generator = torch.Generator(model.device).manual_seed(seed)
     cache = KVCache(model.config, n_samples, capacity, model.device, model.compute_dtype)
-    ids, done = torch.tensor([prompt_ids] * n_samples, device=model.device), [False] * n_samples
+    ids = torch.tensor([prompt_ids] * n_samples, device=model.device)
+    done = [False] * n_samples
     for _ in range(max_new_tokens):
         ids = sample_token(model(ids, kv_cache=cache)[:, -1], generator, temperature, top_k)
         tokens = ids[:, 0].tolist()
@@ -74,16 +81,29 @@ def stream(model, prompt_ids, max_new_tokens, *, n_samples=1, temperature=1.0, t
         yield [None if stopped else token for stopped, token in zip(done, tokens, strict=True)]
 
 
-def whole_characters(token_ids, decode):
-    """The text of a stream of token ids in pieces, each as soon as it is certain: none ends within a character.
+def sample_token(logits, generator, temperature=1.0, top_k=None):
+    """Draw one token id per row (B, 1) from logits (B, V), among the `top_k` likeliest if given."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    if top_k is None:
+        probabilities = torch.softmax(logits / max(temperature, MIN_TEMPERATURE), dim=-1)
+        return torch.multinomial(probabilities, 1, generator=generator)
+    # topk keeps exactly k, also among equal logits
+    logits, ids = logits.topk(min(top_k, logits.size(-1)), dim=-1)
+    return ids.gather(-1, sample_token(logits, generator, temperature))
 
-    decode(ids) -> text, bytes that are not UTF-8 as U+FFFD. Together the pieces are decode(all ids).
+
+def whole_characters(token_ids, decode):
+    """Yield the text of a stream of token ids in pieces that do not split a character.
+
+    decode(ids) -> text, with bytes that are not UTF-8 as U+FFFD. The pieces add up to
+    decode(all ids).
     """
     pending, shown, text = [], 0, ""
     for token in token_ids:
         pending.append(token)
         text = decode(pending)
-        end = len(text) - text.endswith("\ufffd")  # the last one alone may be a character's first bytes
+        end = len(text) - text.endswith("\ufffd")  # it may be the beginning of a character
         if end > shown:
             yield text[shown:end]
             shown = end
@@ -91,13 +111,3 @@ def whole_characters(token_ids, decode):
             pending, shown, text = [], 0, ""
     if text[shown:]:
         yield text[shown:]
-
-
-def sample_token(logits, generator, temperature=1.0, top_k=None):
-    """One token id per row (B, 1) from logits (B, V), among the `top_k` likeliest when given."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    if top_k is None:
-        return torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)
-    logits, ids = logits.topk(min(top_k, logits.size(-1)), dim=-1)  # exactly k, also among equal logits
-    return ids.gather(-1, sample_token(logits, generator, temperature))

@@ -20,8 +20,7 @@ from nanochat.common import UserError, peak_bf16_flops
 from nanochat.config import model_config, run_horizon
 from nanochat.gpt import GPT, GPTConfig, flops_per_token, parameter_counts, scaling_params
 from nanochat.kernels.linear_cross_entropy import default_chunk_bytes
-from nanochat.optim import SMALL_NUMEL, parameter_groups
-from nanochat.updates import polar_express_flops
+from nanochat.optim import SMALL_NUMEL, parameter_groups, polar_express_flops
 
 
 class Gpu(NamedTuple):
@@ -159,7 +158,7 @@ def _activation_bytes(config, model, dtype, device):
         backend = config.attention
         if backend == "auto" and device.type == "cpu":
             backend, _ = choose_backend(
-                device, dtype, heads, not config.no_compile, model.sequence_len, window)
+                device, dtype, heads, model.sequence_len, window)
         if backend == "blockwise":  # keeps the scores in fp32 and the probabilities
             keys = min(window + BLOCK_QUERIES, (model.sequence_len + BLOCK_QUERIES) // 2)
             per_token += keys * model.n_head * (4 + dtype.itemsize)

@@ -21,8 +21,7 @@ import torch.distributed as dist
 from nanochat import build, checkpoint, schedule
 from nanochat.common import device_name, peak_bf16_flops, print0, warn
 from nanochat.config import TrainingConfig, model_config, run_horizon
-from nanochat.core_bundle import bundle_folder
-from nanochat.core_eval import evaluate_core
+from nanochat.core_eval import bundle_folder, evaluate_core
 from nanochat.dataloader import TokenLoader, n_batches_of_rank
 from nanochat.dataset import open_dataset
 from nanochat.distributed import Ranks, on_main

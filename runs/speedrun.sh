@@ -10,6 +10,7 @@ source runs/setup.sh
 
 RATIO="${1:-8}" WANDB="${2:-dummy}" SEED="${3:-42}" GPU="${GPU:-h100}" GPUS="${GPUS:-8}"
 BASE="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+BASE="${BASE/#\~/$HOME}" # the programs expand a leading ~, too
 RUN="speedrun_s$SEED${TAG:-}"
 DONE="$BASE/stages/$RUN"
 mkdir -p "$DONE"

@@ -10,11 +10,9 @@ from nanochat import common
 from nanochat.checkpoint import load_trained
 from nanochat.common import UserError, print0
 from nanochat.config import TrainingConfig
-from nanochat.core_bundle import bundle_folder
-from nanochat.core_eval import evaluate_core
+from nanochat.core_eval import bundle_folder, evaluate_core, load_hf
 from nanochat.dataset import open_dataset
 from nanochat.distributed import on_main, start_ranks, stop_ranks
-from nanochat.hf_model import load_hf
 from nanochat.loss_eval import SplitRows, evaluate_split, position_table, sample_documents
 from nanochat.tokens import token_shards
 

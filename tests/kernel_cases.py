@@ -1,13 +1,15 @@
-"""What the kernels' tests share: the device, and the criterion of exactness."""
+"""What the kernel tests share: the device, the plain loss, and the criterion of exactness."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from nanochat.gpt import plain_cross_entropy
 from nanochat.kernels.runtime import INTERPRETED
 
 
 def kernel_device():
-    """The GPU where there is one; otherwise the CPU, with the kernels in Triton's interpreter."""
+    """Return the GPU if there is one, else the CPU, where Triton's interpreter runs the kernels."""
     if INTERPRETED:
         return torch.device("cpu")
     if torch.cuda.is_available():
@@ -15,19 +17,33 @@ def kernel_device():
     pytest.skip("neither CUDA nor the interpreter: set TRITON_INTERPRET=1 before pytest starts")
 
 
+def plain_linear_cross_entropy(x, weight, targets, vocab_size, softcap=15.0, reduction="mean"):
+    """The loss as the model computes it by default, from x (..., d) and weight (Vpad, d)."""
+    logits = F.linear(x, weight.to(x.dtype))
+    return plain_cross_entropy(logits, targets, vocab_size, softcap, reduction)
+
+
+def with_gradients(function, inputs, upstream=None):
+    """Return the outputs of a function and its gradients at `inputs`, as one tuple."""
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return (*outputs, *torch.autograd.grad(outputs, inputs, upstream))
+
+
 def error(value, truth):
-    """Relative error in the Frobenius norm; the error itself where the truth is zero."""
+    """Return the relative error in the Frobenius norm; the error itself if the truth is zero."""
     value, truth = value.detach().double(), truth.detach().double()
     assert value.shape == truth.shape
     return ((value - truth).norm() / (truth.norm() or 1.0)).item()
 
 
 def assert_as_exact(values, references, truths, factor=1.5, floor=2e-6):
-    """Each value's error against the fp64 truth is at most 1.5 times that of the same-dtype torch reference.
+    """Each value's error against fp64 is at most 1.5 times that of torch in the same dtype.
 
-    The floor is for references that happen to hit the truth, and for the order in which matmuls of
-    another shape sum their fp32 products.
+    The floor allows for references that happen to hit the truth, and for the order in which matmuls
+    of other shapes sum their fp32 products.
     """
-    for index, (value, reference, truth) in enumerate(zip(values, references, truths, strict=True)):
+    for index, (value, reference, truth) in enumerate(
+            zip(values, references, truths, strict=True)):
         ours, theirs = error(value, truth), error(reference, truth)
-        assert ours <= factor * theirs + floor, f"result {index}: error {ours:.3g}, the reference's {theirs:.3g}"
+        assert ours <= factor * theirs + floor, f"result {index}: {ours:.3g}, torch {theirs:.3g}"

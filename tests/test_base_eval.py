@@ -16,7 +16,7 @@ from golden_figures import CONFIG, golden_model
 
 from nanochat.checkpoint import checkpoint_folder, save_checkpoint
 from nanochat.common import runs_dir
-from nanochat.core_bundle import bundle_folder
+from nanochat.core_eval import bundle_folder
 from nanochat.dataset import open_dataset
 from nanochat.engine import generate
 from nanochat.loss_eval import SplitRows

@@ -1,3 +1,5 @@
+"""CORE: prompts and spans against golden ones, scores against brute force, the bundle's files."""
+
 import csv
 import functools
 import http.server
@@ -14,14 +16,15 @@ from core_bundles import accuracy_by_brute_force, write_bundle
 
 from nanochat import core_eval
 from nanochat.common import UserError
-from nanochat.core_bundle import Task, bundle_folder, download_bundle, read_bundle
 from nanochat.core_eval import (
     CoreResult,
-    Option,
-    crop,
+    Task,
+    bundle_folder,
+    download_bundle,
     evaluate_core,
     fewshot_indices,
     options_of,
+    read_bundle,
     render_prompts,
     score_options,
 )
@@ -31,36 +34,14 @@ GOLDEN = Path(__file__).parent / "golden"
 MADE_TASKS = json.loads((GOLDEN / "core_prompts.json").read_text(encoding="utf-8"))
 
 
-def golden_task(name):
-    made = MADE_TASKS[name]
-    return Task(name, made["task_type"], made["num_fewshot"], made["continuation_delimiter"], 0.0, made["items"],
-                len(made["items"]))
-
-
-@pytest.mark.parametrize("name", MADE_TASKS)
-def test_shots_prompts_and_spans_are_upstreams(name):
-    task, tokenizer = golden_task(name), load_tokenizer(GOLDEN / "tokenizer_1024")
-    for index, expected in enumerate(MADE_TASKS[name]["expected"]):
-        assert fewshot_indices(task, index) == expected["fewshot"]
-        prompts = render_prompts(task, index)
-        assert prompts == expected["prompts"]
-        options = options_of(task, index, tokenizer)
-        assert [option.start for option in options] == expected["start"]
-        assert [option.end for option in options] == expected["end"]
-        scored = prompts[-len(options):]
-        assert [option.tokens for option in options] == [[tokenizer.bos_id, *tokenizer.encode(p)] for p in scored]
-
-
-def test_braces_and_blanks_in_the_items_stay_as_they_are():
-    items = [{"query": " {{ x }}\r\n", "choices": ["{% y %}", " b \n"], "gold": 1}] * 2
-    prompts = render_prompts(Task("t", "multiple_choice", 1, "\n", 0.0, items, 2), 0)
-    assert prompts == [" {{ x }}\r\n\n b \n\n\n {{ x }}\r\n\n{% y %}", " {{ x }}\r\n\n b \n\n\n {{ x }}\r\n\n b \n"]
-
-
-# A made bundle: words of a few letters, so that the tokenizer of single bytes keeps prompts short.
-
 def bytes_tokenizer():
-    return Tokenizer({bytes([i]): i for i in range(256)}, {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
+    """A tokenizer of single bytes, which keeps the prompts of made bundles short."""
+    special = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
+    return Tokenizer({bytes([i]): i for i in range(256)}, special)
+
+
+def bpe_tokenizer():
+    return load_tokenizer(GOLDEN / "tokenizer_1024")
 
 
 @pytest.fixture
@@ -70,95 +51,124 @@ def bundle(tmp_path):
 
 @functools.cache
 def causal_model(seed=0, vocab_size=265, width=8):
-    """Logits from the decaying mean of what came so far: causal, and every token before counts."""
+    """Logits from the decaying mean of the tokens so far."""
     generator = torch.Generator().manual_seed(seed)
     embedding = torch.randn(vocab_size, width, generator=generator)
     head = torch.randn(width, vocab_size, generator=generator)
 
     def model(idx):
-        T = idx.size(1)
-        age = torch.arange(T)[:, None] - torch.arange(T)
+        age = torch.arange(idx.size(1))[:, None] - torch.arange(idx.size(1))
         weight = torch.where(age >= 0, 0.7 ** age.clamp_min(0), 0.0)
         return weight @ embedding[idx] @ head
 
     return model
 
 
+def model_that_knows(options, vocab_size):
+    """A model that predicts the scored tokens of these options, the later the surer."""
+    following = {tuple(tokens[:at]): (tokens[at], 10 + at - start) for tokens, start in options
+                 for at in range(start, len(tokens))}
+
+    def model(idx):
+        logits = torch.zeros(*idx.shape, vocab_size)
+        for row, tokens in enumerate(idx.tolist()):
+            for t in range(len(tokens)):
+                if tuple(tokens[: t + 1]) in following:
+                    token, logit = following[tuple(tokens[: t + 1])]
+                    logits[row, t, token] = logit
+        return logits
+
+    return model
+
+
+def right_options(tasks, tokenizer):
+    options = []
+    for task in tasks:
+        for index, item in enumerate(task.items):
+            options.append(options_of(task, index, tokenizer)[0][item.get("gold", 0)])
+    return options
+
+
+# --- prompts and scores ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", MADE_TASKS)
+def test_shots_prompts_and_spans_are_those_of_upstream(name):
+    made, tokenizer = MADE_TASKS[name], bpe_tokenizer()
+    task = Task(name, made["task_type"], made["num_fewshot"], made["continuation_delimiter"], 0.0,
+                made["items"], len(made["items"]))
+    for index, expected in enumerate(made["expected"]):
+        assert fewshot_indices(task, index) == expected["fewshot"]
+        prompts = render_prompts(task, index)
+        assert prompts == expected["prompts"]
+        options, was_empty = options_of(task, index, tokenizer)
+        assert not was_empty
+        assert [start for _, start in options] == expected["start"]
+        assert [len(tokens) for tokens, _ in options] == expected["end"]
+        for (tokens, _), prompt in zip(options, prompts[-len(options):], strict=True):
+            assert tokens == [tokenizer.bos_id, *tokenizer.encode(prompt)]
+
+
+def test_braces_and_blanks_in_items_are_kept():
+    items = [{"query": " {{ x }}\r\n", "choices": ["{% y %}", " b \n"], "gold": 1}] * 2
+    shot = " {{ x }}\r\n\n b \n\n\n"
+    prompts = render_prompts(Task("t", "multiple_choice", 1, "\n", 0.0, items, 2), 0)
+    assert prompts == [f"{shot} {{{{ x }}}}\r\n\n{option}" for option in items[0]["choices"]]
+
+
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("cap", [9, 5, 2, 1])  # two examples are shown before one of multip
-def test_core_equals_the_rules_spelled_out(bundle, seed, cap):
-    result = evaluate_core(causal_model(seed), bytes_tokenizer(), bundle, "cpu", max_per_task=cap)
-    accuracy = accuracy_by_brute_force(causal_model(seed), bytes_tokenizer(), bundle, cap)
+@pytest.mark.parametrize("cap", [9, 5, 1])  # a multiple-choice item shows two others
+def test_core_equals_its_rules_written_out(bundle, seed, cap):
+    model, tokenizer = causal_model(seed), bytes_tokenizer()
+    result = evaluate_core(model, tokenizer, bundle, "cpu", max_per_task=cap)
+    accuracy = accuracy_by_brute_force(model, tokenizer, bundle, cap)
     assert result.accuracy == pytest.approx(accuracy)
-    expected = {"multip": (accuracy["multip"] - 1 / 3) / (2 / 3), "schema": (accuracy["schema"] - 0.25) / 0.75,
-                "langua": accuracy["langua"]}
-    assert result.centered == pytest.approx(expected)
-    assert result.core_metric == pytest.approx(sum(expected.values()) / 3)
+    centered = {"multip": (accuracy["multip"] - 1 / 3) / (2 / 3),
+                "schema": (accuracy["schema"] - 0.25) / 0.75, "langua": accuracy["langua"]}
+    assert result.centered == pytest.approx(centered)
+    assert result.core_metric == pytest.approx(sum(centered.values()) / 3)
 
 
 def test_a_model_that_knows_the_answers_scores_one(bundle):
-    tokenizer, right = bytes_tokenizer(), {}
-    for task in read_bundle(bundle):
-        for index, item in enumerate(task.items):
-            options = options_of(task, index, tokenizer)
-            option = options[item.get("gold", 0)]
-            for at in range(option.start, option.end):
-                right[tuple(option.tokens[:at])] = option.tokens[at]
-
-    def model(idx):
-        logits = torch.zeros(*idx.shape, 265)
-        for b, row in enumerate(idx.tolist()):
-            for t in range(len(row)):
-                if tuple(row[:t + 1]) in right:
-                    logits[b, t, right[tuple(row[:t + 1])]] = 20
-        return logits
-
-    assert evaluate_core(model, tokenizer, bundle, "cpu").core_metric == pytest.approx(1, abs=0)
+    tokenizer = bytes_tokenizer()
+    model = model_that_knows(right_options(read_bundle(bundle), tokenizer), 265)
+    assert evaluate_core(model, tokenizer, bundle, "cpu").core_metric == 1
 
 
 def test_batches_of_any_size_give_the_same_scores(bundle):
-    tokenizer = bytes_tokenizer()
-    options = [option for task in read_bundle(bundle) for i in range(9) for option in options_of(task, i, tokenizer)]
-    seen = []
+    tokenizer, seen = bytes_tokenizer(), []
+    options = [option for task in read_bundle(bundle) for i in range(9)
+               for option in options_of(task, i, tokenizer)[0]]
 
     def model(idx):
         seen.append(idx.numel())
         return causal_model()(idx)
 
-    one_by_one = score_options(options, model, 256, "cpu", batch_tokens=1)
+    nats, hits = zip(*score_options(options, model, 256, "cpu", batch_tokens=1), strict=True)
     for batch_tokens in (100, 1000):
         seen.clear()
-        batched = score_options(options, model, 256, "cpu", batch_tokens)
+        scores = score_options(options, model, 256, "cpu", batch_tokens)
         assert max(seen) <= batch_tokens and len(seen) < len(options)
-        assert [nats for nats, _ in batched] == pytest.approx([nats for nats, _ in one_by_one], rel=1e-5)
-        assert [hit for _, hit in batched] == [hit for _, hit in one_by_one]
+        assert [each for each, _ in scores] == pytest.approx(nats, rel=1e-5)
+        assert [hit for _, hit in scores] == list(hits)
 
 
 def test_ranks_share_the_examples_and_sum_their_counts(bundle, monkeypatch):
-    tokenizer, whole = bytes_tokenizer(), evaluate_core(causal_model(), bytes_tokenizer(), bundle, "cpu")
-    counts, calls = [], []
-
-    def model(idx):
-        calls.append(len(idx))
-        return causal_model()(idx)
-
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda n_correct: counts.append(n_correct.clone()))
+    model, tokenizer = causal_model(), bytes_tokenizer()
+    expected = evaluate_core(model, tokenizer, bundle, "cpu")
+    counts = []
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda each: counts.append(each.clone()))
     for rank in range(2):
         evaluate_core(model, tokenizer, bundle, "cpu", rank=rank, world_size=2)
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda n_correct: n_correct.copy_(sum(counts)))
-    assert evaluate_core(model, tokenizer, bundle, "cpu", rank=1, world_size=2) == whole
-    assert len(counts) == 2 and sum(calls) == 9 * 7 + 4 * 7  # rank 0 has 5 of the 9 items, rank 1 has 4, twice
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda each: each.copy_(sum(counts)))
+    assert evaluate_core(model, tokenizer, bundle, "cpu", rank=1, world_size=2) == expected
 
 
-def test_long_prompts_lose_their_beginning():
-    option = Option(list(range(10)), 7, 9)
-    assert crop(option, None) is option and crop(option, 10) is option
-    assert crop(option, 4) == Option([6, 7, 8, 9], 1, 3)
-    assert crop(Option(list(range(10)), 2, 10), 3) == Option([7, 8, 9], 1, 3)
-
-
-def test_no_prompt_is_longer_than_the_model_takes(bundle):
-    lengths = []
+def test_long_prompts_lose_their_beginning_but_keep_their_scored_end(bundle):
+    [task, *_], lengths = read_bundle(bundle), []
+    options, _ = options_of(task, 0, bytes_tokenizer())
+    cropped, _ = options_of(task, 0, bytes_tokenizer(), max_tokens=4)
+    for (tokens, start), (kept, kept_start) in zip(options, cropped, strict=True):
+        assert kept == tokens[-4:] and kept_start == max(1, start - len(tokens) + 4)
 
     def model(idx):
         lengths.append(idx.size(1))
@@ -168,81 +178,125 @@ def test_no_prompt_is_longer_than_the_model_takes(bundle):
     assert max(lengths) == 12
 
 
-def test_a_choice_that_is_the_beginning_of_another_is_never_chosen():
-    items = [{"query": "q", "choices": ["a", "ab", "ac"], "gold": 0}]
-    options = options_of(Task("t", "multiple_choice", 0, " ", 0.0, items, 1), 0, bytes_tokenizer())
-    assert [option.end - option.start for option in options] == [0, 1, 1]
-    scores = score_options(options, causal_model(), 256, "cpu", batch_tokens=1)
-    assert scores[0] == (math.inf, False) and all(math.isfinite(nats) for nats, _ in scores[1:])
+# --- options that begin alike ---------------------------------------------------------------------
 
+def item_task(choices, gold=0, delimiter=" ", task_type="multiple_choice"):
+    if task_type == "schema":
+        item = {"context_options": choices, "continuation": "end", "gold": gold}
+    else:
+        item = {"query": "the", "choices": choices, "gold": gold}
+    return Task("t", task_type, 0, delimiter, 0.0, [item], 1)
+
+
+@pytest.mark.parametrize("tokenizer", [bytes_tokenizer(), bpe_tokenizer()], ids=["bytes", "bpe"])
+@pytest.mark.parametrize("delimiter", [" ", "\n", ": "])
+@pytest.mark.parametrize("choices", [
+    ["a", "ab", "ac"],
+    ["was was", "was was be it", "was was be"],
+    ["red ", "red", "red  x"],
+    [" of", " of the", " of them"],
+    ["10", "100", "1000"],
+    ["the\n", "the\n\n", "the"],
+])
+def test_an_option_that_begins_the_others_can_be_right(tokenizer, delimiter, choices):
+    for gold in range(len(choices)):
+        task = item_task(choices, gold, delimiter)
+        options, _ = options_of(task, 0, tokenizer)
+        assert all(start < len(tokens) for tokens, start in options)
+        model = model_that_knows([options[gold]], tokenizer.vocab_size)
+        scores = score_options(options, model, tokenizer.bos_id, "cpu", 1000)
+        assert core_eval.is_right(task, task.items[0], scores)
+
+
+def test_a_bundle_of_such_options_is_answered_and_warned_of(tmp_path, capsys):
+    folder, tokenizer = tmp_path / "prefix", bpe_tokenizer()
+    (folder / "eval_data").mkdir(parents=True)
+    items = [{"query": f"item {i} of the", "choices": ["in in", "in in him"], "gold": i % 2}
+             for i in range(20)]
+    (folder / "eval_data" / "prefix.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (folder / "core.yaml").write_text(
+        "icl_tasks:\n- {label: prefix, dataset_uri: prefix.jsonl, num_fewshot: [0], "
+        "icl_task_type: multiple_choice}\n")
+    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nprefix,50\n")
+    model = model_that_knows(right_options(read_bundle(folder), tokenizer), tokenizer.vocab_size)
+    assert evaluate_core(model, tokenizer, folder, "cpu").core_metric == 1
+    assert "prefix: in 20 of 20 items" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task_type", ["multiple_choice", "schema"])
+def test_equal_options_are_one_answer(task_type):
+    tokenizer = bpe_tokenizer()
+    for gold, right in ((0, True), (1, True), (2, False)):
+        task = item_task(["red", "red", "blue"], gold, task_type=task_type)
+        options, _ = options_of(task, 0, tokenizer)
+        model = model_that_knows(options[:1], tokenizer.vocab_size)
+        scores = score_options(options, model, tokenizer.bos_id, "cpu", 1000)
+        assert core_eval.is_right(task, task.items[0], scores) == right
+
+
+def test_an_option_without_any_token_is_never_right():
+    task = item_task(["", "", ""], delimiter="")
+    options, was_empty = options_of(task, 0, bytes_tokenizer())
+    scores = score_options(options, causal_model(), 256, "cpu", 1000)
+    assert was_empty and scores == [(math.inf, False)] * 3
+    assert not core_eval.is_right(task, task.items[0], scores)
+
+
+# --- the bundle -----------------------------------------------------------------------------------
 
 def test_a_missing_bundle_says_where_it_must_be():
-    with pytest.raises(UserError, match=r"core.yaml is missing.*nanochat.core_eval.*eval_bundle") as error:
-        evaluate_core(causal_model(), bytes_tokenizer(), bundle_folder(), "cpu")
-    assert str(bundle_folder()) in str(error.value)
+    with pytest.raises(UserError, match=r"missing .*core_eval.*eval_bundle"):
+        read_bundle(bundle_folder())
 
 
 @pytest.mark.parametrize(("file", "old", "new", "message"), [
-    ("core.yaml", "icl_tasks:", "icl_tasks: [", "not a list of tasks"),
-    ("core.yaml", "icl_tasks:", "tasks:", "not a list of tasks"),
-    ("core.yaml", "label: schema", "label: [schema]", "are texts"),
-    ("core.yaml", "icl_task_type: schema", "icl_task_type: riddle", "task schema is of type riddle"),
-    ("core.yaml", "made/schema.jsonl", "made/other.jsonl", "other.jsonl is missing"),
-    ("eval_meta_data.csv", "schema,made,25", "", "no random baseline for task schema"),
-    ("eval_meta_data.csv", "25", "a quarter", "not a table with the columns"),
-    ("eval_data/made/schema.jsonl", '"gold"', '"silver"', "schema.jsonl, line 1: .*without gold"),
-    ("eval_data/made/schema.jsonl", '"gold": ', '"gold": 9', "line 1: .*no index into context_options"),
-    ("eval_data/made/schema.jsonl", "{", "", "schema.jsonl, line 1: not an item of a schema task"),
-    ("eval_data/made/schema.jsonl", '"continuation": "', '"continuation": "", "was": "', "continuation is blank"),
+    ("core.yaml", "icl_tasks:", "icl_tasks: [", "core.yaml is damaged"),
+    ("core.yaml", "icl_tasks:", "tasks:", "core.yaml is damaged"),
+    ("core.yaml", "label: schema", "label: [schema]", "core.yaml is damaged"),
+    ("core.yaml", "icl_task_type: schema", "icl_task_type: riddle", "unknown task type riddle"),
+    ("core.yaml", "made/schema.jsonl", "made/other.jsonl", "missing .*other.jsonl"),
+    ("core.yaml", "made/schema.jsonl", "../../x.jsonl", "outside the bundle"),
+    ("eval_meta_data.csv", "schema,made,25", "", "no baseline of schema"),
+    ("eval_meta_data.csv", "25", "a quarter", "eval_meta_data.csv is damaged"),
+    ("eval_data/made/schema.jsonl", '"gold"', '"silver"', "schema.jsonl .*line 1: .*gold"),
+    ("eval_data/made/schema.jsonl", '"gold": ', '"gold": 9', "schema.jsonl .*line 1: IndexError"),
+    ("eval_data/made/schema.jsonl", "{", "", "schema.jsonl .*line 1: "),
 ])
-def test_a_damaged_bundle_is_named(bundle, file, old, new, message):
-    path = bundle / file
-    text = path.read_text()
+def test_a_damaged_file_is_named(bundle, file, old, new, message):
+    text = (bundle / file).read_text()
     assert old in text
-    path.write_text(text.replace(old, new, 1))
+    (bundle / file).write_text(text.replace(old, new, 1))
     with pytest.raises(UserError, match=message):
         read_bundle(bundle)
 
 
-def test_a_cap_keeps_as_many_items_as_must_be_shown(bundle):
-    for cap in (1, 2, 5, 9, 20, -1):
-        whole = read_bundle(bundle)
-        for task, all_of_it in zip(read_bundle(bundle, cap), whole, strict=True):
+def test_a_cap_keeps_the_items_that_must_be_shown(bundle):
+    for cap in (1, 5, 20, -1):
+        for task, complete in zip(read_bundle(bundle, cap), read_bundle(bundle), strict=True):
             assert task.n_evaluated == (9 if cap == -1 else min(cap, 9))
-            assert task.items == all_of_it.items[:max(task.n_evaluated, task.num_fewshot + 1)]
-
-
-@pytest.mark.parametrize("cap", [0, -2])
-def test_a_cap_of_none_is_refused(bundle, cap):
+            n_items = max(task.n_evaluated, task.num_fewshot + 1)
+            assert task.items == complete.items[:n_items]
     with pytest.raises(UserError, match="at least 1, or -1 for all"):
-        read_bundle(bundle, max_per_task=cap)
+        read_bundle(bundle, max_per_task=0)
 
 
-def test_a_task_of_fewer_items_than_it_shows_is_damaged(tmp_path):
-    with pytest.raises(UserError, match=r"multiple_choice\.jsonl: task multip shows 2 other examples .* has only 2"):
+def test_a_task_with_too_few_items_to_show_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"multiple_choice\.jsonl .*2 items"):
         read_bundle(write_bundle(tmp_path / "small", n_items=2))
 
 
-def test_the_table_has_a_row_for_each_task_and_one_for_core(tmp_path):
-    CoreResult(0.25, {"a, b": 1.0, "c": 0.5}, {"a, b": 1.0, "c": -0.5}).write_csv(tmp_path / "core.csv")
+def test_the_table_has_a_row_per_task_and_one_for_core(tmp_path):
+    result = CoreResult(0.25, {"a, b": 1.0, "c": 0.5}, {"a, b": 1.0, "c": -0.5})
+    result.write_csv(tmp_path / "core.csv")
     with open(tmp_path / "core.csv", newline="") as file:
-        assert list(csv.reader(file)) == [["Task", "Accuracy", "Centered"], ["a, b", "1.000000", "1.000000"],
-                                          ["c", "0.500000", "-0.500000"], ["CORE", "", "0.250000"]]
-
-
-def test_help_shows_help_and_fetches_nothing(base_dir, capsys, monkeypatch):
-    monkeypatch.setattr("nanochat.core_eval.download_bundle", lambda: pytest.fail("downloaded"))
-    with pytest.raises(SystemExit) as stopped:
-        core_eval.main(["--help"])
-    assert stopped.value.code == 0 and "CORE" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stopped:
-        core_eval.main(["--url", "x"])
-    assert stopped.value.code == 2 and not list(base_dir.iterdir())
+        assert list(csv.reader(file)) == [
+            ["Task", "Accuracy", "Centered"], ["a, b", "1.000000", "1.000000"],
+            ["c", "0.500000", "-0.500000"], ["CORE", "", "0.250000"]]
 
 
 @pytest.fixture
 def serve(monkeypatch):
-    """Serve bytes on loopback: serve(content, status) -> (url, requests so far)."""
+    """Return a function that serves bytes on loopback and returns (url, list of requests)."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     servers = []
 
@@ -279,30 +333,30 @@ def zipped(folder):
     return buffer.getvalue()
 
 
-def test_the_bundle_is_downloaded_once(bundle, serve):
+def test_the_bundle_is_downloaded_once_and_its_files_are_checked(bundle, serve):
     url, requests = serve(zipped(bundle))
-    assert download_bundle(url) == bundle_folder()
+    assert download_bundle(url) == download_bundle(url) == bundle_folder() and len(requests) == 1
     assert read_bundle(bundle_folder()) == read_bundle(bundle)
-    assert download_bundle(url) == bundle_folder() and len(requests) == 1
+    path = bundle_folder() / "eval_data" / "made" / "schema.jsonl"
+    path.write_text(path.read_text().replace("a", "b", 1))
+    with pytest.raises(UserError, match=r"schema\.jsonl is damaged .*SHA-256"):
+        read_bundle(bundle_folder())
 
 
-@pytest.mark.parametrize(("status", "message"), [(200, "not a zip"), (404, "404 Not Found"), (503, "503")])
-def test_a_failed_download_leaves_nothing(base_dir, serve, status, message):
-    url, _ = serve(b"not a zip", status)
-    with pytest.raises(UserError, match=f"could not download .*{message}"):
+@pytest.mark.parametrize(("content", "status", "message"), [
+    (b"not a zip", 200, "not a zip"), (b"", 404, "404 Not Found"), (None, 200, "missing")])
+def test_a_failed_download_leaves_nothing(base_dir, bundle, serve, content, status, message):
+    if content is None:  # an archive of something else
+        (bundle / "core.yaml").unlink()
+        content = zipped(bundle)
+    url, _ = serve(content, status)
+    with pytest.raises(UserError, match=message):
         download_bundle(url)
-    assert [path.name for path in base_dir.iterdir()] == ["eval_bundle.lock"]
+    assert not bundle_folder().exists() and not list(base_dir.glob(".eval_bundle*"))
 
 
-def test_an_archive_of_something_else_is_refused(base_dir, bundle, serve):
-    (bundle / "core.yaml").unlink()
-    url, _ = serve(zipped(bundle))
-    with pytest.raises(UserError, match=r"core\.yaml is missing"):
-        download_bundle(url)
-    assert [path.name for path in base_dir.iterdir()] == ["eval_bundle.lock"]
-
-
-def test_no_server_is_one_line(serve, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the library's attempts
-    with pytest.raises(UserError, match=r"could not download http://127\.0\.0\.1:9/"):
-        download_bundle("http://127.0.0.1:9/eval_bundle.zip")
+def test_help_downloads_nothing(base_dir, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        core_eval.main(["--help"])
+    assert stopped.value.code == 0 and "CORE" in capsys.readouterr().out
+    assert not list(base_dir.iterdir())

@@ -21,7 +21,7 @@ from core_bundles import write_bundle
 from corpus import GOLDEN_TOKENIZER
 from writers import WRITERS
 
-from nanochat import core_bundle
+from nanochat import core_eval as core_bundle
 from nanochat.checkpoint import checkpoint_folder, load_model
 from nanochat.common import UserError, check_name
 from nanochat.config import TrainingConfig

@@ -9,6 +9,7 @@ import pytest
 import synthetic_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nanochat.experiments.probe import Probe
 from scipy import stats
 from synthetic_runs import make_trial
 
@@ -22,7 +23,6 @@ from nanochat.experiments.gates import (
     spikes,
     time_gate,
 )
-from nanochat.experiments.probe import Probe
 from nanochat.experiments.runner import SLACK_BPB
 from nanochat.experiments.table import experiment_table, on_one_clock
 

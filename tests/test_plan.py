@@ -16,7 +16,7 @@ from dev.bench.plan import CPU, SHAPES, planned_peak_mb, record_rows
 from nanochat.common import choose_compute_dtype
 from nanochat.config import TrainingConfig, model_config, parse_config, run_horizon
 from nanochat.gpt import GPT, GPTConfig, parameter_counts
-from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.optim import MuonAdamW, parameter_groups, polar_express, polar_express_flops
 from nanochat.plan import (
     GPUS,
     LINK_SHARE,
@@ -29,7 +29,6 @@ from nanochat.plan import (
     memory_of,
     model_parts,
 )
-from nanochat.updates import polar_express, polar_express_flops
 from scripts import plan as plan_script
 
 ROOT = Path(__file__).parent.parent

@@ -13,8 +13,8 @@ from corpus import TINY_FLAGS
 
 from nanochat.checkpoint import checkpoint_steps
 from nanochat.common import base_dir, runs_dir
-from nanochat.runlog import METRICS, read_run
 from nanochat.config import parse_config
+from nanochat.runlog import METRICS, read_run
 
 SCRIPT = Path(__file__).parent.parent / "runs" / "slurm.sh"
 

@@ -6,10 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from nanochat.experiments.leaderboard import leaderboard_row, time_to_target_line
 
 from nanochat.common import UserError
 from nanochat.config import parse_config
-from nanochat.experiments.leaderboard import leaderboard_row, time_to_target_line
 from nanochat.runlog import RunRecord
 
 ROOT = Path(__file__).parents[1]

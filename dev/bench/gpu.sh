@@ -69,7 +69,7 @@ fi
     piece correctness "$PYTHON" -m pytest -q -p no:cacheprovider $TESTS
     step step_d12 "both chunked-ce fused-rmsnorm" $D12
     piece kernels "$PYTHON" -m dev.bench.kernels --out "$OUT/kernels.csv" --minutes "$(minutes_left)" $KERNELS
-    step attention "attention-varlen attention-flex attention-sdpa" $D12_WINDOWS
+    step attention "attention-varlen attention-sdpa" $D12_WINDOWS
     step step_d24 "both" $D24
     step fp8_d24 "fp8" $D24
     step attention_d24 "attention-sdpa" $D24

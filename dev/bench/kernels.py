@@ -55,7 +55,9 @@ class Row:
     vocab_size: int | None
     dtype: str
     device: str
-    error: float | None = None  # largest relative error against fp64 among loss or output and gradients
+    error: float | None = (
+        None  # largest relative error against fp64 among loss or output and gradients
+    )
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
@@ -70,12 +72,26 @@ class Row:
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", required=True, help="the CSV file to write")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
-    parser.add_argument("--tokens", type=int, nargs="+", help="numbers of tokens (default: 8192 32768 131072 on a GPU)")
-    parser.add_argument("--vocab-size", type=int, default=32768, help="padded to a multiple of 64, which is masked")
-    parser.add_argument("--minutes", type=float, default=60, help="begin no shape after them; exit code 3: some left")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        help="numbers of tokens (default: 8192 32768 131072 on a GPU)",
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=32768, help="padded to a multiple of 64, which is masked"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=60,
+        help="begin no shape after them; exit code 3: some left",
+    )
     parser.add_argument("--repeats", type=int, default=15 if torch.cuda.is_available() else 7)
     return parser.parse_args(argv)
 
@@ -88,11 +104,18 @@ def main(argv=None):
     dtype, reason = choose_compute_dtype(device)
     print(f"{device_name(device)}; {reason}")
     jobs = gpu_jobs(args, device, dtype) if device.type == "cuda" else cpu_jobs(args, device, dtype)
-    failures, left = run_jobs({name: partial(_reported, job) for name, job in jobs.items()}, args.out, args.minutes,
-                              lambda name, reason: asdict(Row(name, "", "", 0, 0, None, "", "", note=reason)))
+    failures, left = run_jobs(
+        {name: partial(_reported, job) for name, job in jobs.items()},
+        args.out,
+        args.minutes,
+        lambda name, reason: asdict(Row(name, "", "", 0, 0, None, "", "", note=reason)),
+    )
     for name, reason in failures.items():
         print(f"{name}: {reason}")
-    print(f"{args.out}: {len(jobs) - len(left)} of {len(jobs)} shapes" + (f"; left: {', '.join(left)}" if left else ""))
+    print(
+        f"{args.out}: {len(jobs) - len(left)} of {len(jobs)} shapes"
+        + (f"; left: {', '.join(left)}" if left else "")
+    )
     return 3 if left else int(bool(failures))
 
 
@@ -110,31 +133,47 @@ def gpu_jobs(args, device, dtype):
         if "loss" in args.kernels:
             for d in (768, 1536):
                 jobs[f"loss {n} x {d} x {args.vocab_size}"] = partial(
-                    bench_loss, losses(device), n, d, args.vocab_size, dtype, device, args.repeats)
+                    bench_loss, losses(device), n, d, args.vocab_size, dtype, device, args.repeats
+                )
         if "qk-norm" in args.kernels:
             if n % POSITIONS:
-                raise UserError(f"--tokens {n} is no multiple of {POSITIONS}, the context of the qk-norm benchmark")
+                raise UserError(
+                    f"--tokens {n} is no multiple of {POSITIONS}, the context of the qk-norm benchmark"
+                )
             jobs[f"qk-norm {n}"] = partial(bench_qk_norm, n, 768, dtype, device, args.repeats)
         if "norm" in args.kernels:
-            jobs[f"norm {n}"] = partial(bench_norm, norms(device), n, 768, dtype, device, args.repeats)
+            jobs[f"norm {n}"] = partial(
+                bench_norm, norms(device), n, 768, dtype, device, args.repeats
+            )
     return jobs
 
 
 def cpu_jobs(args, device, dtype):
     """The loss in torch, measured; the Triton kernels at toy sizes, in the interpreter."""
-    print("no CUDA device: GPU figures are not measured; Triton kernels get a dry run in the interpreter")
+    print(
+        "no CUDA device: GPU figures are not measured; Triton kernels get a dry run in the interpreter"
+    )
     jobs = {}
     if "loss" in args.kernels:
         dtypes = dict.fromkeys((dtype, torch.float32))
-        shapes = [(n, 256, args.vocab_size, kind) for n in args.tokens or (4096,) for kind in dtypes]
+        shapes = [
+            (n, 256, args.vocab_size, kind) for n in args.tokens or (4096,) for kind in dtypes
+        ]
         if not args.tokens:
-            shapes += [(2048, 256, 8192, kind) for kind in dtypes] + [(2048, 256, 8150, dtype)]  # padded to 8192
+            shapes += [(2048, 256, 8192, kind) for kind in dtypes] + [
+                (2048, 256, 8150, dtype)
+            ]  # padded to 8192
         for n, d, vocab, kind in shapes:
             jobs[f"loss {n} x {d} x {vocab} {_name(kind)}"] = partial(
-                bench_loss, losses(device), n, d, vocab, kind, device, args.repeats)
-        jobs["loss, dry run"] = partial(bench_loss, interpreted_losses(), 64, 64, 256, dtype, device, 0, DRY_RUN)
+                bench_loss, losses(device), n, d, vocab, kind, device, args.repeats
+            )
+        jobs["loss, dry run"] = partial(
+            bench_loss, interpreted_losses(), 64, 64, 256, dtype, device, 0, DRY_RUN
+        )
     if "norm" in args.kernels:
-        jobs["norm, dry run"] = partial(bench_norm, norms(device), 64, 128, dtype, device, 0, DRY_RUN)
+        jobs["norm, dry run"] = partial(
+            bench_norm, norms(device), 64, 128, dtype, device, 0, DRY_RUN
+        )
     if "qk-norm" in args.kernels:
         jobs["qk-norm, dry run"] = partial(bench_qk_norm, 64, 256, dtype, device, 0, DRY_RUN)
     return jobs
@@ -142,17 +181,39 @@ def cpu_jobs(args, device, dtype):
 
 # --- the three kernels -----------------------------------------------------------------------------------------------
 
+
 def bench_loss(table, n_tokens, width, vocab_size, dtype, device, repeats, note=""):
     padded = GPTConfig(vocab_size=vocab_size).padded_vocab_size
 
     def inputs(n):
-        x, weight = _normal(n, width, dtype=dtype, device=device), _normal(padded, width, device=device, scale=0.1)
+        x, weight = (
+            _normal(n, width, dtype=dtype, device=device),
+            _normal(padded, width, device=device, scale=0.1),
+        )
         return [x, weight], [torch.randint(0, vocab_size, (n,), device=device), vocab_size], None
 
     flop_ms = 2e3 * n_tokens * width * vocab_size / rates(device, dtype).flop_per_sec
     floors = {"forward": flop_ms, "forward+backward": 3 * flop_ms}
-    yield from _bench(Row("loss", "", "", n_tokens, width, vocab_size, _name(dtype), device_name(device), note=note),
-                      table, inputs, sliced_loss, floors, device, repeats, checked=min(n_tokens, 256))
+    yield from _bench(
+        Row(
+            "loss",
+            "",
+            "",
+            n_tokens,
+            width,
+            vocab_size,
+            _name(dtype),
+            device_name(device),
+            note=note,
+        ),
+        table,
+        inputs,
+        sliced_loss,
+        floors,
+        device,
+        repeats,
+        checked=min(n_tokens, 256),
+    )
 
 
 def bench_norm(table, n_tokens, width, dtype, device, repeats, note=""):
@@ -162,13 +223,23 @@ def bench_norm(table, n_tokens, width, dtype, device, repeats, note=""):
 
     pass_ms = 1e3 * n_tokens * width * dtype.itemsize / rates(device, dtype).bytes_per_sec
     floors = {"forward": 2 * pass_ms, "forward+backward": 5 * pass_ms}
-    yield from _bench(Row("norm", "", "", n_tokens, width, None, _name(dtype), device_name(device), note=note),
-                      table, inputs, table["torch eager"], floors, device, repeats, checked=min(n_tokens, 256))
+    yield from _bench(
+        Row("norm", "", "", n_tokens, width, None, _name(dtype), device_name(device), note=note),
+        table,
+        inputs,
+        table["torch eager"],
+        floors,
+        device,
+        repeats,
+        checked=min(n_tokens, 256),
+    )
 
 
 def bench_qk_norm(n_tokens, width, dtype, device, repeats, note=""):
     heads, positions = width // HEAD_DIM, min(n_tokens, 64 if note else POSITIONS)
-    theta = torch.outer(torch.arange(positions), 100000 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)).to(device)
+    theta = torch.outer(
+        torch.arange(positions), 100000 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    ).to(device)
     angles = [f(theta)[None, :, None].to(dtype) for f in (torch.cos, torch.sin)]
 
     def inputs(n):
@@ -179,11 +250,20 @@ def bench_qk_norm(n_tokens, width, dtype, device, repeats, note=""):
     pass_ms = 1e3 * 2 * n_tokens * width * dtype.itemsize / rates(device, dtype).bytes_per_sec
     floors = {"forward": 2 * pass_ms, "forward+backward": 5 * pass_ms}
     table = qk_norms()
-    yield from _bench(Row("qk-norm", "", "", n_tokens, width, None, _name(dtype), device_name(device), note=note),
-                      table, inputs, table["torch eager"], floors, device, repeats, checked=positions)
+    yield from _bench(
+        Row("qk-norm", "", "", n_tokens, width, None, _name(dtype), device_name(device), note=note),
+        table,
+        inputs,
+        table["torch eager"],
+        floors,
+        device,
+        repeats,
+        checked=positions,
+    )
 
 
 # --- common to them --------------------------------------------------------------------------------------------------
+
 
 def _bench(blank, table, make_inputs, reference, floors, device, repeats, checked):
     """Rows of one shape: errors at `checked` tokens first, then times and peaks of the variants that ran there."""
@@ -200,11 +280,17 @@ def _bench(blank, table, make_inputs, reference, floors, device, repeats, checke
                 reason = f"{type(failure).__name__}: {failure}"
             else:
                 if variant.startswith("ours") and not errors[variant] < WRONG:
-                    raise AssertionError(f"{variant} is wrong: relative error {errors[variant]:.1e}, nothing was timed")
+                    raise AssertionError(
+                        f"{variant} is wrong: relative error {errors[variant]:.1e}, nothing was timed"
+                    )
                 continue
-        yield replace(blank, variant=variant, note=f"skipped: {' '.join(str(reason).split())[:200]}")
+        yield replace(
+            blank, variant=variant, note=f"skipped: {' '.join(str(reason).split())[:200]}"
+        )
     if repeats == 0:
-        yield from (replace(blank, variant=variant, error=error) for variant, error in errors.items())
+        yield from (
+            replace(blank, variant=variant, error=error) for variant, error in errors.items()
+        )
         return
     inputs = make_inputs(blank.n_tokens)
     for what, run in {"forward": _forward, "forward+backward": _with_gradients}.items():
@@ -218,9 +304,19 @@ def _bench(blank, table, make_inputs, reference, floors, device, repeats, checke
         times = time_interleaved(runs, repeats, device)
         for variant, function in runs.items():
             median, p20, p80 = percentiles(times[variant])
-            yield replace(blank, variant=variant, what=what, error=errors[variant], median_ms=median, p20_ms=p20,
-                          p80_ms=p80, repeats=repeats, floor_ms=floors[what], share_of_floor=floors[what] / median,
-                          peak_mib=peak_bytes(function, device) / 2**20)
+            yield replace(
+                blank,
+                variant=variant,
+                what=what,
+                error=errors[variant],
+                median_ms=median,
+                p20_ms=p20,
+                p80_ms=p80,
+                repeats=repeats,
+                floor_ms=floors[what],
+                share_of_floor=floors[what] / median,
+                peak_mib=peak_bytes(function, device) / 2**20,
+            )
 
 
 def _forward(function, differentiable, constants, upstream):
@@ -237,12 +333,19 @@ def _with_gradients(function, differentiable, constants, upstream):
 def _error(function, reference, differentiable, constants, upstream):
     """Largest relative error of outputs and gradients against the reference in fp64."""
     dtype = differentiable[0].dtype  # what the matmul sees of an fp32 master weight
-    exact = ([tensor.detach().to(dtype).double().requires_grad_() for tensor in differentiable],
-             [c.double() if torch.is_tensor(c) and c.is_floating_point() else c for c in constants],
-             upstream and [gradient.double() for gradient in upstream])
-    pairs = zip(_with_gradients(function, differentiable, constants, upstream), _with_gradients(reference, *exact),
-                strict=True)
-    return torch.stack([(a.double() - b).norm() / b.norm() for a, b in pairs]).max().item()  # max keeps a NaN
+    exact = (
+        [tensor.detach().to(dtype).double().requires_grad_() for tensor in differentiable],
+        [c.double() if torch.is_tensor(c) and c.is_floating_point() else c for c in constants],
+        upstream and [gradient.double() for gradient in upstream],
+    )
+    pairs = zip(
+        _with_gradients(function, differentiable, constants, upstream),
+        _with_gradients(reference, *exact),
+        strict=True,
+    )
+    return (
+        torch.stack([(a.double() - b).norm() / b.norm() for a, b in pairs]).max().item()
+    )  # max keeps a NaN
 
 
 def _normal(*shape, dtype=torch.float32, device, scale=1.0):
@@ -258,9 +361,11 @@ def describe(row):
     if row.median_ms is None:
         error = "" if row.error is None else f", error {row.error:.1e}"
         return f"{row.kernel} {shape} {row.dtype}: {row.variant}: {row.note}{error}"
-    return (f"{row.kernel} {shape} {row.dtype} {row.what}: {row.variant}: {row.median_ms:.2f} ms "
-            f"[{row.p20_ms:.2f}, {row.p80_ms:.2f}], {row.share_of_floor:.0%} of the floor, "
-            f"peak {row.peak_mib:.0f} MiB, error {row.error:.1e} {row.note}")
+    return (
+        f"{row.kernel} {shape} {row.dtype} {row.what}: {row.variant}: {row.median_ms:.2f} ms "
+        f"[{row.p20_ms:.2f}, {row.p80_ms:.2f}], {row.share_of_floor:.0%} of the floor, "
+        f"peak {row.peak_mib:.0f} MiB, error {row.error:.1e} {row.note}"
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ def time_interleaved(functions, repeats, device, warmup=1):
     On a GPU each begins with nothing of its own in the L2 cache.
     """
     times = {name: [] for name in functions}
-    others = torch.empty(FLUSHED_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+    others = torch.empty(
+        FLUSHED_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device
+    )
     for repeat in range(warmup + repeats):
         for name, function in functions.items():
             elapsed = _cuda_ms(function, others) if device.type == "cuda" else cpu_ms(function)
@@ -33,7 +35,11 @@ def time_interleaved(functions, repeats, device, warmup=1):
 def percentiles(times):
     """(median, 20th, 80th percentile)."""
     ordered = sorted(times)
-    return statistics.median(ordered), ordered[int(0.2 * (len(ordered) - 1))], ordered[round(0.8 * (len(ordered) - 1))]
+    return (
+        statistics.median(ordered),
+        ordered[int(0.2 * (len(ordered) - 1))],
+        ordered[round(0.8 * (len(ordered) - 1))],
+    )
 
 
 class Rates(NamedTuple):
@@ -48,7 +54,9 @@ def rates(device, dtype):
     """Rates of `device` in `dtype`: the best of a few runs, since a floor is what nothing gets below."""
     size, length = (8192, 2**30) if device.type == "cuda" else (2048, 2**27)
     a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
-    source, target = (torch.empty(length, dtype=torch.uint8, device=device).fill_(1) for _ in range(2))
+    source, target = (
+        torch.empty(length, dtype=torch.uint8, device=device).fill_(1) for _ in range(2)
+    )
     programs = {"matmul": lambda: torch.mm(a, b, out=out), "copy": lambda: target.copy_(source)}
     times = time_interleaved(programs, 10, device)
     return Rates(1e3 * 2 * size**3 / min(times["matmul"]), 1e3 * 2 * length / min(times["copy"]))
@@ -71,7 +79,9 @@ def cpu_peak_bytes(function):
     """Growth of the process's peak resident memory while `function` runs a second time (Linux)."""
     function()  # libraries and compiled code are loaded in the first
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from the present size
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # the high-water mark starts again from the present size
     before = status_bytes("VmRSS")
     function()
     return status_bytes("VmHWM") - before
@@ -83,7 +93,10 @@ def append_rows(path, rows):
     if Path(path).exists():
         with open(path, newline="", encoding="utf-8") as file:
             before = list(csv.DictReader(file))
-    with atomic_path(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_path(path) as unfinished,
+        open(unfinished, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, {column: None for row in (*before, *rows) for column in row})
         writer.writeheader()
         writer.writerows((*before, *rows))
@@ -112,7 +125,11 @@ def run_jobs(jobs, path, minutes, failed):
 
 
 def status_bytes(field):
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field + ":")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -126,7 +143,9 @@ def cpu_ms(function):
 def _cuda_ms(function, others):
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     others.zero_()
-    torch.cuda._sleep(1_000_000)  # about 0.5 ms, in which the work is queued: the GPU's time, not Python's, is taken
+    torch.cuda._sleep(
+        1_000_000
+    )  # about 0.5 ms, in which the work is queued: the GPU's time, not Python's, is taken
     start.record()
     function()
     end.record()

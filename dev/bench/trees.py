@@ -41,8 +41,14 @@ for line in sys.stdin:
 
 def start(folder, arguments):
     """A checkout's step in a process of its own, which makes one for each line that it is sent."""
-    return subprocess.Popen([sys.executable, "-c", WORKER, *arguments], cwd=folder, text=True, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(folder)})
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, *arguments],
+        cwd=folder,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+    )
 
 
 def read(process):
@@ -65,15 +71,21 @@ def main(argv=None):
         return 0
     here, other = Path(__file__).resolve().parents[2], Path(argv[0]).resolve()
     if not (other / "dev/bench/train_step.py").exists():
-        raise UserError(f"{other} is no checkout of this project: name the folder of one (git worktree add)")
+        raise UserError(
+            f"{other} is no checkout of this project: name the folder of one (git worktree add)"
+        )
     with contextlib.ExitStack() as stack:
         trees = [stack.enter_context(start(folder, argv[1:])) for folder in (here, other)]
         losses = [read(tree) for tree in trees]
         pairs = [[step_ms(tree) for tree in trees] for _ in range(PAIRS)]
-    for folder, loss, times in zip(("this tree", other), losses, zip(*pairs, strict=True), strict=True):
+    for folder, loss, times in zip(
+        ("this tree", other), losses, zip(*pairs, strict=True), strict=True
+    ):
         print(f"{folder}: median {statistics.median(times):.1f} ms, loss after 5 steps {loss:.6f}")
     median, low, high = percentiles([mine / others for mine, others in pairs])
-    print(f"this tree's step takes {median:.3f} of the other's ({low:.3f} to {high:.3f}, {PAIRS} pairs)")
+    print(
+        f"this tree's step takes {median:.3f} of the other's ({low:.3f} to {high:.3f}, {PAIRS} pairs)"
+    )
     return 0
 
 

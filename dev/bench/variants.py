@@ -1,8 +1,8 @@
-"""The implementations that `python -m dev.bench.kernels` compares: ours, eager and compiled torch, three peers.
+"""The variants that `python -m dev.bench.kernels` compares: ours, torch eager and compiled, peers.
 
-Every function of a table has one signature, so that they can be checked and timed alike:
-losses (x, weight, targets, vocab_size) -> loss, norms (x) -> y, QK-norms (q, k, cos, sin) -> (q, k).
-A peer that does not import, or cannot run here, is reported with its reason.
+All functions of a table have one signature: losses (x, weight, targets, vocab_size) -> loss,
+norms (x) -> y, QK-norms (q, k, cos, sin) -> (q, k). A peer that cannot be imported, or cannot run
+on this device, is reported with the reason.
 """
 
 import importlib
@@ -11,9 +11,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from nanochat.gpt import plain_cross_entropy, plain_rms_norm, plain_rope_qk_norm
 from nanochat.kernels.linear_cross_entropy import SOFTCAP, linear_cross_entropy
 from nanochat.kernels.rms_norm import rms_norm, rope_qk_norm
-from nanochat.plain import plain_linear_cross_entropy, plain_rms_norm, plain_rope_qk_norm
 
 
 class Unavailable(Exception):
@@ -34,15 +34,22 @@ def masked_loss(x, weight, targets, vocab_size):
     logits = F.linear(x, weight.to(x.dtype)).float()
     logits = SOFTCAP * torch.tanh(logits / SOFTCAP)
     column = torch.arange(weight.size(0), device=x.device)
-    return F.cross_entropy(torch.where(column < vocab_size, logits, -torch.inf), targets, ignore_index=-1)
+    return F.cross_entropy(
+        torch.where(column < vocab_size, logits, -torch.inf), targets, ignore_index=-1
+    )
+
+
+def plain_loss(x, weight, targets, vocab_size):
+    """The loss as the model computes it by default."""
+    return plain_cross_entropy(F.linear(x, weight.to(x.dtype)), targets, vocab_size)
 
 
 def torch_chunks(x, weight, targets, vocab_size):
     return linear_cross_entropy(x, weight, targets, vocab_size, implementation="torch")
 
 
-def triton_chunks(x, weight, targets, vocab_size, implementation="triton"):
-    return linear_cross_entropy(x, weight, targets, vocab_size, implementation=implementation)
+def triton_chunks(x, weight, targets, vocab_size):
+    return linear_cross_entropy(x, weight, targets, vocab_size, implementation="triton")
 
 
 def losses(device):
@@ -51,26 +58,33 @@ def losses(device):
         "torch eager, sliced": sliced_loss,
         "torch compiled, sliced": _compiled(sliced_loss),
         "torch compiled, masked": _compiled(masked_loss),
-        "torch compiled, plain path": _compiled(plain_linear_cross_entropy),
+        "torch compiled, plain path": _compiled(plain_loss),
         "ours (torch)": torch_chunks,
         "ours (torch), compiled around": _compiled(torch_chunks),
     }
     if device.type != "cuda":
-        return table | dict.fromkeys(("liger", "cut-cross-entropy, exact", "quack (has no softcap)"), NEEDS_CUDA)
+        return table | dict.fromkeys(
+            ("liger", "cut-cross-entropy, exact", "quack (has no softcap)"), NEEDS_CUDA
+        )
     return table | {
         "ours (triton)": triton_chunks,
-        "ours (triton-wide)": partial(triton_chunks, implementation="triton-wide"),
         "ours (triton), compiled around": _compiled(triton_chunks),
         "liger": _peer("liger_kernel.ops.fused_linear_cross_entropy", _liger_loss),
         "cut-cross-entropy, exact": _peer("cut_cross_entropy", partial(_cut_loss, filter_eps=None)),
-        "cut-cross-entropy, filtered": _peer("cut_cross_entropy", partial(_cut_loss, filter_eps="high")),
+        "cut-cross-entropy, filtered": _peer(
+            "cut_cross_entropy", partial(_cut_loss, filter_eps="high")
+        ),
         "quack (has no softcap)": _peer("quack.linear_cross_entropy", _quack_loss),
     }
 
 
 def norms(device):
     """{variant: norm over the last dimension, or Unavailable}."""
-    table = {"torch eager": plain_rms_norm, "torch compiled": _compiled(plain_rms_norm), "ours": rms_norm}
+    table = {
+        "torch eager": plain_rms_norm,
+        "torch compiled": _compiled(plain_rms_norm),
+        "ours": rms_norm,
+    }
     if device.type != "cuda":
         return table | dict.fromkeys(("liger", "quack"), NEEDS_CUDA)
     return table | {
@@ -81,17 +95,20 @@ def norms(device):
 
 def qk_norms():
     """{variant: rotary embedding, norm and scale of q and k}."""
-    return {"torch eager": plain_rope_qk_norm, "torch compiled": _compiled(plain_rope_qk_norm),
-            "ours": rope_qk_norm}
+    return {
+        "torch eager": plain_rope_qk_norm,
+        "torch compiled": _compiled(plain_rope_qk_norm),
+        "ours": rope_qk_norm,
+    }
 
 
 def interpreted_losses():
-    """What the dry run without a GPU checks in the interpreter."""
-    return {"ours (triton)": triton_chunks, "ours (triton-wide)": partial(triton_chunks, implementation="triton-wide")}
+    """{variant: loss function} for the dry run without a GPU, in the interpreter."""
+    return {"ours (triton)": triton_chunks}
 
 
 def _compiled(function):
-    """As one graph; a graph for each shape, or the second shape would be given slower code for any shape."""
+    """Compile to one graph per shape: code for varying shapes would be slower."""
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
@@ -104,20 +121,31 @@ def _peer(module, function):
 
 def _liger_loss(module, x, weight, targets, vocab_size):
     return module.LigerFusedLinearCrossEntropyFunction.apply(
-        x, weight[:vocab_size].to(x.dtype), targets, None, None, -1, 0.0, 0.0, "mean", SOFTCAP)[0]
+        x, weight[:vocab_size].to(x.dtype), targets, None, None, -1, 0.0, 0.0, "mean", SOFTCAP
+    )[0]
 
 
 def _cut_loss(module, x, weight, targets, vocab_size, filter_eps):
-    return module.linear_cross_entropy(x, weight[:vocab_size].to(x.dtype), targets, ignore_index=-1,
-                                       softcap=SOFTCAP, filter_eps=filter_eps)
+    return module.linear_cross_entropy(
+        x,
+        weight[:vocab_size].to(x.dtype),
+        targets,
+        ignore_index=-1,
+        softcap=SOFTCAP,
+        filter_eps=filter_eps,
+    )
 
 
 def _quack_loss(module, x, weight, targets, vocab_size):
-    return module.chunked_linear_cross_entropy(x, weight[:vocab_size].to(x.dtype), targets, ignore_index=-1)
+    return module.chunked_linear_cross_entropy(
+        x, weight[:vocab_size].to(x.dtype), targets, ignore_index=-1
+    )
 
 
 def _liger_norm(module, x):
-    return module.LigerRMSNormFunction.apply(x, None, torch.finfo(torch.float32).eps, 0.0, "llama", False, None)
+    return module.LigerRMSNormFunction.apply(
+        x, None, torch.finfo(torch.float32).eps, 0.0, "llama", False, None
+    )
 
 
 def _quack_norm(module, x):

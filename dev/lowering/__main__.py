@@ -36,13 +36,16 @@ CASES = [Case(*shape, flags) for shape, flags in itertools.product(SHAPES, FLAGS
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="lowering", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="lowering", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="", help="CSV to write")
     parser.add_argument("--depth", type=int, nargs="+", help="these depths alone")
     parser.add_argument("--seq-len", type=int, nargs="+", help="these lengths alone")
     parser.add_argument("--flags", nargs="+", choices=FLAGS, help="these flags alone")
-    parser.add_argument("--largest", type=int, default=0, help="print so many kernels of each phase, by bytes")
+    parser.add_argument(
+        "--largest", type=int, default=0, help="print so many kernels of each phase, by bytes"
+    )
     parser.add_argument("--code", default="", help="folder to write the generated code to")
     return parser.parse_args(argv)
 
@@ -55,9 +58,17 @@ def main(argv=None):
 
     rows = []
     for case in CASES:
-        if all(not wanted or value in wanted for wanted, value in (
-                (args.depth, case.depth), (args.seq_len, case.seq_len), (args.flags, case.flags))):
-            rows += lowered_rows(case, VOCAB_SIZE, FLAGS[case.flags], largest=args.largest, code=args.code)
+        if all(
+            not wanted or value in wanted
+            for wanted, value in (
+                (args.depth, case.depth),
+                (args.seq_len, case.seq_len),
+                (args.flags, case.flags),
+            )
+        ):
+            rows += lowered_rows(
+                case, VOCAB_SIZE, FLAGS[case.flags], largest=args.largest, code=args.code
+            )
             if args.out:  # what is done is kept
                 import pandas as pd
 

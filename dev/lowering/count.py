@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
-from torch._dynamo.utils import counters
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 from torch._inductor import compile_fx
 from torch._inductor.graph import GraphLowering
@@ -27,7 +26,15 @@ _EXTERN = re.compile(r"extern_kernels\.\w+\(|torch\.ops\.(?!nanochat)[\w.]+\(")
 _OWN = re.compile(r"torch\.ops\.nanochat\.[\w.]+\(|(?<=\s)(?!triton_)\w+\.run\(")
 _BUFFER = re.compile(r"empty_strided_cuda\(\(([\d, ]+)\), ")
 _MATMULS = {"mm", "bmm", "addmm", "baddbmm"}
-_NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+_NO_LAUNCH = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "lift_fresh",
+}
 
 
 @dataclass
@@ -45,7 +52,9 @@ class Work:
     extern_bytes: int = 0
     eager_bytes: int = 0
     buffers: list = field(default_factory=list)
-    nodes: list = field(default_factory=list)  # (bytes, kernel's origin), for a look at what is large
+    nodes: list = field(
+        default_factory=list
+    )  # (bytes, kernel's origin), for a look at what is large
 
     def add(self, other):
         for name, value in vars(other).items():
@@ -76,23 +85,30 @@ class Counter(FakeTensorMode):
 
     def _count_eager(self, func, args, kwargs, out):
         namespace, _, name = func._schema.name.rpartition("::")
-        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor) and x.is_cuda]
+        tensors = [
+            x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor) and x.is_cuda
+        ]
         returns_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
         if not tensors or returns_view or namespace == "prim" or name in _NO_LAUNCH:
             return
         n_bytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
         work = Work(eager=1, eager_bytes=n_bytes, nodes=[(n_bytes, f"eager {name}")])
         if name in _MATMULS:
-            work = Work(extern=1, extern_bytes=n_bytes, eager=int(name == "baddbmm"))  # which first copies its addend
+            work = Work(
+                extern=1, extern_bytes=n_bytes, eager=int(name == "baddbmm")
+            )  # which first copies its addend
         self.work[self.phase].add(work)
 
     def compile(self, function=None, **options):
         """In torch.compile's place: lowers by Inductor, runs the graph itself on fake tensors."""
         if function is None:
             return functools.partial(self.compile, **options)
-        backend = functools.partial(compile_fx.compile_fx, inner_compile=self._lower,
-                                    config_patches=options.get("options"))
-        return torch._dynamo.optimize(backend, dynamic=False, nopython=options.get("fullgraph", False))(function)
+        backend = functools.partial(
+            compile_fx.compile_fx, inner_compile=self._lower, config_patches=options.get("options")
+        )
+        return torch._dynamo.optimize(
+            backend, dynamic=False, nopython=options.get("fullgraph", False)
+        )(function)
 
     def _lower(self, graph, inputs, **options):
         lowered = []
@@ -134,15 +150,25 @@ def generated_work(lowering, source):
     """The Work of one call of what Inductor generated."""
     calls = source.split("def call")[-1]
     work = Work(
-        triton=len(_TRITON.findall(calls)), own=len(_OWN.findall(calls)), extern=len(_EXTERN.findall(calls)),
-        buffers=[tuple(map(int, re.findall(r"\d+", shape))) for shape in _BUFFER.findall(calls)])
+        triton=len(_TRITON.findall(calls)),
+        own=len(_OWN.findall(calls)),
+        extern=len(_EXTERN.findall(calls)),
+        buffers=[tuple(map(int, re.findall(r"\d+", shape))) for shape in _BUFFER.findall(calls)],
+    )
     with V.set_graph_handler(lowering):
         for node, words in lowering.count_bytes()[1]:
-            n_bytes, kind = 4 * words, "extern" if node.is_extern() else "triton"  # it gives 4-byte words
-            if isinstance(node.node, UserDefinedTritonKernel):  # it counts what is written as read too
+            n_bytes, kind = (
+                4 * words,
+                "extern" if node.is_extern() else "triton",
+            )  # it gives 4-byte words
+            if isinstance(
+                node.node, UserDefinedTritonKernel
+            ):  # it counts what is written as read too
                 kind = "own"
-                n_bytes -= sum(math.prod(buffer.get_size()) * buffer.get_dtype().itemsize
-                               for buffer in node.node.mutable_args)
+                n_bytes -= sum(
+                    math.prod(buffer.get_size()) * buffer.get_dtype().itemsize
+                    for buffer in node.node.mutable_args
+                )
             elif "nanochat." in _origin(node) and kind == "extern":
                 kind = "own"
             setattr(work, f"{kind}_bytes", getattr(work, f"{kind}_bytes") + n_bytes)
@@ -151,9 +177,9 @@ def generated_work(lowering, source):
 
 
 def _origin(node):
-    origins = {str(origin.target) for part in node.get_nodes() for origin in getattr(part.node, "origins", ())}
+    origins = {
+        str(origin.target)
+        for part in node.get_nodes()
+        for origin in getattr(part.node, "origins", ())
+    }
     return ", ".join(sorted(origin.removeprefix("aten.") for origin in origins))
-
-
-def graph_breaks():
-    return sum(counters["graph_break"].values())

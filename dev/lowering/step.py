@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from dev.lowering.count import Counter, graph_breaks
+from dev.lowering.count import Counter
 from nanochat.attention import choose_backend
 from nanochat.common import git_commit
 from nanochat.fp8 import train_in_fp8
@@ -24,26 +24,41 @@ def sdpa(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
     if attn_mask is None:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
     bias = torch.where(attn_mask, 0.0, -torch.inf).to(q.dtype).expand(q.size(0), q.size(1), -1, -1)
-    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, False)[0]
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, False)[
+        0
+    ]
 
 
 def lowered(case, vocab_size, fp8=False, **flags):
     """(GPTConfig, Counter after one whole step) of a dev.lowering Case; flags: GPT's."""
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     shape = model_shape(case.depth, 64, 128)
-    config = GPTConfig(case.seq_len, vocab_size, shape.n_layer, shape.n_head, shape.n_head, shape.n_embd,
-                       case.window_pattern)
+    config = GPTConfig(
+        case.seq_len,
+        vocab_size,
+        shape.n_layer,
+        shape.n_head,
+        shape.n_head,
+        shape.n_embd,
+        case.window_pattern,
+    )
     counter = Counter()
-    with (counter, mock.patch.object(torch, "compile", counter.compile),
-          mock.patch.object(F, "scaled_dot_product_attention", sdpa),
-          torch._dynamo.config.patch(recompile_limit=64)):
+    with (
+        counter,
+        mock.patch.object(torch, "compile", counter.compile),
+        mock.patch.object(F, "scaled_dot_product_attention", sdpa),
+        torch._dynamo.config.patch(recompile_limit=64),
+    ):
         with torch.device("cuda", 0):
             model = GPT(config, torch.bfloat16, **flags)
             ids = torch.zeros(case.rows, case.seq_len, dtype=torch.int64)
-        compiled = torch.compile(model, dynamic=False)
-        optimizer = MuonAdamW(parameter_groups(model), matmul_dtype=torch.bfloat16, compiled=True,
-                              casts=model.keep_casts())
+        compiled = torch.compile(model, dynamic=False, fullgraph=True)
+        optimizer = MuonAdamW(
+            parameter_groups(model),
+            matmul_dtype=torch.bfloat16,
+            compiled=True,
+            casts=model.keep_casts(),
+        )
         if fp8:
             train_in_fp8(model, optimizer, compiled=True)
         for counted in (False, True):  # the first compiles, and makes the optimizer's state
@@ -62,21 +77,37 @@ def lowered_rows(case, vocab_size, flags, largest=0, code=""):
     """A CSV row for each phase of a case; printed too."""
     config, counter = lowered(case, vocab_size, **flags)
     heads = config.n_head, config.n_kv_head, config.head_dim
-    chosen = collections.Counter(choose_backend(torch.device("cuda", 0), torch.bfloat16, heads, True, case.seq_len,
-                                                window)[0] for window in config.windows)
+    chosen = collections.Counter(
+        choose_backend(torch.device("cuda", 0), torch.bfloat16, heads, case.seq_len, window)[0]
+        for window in config.windows
+    )
     attention = " ".join(f"{name} {n}" for name, n in sorted(chosen.items()))
     rows = []
     for phase in PHASES:
         work = counter.work[phase]
         n_by_v = work.buffers.count((case.rows * case.seq_len, vocab_size))
         dense = sum(shape[-2:] == (case.seq_len, case.seq_len) for shape in work.buffers)
-        rows.append({**dataclasses.asdict(case), "phase": phase, "attention": attention,
-                     "graphs": len(counter.graphs), "graph_breaks": graph_breaks(), "triton_launches": work.triton,
-                     "own_launches": work.own, "extern_calls": work.extern, "eager_launches": work.eager,
-                     **{f"{kind}_gb": round(getattr(work, f"{kind}_bytes") / 1e9, 3)
-                        for kind in ("triton", "own", "extern", "eager")},
-                     "n_by_v_buffers": n_by_v, "dense_mask": dense or "none",
-                     "commit": git_commit()[0], "dirty": git_commit()[1], "torch": torch.__version__})
+        rows.append(
+            {
+                **dataclasses.asdict(case),
+                "phase": phase,
+                "attention": attention,
+                "graphs": len(counter.graphs),
+                "triton_launches": work.triton,
+                "own_launches": work.own,
+                "extern_calls": work.extern,
+                "eager_launches": work.eager,
+                **{
+                    f"{kind}_gb": round(getattr(work, f"{kind}_bytes") / 1e9, 3)
+                    for kind in ("triton", "own", "extern", "eager")
+                },
+                "n_by_v_buffers": n_by_v,
+                "dense_mask": dense or "none",
+                "commit": git_commit()[0],
+                "dirty": git_commit()[1],
+                "torch": torch.__version__,
+            }
+        )
         print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
         by_origin = collections.Counter()
         times = collections.Counter()
@@ -87,5 +118,7 @@ def lowered_rows(case, vocab_size, flags, largest=0, code=""):
             print(f"    {n / 1e9:7.3f} GB in {times[origin]:3}  {origin[:150]}")
     if code:
         for number, source in enumerate(counter.graphs):
-            (Path(code) / f"{case.depth}_{case.seq_len}_{case.flags}_{number}.py").write_text(source)
+            (Path(code) / f"{case.depth}_{case.seq_len}_{case.flags}_{number}.py").write_text(
+                source
+            )
     return rows

@@ -1,14 +1,13 @@
-"""RMSNorm without weight, and rotary embedding followed by that norm (QK-norm), each as one kernel.
+"""RMSNorm without weight, and rotary embedding followed by that norm (QK-norm), one kernel each.
 
-Both read their input once and write their output once, in fp32 between; the backward passes
-recompute the row's scale from the saved input. Order: kernels, ops, public functions.
+Both read their input once, compute in fp32 and write their output once. The backward passes
+recompute the scale of a row from the saved input.
 """
 
 from __future__ import annotations
 
 import torch
 
-from nanochat.common import UserError
 from nanochat.kernels.runtime import (
     INTERPRETED,
     TILE_ELEMENTS,
@@ -23,17 +22,17 @@ from nanochat.kernels.runtime import (
 )
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_WIDTH = 16384  # one row has to fit into the registers of one program
-MAX_HEAD_DIM = 512
-QK_SCALE = 1.2  # the model's
+QK_SCALE = 1.2  # of the model
+NORM_EPS = torch.finfo(torch.float32).eps  # the default of F.rms_norm
 
 
-# --- kernels ---------------------------------------------------------------------------------------------------------
+# --- kernels --------------------------------------------------------------------------------------
 
 @jit
-def _norm_kernel(x, grad, out, stride_x, stride_grad, n_rows, WIDTH: tl.constexpr, EPS: tl.constexpr,
-                 ROWS: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr, INTERPRETED: tl.constexpr):
-    """y = x * r with r = (mean(x^2) + eps)^-1/2; backward dx = r * (g - x * r^2 * mean(g * x))."""
+def _norm_kernel(x, grad, out, stride_x, stride_grad, n_rows, WIDTH: tl.constexpr,
+                 EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                 BACKWARD: tl.constexpr, INTERPRETED: tl.constexpr):
+    """y = x r with r = (mean(x^2) + eps)^-1/2; backward: dx = r (g - x r^2 mean(g x))."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < n_rows) & (column < WIDTH)
@@ -50,15 +49,16 @@ def _norm_kernel(x, grad, out, stride_x, stride_grad, n_rows, WIDTH: tl.constexp
 
 
 @jit
-def _rope_norm_kernel(x, grad, cos, sin, out, stride_token, stride_head, stride_grad_token, stride_grad_head,
-                      n_rows, n_positions, HEADS: tl.constexpr, HALF: tl.constexpr, SCALE: tl.constexpr,
-                      EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
+def _rope_norm_kernel(x, grad, cos, sin, out, stride_token, stride_head, stride_grad_token,
+                      stride_grad_head, n_rows, n_positions, HEADS: tl.constexpr,
+                      HALF: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
+                      ROWS: tl.constexpr, BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
                       INTERPRETED: tl.constexpr):
-    """A row is one head of one token. Rotation keeps the norm, so the row's scale comes from x before it."""
+    """A row is one head of one token. Rotation keeps the norm, so the scale comes from x itself."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < n_rows) & (column < HALF)
-    token, head = (row // HEADS).to(tl.int64), row % HEADS  # divided in 32 bits: in 64 it is slow
+    token, head = (row // HEADS).to(tl.int64), row % HEADS  # 64-bit division would be slow
     angle = (row // HEADS % n_positions) * HALF + column
     c = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)
@@ -84,125 +84,103 @@ def _rope_norm_kernel(x, grad, cos, sin, out, stride_token, stride_head, stride_
 
 
 def _tiling(n_rows, width):
-    """Grid and tile for rows of `width` elements: narrow rows share a program."""
+    """Return (grid, launch constants) for rows of `width` elements; narrow rows share a program."""
     block = triton.next_power_of_2(width)
     rows = min(max(1, TILE_ELEMENTS // block), triton.next_power_of_2(n_rows))
-    return (triton.cdiv(n_rows, rows),), {"ROWS": rows, "BLOCK": block, "num_warps": 8 if rows * block >= 4096 else 4}
+    num_warps = 8 if rows * block >= 4096 else 4
+    return (triton.cdiv(n_rows, rows),), {"ROWS": rows, "BLOCK": block, "num_warps": num_warps}
 
 
 def _flat(x, *shape):
-    """`x` as `shape`, a view where it can be one; consecutive elements in the last dimension."""
+    """Return x reshaped, without a copy where possible; the last dimension is contiguous."""
     x = x.reshape(shape)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _launch_norm(x, grad, eps):
-    out = x.new_empty(x.shape)
-    if x.numel() == 0:
-        return out
+def _launch_norm(x, grad):
     rows = _flat(x, -1, x.size(-1))
     grads = rows if grad is None else _flat(grad, -1, x.size(-1))
     n_rows, width = rows.shape
+    out = x.new_empty(x.shape)
     grid, tile = _tiling(n_rows, width)
-    wrap_triton(_norm_kernel)[grid](rows, grads, out, rows.stride(0), grads.stride(0), n_rows, WIDTH=width, EPS=eps,
-                                    BACKWARD=grad is not None, INTERPRETED=INTERPRETED, **tile)
+    wrap_triton(_norm_kernel)[grid](
+        rows, grads, out, rows.stride(0), grads.stride(0), n_rows, WIDTH=width, EPS=NORM_EPS,
+        BACKWARD=grad is not None, INTERPRETED=INTERPRETED, **tile)
     return out
 
 
-def _launch_rope_norm(x, grad, cos, sin, scale, eps):
-    out = x.new_empty(x.shape)
-    if x.numel() == 0:
-        return out
+def _launch_rope_norm(x, grad, cos, sin):
     _, n_positions, n_heads, head_dim = x.shape
     half = head_dim // 2
+    assert cos.shape == sin.shape == (1, n_positions, 1, half), "angles do not fit the input"
+    cos, sin = cos.contiguous(), sin.contiguous()
     heads = _flat(x, -1, n_heads, head_dim)
     grads = heads if grad is None else _flat(grad, -1, n_heads, head_dim)
-    assert cos.shape == sin.shape == (1, n_positions, 1, half), f"angles {tuple(cos.shape)} for input {tuple(x.shape)}"
-    cos, sin = cos.contiguous(), sin.contiguous()
     n_rows = heads.size(0) * n_heads
     assert n_rows < 2**31, "row numbers are 32-bit"
+    out = x.new_empty(x.shape)
     grid, tile = _tiling(n_rows, half)
-    wrap_triton(_rope_norm_kernel)[grid](heads, grads, cos, sin, out, *heads.stride()[:2], *grads.stride()[:2], n_rows,
-                                         n_positions, HEADS=n_heads, HALF=half, SCALE=scale, EPS=eps,
-                                         BACKWARD=grad is not None, INTERPRETED=INTERPRETED, **tile)
+    wrap_triton(_rope_norm_kernel)[grid](
+        heads, grads, cos, sin, out, *heads.stride()[:2], *grads.stride()[:2], n_rows, n_positions,
+        HEADS=n_heads, HALF=half, SCALE=QK_SCALE, EPS=NORM_EPS, BACKWARD=grad is not None,
+        INTERPRETED=INTERPRETED, **tile)
     return out
 
 
-# --- ops -------------------------------------------------------------------------------------------------------------
+# --- ops ------------------------------------------------------------------------------------------
 
 @kernel_op("nanochat::rms_norm")
-def _rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
-    return _launch_norm(x, None, eps)
+def _rms_norm(x: torch.Tensor) -> torch.Tensor:
+    return _launch_norm(x, None)
 
 
 @kernel_op("nanochat::rms_norm_backward")
-def _rms_norm_backward(x: torch.Tensor, grad: torch.Tensor, eps: float) -> torch.Tensor:
-    return _launch_norm(x, grad, eps)
+def _rms_norm_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return _launch_norm(x, grad)
 
 
 @kernel_op("nanochat::rope_norm")
-def _rope_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float, eps: float) -> torch.Tensor:
-    return _launch_rope_norm(x, None, cos, sin, scale, eps)
+def _rope_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return _launch_rope_norm(x, None, cos, sin)
 
 
 @kernel_op("nanochat::rope_norm_backward")
-def _rope_norm_backward(x: torch.Tensor, grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-                        scale: float, eps: float) -> torch.Tensor:
-    return _launch_rope_norm(x, grad, cos, sin, scale, eps)
+def _rope_norm_backward(grad: torch.Tensor, x: torch.Tensor, cos: torch.Tensor,
+                        sin: torch.Tensor) -> torch.Tensor:
+    return _launch_rope_norm(x, grad, cos, sin)
 
 
 for _op in (_rms_norm, _rms_norm_backward, _rope_norm, _rope_norm_backward):
     _op.register_fake(lambda x, *others: x.new_empty(x.shape))
 
 
-def _save(ctx, inputs, output):
-    ctx.numbers = [value for value in inputs if not torch.is_tensor(value)]
-    ctx.save_for_backward(*(value for value in inputs if torch.is_tensor(value)))
-    ctx.set_materialize_grads(False)
+def _save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
 
 
-def _gradient_by(backward):
-    """The gradient of the first input, the only one that has one."""
-    def gradients(ctx, grad):
-        x, *others = ctx.saved_tensors
-        others += ctx.numbers
-        return None if grad is None else backward(x, grad, *others), *[None] * len(others)
-
-    return gradients
+_rms_norm.register_autograd(
+    lambda ctx, grad: _rms_norm_backward(grad, *ctx.saved_tensors), setup_context=_save_inputs)
+_rope_norm.register_autograd(
+    lambda ctx, grad: (_rope_norm_backward(grad, *ctx.saved_tensors), None, None),
+    setup_context=_save_inputs)
 
 
-_rms_norm.register_autograd(_gradient_by(_rms_norm_backward), setup_context=_save)
-_rope_norm.register_autograd(_gradient_by(_rope_norm_backward), setup_context=_save)
+# --- public functions -----------------------------------------------------------------------------
+
+def rms_norm(x):
+    """Apply RMSNorm without weight (arXiv:1910.07467) over the last dimension of x (..., d)."""
+    return _rms_norm(x)
 
 
-# --- public functions ------------------------------------------------------------------------------------------------
+def rope_qk_norm(q, k, cos, sin):
+    """Apply rotary embedding, RMSNorm and QK_SCALE to q (B, T, H, D) and k (B, T, Hkv, D).
 
-def rms_norm(x, eps=None):
-    """Fused RMSNorm over the last dimension, without weight; x (..., d) -> (..., d), differentiable once.
-
-    eps: None is F.rms_norm's default, the machine epsilon of the precision it computes in (fp32).
-    Source: arXiv:1910.07467.
+    cos, sin (1, T, 1, D/2) are constants. q and k may be views of one packed tensor.
     """
-    return _rms_norm(x, _eps(eps))
+    return _rope_norm(q, cos, sin), _rope_norm(k, cos, sin)
 
 
-def rope_qk_norm(q, k, cos, sin, scale=QK_SCALE, eps=None):
-    """Rotary embedding, RMSNorm and `scale` on q (B, T, H, D) and k (B, T, Hkv, D), each read and written once.
-
-    cos, sin (1, T, 1, D/2): constants, no gradient. q and k may be views into one packed tensor.
-    """
-    return tuple(_rope_norm(x, cos, sin, float(scale), _eps(eps)) for x in (q, k))
-
-
-def check_rms_norm(device, dtype, model_dim, head_dim, flag="--fused-rmsnorm"):
-    """UserError when these kernels cannot serve such a model; call it before building one."""
-    require_kernels(device, flag)
-    require_dtype(dtype, DTYPES, flag)
-    if model_dim > MAX_WIDTH:
-        raise UserError(f"{flag} takes a model width up to {MAX_WIDTH}, not {model_dim}; leave the flag out")
-    if head_dim % 2 or head_dim > MAX_HEAD_DIM:
-        raise UserError(f"{flag} takes an even head size up to {MAX_HEAD_DIM}, not {head_dim}; change --head-dim")
-
-
-def _eps(eps):
-    return torch.finfo(torch.float32).eps if eps is None else float(eps)
+def check_rms_norm(device, dtype, flag="--fused-rmsnorm"):
+    """Raise UserError if these kernels cannot run; call it before building a model."""
+    require_kernels(flag, device)
+    require_dtype(flag, dtype, DTYPES)

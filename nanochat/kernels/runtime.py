@@ -1,6 +1,7 @@
-"""What the kernels share: Triton where there is one, the interpreter's quirks, checks made before a model is built.
+"""What all kernels share: Triton or its absence, the interpreter, and checks before training.
 
-On machines without Triton (macOS) this imports all the same: the kernels are plain functions that nobody may launch.
+Without Triton (macOS) this module still imports; the kernels are then plain functions that nothing
+launches.
 """
 
 from __future__ import annotations
@@ -17,51 +18,58 @@ except ImportError:
 
 jit = triton.jit if triton else lambda function: function
 
-# Triton decides when a kernel is decorated, so this holds for the life of the process.
+# Triton reads this setting when a kernel is decorated, so it cannot change later in the process.
 INTERPRETED = bool(triton and triton.knobs.runtime.interpret)
 
-# Elements a program works on at a time; the interpreter pays by the operation, so it takes many more.
+# Elements per program. The interpreter's cost is per operation, so it gets much larger tiles.
 TILE_ELEMENTS = 1 << 18 if INTERPRETED else 4096
 
 
 def kernel_op(name):
-    """Decorator: a function that launches kernels, by `wrap_triton`, as torch's operator `name`. A compiler sees the
-    kernels inside and launches them by itself, but for the interpreter's, which have to be run by Python."""
-    declare = torch.library.custom_op if INTERPRETED or triton is None else torch.library.triton_op
+    """Return a decorator that makes a function, which launches kernels by `wrap_triton`, an op.
+
+    The compiler sees the kernels inside and launches them itself, except those of the interpreter,
+    which Python must run.
+    """
+    opaque = INTERPRETED or triton is None
+    declare = torch.library.custom_op if opaque else torch.library.triton_op
     return declare(name, mutates_args=())
 
 
 def wrap_triton(kernel):
-    """The kernel as it is to be launched within a `kernel_op`. torch looks for this name in an op's source: by it the
-    cache of compiled graphs finds the kernels, and notices that one has been edited."""
+    """Return the kernel as a `kernel_op` must launch it.
+
+    torch searches the source of an op for this name to find its kernels: its cache of compiled
+    graphs depends on their source.
+    """
     return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
 
 
-def require_kernels(device, flag):
-    """UserError unless `device` can run Triton kernels: CUDA, or a CPU under the interpreter."""
-    if triton is None:
-        raise UserError(f"{flag} needs Triton, which is not installed here; leave the flag out")
+def require_kernels(flag, device):
+    """Raise UserError unless `device` runs Triton kernels: CUDA, or a CPU with the interpreter."""
     kind = torch.device(device).type
+    if triton is None:
+        raise UserError(f"{flag} needs Triton, which is not installed; omit the flag")
     if INTERPRETED and kind != "cpu":
-        raise UserError(f"{flag} on {kind} cannot run in Triton's interpreter; unset TRITON_INTERPRET, "
-                        "or add --device-type cpu")
+        raise UserError(f"{flag} on {kind} cannot run in Triton's interpreter; unset "
+                        "TRITON_INTERPRET, or add --device-type cpu")
     if kind != "cuda" and not INTERPRETED:
-        raise UserError(f"{flag} needs a CUDA device, and this run is on {kind}; leave the flag "
-                        "out (for tests on a CPU, set TRITON_INTERPRET=1 before python starts)")
+        raise UserError(f"{flag} needs a CUDA device, and this run is on {kind}; omit the flag "
+                        "(tests on a CPU: set TRITON_INTERPRET=1 before Python starts)")
 
 
-def require_dtype(dtype, supported, flag):
-    """UserError unless the compute dtype is one of `supported`."""
+def require_dtype(flag, dtype, supported):
+    """Raise UserError unless the compute dtype is one of `supported`."""
     if dtype not in supported:
-        names = " or ".join(str(d).removeprefix("torch.") for d in supported)
-        raise UserError(f"{flag} works in {names}, not in {str(dtype).removeprefix('torch.')}; "
-                        "set NANOCHAT_DTYPE to one of them or leave the flag out")
+        names = " or ".join(str(each).removeprefix("torch.") for each in supported)
+        raise UserError(f"{flag} needs {names} as the compute dtype, not "
+                        f"{str(dtype).removeprefix('torch.')}; set NANOCHAT_DTYPE or omit the flag")
 
 
 @jit
 def store_rounded(pointers, values, mask, INTERPRETED: tl.constexpr):
     """Store fp32 values in the pointers' dtype, rounded to nearest even."""
-    if INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:  # the interpreter's own cast truncates
+    if INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:  # the interpreter would truncate
         bits = values.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         tl.store(pointers, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
