@@ -22,7 +22,7 @@ from nanochat.experiments.ledger import read_experiments
 from nanochat.lane_b.infer.inference_file import read_inference
 from nanochat.lane_b.infer.inputs import read_statistics
 from nanochat.lane_b.infer.record import read_records
-from nanochat.lane_b.measure.position_losses import read_position_losses
+from nanochat.lane_b.statistics import read_position_losses
 from nanochat.runlog import RunLog, numbers_of, read_run
 from nanochat.shard_writer import prepare_shards
 from nanochat.shards import read_documents
