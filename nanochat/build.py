@@ -33,9 +33,18 @@ from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
 from nanochat.kernels.rms_norm import check_rms_norm
 from nanochat.kernels.runtime import INTERPRETED
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.run_figures import curves_of, figures_of
-from nanochat.runlog import CONFIG, RunLog, check_new_run, check_run_id, read_run
-from nanochat.segments import changes, in_words, part_of
+from nanochat.runlog import (
+    CONFIG,
+    RunLog,
+    changes,
+    check_new_run,
+    check_run_id,
+    curves_of,
+    figures_of,
+    in_words,
+    part_of,
+    read_run,
+)
 from nanochat.target import evaluations_of, time_to_target
 
 # --- model and optimizer ------------------------------------------------------------------------

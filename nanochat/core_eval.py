@@ -27,8 +27,8 @@ from nanochat.common import (
     atomic_path,
     base_dir,
     command,
-    is_as_noted,
     locked,
+    matches_checksum,
     parse_json,
     progress,
     sha256_of,
@@ -285,7 +285,7 @@ def read_bundle(folder, max_per_task=-1):
 def _read(folder, name, parse):
     path = folder / name
     try:
-        if not is_as_noted(path, folder):
+        if not matches_checksum(path, folder):
             raise ValueError("its SHA-256 is not the recorded one")
         return parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

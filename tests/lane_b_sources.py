@@ -1,20 +1,21 @@
-"""Sources of text whose correlations and entropies are known exactly: what lane B's estimates are measured against."""
+"""Sources of text whose correlations and entropies are known exactly, for the tests of lane B."""
 
 import numpy as np
 
-from nanochat.lane_b.measure.documents import from_arrays
+from nanochat.lane_b.corpus import Corpus
 
 
 def cut(tokens, document_tokens, vocab_size):
-    """Documents of equal length from one long stationary sequence."""
-    whole = len(tokens) // document_tokens * document_tokens
-    return from_arrays(list(np.asarray(tokens[:whole], np.uint16).reshape(-1, document_tokens)), vocab_size)
+    """Return a Corpus of documents of equal length from one long stationary sequence."""
+    n_documents = len(tokens) // document_tokens
+    documents = tokens[:n_documents * document_tokens].reshape(n_documents, document_tokens)
+    return Corpus.of(list(documents), vocab_size)
 
 
 class Copying:
-    """x_t = x_{t-k} with probability q·w_k, w_k ∝ k^-exponent for k ≤ reach; else drawn afresh from a Zipf law p.
+    """x_t = x_{t-k} with probability q w_k, w_k ~ k^-exponent for k <= reach; else drawn from Zipf.
 
-    C(n) = c(n) (diag p − p pᵀ) with c(0) = 1 and c(n) = q Σ_k w_k c(|n − k|): a linear system.
+    C(n) = c(n) (diag p - p p^T) with c(0) = 1 and c(n) = q sum_k w_k c(|n - k|), a linear system.
     """
 
     def __init__(self, exponent, q=0.6, reach=512, vocab_size=8191):
@@ -37,11 +38,11 @@ class Copying:
         origin[copied] -= back[copied]
         while (origin != origin[origin]).any():  # follow the copies to where the token was drawn
             origin = origin[origin]
-        return rng.choice(self.vocab_size, size=n_tokens, p=self.p)[origin].astype(np.uint16)
+        return rng.choice(self.vocab_size, size=n_tokens, p=self.p)[origin]
 
     def operator_norm(self, lags):
-        fresh = np.diag(self.p[:400]) - np.outer(self.p[:400], self.p[:400])  # its top direction is in the head
-        return self.c[lags] * np.linalg.norm(fresh, 2)
+        p = self.p[:400]  # the leading direction is in the most frequent tokens
+        return self.c[lags] * np.linalg.norm(np.diag(p) - np.outer(p, p), 2)
 
     def frobenius_norm(self, lags):
         squares = np.sum(self.p ** 2)
@@ -49,23 +50,24 @@ class Copying:
 
 
 class Markov:
-    """Order 1. C(n) = diag(π) Tⁿ − π πᵀ; H_n = H_1 for every n ≥ 1."""
+    """A chain of order 1. C(n) = diag(pi) T^n - pi pi^T; H_n = H_1 for every n >= 1."""
 
     def __init__(self, vocab_size, seed=0, concentration=0.2):
         self.vocab_size = vocab_size
-        self.transitions = np.random.default_rng(seed).dirichlet(np.full(vocab_size, concentration), size=vocab_size)
+        concentrations = np.full(vocab_size, concentration)
+        self.transitions = np.random.default_rng(seed).dirichlet(concentrations, size=vocab_size)
         self.stationary = np.linalg.matrix_power(self.transitions, 1000)[0]
 
     def sample(self, n_documents, document_tokens, seed):
-        """(n_documents, document_tokens) uint16, each row begun in the stationary state."""
+        """Return a Corpus; each document begins in the stationary state."""
         rng = np.random.default_rng(seed)
         cumulative = np.cumsum(self.transitions, axis=1)
-        rows = np.empty((n_documents, document_tokens), np.uint16)
+        rows = np.empty((n_documents, document_tokens), int)
         rows[:, 0] = rng.choice(self.vocab_size, size=n_documents, p=self.stationary)
         for t in range(1, document_tokens):
-            drawn = (rng.random(n_documents)[:, None] > cumulative[rows[:, t - 1]]).sum(axis=1)
-            rows[:, t] = np.minimum(drawn, self.vocab_size - 1)
-        return rows
+            below = rng.random(n_documents)[:, None] > cumulative[rows[:, t - 1]]
+            rows[:, t] = np.minimum(below.sum(axis=1), self.vocab_size - 1)
+        return Corpus.of(list(rows), self.vocab_size)
 
     def covariance(self, lag):
         joint = self.stationary[:, None] * np.linalg.matrix_power(self.transitions, lag)
@@ -76,11 +78,14 @@ class Markov:
 
 
 class Renewal:
-    """Runs of one label; run lengths T ≤ K with S(k) = P(T ≥ k) ∝ k^-decay, each new label different from the last."""
+    """Runs of one label; each new label differs from the last one.
+
+    Run lengths T <= K have S(k) = P(T >= k) ~ k^-decay.
+    """
 
     def __init__(self, vocab_size, longest, decay):
         self.vocab_size = vocab_size
-        self.survival = np.append(np.arange(1, longest + 1) ** -float(decay), 0.0)  # S(1), ..., S(K), 0
+        self.survival = np.append(np.arange(1, longest + 1) ** -float(decay), 0.0)  # S(1), S(2) ...
         self.mean = self.survival.sum()
         self.ends = self.survival[:-1] - self.survival[1:]  # f(1), ..., f(K)
 
@@ -89,12 +94,15 @@ class Renewal:
         n_runs = int(1.2 * n_tokens / self.mean) + 100
         lengths = rng.choice(np.arange(1, len(self.ends) + 1), size=n_runs, p=self.ends)
         labels = np.cumsum(rng.integers(1, self.vocab_size, size=n_runs)) % self.vocab_size
-        return np.repeat(labels, lengths)[:n_tokens].astype(np.uint16)
+        return np.repeat(labels, lengths)[:n_tokens]
 
     def correlation(self, longest_lag):
-        """a(0..longest_lag): C(n) = a(n) (I − 11ᵀ/V) / V. A change of label multiplies the expectation by −1/(V−1)."""
+        """Return a(0), ..., a(longest_lag) with C(n) = a(n) (I - 1 1^T / V) / V.
+
+        A change of label multiplies the expectation by -1 / (V - 1).
+        """
         r, mean = -1 / (self.vocab_size - 1), self.mean
-        survival = np.concatenate([self.survival, np.zeros(longest_lag + 2)])  # survival[k - 1] = S(k)
+        survival = np.concatenate([self.survival, np.zeros(longest_lag + 2)])  # [k - 1] is S(k)
         ends = survival[:-1] - survival[1:]
         b, a = np.ones(longest_lag + 1), np.ones(longest_lag + 1)
         for n in range(1, longest_lag + 1):
@@ -104,54 +112,26 @@ class Renewal:
         return a
 
     def entropy(self, n):
-        """H_n in nats: a change seen r < n tokens ago tells how long the run is; otherwise only that it is ≥ n old."""
+        """Return H_n in nats.
+
+        A change of label seen r < n tokens ago tells the length of the run; otherwise it is only
+        known to be at least n.
+        """
         survival = np.concatenate([self.survival, np.zeros(n + 2)])
         ends = survival[:-1] - survival[1:]
         total = 0.0
         for age in range(1, n):
             if survival[age - 1] > 0:
-                total += survival[age - 1] / self.mean * self._choice(ends[age - 1] / survival[age - 1])
+                choice = self._choice(ends[age - 1] / survival[age - 1])
+                total += survival[age - 1] / self.mean * choice
         older = survival[n - 1:].sum() / self.mean
-        return total + older * self._choice(ends[n - 1:].sum() / (self.mean * older)) if older > 0 else total
+        if older > 0:
+            total += older * self._choice(ends[n - 1:].sum() / (self.mean * older))
+        return total
 
     def _choice(self, change):
-        return float(-_x_log_x(change) - _x_log_x(1 - change) + change * np.log(self.vocab_size - 1))
-
-
-class OrderTwo:
-    """p(w | a, b) interpolated from the triples of a text whose words repeat what is near: H_1, H_2 exact."""
-
-    def __init__(self, vocab_size=120):
-        x = Copying(1.0, q=0.8, reach=16, vocab_size=vocab_size).sample(60_000, seed=0)
-        self.vocab_size = vocab_size
-        shape = (vocab_size,) * 3
-        triples = np.bincount(np.ravel_multi_index((x[:-2], x[1:-1], x[2:]), shape), minlength=vocab_size ** 3)
-        triples = triples.reshape(shape).astype(float)
-        single = triples.sum(axis=(0, 1)) + 1
-        double = triples.sum(axis=0) + 5 * single / single.sum()
-        triples += 5 * (double / double.sum(axis=-1, keepdims=True))[None]
-        self.p = triples / triples.sum(axis=-1, keepdims=True)
-        self.pairs = np.full((vocab_size, vocab_size), 1 / vocab_size ** 2)
-        for _ in range(300):
-            self.pairs = np.einsum("ab,abc->bc", self.pairs, self.p)
-
-    def sample(self, n_documents, document_tokens, seed):
-        rng = np.random.default_rng(seed)
-        cumulative = np.cumsum(self.p, axis=-1)
-        rows = np.empty((n_documents, document_tokens), np.uint16)
-        start = rng.choice(self.vocab_size ** 2, size=n_documents, p=self.pairs.ravel() / self.pairs.sum())
-        rows[:, 0], rows[:, 1] = np.divmod(start, self.vocab_size)
-        for t in range(2, document_tokens):
-            drawn = (rng.random(n_documents)[:, None] > cumulative[rows[:, t - 2], rows[:, t - 1]]).sum(axis=1)
-            rows[:, t] = np.minimum(drawn, self.vocab_size - 1)
-        return rows
-
-    def entropies(self):
-        """(H_1, H_2) in nats."""
-        joint = self.pairs[:, :, None] * self.p
-        double = joint.sum(axis=0)
-        given_one = double / double.sum(axis=-1, keepdims=True)
-        return float(-(double * np.log(given_one)).sum()), float(-(joint * np.log(self.p)).sum())
+        binary = -_x_log_x(change) - _x_log_x(1 - change)
+        return float(binary + change * np.log(self.vocab_size - 1))
 
 
 def _x_log_x(x):

@@ -9,7 +9,7 @@ import pytest
 import synthetic_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanochat.experiments.probe import Probe
+from nanochat.experiments.runner import Probe
 from scipy import stats
 from synthetic_runs import make_trial
 

@@ -9,12 +9,12 @@ import pytest
 
 from nanochat.common import UserError
 from nanochat.lane_b import Refusal
-from nanochat.lane_b.exponents import Estimate, alpha_of
 from nanochat.lane_b.infer.crossing import Horizon, Prediction, end_of, time_to
 from nanochat.lane_b.infer.curve_law import FORMS, Law, Progress, Run
 from nanochat.lane_b.infer.horizon import TooShort, infer_horizon
 from nanochat.lane_b.infer.horizon_figure import draw_inference
 from nanochat.lane_b.infer.inputs import Setting
+from nanochat.lane_b.statistics import Estimate, alpha_of
 from nanochat.schedule import lr_multipliers
 
 LOW_RATES, NEAR_BEST = (1.5, 0.6, 0.4, 0.05, 30.0), (1.5, 0.6, 0.4, 0.3, 300.0)  # the gain of the landing: small, large

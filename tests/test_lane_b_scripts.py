@@ -245,7 +245,7 @@ def test_an_output_that_cannot_be_written_or_drawn_is_named_before_the_work(tmp_
     code, line = refused(tmp_path, capsys, *flags, "--output-json", tmp_path)
     assert (code, "--out " in line) == (2, True), line
     code, line = refused(tmp_path, capsys, *flags, "--plot", "figure.odd")
-    assert code == 2 and ("no kind of figure" in line or "matplotlib" in line), line
+    assert code == 2 and ("known file type" in line or "matplotlib" in line), line
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, line = refused(tmp_path, capsys, *flags, "--plot", tmp_path / "infer.png")
     assert (code, "pip install 'nanochat[report]'" in line) == (2, True), line

@@ -14,9 +14,8 @@ import pandas as pd
 from scipy import stats
 
 from nanochat.common import UserError
-from nanochat.experiments.probe import read_probe
 from nanochat.experiments.profiles import BASELINE
-from nanochat.experiments.runner import SLACK_BPB
+from nanochat.experiments.runner import SLACK_BPB, read_probe
 from nanochat.experiments.table import (
     INTERPRETED,
     check_same,

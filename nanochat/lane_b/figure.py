@@ -1,6 +1,8 @@
-"""What lane B's figures share: matplotlib without pyplot (no global state, no display), colours, dressed axes."""
+"""Figures of lane B, drawn by matplotlib without pyplot (no global state, no display)."""
 
 from pathlib import Path
+
+import numpy as np
 
 from nanochat.common import UserError, check_output
 
@@ -9,7 +11,7 @@ TITLE = {"loc": "left", "color": INK, "fontsize": 12, "fontweight": "bold", "pad
 
 
 def new_figure(**size):
-    """An empty matplotlib Figure. Errors: UserError where matplotlib is missing."""
+    """Return an empty matplotlib Figure. Raise UserError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -18,32 +20,24 @@ def new_figure(**size):
 
 
 def check_plot(path):
-    """Errors: UserError now, not after the work, for a figure that cannot be drawn or written (None: no figure)."""
+    """Raise UserError if a figure cannot be written to `path` (None: no figure)."""
     if path:
         check_output("--plot", path)
         if Path(path).suffix[1:].lower() not in new_figure().canvas.get_supported_filetypes():
-            raise UserError(f"--plot {path} is no kind of figure; give a name that ends with .png, .svg or .pdf")
+            raise UserError(f"--plot {path} has no known file type; give a name that ends with "
+                            ".png, .svg or .pdf")
 
 
 def save(figure, path):
-    """Write the figure to `path`; its ending chooses the format."""
+    """Write the figure to `path`; the suffix chooses the format."""
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--plot {path}: {error}") from None
 
 
-def label_axis(axis, formatter, **ticks):
-    """Major ticks of a logarithmic axis at `ticks` (LogLocator's arguments), written by `formatter`; no minor ones."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
-
-    axis.set_major_locator(LogLocator(**ticks))
-    axis.set_major_formatter(EngFormatter(sep="") if formatter == "k, M" else StrMethodFormatter(formatter))
-    axis.set_minor_formatter(NullFormatter())
-
-
 def dress(axes):
-    """Grid, colours and legend; no frame, no tick marks."""
+    """Draw a grid and a legend; remove the frame and the tick marks."""
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.grid(color=GRID, linewidth=0.8)
@@ -53,3 +47,66 @@ def dress(axes):
     axes.set_axisbelow(True)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
+
+
+def draw_statistics(document, path):
+    """Draw stats.json: norms of the covariance by lag, entropies by context length."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    figure = new_figure(figsize=(11.0, 4.8))
+    correlations, entropies = figure.subplots(1, 2)
+    _draw_correlations(correlations, document)
+    _draw_entropies(entropies, document)
+    for axes in (correlations, entropies):
+        axes.set(xscale="log", yscale="log")
+        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        dress(axes)
+    entropies.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    save(figure, path)
+
+
+def _draw_correlations(axes, document):
+    beta = document["beta"]
+    axes.axvspan(*beta["window"], color=BLUE, alpha=0.07, linewidth=0, label="lags that give beta")
+    for norm, color, name in (("op", BLUE, "operator"), ("frobenius", ORANGE, "Frobenius")):
+        lags = [lag for lag in document["lags"] if lag["usable"] and lag[norm]]
+        n = [lag["lag"] for lag in lags]
+        errors = [1.96 * lag[f"{norm}_se"] for lag in lags]
+        axes.errorbar(n, [lag[norm] for lag in lags], errors, fmt="o", color=color, capsize=2.5,
+                      label=f"{name} norm (95 %)")
+        if law := document["fits"].get(norm):
+            x = np.geomspace(n[0], n[-1], 200)
+            n_break = law["n_break"] or np.inf
+            before = np.minimum(x, n_break) ** -law["slope"]
+            after = np.maximum(x / n_break, 1) ** -(law["slope_after"] or 0.0)
+            slopes = f"{law['slope']:.2f}"
+            if law["n_break"]:
+                slopes += f", {law['slope_after']:.2f} beyond n = {n_break:.1f}"
+            axes.plot(x, np.exp(law["log_intercept"]) * before * after, color=color,
+                      label=f"slope {slopes}")
+    axes.plot([lag["lag"] for lag in document["lags"]], [lag["noise"] for lag in document["lags"]],
+              color=MUTED, linestyle="--", label="least usable operator norm")
+    axes.set(xlabel="lag n (tokens)", ylabel="‖C(n)‖")
+    axes.set_title(f"beta = {beta['value']:.2f} ± {beta['se']:.2f}", **TITLE)
+
+
+def _draw_entropies(axes, document):
+    gamma, points = document["gamma"], document["entropy"]["positions"]
+    for name, color, tokens in (("nats_half", MUTED, "P/2"), ("nats", BLUE, "P")):
+        if points:
+            axes.plot([point["n"] for point in points], [point[name] for point in points], "o",
+                      color=color, label=f"loss by position, trained on {tokens} tokens")
+    for bound in document["entropy"]["ngrams"]:
+        axes.plot([bound["n"]] * 2, [bound["lo"], bound["hi"]], "_-", color=ORANGE,
+                  label="bounds from n-grams" if bound["n"] == 1 else None)
+    title = "gamma not reported"
+    if gamma["value"] is not None:
+        axes.axvspan(*gamma["window"], color=BLUE, alpha=0.07, linewidth=0,
+                     label="contexts that give gamma")
+        title = f"gamma = {gamma['value']:.3f} ± {gamma['se']:.3f}"
+    elif gamma["lo"] is not None:
+        title = f"gamma between {gamma['lo']:.2f} and {gamma['hi']:.2f}"
+    axes.set(xlabel="context n (tokens)", ylabel="entropy of the next token (nats)")
+    axes.set_title(title, **TITLE)

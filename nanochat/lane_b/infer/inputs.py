@@ -8,8 +8,8 @@ import numpy as np
 
 from nanochat.common import UserError, read_json
 from nanochat.lane_b import Refusal
-from nanochat.lane_b.exponents import Estimate, alpha_of
 from nanochat.lane_b.infer.curve_law import Progress, Run
+from nanochat.lane_b.statistics import Estimate, alpha_of
 from nanochat.runlog import UNTIMED_STEPS
 from nanochat.target import evaluations_of
 

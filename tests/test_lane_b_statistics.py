@@ -1,0 +1,330 @@
+"""The exponents of a text, their refusals, and scripts.lane_b_stats."""
+
+import json
+import random
+import string
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lane_b_sources import Copying, Renewal, cut
+from scipy import stats
+
+from nanochat.common import UserError
+from nanochat.dataset import open_dataset
+from nanochat.lane_b import Refusal
+from nanochat.lane_b.corpus import LagEstimate
+from nanochat.lane_b.figure import draw_statistics
+from nanochat.lane_b.infer.inputs import read_statistics
+from nanochat.lane_b.statistics import (
+    DEFAULT_LAGS,
+    PositionLosses,
+    check_comparable,
+    fit_decay,
+    fit_power_law,
+    measure,
+    measure_beta,
+    measure_gamma,
+    measure_slope,
+    read_position_losses,
+)
+from nanochat.runlog import RunLog
+from nanochat.tokenizer import train_tokenizer
+from scripts.lane_b_stats import main
+
+LAGS = np.array(DEFAULT_LAGS)
+# ||C(n)||_op of a corpus of books, 34 million tokens
+BOOKS = np.array([9.51e-3, 5.20e-3, 2.35e-3, 1.246e-3, 8.5e-4, 6.21e-4, 5.88e-4, 5.92e-4, 5.49e-4,
+                  5.02e-4, 4.80e-4, 4.48e-4, 4.12e-4])
+BOUNDS = [{"n": 1, "lo": 4.6, "hi": 4.8}, {"n": 2, "lo": 3.2, "hi": 4.2}]
+
+
+# --- power laws
+
+
+@given(st.floats(-2, 3), st.floats(-5, 5))
+def test_an_exact_power_law_is_recovered(slope, intercept):
+    law = fit_power_law(LAGS, np.exp(intercept) * LAGS ** -slope)
+    assert (law.slope, law.log_intercept) == pytest.approx((slope, intercept), abs=1e-9)
+
+
+def test_slope_and_error_equal_linear_regression():
+    law = fit_power_law(LAGS[:6], BOOKS[:6])
+    peer = stats.linregress(np.log(LAGS[:6]), np.log(BOOKS[:6]))
+    assert (law.slope, law.slope_se) == pytest.approx((-peer.slope, peer.stderr))
+
+
+def test_an_exact_break_is_recovered():
+    y = np.minimum(LAGS, 7.0) ** -1.5 * np.maximum(LAGS / 7.0, 1) ** -0.2
+    law = fit_decay(LAGS, y)
+    assert (law.slope, law.n_break, law.slope_after) == pytest.approx((1.5, 7.0, 0.2), abs=0.1)
+
+
+def test_books_have_two_regimes_with_a_break_near_six():
+    law = fit_decay(LAGS, BOOKS)
+    assert law.n_break == pytest.approx(6.4, abs=1)
+    assert (law.slope, law.slope_after) == pytest.approx((1.58, 0.17), abs=0.05)
+    assert 20 < fit_power_law(LAGS, BOOKS).bic - law.bic < 40
+
+
+def test_a_single_law_is_seldom_taken_for_two():
+    noise = 0.08 * np.random.default_rng(0).standard_normal((100, len(LAGS)))
+    laws = [fit_decay(LAGS, LAGS ** -0.8 * np.exp(row), 0.08) for row in noise]
+    assert sum(law.n_break is not None for law in laws) <= 1
+    slightly_bent = LAGS ** -0.6 * np.exp(0.0025 * np.log(LAGS) ** 2)
+    assert fit_decay(LAGS, slightly_bent, 1e-6).n_break is None
+    assert fit_decay(LAGS[:4], BOOKS[:4]).n_break is None
+
+
+def test_the_interval_of_a_slope_covers_it():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for noise in 0.1 * rng.standard_normal((200, 6)):
+        _, _, lo, hi = measure_slope(LAGS[:6], LAGS[:6] ** -1.2 * np.exp(noise))
+        covered += lo < 1.2 < hi
+    assert covered >= 0.9 * 200
+
+
+def test_errors_of_a_slope_add_in_quadrature():
+    y = LAGS ** -1.0
+    own = fit_power_law(LAGS, y).slope_se
+    replicates = y * LAGS ** np.array([[0.1], [-0.1], [0.1], [-0.1]])
+    _, se, _, _ = measure_slope(LAGS, y, replicates=replicates, other=LAGS ** -1.3)
+    assert se == pytest.approx(np.sqrt(own**2 + 0.1**2 * 4 / 3 + 0.3**2))
+
+
+# --- beta
+
+
+def estimates_of(law, relative_error=0.01):
+    """Return LagEstimates and replicates of a law of the operator norm."""
+    rng = np.random.default_rng(0)
+    estimates = []
+    for lag in DEFAULT_LAGS:
+        op = float(law(lag))
+        estimates.append(LagEstimate(lag, 32_000_000, op, relative_error * op, 1.5 * op,
+                                     relative_error * op, 5 * relative_error * op,
+                                     (0.26 / op) ** 2))
+    norms = np.array([estimate.op for estimate in estimates])
+    return estimates, norms * (1 + relative_error * rng.standard_normal((100, len(norms))))
+
+
+def two_regimes(n_break):
+    return lambda n: 9.5e-3 * min(n, n_break) ** -1.6 * max(n / n_break, 1) ** -0.17
+
+
+def test_books_like_correlations_use_the_lags_before_the_break():
+    estimates, replicates = estimates_of(two_regimes(6.4))
+    beta, _ = measure_beta(estimates, replicates)
+    assert beta.value == pytest.approx(1.6, abs=0.05) and beta.window == (1, 6)
+    assert beta.lo < 1.6 < beta.hi and beta.frobenius == pytest.approx(beta.value)
+    assert (beta.n_break, beta.after_break) == pytest.approx((6.4, 0.17), rel=0.1)
+    assert beta.max_data_tokens == pytest.approx((0.26 / (9.5e-3 * 6 ** -1.6)) ** 2)
+    hidden = [*estimates[:-1], replace(estimates[-1], frobenius=None, frobenius_se=None)]
+    assert "frobenius" not in measure_beta(hidden, replicates)[1]
+
+
+def test_one_law_uses_all_lags():
+    beta, _ = measure_beta(*estimates_of(lambda n: 9e-3 * n ** -0.8))
+    assert beta.window == (1, 64) and beta.n_break is None
+    assert beta.value == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("law, words", [
+    (two_regimes(3.6), r"only 3 lags before the break at n=3\.\d \(need 5\)"),
+    (lambda n: 5e-3 * np.exp(0.3 * np.sin(n)), "is not clear of 0"),
+])
+def test_beta_is_refused_without_enough_lags_that_decay(law, words):
+    with pytest.raises(Refusal, match=words):
+        measure_beta(*estimates_of(law))
+
+
+def copying_text(n_tokens, document_tokens=1000):
+    return cut(Copying(0.9, vocab_size=500).sample(n_tokens, 0), document_tokens, 500)
+
+
+def test_too_little_text_says_how_much_is_needed():
+    lags = [1, 2, 3, 4, 5]
+    with pytest.raises(Refusal, match=r"only \d lags above noise \(need 5\); about") as refusal:
+        measure(copying_text(30_000), lags)
+    needed = float(str(refusal.value).split("about ")[1].split()[0])
+    assert measure(copying_text(int(1.5 * needed)), lags)["beta"]["n_lags"] == 5
+
+
+def test_text_without_correlations_is_refused():
+    text = np.random.default_rng(0).integers(0, 300, 100_000)
+    with pytest.raises(Refusal, match=r"no correlations at these lags|tokens needed"):
+        measure(cut(text, 500, 300))
+    with pytest.raises(Refusal, match=r"only 0 different documents .* besides 60"):
+        measure(cut(np.arange(90_000) // 1500, 1500, 300))
+
+
+def test_lags_longer_than_a_tenth_of_the_documents_are_left_out():
+    found = measure(copying_text(300_000, 200))
+    assert [lag["lag"] for lag in found["lags"]] == [1, 2, 3, 4, 5, 6, 8, 11, 16]
+    assert found["warnings"][0].startswith("lags end at 16")
+    with pytest.raises(Refusal, match=r"only 4 lags \(need 5\) up to 4"):
+        measure(copying_text(100_000, 40))
+
+
+# --- gamma
+
+
+def losses(tokens, gamma=0.3, excess=0.0, name=None, **ids):
+    nats = 5 * np.maximum(np.arange(200), 0.5) ** -gamma + excess
+    return PositionLosses(name or str(tokens), tokens, nats, np.full(200, 10**5), **ids)
+
+
+def test_gamma_of_converged_losses_is_recovered():
+    gamma, points = measure_gamma([losses(10**8), losses(5 * 10**7), losses(10**7)], BOUNDS)
+    assert gamma.value == pytest.approx(0.3, abs=0.01) and gamma.lo < 0.3 < gamma.hi
+    assert gamma.source == "position_losses" and gamma.refusal is None
+    assert gamma.window[0] == 1 and gamma.window[1] > 100
+    assert points[0]["nats"] == pytest.approx(5) and points[0]["count"] == 10**5
+
+
+def test_gamma_of_a_renewal_process_is_the_slope_of_its_exact_entropies():
+    source = Renewal(vocab_size=12, longest=400, decay=0.5)
+    exact = np.array([2.0, *(source.entropy(n) for n in range(1, 65))])
+    runs = [PositionLosses(str(tokens), tokens, exact + 50 / tokens, np.full(65, 10**6))
+            for tokens in (10_000, 20_000)]
+    gamma, _ = measure_gamma(runs, BOUNDS)
+    n = [1, 2, 3, 4, 5, 6, 8, 11, 16, 23, 32, 45, 64]
+    assert gamma.value == pytest.approx(fit_power_law(n, exact[n]).slope, rel=0.05)
+
+
+def test_gamma_uses_contexts_up_to_the_first_that_has_not_converged():
+    half = losses(5 * 10**7)
+    half.nats[14:] += 0.05
+    gamma, points = measure_gamma([losses(10**8), half], BOUNDS)
+    assert 11 < gamma.window[1] < 14 and len(points) > 10
+
+
+@pytest.mark.parametrize("runs, words", [
+    ([], "no position losses"),
+    ([losses(10**8)], "trained on P and P/2 tokens are needed; add a run on about 50,000,000"),
+    ([losses(10**8), losses(5 * 10**7, excess=0.041)],
+     r"H_n at n=1 still changes by -0.041 nats per data doubling \(limit 0.02\)"),
+    ([losses(10**8, gamma=-0.3), losses(5 * 10**7, gamma=-0.3)], "do not clearly fall"),
+])
+def test_gamma_that_is_refused_leaves_the_bracket_from_ngrams(runs, words):
+    gamma, _ = measure_gamma(runs, BOUNDS)
+    with pytest.raises(Refusal, match=f"gamma not reported: .*{words}.*; bracket from n=1,2: "):
+        raise Refusal(gamma.refusal)
+    bracket = np.log2(4.6 / 4.2), np.log2(4.8 / 3.2)
+    assert gamma.value is None and (gamma.lo, gamma.hi) == pytest.approx(bracket)
+    assert measure_gamma(runs, [])[0].lo is None
+
+
+EVENT = {"tokens": 1000, "nats_by_position": [7.0, 6.0, None], "counts_by_position": [4, 4, 0]}
+
+
+def test_losses_are_read_from_a_run_and_from_a_file(tmp_path):
+    log = RunLog.create(tmp_path, "a-run", {"dataset_id": "d", "tokenizer_id": "t"})
+    log.event("position_losses", **{**EVENT, "tokens": 500})
+    log.event("position_losses", **EVENT)
+    log.close()
+    (tmp_path / "event.json").write_text(json.dumps(EVENT))
+    by_id = read_position_losses("a-run", tmp_path)
+    by_file = read_position_losses(str(tmp_path / "event.json"), tmp_path)
+    assert (by_id.tokens, by_id.dataset_id, by_id.tokenizer_id) == (1000, "d", "t")
+    assert by_file.tokens == 1000 and by_file.dataset_id is None
+    assert list(by_file.nats) == [7.0, 6.0, 0.0] and list(by_file.counts) == [4, 4, 0]
+    RunLog.create(tmp_path, "bare", {}).close()
+    with pytest.raises(UserError, match="--position-losses"):
+        read_position_losses("bare", tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    {"tokens": 0}, {"tokens": "many"}, {"counts_by_position": [4, 4]}, {"nats_by_position": 3},
+    {"counts_by_position": [4, 10**30, 0]},
+])
+def test_an_invalid_event_is_named(tmp_path, change):
+    (tmp_path / "event.json").write_text(json.dumps({**EVENT, **change}))
+    with pytest.raises(UserError, match=r"event.json has no valid position_losses"):
+        read_position_losses(str(tmp_path / "event.json"), tmp_path)
+
+
+@pytest.mark.parametrize("loss", [None, float("inf"), -1.0])
+def test_losses_that_are_not_positive_numbers_are_refused(tmp_path, loss):
+    event = {**EVENT, "nats_by_position": [7.0, loss, None]}
+    (tmp_path / "event.json").write_text(json.dumps(event))
+    with pytest.raises(Refusal, match="with 1 tokens of context"):
+        read_position_losses(str(tmp_path / "event.json"), tmp_path)
+
+
+def test_losses_of_another_text_or_model_or_of_one_run_twice_are_refused():
+    model = {"n_layer": 2}
+    run = losses(100, dataset_id="d", tokenizer_id="t", model_config=model)
+    check_comparable([run, losses(50)], "d", "t")
+    for other in (replace(run, name="b", dataset_id="e"), replace(run, name="b", tokenizer_id="u"),
+                  replace(run, name="b", model_config={"n_layer": 4}), run):
+        with pytest.raises(Refusal):
+            check_comparable([run, other], "d", "t")
+
+
+# --- the program
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder of text (words that repeat what is near, cut into pages) and its tokenizer."""
+    folder = tmp_path_factory.mktemp("corpus")
+    spell = random.Random(0)
+    words = ["".join(spell.choices(string.ascii_lowercase, k=2 + rank % 6)) for rank in range(300)]
+    ranks = Copying(1.2, q=0.9, vocab_size=300).sample(120_000, seed=0)
+    written = " ".join(words[rank] for rank in ranks)
+    pages = [written[start:start + 2500] for start in range(0, len(written), 2500)]
+    (folder / "text").mkdir()
+    lines = [json.dumps({"text": page}) + "\n" for page in pages]
+    (folder / "text" / "pages.jsonl").write_text("".join(lines))
+    train_tokenizer(pages, 700).save(folder / "tokenizer")
+    return folder
+
+
+def arguments(text, tmp_path, *more):
+    return ["--dataset", str(text / "text"), "--tokenizer-dir", str(text / "tokenizer"),
+            "--out", str(tmp_path / "stats.json"), *map(str, more)]
+
+
+def test_a_text_becomes_a_file_and_a_figure(text, tmp_path, capsys):
+    dataset_id = open_dataset(str(text / "text")).dataset_id
+    runs = []
+    for tokens in (10**6, 5 * 10**5):
+        nats = (5 * np.maximum(np.arange(100), 0.5) ** -0.3).tolist()
+        runs.append(tmp_path / f"{tokens}.json")
+        runs[-1].write_text(json.dumps({"tokens": tokens, "nats_by_position": nats,
+                                        "counts_by_position": [10**5] * 100,
+                                        "dataset_id": dataset_id}))
+    main(arguments(text, tmp_path, "--plot", tmp_path / "stats.png", "--position-losses", *runs))
+    document = json.loads((tmp_path / "stats.json").read_text())
+    beta, gamma, alpha = (document[name] for name in ("beta", "gamma", "alpha_theory"))
+    assert document["dataset_id"] == dataset_id and document["refusals"] == []
+    assert 0 < beta["lo"] < beta["value"] < beta["hi"]
+    assert gamma["value"] == pytest.approx(0.3, abs=0.01)
+    assert alpha["value"] == pytest.approx(gamma["value"] / (2 * beta["value"]))
+    assert alpha["lo"] == pytest.approx(gamma["lo"] / (2 * beta["hi"]))
+    assert read_statistics(tmp_path / "stats.json").alpha.value == alpha["value"]
+    assert (tmp_path / "stats.png").read_bytes().startswith(b"\x89PNG")
+    assert f"beta: {beta['value']:.3f}" in capsys.readouterr().out
+    draw_statistics({**document, "entropy": {"positions": [], "ngrams": BOUNDS},
+                     "gamma": {"value": None, "lo": 0.1, "hi": 0.6}}, tmp_path / "bracket.png")
+
+
+def test_a_refused_text_exits_with_3_and_writes_nothing(text, tmp_path, refusal):
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "a.jsonl").write_text('{"text": "one text"}\n{"text": "validation"}\n')
+    few = arguments(text, tmp_path, "--dataset", tmp_path / "few")
+    assert "only 1 different documents" in refusal(main, few, exit_code=3)
+    (tmp_path / "event.json").write_text(json.dumps({**EVENT, "dataset_id": "climbmix-1"}))
+    other = arguments(text, tmp_path, "--position-losses", tmp_path / "event.json")
+    assert "dataset_id climbmix-1" in refusal(main, other, exit_code=3)
+    assert not (tmp_path / "stats.json").exists()
+
+
+@pytest.mark.parametrize("more", [["--lags", "0,1"], ["--lags", "a"], ["--max-tokens", "0"],
+                                  ["--split", "test"], ["--out", "missing/stats.json"]])
+def test_invalid_flags_exit_with_2(text, tmp_path, more, refusal):
+    assert more[0] in refusal(main, arguments(text, tmp_path, *more))
