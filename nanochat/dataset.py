@@ -435,8 +435,7 @@ def _fetch(repo, name, folder):
 
 # --- command -------------------------------------------------------------------------------------
 
-@command
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m nanochat.dataset",
                                      description="Download or prepare a dataset.")
     parser.add_argument("--dataset", default="climbmix", help=DATASET_HELP)
@@ -448,7 +447,12 @@ def main(argv=None):
                         help="leave out unusable lines, rows and documents of a folder, up to this "
                              "share of all (%(default)s)")
     parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
     set_quiet(args.quiet)
     if args.num_workers < 1 or not 0 <= args.skip_bad < 1:
         raise UserError("-w must be at least 1, --skip-bad at least 0 and below 1")

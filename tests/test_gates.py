@@ -9,7 +9,6 @@ import pytest
 import synthetic_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanochat.experiments.runner import Probe
 from scipy import stats
 from synthetic_runs import make_trial
 
@@ -23,7 +22,7 @@ from nanochat.experiments.gates import (
     spikes,
     time_gate,
 )
-from nanochat.experiments.runner import SLACK_BPB
+from nanochat.experiments.runner import SLACK_BPB, Probe
 from nanochat.experiments.table import experiment_table, on_one_clock
 
 KERNEL, HORIZON = "fused-rmsnorm", "shorter"

@@ -6,11 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from nanochat.experiments.leaderboard import leaderboard_row, time_to_target_line
 
 from nanochat.common import UserError
 from nanochat.config import parse_config
 from nanochat.runlog import RunRecord
+from scripts.leaderboard import leaderboard_row, time_to_target_line
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("nanochat.dataset", "nanochat.core_eval", "scripts.tok_train", "scripts.tok_eval",
