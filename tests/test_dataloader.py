@@ -201,15 +201,6 @@ def test_a_restored_planner_continues_from_any_row(planner_of, packing):
             assert restored.snapshot()[-2:] == straight.snapshot()[-2:]
 
 
-def test_rows_near_each_other_hold_many_documents(tmp_path):
-    """Otherwise a batch of long documents would be a batch of near-copies."""
-    lengths = np.random.default_rng(1).integers(4_500, 6_000, 225).tolist()
-    novels = make_shards(tmp_path / "novels", [lengths[:80], lengths[80:]])
-    planner = RowPlanner(novels, 257, 42, "carry")
-    for _ in range(20):
-        assert len({token[:2] for row in next_rows(planner, 64) for token in row}) >= 40
-
-
 # --- the order of documents --------------------------------------------------
 
 
@@ -254,25 +245,19 @@ def rows_of(loader, n_batches):
     return rows
 
 
-@settings(property_test, max_examples=30)
-@given(lengths=document_lengths.filter(any), sequence_len=st.integers(1, 50),
-       batch_rows=st.integers(1, 3), crop=st.sampled_from(CROPS))
-def test_rows_hold_bos_and_consecutive_tokens(tmp_path, lengths, sequence_len, batch_rows, crop):
-    shards = make_shards(tmp_path / "drawn", lengths)
-    flat = [length for shard in lengths for length in shard]
-    with TokenLoader(shards, batch_rows, sequence_len, crop=crop) as loader:
-        rows = rows_of(loader, 5)
-    assert len(rows) == 5 * batch_rows
-    for row in rows:
-        assert len(row) == sequence_len + 1 and row[0] == BOS
-        starts = [at for at, token in enumerate(row) if token == BOS]
-        for start, end in zip(starts, [*starts[1:], len(row)], strict=True):
-            if end - start > 1:
-                document, position = divmod(row[start + 1], LONGEST)
-                assert position == 1 or crop == "carry"
-                assert position + end - start - 1 <= flat[document]
-                first = row[start + 1]
-                assert row[start + 1 : end] == list(range(first, first + end - start - 1))
+@property_test
+@given(packings)
+def test_batches_hold_the_planned_tokens(planner_of, packing):
+    planner = planner_of(packing, seed=0, shuffle=True)
+    shards = planner.order._shards
+    first = planner.order.first_documents
+
+    def token(shard, document, position):
+        return (first[shard] + document) * LONGEST + position if position else BOS
+
+    with TokenLoader(shards, 3, planner.row_tokens - 1, crop=planner.crop) as loader:
+        rows = rows_of(loader, 4)
+    assert rows == [[token(*place) for place in row] for row in next_rows(planner, 12)]
 
 
 @pytest.mark.parametrize("crop", CROPS)
