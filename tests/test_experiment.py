@@ -79,7 +79,7 @@ def test_the_d12_profile_is_the_protocol_to_the_letter(base_dir, dry_run):
     for seed, line in enumerate(commands):
         run_id = f"b.baseline.d12.s{seed}"
         assert line.split("scripts.base_train ")[1].split() == [
-            *PROTOCOL.split(), "--crop=drop", f"--tokenizer-dir={base_dir}/tokenizer_climbmix",
+            *PROTOCOL.split(), f"--tokenizer-dir={base_dir}/tokenizer_climbmix",
             "--dataset=climbmix", f"--seed={seed}", f"--run-id={run_id}", f"--model-tag={run_id}"]
 
 
