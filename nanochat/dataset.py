@@ -186,6 +186,11 @@ def prepare_shards(folder, name, documents, expected_bytes, samples=None, named_
             notes = _write_shards(temporary, name, *spilled, named_validation, distinct)
             shutil.rmtree(temporary / "spill")
             samples = samples or text_folder.Samples()
+            n_train, n_val = notes["train_documents"], notes["val_documents"]
+            if not n_train or not n_val:
+                problems = "".join(f"; a {problem}" for problem, _ in samples.textless[:3])
+                raise UserError(f"{name} has {n_train} training and {n_val} validation documents; "
+                                f"at least one of each is needed{problems}")
             notes |= {"textless": samples.textless,
                       "unusable": [samples.summary()] if samples.n_bad else []}
             write_json(temporary / MANIFEST, notes)
@@ -245,7 +250,7 @@ def _write_shards(folder, name, spilled, n_bytes, named_validation, distinct, li
     val_bytes = 0 if named_validation else min(_VAL_SHARE * n_bytes, _VAL_MAX_BYTES)
     train_bytes = n_bytes - val_bytes
     shard_bytes = min(max(train_bytes / 64, _SHARD_MIN_BYTES), _SHARD_MAX_BYTES)
-    shard_bytes = train_bytes / max(1, math.ceil(train_bytes / shard_bytes))
+    shard_bytes = max(1, train_bytes / max(1, math.ceil(train_bytes / shard_bytes)))
     train = _ShardWriter(folder / "train", shard_bytes)
     val = _ShardWriter(folder / "val", _SHARD_MAX_BYTES)
     notes = {"repeated": 0, "also_in_validation": 0, "also_in_test": 0}
@@ -276,9 +281,6 @@ def _write_shards(folder, name, spilled, n_bytes, named_validation, distinct, li
 
     if train.n_documents > 1 and not val.n_documents and not named_validation:
         return _write_shards(folder, name, spilled, n_bytes, False, distinct, smallest)
-    if not train.n_documents or not val.n_documents:
-        raise UserError(f"{name} has {train.n_documents} training and {val.n_documents} "
-                        "validation documents; at least one of each is needed")
     paths = [*train.close(), *val.close()]
     shards = [shard_name(i) for i in range(len(paths))]
     for path, shard in zip(paths, shards, strict=True):

@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError
+from nanochat.common import UserError, base_dir
 from nanochat.tokenizer import SPECIAL_TOKENS
 
 SKIP_BAD = 0.001  # one unusable sample in a thousand costs no training
@@ -135,7 +135,7 @@ class Samples:
 
 def _walk(folder):
     """Yield (path, "" or why it cannot be read) of all files below a folder."""
-    pending = [(folder, ())]
+    pending = [(folder, (base_dir().resolve(),))]
     while pending:
         current, parents = pending.pop()
         parents = (*parents, current.resolve())
@@ -143,7 +143,7 @@ def _walk(folder):
             if path.is_dir() and path.resolve() not in parents:
                 pending.append((path, parents))
             elif path.is_dir():
-                yield path, "link to a parent folder"
+                yield path, "parent or cache folder"
             elif path.is_file():
                 yield path, ""
             else:

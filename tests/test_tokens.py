@@ -59,7 +59,8 @@ def test_tokens_are_the_documents_of_each_split_each_after_bos(tmp_path):
     assert len(token_shards(dataset, tokenizer, max_shards=1)) == 1
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=40), min_size=1, max_size=30))
 def test_any_text_comes_back_in_order_through_small_groups(tmp_path, monkeypatch, texts):
     monkeypatch.setattr("nanochat.tokens.GROUP_DOCUMENTS", 3)

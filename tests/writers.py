@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from corpus import golden_tokenizer
-from nanochat.experiments.ledger import append_row, read_rows
 from tqdm import tqdm
 
 from nanochat.checkpoint import find_checkpoint, load_model_state, read_meta, save_checkpoint
 from nanochat.dataset import open_dataset
+from nanochat.experiments.ledger import append_row, read_rows
 from nanochat.runlog import RunLog, read_run
 from nanochat.tokens import TokenShard, token_shards
 
