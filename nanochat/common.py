@@ -345,12 +345,20 @@ class RunLock:
 
         This happens if lock files were deleted, or on a disk whose locks do not reach other hosts.
         """
-        if not self.path.exists() or self.path.read_bytes() != self._entry:
+        if not self._is_held():
             raise self._error()
 
     def release(self):
-        self.path.write_bytes(b"{}")
+        if self._is_held():
+            with contextlib.suppress(OSError):  # a full disk
+                self.path.write_bytes(b"{}")
         self._lock.release()
+
+    def _is_held(self):
+        try:
+            return self.path.read_bytes() == self._entry
+        except OSError:
+            return False
 
     def _error(self):
         try:

@@ -36,7 +36,8 @@ class Ranks:
         for name in names:
             value = os.environ.get(name, "")
             if not value.isdecimal():
-                raise UserError(f"{name} is {value!r}, not a number; {advice}")
+                problem = f"is {value!r}, not a number" if value else "is not set"
+                raise UserError(f"{name} {problem}; {advice}")
         ranks = cls(*(int(os.environ[name]) for name in names))
         if ranks.rank >= ranks.world_size:
             raise UserError(f"RANK {ranks.rank} must be below WORLD_SIZE; {advice}")
