@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 import pandas as pd
 
 from nanochat.common import UserError, command, runs_dir
-from nanochat.experiments.gates import RULES, document_notes, paired
+from nanochat.experiments.gates import document_notes, paired
 from nanochat.experiments.table import age_sec, recipe_of, runs_table
 from nanochat.runlog import find_run, read_run
 
@@ -106,8 +106,7 @@ def differences(before, after, columns):
         change = (after[name] - before[name]).dropna()
         if change.any():
             percent = 100 * change.mean() / before[name][change.index].mean()
-            statistics = paired(change, RULES.confidence)
-            lines.insert(0, f"{name}: {statistics.describe(f'({percent:+.1f} %)')}")
+            lines.insert(0, f"{name}: {paired(change).describe(f'({percent:+.1f} %)')}")
     return [f"  {line}" for line in lines or ["no difference can be given"]]
 
 

@@ -5,7 +5,7 @@ candidate that sets only the horizon (lane B) is timed in steps and must reach i
 final loss differs by design.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import nan
 from typing import NamedTuple
 
@@ -80,10 +80,9 @@ RULES = Rules()
 
 
 class Paired(NamedTuple):
-    """n paired differences: mean, sd (ddof 1), t interval and two-sided p; NaN where unknown.
+    """n paired differences: mean, sd (ddof 1), t interval and two-sided p.
 
-    One difference has no sd. Equal differences have no interval: their noise is below the precision
-    recorded, not zero.
+    NaN: one difference has no sd, and equal ones have no interval, since their noise is not zero.
     """
 
     n: int
@@ -132,7 +131,7 @@ def judge_all(table, series, runs_dir, candidates=None):
     return [judge(name, table, series, read_probe(runs_dir, experiment, name)) for name in names]
 
 
-def judge(candidate, table, series=None, probe=None, rules=RULES):
+def judge(candidate, table, series=None, probe=None):
     """Return the Verdict on a candidate of an experiment_table at one depth.
 
     series: experiment_table of gate 4's miniseries; probe: the candidate's Probe; None: not run.
@@ -154,18 +153,15 @@ def judge(candidate, table, series=None, probe=None, rules=RULES):
 
     tried = runs[runs.candidate == candidate]
     is_interpreted = runs.device.str.contains(INTERPRETED).any()
-    stability = stability_gate(runs, probe, rules)
+    stability = stability_gate(runs, probe)
     if tried.horizon_only.all():
-        rules = replace(rules, min_seeds=rules.horizon_min_seeds)
         runs, series = on_one_clock(runs), on_one_clock(series)
-        outcomes = (time_gate(runs, rules, target_faults(runs)), reach_gate(runs, rules), stability,
-                    generalisation_gate(series, rules))
+        time = time_gate(runs, RULES.horizon_min_seeds, target_faults(runs))
+        outcomes = time, reach_gate(runs), stability, generalisation_gate(series)
     else:
-        margin = quality_margin(runs, rules)
-        outcomes = (time_gate(runs, rules), quality_gate(runs, rules), stability,
-                    generalisation_gate(series, rules, margin, is_interpreted))
-        if is_interpreted:
-            outcomes = ((NOT_JUDGED, NOT_ON_THIS_DEVICE), *outcomes[1:])
+        time = (NOT_JUDGED, NOT_ON_THIS_DEVICE) if is_interpreted else time_gate(runs)
+        outcomes = (time, quality_gate(runs), stability,
+                    generalisation_gate(series, quality_margin(runs), is_interpreted))
     names = ("1 time", "2 quality", "3 stability", "4 generalisation")
     gates = [Gate(name, *outcome) for name, outcome in zip(names, outcomes, strict=True)]
     return Verdict(candidate, tried.candidate_flags.iloc[0], *_decide(gates, runs), gates)
@@ -173,21 +169,19 @@ def judge(candidate, table, series=None, probe=None, rules=RULES):
 
 def _decide(gates, runs):
     """Return the decision and what decided it."""
-    def having(outcome):
-        return ", ".join(f"gate {gate.name}" for gate in gates if gate.outcome == outcome)
-
+    by_outcome = {gate.outcome: ", ".join(f"gate {other.name}" for other in gates
+                                          if other.outcome == gate.outcome) for gate in gates}
     reason = f"gate 1 time: {gates[0].sentence.partition(';')[0]}"
-    if having(FAIL):
-        return "reject", having(FAIL)
-    if having(NOT_JUDGED):
+    if FAIL in by_outcome:
+        return "reject", by_outcome[FAIL]
+    if NOT_JUDGED in by_outcome:
         return NOT_JUDGED, reason
-    if runs.record.isna().any():
-        n_missing = runs.record.isna().sum()
+    if n_missing := runs.record.isna().sum():
         return NOT_JUDGED, (f"records missing here of {n_missing} of {len(runs)} runs; the ledger "
                             f"says: {_ledger_says(runs)}")
-    if having(INSUFFICIENT):
-        return INSUFFICIENT, having(INSUFFICIENT)
-    return ("optional", reason) if having(NOT_SHOWN) else ("promote", "all four gates")
+    if INSUFFICIENT in by_outcome:
+        return INSUFFICIENT, by_outcome[INSUFFICIENT]
+    return ("optional", reason) if NOT_SHOWN in by_outcome else ("promote", "all four gates")
 
 
 def _ledger_says(runs):
@@ -200,9 +194,7 @@ def _ledger_says(runs):
     return ", ".join(said)
 
 
-# --- the gates --------------------------------------------------------------------------------
-
-def time_gate(runs, rules, void=()):
+def time_gate(runs, min_seeds=RULES.min_seeds, void=()):
     """Gate 1: time to target per seed. void: reasons why times cannot be compared."""
     b, c = pairs(runs)
     before, after = b.time_to_target_sec, c.time_to_target_sec
@@ -210,8 +202,8 @@ def time_gate(runs, rules, void=()):
     if not timed.any():
         notes, doubt = ["no seed has both times"], ""
     else:
-        gain = paired(100 * (1 - after / before)[timed], rules.confidence)
-        seconds = paired((before - after)[timed], rules.confidence)
+        gain = paired(100 * (1 - after / before)[timed])
+        seconds = paired((before - after)[timed])
         is_extrapolated = (b.is_extrapolated | c.is_extrapolated)[timed].any()
         notes = [f"gain {gain.describe('%')}", seconds.describe("s"),
                  "extrapolated" if is_extrapolated else "measured"]
@@ -227,7 +219,7 @@ def time_gate(runs, rules, void=()):
     gaps = (missing(runs) + _about("target reached before the clock starts in seed",
                                    b.seed[(before == 0) | (after == 0)])
             + _about("no time to target in seed", b.seed[before.isna() | after.isna()]))
-    gaps = gaps or _fewer("seeds", timed.sum(), rules.min_seeds)
+    gaps = gaps or _fewer("seeds", timed.sum(), min_seeds)
     if doubt and not faults and not gaps:
         return NOT_SHOWN, "; ".join([doubt, *notes])
     return _outcome(faults, gaps, notes)
@@ -253,21 +245,21 @@ def target_faults(runs):
     return faults
 
 
-def quality_margin(runs, rules=RULES):
+def quality_margin(runs):
     """Return how much val_bpb may rise, by the spread of the baseline's seeds (None: one seed)."""
     ends = runs[(runs.candidate == BASELINE) & runs.ok].min_val_bpb.dropna()
     if len(ends) < 2:
         return None
-    return max(rules.quality_sds * float(ends.std()), rules.quality_floor_bpb)
+    return max(RULES.quality_sds * float(ends.std()), RULES.quality_floor_bpb)
 
 
-def quality_gate(runs, rules):
+def quality_gate(runs):
     """Gate 2: the excess of val_bpb at the end of the run and at the worst evaluation."""
     b, c = pairs(runs)
-    margin, excesses = quality_margin(runs, rules), (c.min_val_bpb - b.min_val_bpb).dropna()
+    margin, excesses = quality_margin(runs), (c.min_val_bpb - b.min_val_bpb).dropna()
     if margin is None or excesses.empty:
         return _outcome([], missing(runs) or ["two baseline seeds and one pair need a val_bpb"])
-    excess, worst = paired(excesses, rules.confidence), _worst_excess(runs, margin, rules)
+    excess, worst = paired(excesses), _worst_excess(runs, margin)
     notes = [f"min val_bpb {excess.describe('bpb')}, margin {margin:.5f}"]
     notes += document_notes(b.record, c.record)
     if worst:
@@ -275,13 +267,13 @@ def quality_gate(runs, rules):
                      f"{worst[1]:.5f}")
     if excess.mean > margin or (worst and worst[0] > worst[1]):
         return FAIL, "; ".join(notes)
-    gaps = missing(runs) or _fewer("seeds", len(excesses), max(rules.min_seeds, len(b)))
+    gaps = missing(runs) or _fewer("seeds", len(excesses), max(RULES.min_seeds, len(b)))
     if not gaps and not worst and not c.own_horizon.any():
         gaps = ["the runs' curves are not here"]
     return _outcome([], gaps, notes)
 
 
-def _worst_excess(runs, margin, rules):
+def _worst_excess(runs, margin):
     """Return (mean excess, allowed excess, step) of the worst evaluation, or None without one."""
     def losses(records):
         curves = [curve(record, "val", "val_bpb").set_index("step").value for record in records]
@@ -292,7 +284,7 @@ def _worst_excess(runs, margin, rules):
         return None
     before, after = losses(b.record), losses(c.record)
     sds = losses(runs[(runs.candidate == BASELINE) & runs.ok].record).std(axis=1).fillna(0.0)
-    allowed = 2 * (rules.quality_sds * sds).clip(lower=margin)
+    allowed = 2 * (RULES.quality_sds * sds).clip(lower=margin)
     excess = (after - before).mean(axis=1)
     beyond = (excess - allowed)[lambda values: values.index > 0].dropna()
     if beyond.empty or pd.concat([before, after], axis=1).isna().all().any():
@@ -318,22 +310,22 @@ def document_notes(records, others):
     return [f"final val_bpb {mean:+.5f} with standard error {error:.5f} over documents, per seed"]
 
 
-def reach_gate(runs, rules):
+def reach_gate(runs):
     """Gate 2 of a horizon: every seed reaches the target."""
     n = len(pairs(runs)[0])
-    gaps = missing(runs) or _without_target(runs) or _fewer("seeds", n, rules.min_seeds)
+    gaps = missing(runs) or _without_target(runs) or _fewer("seeds", n, RULES.horizon_min_seeds)
     missed = _missed(runs)
     return _outcome(missed, gaps, [] if missed or gaps else [f"target reached in all {n} seeds"])
 
 
-def stability_gate(runs, probe, rules):
+def stability_gate(runs, probe):
     """Gate 3: how runs end, loss spikes, graph breaks, and losses after a resume."""
     tried = runs[runs.candidate != BASELINE]
     baseline = runs[runs.candidate == BASELINE].set_index("seed").record
     faults = [f"{_label(row)}: {row.status}" for row in tried[~tried.ok].itertuples()]
     gaps, notes = [], [f"{len(tried)} runs without NaN, spike or graph break"]
     for row in tried.itertuples():
-        steps = spikes(row.record, rules) - spikes(baseline.get(row.seed), rules)
+        steps = spikes(row.record) - spikes(baseline.get(row.seed))
         faults += [f"seed {row.seed} has a loss spike at step {min(steps):.0f}"] if steps else []
         n = len(curve(row.record, "train", "loss"))
         if row.ok and n <= SPIKE_WINDOW:
@@ -347,21 +339,21 @@ def stability_gate(runs, probe, rules):
     difference = probe.resume_difference_nats
     if difference is None:
         faults.append("a run did not end well after a resume")
-    elif difference > rules.resume_tolerance_nats:
+    elif difference > RULES.resume_tolerance_nats:
         faults.append(f"losses differ by {difference:.2g} nats after a resume")
     else:
         notes.append(f"losses after a resume differ by at most {difference:.2g} nats")
     return _outcome(faults, gaps, [] if faults or gaps else notes)
 
 
-def spikes(record, rules=RULES):
+def spikes(record):
     """Return the steps with a train loss spike_nats above the median of the SPIKE_WINDOW before."""
     losses = curve(record, "train", "loss")
     before = losses.value.rolling(SPIKE_WINDOW).median().shift(1)
-    return set(losses.step[losses.value > before + rules.spike_nats])
+    return set(losses.step[losses.value > before + RULES.spike_nats])
 
 
-def generalisation_gate(series, rules, margin=None, is_interpreted=False):
+def generalisation_gate(series, margin=None, is_interpreted=False):
     """Gate 4: the relative change over depths of time and, but for a horizon, of val_bpb."""
     if series.candidate.nunique() < 2:
         return INSUFFICIENT, "no miniseries of this candidate and the baseline"
@@ -369,7 +361,7 @@ def generalisation_gate(series, rules, margin=None, is_interpreted=False):
     b, c = pairs(series)
     tried = series[series.candidate != BASELINE]
     faults = [f"{_label(row)}: {row.status}" for row in tried[~tried.ok].itertuples()]
-    gaps = missing(series) or _fewer("depths", b.depth.nunique(), rules.min_depths)
+    gaps = missing(series) or _fewer("depths", b.depth.nunique(), RULES.min_depths)
     columns = {"time to target": "time_to_target_sec"}
     if tried.horizon_only.all():
         faults += _missed(series)
@@ -388,11 +380,11 @@ def generalisation_gate(series, rules, margin=None, is_interpreted=False):
         ratios = c[column].where(c[column] > 0) / b[column].where(b[column] > 0)
         if ratios.isna().any():
             return INSUFFICIENT, f"a run has no {what}"
-        tolerance = rules.depth_time_tolerance
+        tolerance = RULES.depth_time_tolerance
         if what == "val_bpb":
             tolerance = margin / b.min_val_bpb.mean()
         changes = ratios.groupby(level="depth").mean() - 1
-        mean, n_worse = paired(100 * changes, rules.confidence), int((changes > 0).sum())
+        mean, n_worse = paired(100 * changes), int((changes > 0).sum())
         notes.append(f"{what} {mean.describe('%')}, tolerance {100 * tolerance:.2f} %, worse at "
                      f"{n_worse} of {mean.n} depths")
         if mean.mean > 100 * tolerance and (n_worse == mean.n or mean.lo > 0):
@@ -400,9 +392,7 @@ def generalisation_gate(series, rules, margin=None, is_interpreted=False):
     return FAIL if faults else NOT_JUDGED if is_interpreted else PASS, "; ".join(notes)
 
 
-# --- shared -----------------------------------------------------------------------------------
-
-def paired(differences, confidence):
+def paired(differences, confidence=RULES.confidence):
     """Return Student's t statistics (Paired) of at least one difference."""
     d = np.asarray(differences, dtype=np.float64)
     n, mean = len(d), float(d.mean())

@@ -78,13 +78,14 @@ def runs_table(records):
 def curve(record, kind, value):
     """Return the columns step, tokens, train_time_sec and "value" of a run's events, as floats.
 
-    kind, value: for example "val", "val_bpb" or "train", "loss". Values that are not finite are
-    left out; a record of None has no events.
+    kind, value: for example "val", "val_bpb" or "train", "loss". Only finite values are returned,
+    the last of each step; a record of None has none.
     """
     names = ("step", "tokens", "train_time_sec", value)
     points = numbers_of(record.events, kind, *names) if record else []
     points = [point for point in points if point[-1] is not None]
-    return pd.DataFrame(points, columns=[*names[:3], "value"], dtype=float)
+    points = pd.DataFrame(points, columns=[*names[:3], "value"], dtype=float)
+    return points.drop_duplicates("step", keep="last").reset_index(drop=True)
 
 
 def on_one_clock(table):
