@@ -20,7 +20,7 @@ from markupsafe import Markup
 from scipy import stats
 
 from nanochat.common import UserError
-from nanochat.experiments import table as runs_of
+from nanochat.experiments import table as tables
 from nanochat.experiments.gates import RULES, judge_all, quality_margin
 from nanochat.experiments.profiles import BASELINE
 from nanochat.runlog import find_run
@@ -58,9 +58,9 @@ def experiment_page(ledger, experiment_name, runs_dir, miniseries=None, images=(
     miniseries: name of the experiment over depths that gate 4 judges by. images: image files of the
     lane B tools. live: time to show at the top. Raise UserError for runs that cannot be compared.
     """
-    table = runs_of.experiment_table(ledger, experiment_name, runs_dir)
-    series = runs_of.experiment_table(ledger, miniseries, runs_dir) if miniseries else None
-    runs_of.check_same_world(pd.concat([table, series]))
+    table = tables.experiment_table(ledger, experiment_name, runs_dir)
+    series = tables.experiment_table(ledger, miniseries, runs_dir) if miniseries else None
+    tables.check_same_world(pd.concat([table, series]))
     candidates = set(table.candidate)
     can_judge = BASELINE in candidates and len(candidates) > 1 and table.depth.nunique() == 1
     verdicts = judge_all(table, series, runs_dir) if can_judge else []
@@ -72,10 +72,10 @@ def runs_page(names, runs_dir, images=(), live=""):
 
     Raise UserError for a missing run, two runs with one id, and runs that cannot be compared.
     """
-    table = runs_of.runs_table(find_run(name, runs_dir) for name in names)
+    table = tables.runs_table(find_run(name, runs_dir) for name in names)
     for run_id in table.run_id[table.run_id.duplicated()]:
         raise UserError(f"two of the runs have the id {run_id!r}; name one of them")
-    runs_of.check_same_world(table)
+    tables.check_same_world(table)
     groups = list(table.candidate.unique())
     others = f" and {len(groups) - 1} more" if len(groups) > 1 else ""
     return render(f"{groups[0]}{others}", table, None, [], images, live)
@@ -99,7 +99,7 @@ def render(title, table, series, verdicts, images, live):
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined,
                                      autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("report.html.jinja").render(
-        title=title, live=live, facts=runs_of.facts_of(table), verdicts=verdicts,
+        title=title, live=live, facts=tables.facts_of(table), verdicts=verdicts,
         rules=RULES.describe(), styles=styles, axes=X_AXES, sections=sections, headings=headings,
         rows=rows, versions=versions_of(table), commands=commands_of(table))
 
@@ -123,7 +123,7 @@ def embed(path):
 def rows_of(table):
     """Return the headings and (name, state, CSS class, cells) per group of seeds and per run."""
     last = [record.of("val")[-1:] if record else [] for record in table.record]
-    errors = [runs_of.number(events[0].get("val_bpb_se")) if events else None for events in last]
+    errors = [tables.number(events[0].get("val_bpb_se")) if events else None for events in last]
     table = table.assign(val_bpb_se=pd.Series(errors, table.index, dtype=float))
     columns = [column for column in COLUMNS if table[column[1]].notna().any()]
     rows = []
@@ -149,7 +149,7 @@ def state_of(run):
         words.append("target not reached: time extrapolated")
     for event in run.record.of("resume") if run.record else ():
         words.append(f"resumed at step {event['step']}")
-        words += [f"{name} was {old}, is {new}" for name, old, new in event.get("changed", ())]
+        words += [f"{name} was {old}, is {new}" for name, old, new in event.get("changed") or ()]
     return "; ".join(words)
 
 
@@ -180,7 +180,7 @@ def commands_of(table):
         return []
     shared = [flag for flag in flags[0] if all(flag in others for others in flags)]
     lines = [f"COMMON=({' '.join(shared)})"]
-    if table.device.str.contains(runs_of.INTERPRETED).any():
+    if table.device.str.contains(tables.INTERPRETED).any():
         lines.insert(0, "export TRITON_INTERPRET=1")
     for run_flags in flags:
         own = [flag for flag in run_flags if flag not in shared]
@@ -220,7 +220,7 @@ def curve_figures(table, styles):
 def curves_of(table, kind, value):
     """Return the curves of all runs in one table."""
     curves = pd.concat([
-        runs_of.curve(run.record, kind, value).drop_duplicates("step", keep="last").assign(
+        tables.curve(run.record, kind, value).drop_duplicates("step", keep="last").assign(
             run_id=run.run_id, candidate=run.candidate, depth=run.depth, seed=run.seed)
         for run in table.itertuples()
     ], ignore_index=True)
@@ -265,6 +265,8 @@ def curves_figure(bands, styles, name, x, targets):
 def add_strips(axes, bands, x):
     """Cover the axes with up to 40 invisible strips and return the mean values in each as text."""
     mean = bands[bands.part == "mean"]
+    if mean.empty:
+        return []
     xs = thin(sorted(mean[x].unique()), 40)
     left, right = axes.get_xlim()
     edges = [left, *((a + b) / 2 for a, b in pairwise(xs)), right]
@@ -288,7 +290,7 @@ def time_figures(table, styles):
     note = "bar: mean; line: 95 % interval; dots: seeds, hollow if extrapolated"
     is_tried = table.candidate != BASELINE
     if is_tried.any() and table.horizon_only[is_tried].all():
-        table = runs_of.on_one_clock(table)
+        table = tables.on_one_clock(table)
         note += "; steps at the median step time of all runs"
     if table.time_to_target_sec.isna().all():
         return []
@@ -319,7 +321,7 @@ def quality_figures(table, styles):
     if both.empty:
         return []
     both["excess"] = both.value - both.value_of_baseline
-    excess = both.pivot(index="step", columns=["candidate", "depth", "seed"], values="excess")
+    excess = both.pivot(index="step", columns=["candidate", "run_id"], values="excess")
     margin = quality_margin(table) or 0.0
     figure = lines_figure(excess, styles, "val_bpb minus the baseline's", margin)
     return [("Quality", "same seed, same step; band: margin of gate 2", figure)]
@@ -341,7 +343,7 @@ def depth_figures(series, styles):
 
 
 def lines_figure(table, styles, y_label, margin=None):
-    """Draw the columns of a table, named by candidate or (candidate, ...), against its index.
+    """Draw the columns of a table, named by candidate or (candidate, run id), against its index.
 
     margin: half the height of a grey band about 0; None if the values are no differences.
     """
