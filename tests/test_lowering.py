@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "dev" / "lowered_h100.csv"
 # (Triton launches of the model, the compiler's and ours; their GB; launches of the optimizer)
-BUDGETS = {"none": (180, 12.9, 140), "both": (180, 10.6, 140)}
+BUDGETS = {"none": (180, 12.9, 145), "both": (180, 10.6, 145)}
 
 
 def check(rows, flags):
