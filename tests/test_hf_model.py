@@ -66,7 +66,8 @@ def test_bits_per_byte_are_those_of_brute_force(gpt2, tmp_path):
                  "256", "--device-batch-size", "2", "--out", str(out)]) == 0
     subject = load_hf(str(gpt2), CPU, torch.float32)
     tokenizer = subject.tokenizer
-    rows = SplitRows(token_shards(open_dataset(corpus), tokenizer, "val"), N_POSITIONS, 256, "carry")
+    shards = token_shards(open_dataset(corpus), tokenizer, "val")
+    rows = SplitRows(shards, N_POSITIONS, 256, "carry")
     nats = n_bytes = 0
     for row in rows.plan:
         inputs, targets, _, _ = (torch.from_numpy(part) for part in rows.batch([row], 1))

@@ -1,4 +1,4 @@
-"""Budgets of the training step on an H100: launches and bytes in inductor's code for a faked one."""
+"""Budgets of a training step on an H100: launches and bytes in the code of inductor."""
 
 import csv
 import os
@@ -59,8 +59,8 @@ def test_no_lowered_step_has_a_dense_mask():
 def test_the_step_lowered_now_is_within_the_budgets(flags, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "dev.lowering", "--depth", "12", "--seq-len", "512", "--flags", flags,
-         "--out", str(tmp_path / "rows.csv")],
+        [sys.executable, "-m", "dev.lowering", "--depth", "12", "--seq-len", "512", "--flags",
+         flags, "--out", str(tmp_path / "rows.csv")],
         cwd=ROOT, capture_output=True, text=True, env={**environment, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     check(read(tmp_path / "rows.csv"), flags)
