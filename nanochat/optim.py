@@ -316,8 +316,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _padded_stack(self, tensors):
         """Return (K, rows, cols), padded with zero matrices to a multiple of the ranks."""
-        missing = -len(tensors) % self.ranks.world_size
-        return torch.stack([*tensors, *[torch.zeros_like(tensors[0])] * missing])
+        missing = range(-len(tensors) % self.ranks.world_size)
+        return torch.stack([*tensors, *(torch.zeros_like(tensors[0]) for _ in missing)])
 
 
 def _copy_overlap(state, name, saved, rows, saved_rows):

@@ -85,13 +85,6 @@ def test_every_dtype_is_kept_and_within_its_rounding(dtype, tolerance, query_len
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_large_scores_do_not_overflow():
-    q, k, v = qkv(1, 8, 8, 2, 2, 4, torch.float32)
-    q, k = 1e3 * q, 1e3 * k
-    out, expected = causal_attention(q, k, v, 3), brute_force(q, k, v, 3)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
-
-
 # --- backends -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("backend", ["sdpa", "blockwise"])

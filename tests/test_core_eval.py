@@ -2,11 +2,9 @@
 
 import csv
 import functools
-import http.server
 import io
 import json
 import math
-import threading
 import zipfile
 from pathlib import Path
 
@@ -296,33 +294,20 @@ def test_the_table_has_a_row_per_task_and_one_for_core(tmp_path):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """Return a function that serves bytes on loopback and returns (url, list of requests)."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    servers = []
-
-    def start(content, status=200):
+    """Return a function that replaces the download by some bytes or an error."""
+    def start(content):
         requests = []
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                requests.append(self.path)
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
+        def http_get(url, file):
+            requests.append(url)
+            if isinstance(content, Exception):
+                raise content
+            file.write(content)
 
-            def log_message(self, *_):
-                pass
+        monkeypatch.setattr("huggingface_hub.file_download.http_get", http_get)
+        return requests
 
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/eval_bundle.zip", requests
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    return start
 
 
 def zipped(folder):
@@ -334,8 +319,8 @@ def zipped(folder):
 
 
 def test_the_bundle_is_downloaded_once_and_its_files_are_checked(bundle, serve):
-    url, requests = serve(zipped(bundle))
-    assert download_bundle(url) == download_bundle(url) == bundle_folder() and len(requests) == 1
+    requests = serve(zipped(bundle))
+    assert download_bundle() == download_bundle() == bundle_folder() and len(requests) == 1
     assert read_bundle(bundle_folder()) == read_bundle(bundle)
     path = bundle_folder() / "eval_data" / "made" / "schema.jsonl"
     path.write_text(path.read_text().replace("a", "b", 1))
@@ -343,15 +328,15 @@ def test_the_bundle_is_downloaded_once_and_its_files_are_checked(bundle, serve):
         read_bundle(bundle_folder())
 
 
-@pytest.mark.parametrize(("content", "status", "message"), [
-    (b"not a zip", 200, "not a zip"), (b"", 404, "404 Not Found"), (None, 200, "missing")])
-def test_a_failed_download_leaves_nothing(base_dir, bundle, serve, content, status, message):
+@pytest.mark.parametrize(("content", "message"), [
+    (b"not a zip", "not a zip"), (OSError("404 Not Found"), "404 Not Found"), (None, "missing")])
+def test_a_failed_download_leaves_nothing(base_dir, bundle, serve, content, message):
     if content is None:  # an archive of something else
         (bundle / "core.yaml").unlink()
         content = zipped(bundle)
-    url, _ = serve(content, status)
+    serve(content)
     with pytest.raises(UserError, match=message):
-        download_bundle(url)
+        download_bundle()
     assert not bundle_folder().exists() and not list(base_dir.glob(".eval_bundle*"))
 
 

@@ -174,7 +174,8 @@ def test_a_tiny_temperature_takes_the_likeliest_token(temperature, top_k):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(-2, 2), min_size=2, max_size=12), st.integers(1, 14), st.integers(0, 99))
+@given(st.lists(st.integers(-2, 2), min_size=2, max_size=12), st.integers(1, 14),
+       st.integers(0, 99))
 def test_top_k_keeps_k_tokens_also_among_equal_logits(logits, top_k, seed):
     logits = torch.tensor(logits, dtype=torch.float32)
     rows = logits.expand(2000, -1)

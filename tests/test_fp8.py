@@ -1,4 +1,4 @@
-"""fp8 training: quantisation against emulation in fp64, matmuls against fp64, and when it applies."""
+"""fp8: quantisation against emulation in fp64, matmuls against fp64, and when it applies."""
 
 import math
 
@@ -92,7 +92,7 @@ def test_matmuls_agree_with_fp64_on_emulated_operands(dtype, lead):
     assert relative(layer.weight.grad, g8.T @ x8) < 1e-6
 
 
-def test_weights_are_quantised_once_per_step():
+def test_weights_are_quantised_once_per_step_for_training_only():
     layer = Linear(128, 128)
     optimizer = in_fp8(layer)
     x = normal(16, 128)
@@ -105,15 +105,8 @@ def test_weights_are_quantised_once_per_step():
     expected = F.linear(x, layer.weight)
     torch.testing.assert_close(layer(x), expected, rtol=0.2, atol=0.1 * before.std().item())
     assert (layer(x) - before).norm() > before.norm()
-
-
-def test_evaluation_does_not_use_fp8():
-    layer = Linear(128, 128)
-    in_fp8(layer)
-    x = normal(16, 128)
-    with torch.no_grad():
-        assert torch.equal(layer(x), F.linear(x, layer.weight))
-    assert not torch.equal(layer(x), F.linear(x, layer.weight))
+    with torch.no_grad():  # an evaluation does not use fp8
+        assert torch.equal(layer(x), expected)
 
 
 # --- the model ------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def numpy_function(function):
 
 
 class Scalar(float):
-    """A float argument of a kernel: compiled kernels see a tensor with `.to`, the interpreter not."""
+    """A float argument of a kernel with the `.to` that compiled kernels have."""
 
     def to(self, dtype):
         return float(self)

@@ -1,10 +1,11 @@
-"""What compilers make of our kernels for GPUs that are not here:
+"""Compile our kernels for GPUs that this machine does not have, and count resources.
 
     python -m dev.bench.compiled_kernels --targets sm_90 gfx942
 
-Each kernel is compiled for each target in the tiles that its host code would launch. One JSON line a variant: registers
-a thread, bytes spilled, memory instructions of 128 bits and narrower ones; on NVIDIA also instructions and special
-functions an element in the loops over a row. No time is measured.
+Compiles each kernel for each target with the tiles that its host code would launch. Prints one JSON
+line per variant: registers per thread, spilled bytes, memory instructions of 128 bits and narrower;
+on NVIDIA also instructions and special functions per element in the loops over a row. No time is
+measured.
 """
 
 import os
@@ -44,7 +45,7 @@ DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
 def variants(few=False):
-    """(name, kernel, dtype, constants with num_warps) of what is launched; `few`: one of each kind."""
+    """Yield (name, kernel, dtype, constants with num_warps); few: one variant per kernel."""
     directions = (True,) if few else (True, False)
     dtypes = (torch.bfloat16,) if few else tuple(DTYPES)
     vocabularies = (50257,) if few else (1000, 32768, 50257)
@@ -172,7 +173,10 @@ def resources(binary, target, elements_per_thread):
 
 
 def loops(code, elements_per_thread):
-    """[[instructions, special functions] an element] of each loop of a SASS listing that has special functions."""
+    """Return [instructions, special functions] per element of the loops with special functions.
+
+    code: a SASS listing.
+    """
     starts, is_special, found = {}, [], []
     for line in code.splitlines():
         if label := re.match(r"(\.L_\w+):", line):

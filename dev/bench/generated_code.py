@@ -1,7 +1,9 @@
-"""What the compiler makes of each form of the loss on a CPU: python -m dev.bench.generated_code
+"""Compare the CPU code that inductor generates for forms of the loss.
 
-Compiles forward and backward, reads the C++ that inductor wrote, and counts: loops over the vocabulary that every
-row goes through, matmuls, and (N, V) arrays by dtype. A count of the code, not a measurement of time.
+    python -m dev.bench.generated_code
+
+Compiles forward and backward and counts in the C++: loops over the vocabulary per row, matmuls, and
+(N, V) arrays by dtype. No time is measured.
 """
 
 import argparse
@@ -25,10 +27,10 @@ _ARRAY = re.compile(r"empty_strided_cpu\(\((\d+), (\d+)\), \([^)]*\), torch\.(\w
 
 
 def count(code, n_tokens, widths):
-    """(loops over the vocabulary in every row, matmuls, {dtype: (N, V) arrays}) of one generated module.
+    """Return (loops over the vocabulary per row, matmuls, {dtype: (N, V) arrays}) of a module.
 
-    widths: numbers of columns that count as the vocabulary, with and without padding. A loop over a row's columns
-    is an inner one (x1); a loop over all N V elements at once counts too.
+    widths: numbers of columns that count as the vocabulary, with and without padding. A loop over
+    the columns of a row is an inner one (x1); a loop over all N V elements counts too.
     """
     flat = {n_tokens * width for width in widths}
     loops = sum(
@@ -57,7 +59,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     padded = GPTConfig(vocab_size=args.vocab_size).padded_vocab_size
     print(
-        f"torch {torch.__version__}, {args.tokens} tokens, vocabulary {args.vocab_size} padded to {padded}"
+        f"torch {torch.__version__}, {args.tokens} tokens, vocabulary {args.vocab_size} padded to "
+        f"{padded}"
     )
     for dtype in (torch.bfloat16, torch.float32):
         for form, loss in FORMS.items():
@@ -67,7 +70,8 @@ def main(argv=None):
                 loops, matmuls, arrays = count(code, args.tokens, {args.vocab_size, padded})
                 arrays = ", ".join(f"{n} {kind}" for kind, n in arrays.items()) or "none"
                 print(
-                    f"{dtype} {form}, {direction}: {loops} loops over V, {matmuls} matmuls, N x V arrays: {arrays}"
+                    f"{dtype} {form}, {direction}: {loops} loops over V, {matmuls} matmuls, "
+                    f"N x V arrays: {arrays}"
                 )
 
 

@@ -2,11 +2,12 @@
 
     python -m dev.bench.kernels --out results.csv
 
-On a GPU: loss, RMSNorm and RoPE + QK-norm at training sizes. Without one: the chunked loss in torch against
-the unfused one, which is a measurement, and a dry run of the Triton kernels in the interpreter, which is not.
+On a GPU: loss, RMSNorm and RoPE + QK-norm at training sizes. Without one: the chunked loss in torch
+against the plain one, which is a measurement, and a dry run of the Triton kernels in the
+interpreter, which is not.
 Before its times are taken, each variant's result is compared with fp64. Variants are timed in turn;
-`share_of_floor` is the time the data or the FLOP would take at the rates measured here, over the median.
-Rows are written as they come, and the same command goes on where it was stopped; `--minutes` stops it.
+`share_of_floor` is the time for the data or the FLOP at the rates of this machine, over the median.
+Rows are written as they come; the same command continues where it was stopped.
 """
 
 import os
@@ -68,7 +69,10 @@ class Row:
     note: str = ""
     commit: str | None = field(default_factory=lambda: git_commit()[0])
     dirty: bool | None = field(default_factory=lambda: git_commit()[1])
-    versions: str = f"python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}"
+    versions: str = (
+        f"python {platform.python_version()}, torch {torch.__version__}, "
+        f"triton {triton.__version__}"
+    )
 
 
 def parse_args(argv):
@@ -138,7 +142,7 @@ def gpu_jobs(args, device, dtype):
         if "qk-norm" in args.kernels:
             if n % POSITIONS:
                 raise UserError(
-                    f"--tokens {n} is no multiple of {POSITIONS}, the context of the qk-norm benchmark"
+                    f"--tokens {n} is not a multiple of {POSITIONS}, the rows of the benchmark"
                 )
             jobs[f"qk-norm {n}"] = partial(bench_qk_norm, n, 768, dtype, device, args.repeats)
         if "norm" in args.kernels:
@@ -151,7 +155,7 @@ def gpu_jobs(args, device, dtype):
 def cpu_jobs(args, device, dtype):
     """The loss in torch, measured; the Triton kernels at toy sizes, in the interpreter."""
     print(
-        "no CUDA device: GPU figures are not measured; Triton kernels get a dry run in the interpreter"
+        "no CUDA device: nothing is measured of Triton kernels; they run in the interpreter"
     )
     jobs = {}
     if "loss" in args.kernels:
@@ -179,7 +183,7 @@ def cpu_jobs(args, device, dtype):
     return jobs
 
 
-# --- the three kernels -----------------------------------------------------------------------------------------------
+# --- the three kernels ----------------------------------------------------------------------------
 
 
 def bench_loss(table, n_tokens, width, vocab_size, dtype, device, repeats, note=""):
@@ -262,11 +266,11 @@ def bench_qk_norm(n_tokens, width, dtype, device, repeats, note=""):
     )
 
 
-# --- common to them --------------------------------------------------------------------------------------------------
+# --- common to them -------------------------------------------------------------------------------
 
 
 def _bench(blank, table, make_inputs, reference, floors, device, repeats, checked):
-    """Rows of one shape: errors at `checked` tokens first, then times and peaks of the variants that ran there."""
+    """Yield the Rows of a shape: errors at `checked` tokens, then times and peaks."""
     torch._dynamo.reset()  # what was compiled for the last shape
     errors, small = {}, make_inputs(checked)
     for variant, function in table.items():
@@ -281,7 +285,7 @@ def _bench(blank, table, make_inputs, reference, floors, device, repeats, checke
             else:
                 if variant.startswith("ours") and not errors[variant] < WRONG:
                     raise AssertionError(
-                        f"{variant} is wrong: relative error {errors[variant]:.1e}, nothing was timed"
+                        f"{variant} is wrong: relative error {errors[variant]:.1e}"
                     )
                 continue
         yield replace(

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: interleaved timings with percentiles, peak memory, the machine's own rates."""
+"""Measurements of the benchmarks: interleaved timings, peak memory, the rates of the machine."""
 
 import csv
 import ctypes
@@ -16,7 +16,7 @@ FLUSHED_BYTES = 256 << 20  # more than any GPU's L2 cache
 
 
 def time_interleaved(functions, repeats, device, warmup=1):
-    """{name: [milliseconds of each repeat]}: every repeat runs all functions in turn, so drift hits all alike.
+    """Return {name: [milliseconds per repeat]}; a repeat runs all functions in turn.
 
     On a GPU each begins with nothing of its own in the L2 cache.
     """
@@ -51,7 +51,7 @@ class Rates(NamedTuple):
 
 @functools.cache
 def rates(device, dtype):
-    """Rates of `device` in `dtype`: the best of a few runs, since a floor is what nothing gets below."""
+    """Return the Rates of a device in a dtype: the best of a few runs."""
     size, length = (8192, 2**30) if device.type == "cuda" else (2048, 2**27)
     a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
     source, target = (
@@ -88,7 +88,7 @@ def cpu_peak_bytes(function):
 
 
 def append_rows(path, rows):
-    """Add dicts to a CSV file; a column that only earlier or only later rows have stays empty in the others."""
+    """Append dicts to a CSV file; columns that only some rows have are empty in the others."""
     before = []
     if Path(path).exists():
         with open(path, newline="", encoding="utf-8") as file:
@@ -103,10 +103,11 @@ def append_rows(path, rows):
 
 
 def run_jobs(jobs, path, minutes, failed):
-    """Run {name: function that yields rows (dicts)}, each row added to the CSV at `path` as it comes.
+    """Run {name: function that yields rows (dicts)}; append each row to the CSV at `path` at once.
 
-    What an earlier call finished is left out (their names stand in `path`.done), none begins after `minutes`, and one
-    that fails leaves the row `failed(name, reason)`. Returns {name: reason} of those, then the names still to run.
+    Jobs that an earlier call finished (listed in `path`.done) are skipped, and none begins after
+    `minutes`. A failed job leaves the row `failed(name, reason)`. Return {name: reason} of the
+    failed jobs, and the names still to run.
     """
     end, finished, failures = time.monotonic() + 60 * minutes, Path(f"{path}.done"), {}
     done = finished.read_text(encoding="utf-8").splitlines() if finished.exists() else []

@@ -1,7 +1,10 @@
-"""A training step of each lane C candidate, interleaved: python -m dev.bench.train_step --out results.csv
+"""Time a training step of each lane C candidate, interleaved.
 
-Forward, backward and optimizer on one device, compiled, on random tokens. The default is the d12 baseline protocol's
-micro-batch; `--depth 4 --head-dim 64 --seq-len 256 --rows 8 --vocab-size 8192` is the quickstart's on a CPU.
+    python -m dev.bench.train_step --out results.csv
+
+Forward, backward and optimizer on one device, compiled, on random tokens. The default is the
+micro-batch of the d12 protocol; that of the quickstart on a CPU is
+`--depth 4 --head-dim 64 --seq-len 256 --rows 8 --vocab-size 8192`.
 A candidate that fails leaves a row that says why; losses of the third step are compared.
 """
 
@@ -80,7 +83,7 @@ def parse_args(argv=None):
 
 
 def make_step(candidate, config, dtype, device, args):
-    """A function that makes one whole training step of a candidate on fixed random tokens and returns its loss."""
+    """Return a function that takes a training step on fixed random tokens and returns the loss."""
     flags = dict(CANDIDATES[candidate])
     fp8 = flags.pop("fp8", False)
     model = GPT(config, dtype, **flags)
@@ -166,7 +169,8 @@ def main(argv=None):
     )
     name = device_name(device)
     print(
-        f"{name}, {dtype} ({reason}), d{args.depth} width {config.n_embd}, {args.rows} x {args.seq_len} tokens"
+        f"{name}, {dtype} ({reason}), d{args.depth} width {config.n_embd}, "
+        f"{args.rows} x {args.seq_len} tokens"
     )
     steps, losses, failed = {}, {}, {}
     for candidate in dict.fromkeys(("baseline", *args.candidates)):
@@ -206,10 +210,12 @@ def main(argv=None):
     ]
     for line in rows:
         print(
-            f"{line['candidate']:14} {line['median_ms']:9.2f} ms ({line['p20_ms']:.2f} to {line['p80_ms']:.2f}), "
-            f"{line['tok_per_sec']:,.0f} tok/s, {line['ratio_to_baseline']:.3f} of the baseline's time, "
+            f"{line['candidate']:14} {line['median_ms']:9.2f} ms "
+            f"({line['p20_ms']:.2f} to {line['p80_ms']:.2f}), {line['tok_per_sec']:,.0f} tok/s, "
+            f"{line['ratio_to_baseline']:.3f} of the baseline's time, "
             f"peak {line['peak_mib']:,.0f} MiB above weights and state, "
-            f"{line['tflop_per_sec']:.3f} TFLOP/s in matmuls, {line['share_of_matmul']:.2f} of a large matmul's rate"
+            f"{line['tflop_per_sec']:.3f} TFLOP/s in matmuls, "
+            f"{line['share_of_matmul']:.2f} of a large matmul's rate"
         )
     if args.out:
         blank = dict.fromkeys(rows[0])
@@ -228,7 +234,7 @@ def main(argv=None):
 
 
 def row(candidate, times, peaks, losses, args, config, dtype, device_name, ceiling):
-    """One CSV row: medians with percentiles, the ratio to the baseline of the same run, provenance."""
+    """Return a CSV row: median and percentiles, ratio to the baseline, provenance."""
     median, low, high = percentiles(times[candidate])
     tokens = args.rows * args.seq_len
     flop_per_sec = 1e3 * step_flops(config, tokens) / median

@@ -1,7 +1,9 @@
-"""The training step of two checkouts, in turn: python -m dev.bench.trees OTHER [arguments of dev.bench.train_step]
+"""Time the training step of two checkouts, in turn.
 
-A process for each, this tree's and OTHER's; one steps while the other waits. Prints both medians and the ratio of
-this tree's to OTHER's, pair by pair, so that a machine that slows down slows both.
+    python -m dev.bench.trees OTHER [arguments of dev.bench.train_step]
+
+Runs this tree and OTHER in one process each; one steps while the other waits. Prints both medians
+and the ratio of this tree's to OTHER's, pair by pair, so that a machine that slows down slows both.
 """
 
 import contextlib
@@ -26,8 +28,8 @@ args = train_step.parse_args(sys.argv[1:])
 device = choose_device("cpu")
 keep_freed_memory(device)
 shape = model_shape(args.depth, 64, args.head_dim)
-config = GPTConfig(args.seq_len, args.vocab_size, shape.n_layer, shape.n_head, shape.n_head, shape.n_embd,
-                   args.window_pattern)
+config = GPTConfig(args.seq_len, args.vocab_size, shape.n_layer, shape.n_head, shape.n_head,
+                   shape.n_embd, args.window_pattern)
 step = train_step.make_step("baseline", config, choose_compute_dtype(device)[0], device, args)
 for _ in range(5):
     loss = step()
@@ -84,7 +86,7 @@ def main(argv=None):
         print(f"{folder}: median {statistics.median(times):.1f} ms, loss after 5 steps {loss:.6f}")
     median, low, high = percentiles([mine / others for mine, others in pairs])
     print(
-        f"this tree's step takes {median:.3f} of the other's ({low:.3f} to {high:.3f}, {PAIRS} pairs)"
+        f"time of this tree over the other: {median:.3f} ({low:.3f} to {high:.3f}, {PAIRS} pairs)"
     )
     return 0
 

@@ -1,10 +1,10 @@
-"""What the training step becomes on an H100, read from Inductor's code on a machine without one.
+"""Count launches and bytes of the training step on an H100, from Inductor's code, without one.
 
     python -m dev.lowering --out dev/lowered_h100.csv
 
-Lowers forward, backward and the optimizer in bf16 for a faked H100 and counts graphs, breaks, launches, bytes and
-(N, V) buffers. Counts of generated code: no time is measured. Bytes are those of every kernel's inputs and outputs,
-as if no cache held any of them. Needs g++.
+Lowers forward, backward and the optimizer in bf16 for a faked H100 and counts graphs, launches,
+bytes and (N, V) buffers in the generated code; no time is measured. Bytes are the inputs and
+outputs of every kernel, as if there were no caches. Needs g++.
 """
 
 import argparse
@@ -40,9 +40,9 @@ def parse_args(argv=None):
         prog="lowering", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", default="", help="CSV to write")
-    parser.add_argument("--depth", type=int, nargs="+", help="these depths alone")
-    parser.add_argument("--seq-len", type=int, nargs="+", help="these lengths alone")
-    parser.add_argument("--flags", nargs="+", choices=FLAGS, help="these flags alone")
+    parser.add_argument("--depth", type=int, nargs="+", help="only these depths")
+    parser.add_argument("--seq-len", type=int, nargs="+", help="only these lengths")
+    parser.add_argument("--flags", nargs="+", choices=FLAGS, help="only these flags")
     parser.add_argument(
         "--largest", type=int, default=0, help="print so many kernels of each phase, by bytes"
     )

@@ -1,7 +1,8 @@
-"""Run a program on fake CUDA tensors and count what it would launch and move: compiled graphs and eager operations.
+"""Run a program on fake CUDA tensors and count the launches and bytes it would need.
 
-Import after fake_h100.pretend. A compiled graph counts what Inductor generated for it, each time it is called; outside
-of graphs every operation that makes or changes data is one launch, which reads its inputs and writes its outputs.
+Import after fake_h100.pretend. A compiled graph counts, per call, the code that Inductor generated
+for it. Outside of graphs, every operation that makes or changes data counts as one launch that
+reads its inputs and writes its outputs.
 """
 
 import contextlib
@@ -39,9 +40,11 @@ _NO_LAUNCH = {
 
 @dataclass
 class Work:
-    """Launches by kind and bytes read plus written. `triton` are the compiler's kernels, `own` ours (and ops of ours,
-    whose inside is not counted), `extern` matmuls and attention of libraries; `buffers` the shapes allocated, to look
-    for (N, V) ones and dense masks."""
+    """Launches by kind, and bytes read plus written.
+
+    triton: kernels of the compiler; own: our kernels and ops (without their insides); extern:
+    matmuls and attention of libraries; buffers: the allocated shapes.
+    """
 
     triton: int = 0
     extern: int = 0
@@ -62,7 +65,7 @@ class Work:
 
 
 class Counter(FakeTensorMode):
-    """The mode to run in. `work` by the phase that was set when it was done; nothing is counted without a phase."""
+    """The mode to run in; `work` is the Work by phase, and nothing is counted without a phase."""
 
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)

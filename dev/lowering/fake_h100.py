@@ -1,7 +1,7 @@
-"""Make this process's torch, a build without CUDA, believe in one H100: as far as fake tensors and Inductor ask.
+"""Make a torch without CUDA report one H100 to fake tensors and Inductor.
 
-`pretend(folder)` has to come before anything imports torch. Nothing can run on such a device: fake tensors have no
-data, and kernels are generated but never compiled.
+Call `pretend(folder)` before anything imports torch. Nothing can run on the device: fake tensors
+have no data, and kernels are generated but never compiled.
 """
 
 import contextlib
@@ -38,8 +38,10 @@ H100 = SimpleNamespace(
 
 
 def pretend(folder):
-    """Load the no-op device (compiled into `folder` on first use, by g++), then answer for the H100 wherever Inductor
-    asks. Errors: RuntimeError when torch is imported already or has CUDA."""
+    """Load the no-op device (compiled into `folder` on first use, by g++) and answer for the H100.
+
+    Raise RuntimeError if torch is imported already or has CUDA.
+    """
     if "torch" in sys.modules:
         raise RuntimeError("the faked device must be there before torch is imported")
     folder = Path(folder)
@@ -173,7 +175,7 @@ def answer_for_triton(torch):
 
 
 def _skip_what_needs_data():
-    """Passes of Inductor that trace or time real tensors on the device, before they look at a graph."""
+    """Disable passes of Inductor that trace or time real tensors on the device."""
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
     from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm

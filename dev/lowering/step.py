@@ -20,7 +20,7 @@ PHASES = ("forward", "backward", "optimizer")
 
 
 def sdpa(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
-    """F.scaled_dot_product_attention by the kernels it would pick: its own choice asks a device that is there."""
+    """Call the kernels that F.scaled_dot_product_attention would choose on a real device."""
     if attn_mask is None:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
     bias = torch.where(attn_mask, 0.0, -torch.inf).to(q.dtype).expand(q.size(0), q.size(1), -1, -1)

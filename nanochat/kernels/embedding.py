@@ -11,15 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from nanochat.kernels.runtime import (
-    INTERPRETED,
-    jit,
-    kernel_op,
-    store_rounded,
-    tl,
-    triton,
-    wrap_triton,
-)
+from nanochat.kernels import runtime
+from nanochat.kernels.runtime import jit, kernel_op, store_rounded, tl, triton, wrap_triton
 
 MAX_BLOCK = 256  # columns per program
 POSITIONS = 8  # loaded at a time; most tokens occur less often, the commonest hundreds of times
@@ -57,7 +50,7 @@ def _embedding_gradient(grad: torch.Tensor, positions: torch.Tensor,
     if out.numel():
         blocks, tile = rows_sum_tiling(width)
         wrap_triton(_rows_sum_kernel)[(n_rows, blocks)](
-            grad, positions, starts, out, WIDTH=width, INTERPRETED=INTERPRETED, **tile)
+            grad, positions, starts, out, WIDTH=width, INTERPRETED=runtime.INTERPRETED, **tile)
     return out
 
 

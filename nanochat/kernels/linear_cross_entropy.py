@@ -12,16 +12,8 @@ import math
 
 import torch
 
-from nanochat.kernels.runtime import (
-    INTERPRETED,
-    TILE_ELEMENTS,
-    jit,
-    require_dtype,
-    require_kernels,
-    store_rounded,
-    tl,
-    triton,
-)
+from nanochat.kernels import runtime
+from nanochat.kernels.runtime import jit, store_rounded, tl, triton
 
 DTYPES = (torch.bfloat16, torch.float32)
 IGNORED = -1
@@ -103,7 +95,7 @@ def _rows_kernel(logits, targets, losses, scale, stride, n_rows, VOCAB_SIZE: tl.
 def rows_tiling(n_rows, n_columns):
     """Return the launch constants of the rows kernel."""
     block = min(4096, triton.next_power_of_2(n_columns))
-    rows = min(TILE_ELEMENTS // block, triton.next_power_of_2(n_rows))
+    rows = min(runtime.TILE_ELEMENTS // block, triton.next_power_of_2(n_rows))
     return {"ROWS": rows, "BLOCK": block, "num_warps": 8}
 
 
@@ -117,7 +109,7 @@ def _rows_by_triton(logits, targets, losses, scale, vocab_size, softcap):
     _rows_kernel[(triton.cdiv(n_rows, tile["ROWS"]),)](
         logits, targets, losses, scale if gradient else losses, logits.stride(0), n_rows,
         VOCAB_SIZE=vocab_size, N_COLUMNS=n_columns, CAP=softcap, INVERSE_CAP=1 / softcap,
-        CAP_LOG2_E=softcap * LOG2_E, GRADIENT=gradient, INTERPRETED=INTERPRETED,
+        CAP_LOG2_E=softcap * LOG2_E, GRADIENT=gradient, INTERPRETED=runtime.INTERPRETED,
         APPROXIMATE=gradient and logits.dtype == torch.bfloat16 and has_fast_tanh, **tile)
 
 
@@ -309,5 +301,5 @@ def check_linear_cross_entropy(device, dtype, flag="--chunked-ce"):
     On a GPU it needs Triton; elsewhere the torch form is used.
     """
     if device.type == "cuda":
-        require_kernels(flag, device)
-    require_dtype(flag, dtype, DTYPES)
+        runtime.require_kernels(flag, device)
+    runtime.require_dtype(flag, dtype, DTYPES)

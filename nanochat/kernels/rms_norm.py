@@ -8,18 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from nanochat.kernels.runtime import (
-    INTERPRETED,
-    TILE_ELEMENTS,
-    jit,
-    kernel_op,
-    require_dtype,
-    require_kernels,
-    store_rounded,
-    tl,
-    triton,
-    wrap_triton,
-)
+from nanochat.kernels import runtime
+from nanochat.kernels.runtime import jit, kernel_op, store_rounded, tl, triton, wrap_triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QK_SCALE = 1.2  # of the model
@@ -86,7 +76,7 @@ def _rope_norm_kernel(x, grad, cos, sin, out, stride_token, stride_head, stride_
 def _tiling(n_rows, width):
     """Return (grid, launch constants) for rows of `width` elements; narrow rows share a program."""
     block = triton.next_power_of_2(width)
-    rows = min(max(1, TILE_ELEMENTS // block), triton.next_power_of_2(n_rows))
+    rows = min(max(1, runtime.TILE_ELEMENTS // block), triton.next_power_of_2(n_rows))
     num_warps = 8 if rows * block >= 4096 else 4
     return (triton.cdiv(n_rows, rows),), {"ROWS": rows, "BLOCK": block, "num_warps": num_warps}
 
@@ -105,7 +95,7 @@ def _launch_norm(x, grad):
     grid, tile = _tiling(n_rows, width)
     wrap_triton(_norm_kernel)[grid](
         rows, grads, out, rows.stride(0), grads.stride(0), n_rows, WIDTH=width, EPS=NORM_EPS,
-        BACKWARD=grad is not None, INTERPRETED=INTERPRETED, **tile)
+        BACKWARD=grad is not None, INTERPRETED=runtime.INTERPRETED, **tile)
     return out
 
 
@@ -123,7 +113,7 @@ def _launch_rope_norm(x, grad, cos, sin):
     wrap_triton(_rope_norm_kernel)[grid](
         heads, grads, cos, sin, out, *heads.stride()[:2], *grads.stride()[:2], n_rows, n_positions,
         HEADS=n_heads, HALF=half, SCALE=QK_SCALE, EPS=NORM_EPS, BACKWARD=grad is not None,
-        INTERPRETED=INTERPRETED, **tile)
+        INTERPRETED=runtime.INTERPRETED, **tile)
     return out
 
 
@@ -182,5 +172,5 @@ def rope_qk_norm(q, k, cos, sin):
 
 def check_rms_norm(device, dtype, flag="--fused-rmsnorm"):
     """Raise UserError if these kernels cannot run; call it before building a model."""
-    require_kernels(flag, device)
-    require_dtype(flag, dtype, DTYPES)
+    runtime.require_kernels(flag, device)
+    runtime.require_dtype(flag, dtype, DTYPES)
