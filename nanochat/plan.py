@@ -2,7 +2,7 @@
 
 Memory is counted from the program's tensors, plus the activations that its compiled graphs keep.
 Time is a roofline per kind of work plus an alpha-beta model of the collectives; nothing overlaps.
-README.md compares the plan with published records.
+dev/plan_records.csv compares the plan with published records.
 """
 
 import dataclasses

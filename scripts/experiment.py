@@ -7,7 +7,6 @@ Repeat the command to continue an interrupted experiment. Flags after `--` go to
 
 import argparse
 import shlex
-import signal
 import sys
 from functools import partial
 
@@ -101,7 +100,6 @@ def main(argv=None):
             print(done + shlex.join(training(run.flags)))
         return
     check_output("--ledger", args.ledger)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if len(finished) < len(runs):
         prepare(experiment)
     n_trained = runner.run_experiment(experiment, args.ledger, runs_dir(), training)

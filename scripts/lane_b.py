@@ -6,8 +6,6 @@ Stop it at any time: the same command goes on.
 
 import argparse
 import shlex
-import signal
-import sys
 
 from nanochat.common import QUIET_HELP, base_dir, command, set_quiet
 from nanochat.experiments.lane_b_study import SETTINGS, Study, commands
@@ -37,16 +35,12 @@ def main(argv=None):
     study = Study(name, args.profile, tuple(args.seeds), base_dir() / name, args.target_metric_threshold)
     if args.target_metric_threshold is not None:
         check_target("val_bpb", args.target_metric_threshold)
-    ended = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the stage ends first
-    try:
-        for module, flags in commands(study):
-            if args.dry_run:
-                print(shlex.join(["python", "-m", module, *map(str, flags)]))
-            else:
-                study.folder.mkdir(exist_ok=True)
-                run_module(module, flags)
-    finally:
-        signal.signal(signal.SIGTERM, ended)
+    for module, flags in commands(study):
+        if args.dry_run:
+            print(shlex.join(["python", "-m", module, *map(str, flags)]))
+        else:
+            study.folder.mkdir(exist_ok=True)
+            run_module(module, flags)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 python -m scripts.plan --gpu h100 --gpus 8 --depth 24 --target-param-data-ratio 8 --fp8
 
-All other flags are those of scripts.base_train. README.md says how well the plan describes records.
+All other flags are those of scripts.base_train. dev/plan_records.csv compares the plan with
+published records.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from golden_figures import CONFIG, arrays, batch, golden_model
 
 from nanochat.checkpoint import checkpoint_folder, load_trained, save_checkpoint
 from nanochat.common import UserError
-from nanochat.export import new_folder, write_safetensors
+from nanochat.export import new_folder
 from nanochat.gpt import GPT, GPTConfig
 from scripts.export import main
 
@@ -131,16 +131,6 @@ def test_rows_padded_on_the_left_are_refused(load, tmp_path):
     torch.testing.assert_close(with_padding, model(idx[:, :2]).logits)
     with pytest.raises(ValueError, match="padded on the right"):
         model(idx, attention_mask=mask.flip(1))
-
-
-def test_weights_are_read_by_safetensors(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch", reason="the extra hf is not installed")
-    tensors = {"a": torch.randn(3, 5), "é": torch.randn(4, 6, dtype=torch.bfloat16).T,
-               "empty": torch.zeros(0, 2)}
-    write_safetensors(tmp_path / "x.safetensors", tensors)
-    loaded = safetensors.load_file(tmp_path / "x.safetensors")
-    assert loaded.keys() == tensors.keys()
-    assert all(torch.equal(loaded[name], tensors[name].float()) for name in tensors)
 
 
 # --- without transformers -------------------------------------------------------------------------

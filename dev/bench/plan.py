@@ -1,6 +1,6 @@
 """The plan against measurements: time against published records, memory against peaks on a CPU.
 
-python -m dev.bench.plan records                             # prints a table; nothing is trained
+python -m dev.bench.plan records > dev/plan_records.csv      # nothing is trained
 python -m dev.bench.plan memory >> dev/plan_memory_cpu.csv   # three shapes; minutes
 
 The measured peak is the size of the tensors that stay (weights, copies, optimizer state), plus the
@@ -8,6 +8,7 @@ growth of the process's resident memory during one optimizer step.
 """
 
 import argparse
+import csv
 import subprocess
 import sys
 from typing import NamedTuple
@@ -68,12 +69,13 @@ SHAPES = {  # name: (vocabulary, flags)
 
 
 def record_rows():
-    """Yield the cells of README's table: record, published minutes, planned minutes, deviation."""
+    """Yield the rows of dev/plan_records.csv, with a header; minutes are published and planned."""
+    yield "record", "minutes", "planned", "deviation", "assumed"
     for record in RECORDS:
         found = estimate(TrainingConfig(**record.flags), record.vocab_size, GPUS["h100"])
         minutes = 60 * found.train_hours
         deviation = f"{minutes / record.minutes - 1:+.1%}"
-        yield record.name, record.minutes, f"{minutes:.1f}", deviation, record.assumed
+        yield record.name, str(record.minutes), f"{minutes:.1f}", deviation, record.assumed
 
 
 def setting_of(name):
@@ -127,8 +129,7 @@ def main(argv=None):
     parser.add_argument("--shape", choices=SHAPES, help="measure one shape in this process")
     args = parser.parse_args(argv)
     if args.what == "records":
-        for row in record_rows():
-            print("| " + " | ".join(map(str, row)) + " |")
+        csv.writer(sys.stdout, lineterminator="\n").writerows(record_rows())
     elif args.shape:
         planned, measured = planned_peak_mb(args.shape), measured_peak_mb(args.shape)
         print(f'"{args.shape}",{planned:.1f},{measured:.1f},{torch.__version__}')

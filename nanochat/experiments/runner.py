@@ -211,19 +211,25 @@ def experiment_lock(runs_dir, name, report=print0):
 
 def run_module(module, flags):
     """Run `python -m module flags` on this console; raise SystemExit with its code if it fails."""
-    child = subprocess.Popen([sys.executable, "-m", module, *map(str, flags)])
-    if code := _wait(child):
+    if code := _run([sys.executable, "-m", module, *map(str, flags)]):
         raise SystemExit(code)
 
 
-def _wait(child):
-    """Return the exit code of a process; when a signal ends this process, end the child first."""
+def _run(argv, **options):
+    """Return the exit code of a process; when SIGTERM or Ctrl-C ends this one, end it first."""
+    def end(number, frame):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    child = subprocess.Popen(argv, **options)
     try:
         return child.wait()
     except BaseException:
         child.terminate()
         child.wait()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _train_anew(folder, flags, command, lock):
@@ -239,8 +245,7 @@ def _train(folder, argv, lock):
 
     Raise UserError if it did not start or was stopped by a signal.
     """
-    child = subprocess.Popen(argv, pass_fds=(lock.fileno(),))
-    code = _wait(child)
+    code = _run(argv, pass_fds=(lock.fileno(),))
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder.name} did not start (exit code {code}); its error is above")
     killed = code in (-signal.SIGINT, -signal.SIGTERM) and not (folder / SUMMARY).exists()
