@@ -1,15 +1,11 @@
 """The exponents of a text, their refusals, and scripts.lane_b_stats."""
 
 import json
-import random
-import string
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from lane_b_sources import Copying, Renewal, cut
+from lane_b_sources import Copying, cut
 from scipy import stats
 
 from nanochat.common import UserError
@@ -44,22 +40,11 @@ BOUNDS = [{"n": 1, "lo": 4.6, "hi": 4.8}, {"n": 2, "lo": 3.2, "hi": 4.2}]
 # --- power laws
 
 
-@given(st.floats(-2, 3), st.floats(-5, 5))
-def test_an_exact_power_law_is_recovered(slope, intercept):
-    law = fit_power_law(LAGS, np.exp(intercept) * LAGS ** -slope)
-    assert (law.slope, law.log_intercept) == pytest.approx((slope, intercept), abs=1e-9)
-
-
-def test_slope_and_error_equal_linear_regression():
+def test_a_power_law_equals_linear_regression_of_logarithms():
     law = fit_power_law(LAGS[:6], BOOKS[:6])
     peer = stats.linregress(np.log(LAGS[:6]), np.log(BOOKS[:6]))
     assert (law.slope, law.slope_se) == pytest.approx((-peer.slope, peer.stderr))
-
-
-def test_an_exact_break_is_recovered():
-    y = np.minimum(LAGS, 7.0) ** -1.5 * np.maximum(LAGS / 7.0, 1) ** -0.2
-    law = fit_decay(LAGS, y)
-    assert (law.slope, law.n_break, law.slope_after) == pytest.approx((1.5, 7.0, 0.2), abs=0.1)
+    assert law.log_intercept == pytest.approx(peer.intercept)
 
 
 def test_books_have_two_regimes_with_a_break_near_six():
@@ -177,25 +162,12 @@ def losses(tokens, gamma=0.3, excess=0.0, name=None, **ids):
     return PositionLosses(name or str(tokens), tokens, nats, np.full(200, 10**5), **ids)
 
 
-def test_gamma_of_converged_losses_is_recovered():
+def test_gamma_is_the_slope_of_losses_up_to_the_first_that_has_not_converged():
     gamma, points = measure_gamma([losses(10**8), losses(5 * 10**7), losses(10**7)], BOUNDS)
     assert gamma.value == pytest.approx(0.3, abs=0.01) and gamma.lo < 0.3 < gamma.hi
     assert gamma.source == "position_losses" and gamma.refusal is None
     assert gamma.window[0] == 1 and gamma.window[1] > 100
     assert points[0]["nats"] == pytest.approx(5) and points[0]["count"] == 10**5
-
-
-def test_gamma_of_a_renewal_process_is_the_slope_of_its_exact_entropies():
-    source = Renewal(vocab_size=12, longest=400, decay=0.5)
-    exact = np.array([2.0, *(source.entropy(n) for n in range(1, 65))])
-    runs = [PositionLosses(str(tokens), tokens, exact + 50 / tokens, np.full(65, 10**6))
-            for tokens in (10_000, 20_000)]
-    gamma, _ = measure_gamma(runs, BOUNDS)
-    n = [1, 2, 3, 4, 5, 6, 8, 11, 16, 23, 32, 45, 64]
-    assert gamma.value == pytest.approx(fit_power_law(n, exact[n]).slope, rel=0.05)
-
-
-def test_gamma_uses_contexts_up_to_the_first_that_has_not_converged():
     half = losses(5 * 10**7)
     half.nats[14:] += 0.05
     gamma, points = measure_gamma([losses(10**8), half], BOUNDS)
@@ -237,21 +209,18 @@ def test_losses_are_read_from_a_run_and_from_a_file(tmp_path):
         read_position_losses("bare", tmp_path)
 
 
-@pytest.mark.parametrize("change", [
-    {"tokens": 0}, {"tokens": "many"}, {"counts_by_position": [4, 4]}, {"nats_by_position": 3},
-    {"counts_by_position": [4, 10**30, 0]},
+@pytest.mark.parametrize("change, error, words", [
+    ({"tokens": 0}, UserError, "has no valid position_losses event"),
+    ({"tokens": "many"}, UserError, "has no valid position_losses event"),
+    ({"counts_by_position": [4, 4]}, UserError, "has no valid position_losses event"),
+    ({"counts_by_position": [4, 10**30, 0]}, UserError, "has no valid position_losses event"),
+    ({"nats_by_position": 3}, UserError, "has no valid position_losses event"),
+    ({"nats_by_position": [7.0, None, None]}, Refusal, "with 1 tokens of context is nan"),
+    ({"nats_by_position": [7.0, -1.0, None]}, Refusal, "with 1 tokens of context is -1"),
 ])
-def test_an_invalid_event_is_named(tmp_path, change):
+def test_invalid_losses_are_named(tmp_path, change, error, words):
     (tmp_path / "event.json").write_text(json.dumps({**EVENT, **change}))
-    with pytest.raises(UserError, match=r"event.json has no valid position_losses"):
-        read_position_losses(str(tmp_path / "event.json"), tmp_path)
-
-
-@pytest.mark.parametrize("loss", [None, float("inf"), -1.0])
-def test_losses_that_are_not_positive_numbers_are_refused(tmp_path, loss):
-    event = {**EVENT, "nats_by_position": [7.0, loss, None]}
-    (tmp_path / "event.json").write_text(json.dumps(event))
-    with pytest.raises(Refusal, match="with 1 tokens of context"):
+    with pytest.raises(error, match=f"event.json:? .*{words}"):
         read_position_losses(str(tmp_path / "event.json"), tmp_path)
 
 
@@ -272,15 +241,13 @@ def test_losses_of_another_text_or_model_or_of_one_run_twice_are_refused():
 def text(tmp_path_factory):
     """A folder of text (words that repeat what is near, cut into pages) and its tokenizer."""
     folder = tmp_path_factory.mktemp("corpus")
-    spell = random.Random(0)
-    words = ["".join(spell.choices(string.ascii_lowercase, k=2 + rank % 6)) for rank in range(300)]
     ranks = Copying(1.2, q=0.9, vocab_size=300).sample(120_000, seed=0)
-    written = " ".join(words[rank] for rank in ranks)
+    written = " ".join(f"{rank * 7919 % 9999:x}" for rank in ranks.tolist())
     pages = [written[start:start + 2500] for start in range(0, len(written), 2500)]
     (folder / "text").mkdir()
     lines = [json.dumps({"text": page}) + "\n" for page in pages]
     (folder / "text" / "pages.jsonl").write_text("".join(lines))
-    train_tokenizer(pages, 700).save(folder / "tokenizer")
+    train_tokenizer(pages, 400).save(folder / "tokenizer")
     return folder
 
 

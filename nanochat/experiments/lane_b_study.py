@@ -87,7 +87,7 @@ def commands(study):
     if not stats.exists():
         yield "scripts.lane_b_stats", [
             "--dataset", study.profile.dataset, "--tokenizer-dir", study.profile.tokenizer_dir(),
-            "--context-tokens", study.setting.context_tokens, "--out", stats, "--plot", stats.with_suffix(".png"),
+            "--out", stats, "--plot", stats.with_suffix(".png"),
             "--position-losses", *study.run_ids(calibration, seeds, *map(_name, horizons))]
     while True:
         inference = study.folder / f"infer_{horizons[-1]}.json"

@@ -1,4 +1,4 @@
-"""Lane B: curves of calibration runs -> a training horizon; beside it a corpus's statistics. numpy and scipy alone."""
+"""Lane B: infer a training horizon from calibration runs, and measure statistics of a text."""
 
 from nanochat.common import UserError
 

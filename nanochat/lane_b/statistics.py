@@ -99,9 +99,9 @@ class Estimate:
 
 
 def alpha_of(gamma, beta):
-    """alpha = gamma / (2 beta) with its interval [gamma_lo / 2 beta_hi, gamma_hi / 2 beta_lo].
+    """Return the Estimate gamma / (2 beta), in [gamma_lo / 2 beta_hi, gamma_hi / 2 beta_lo].
 
-    A point and its standard error (delta method in logarithms) only where gamma has one.
+    It has a value and a standard error (delta method in logarithms) only if gamma has them.
     """
     if gamma.lo is None or beta.lo is None or beta.lo <= 0:
         return Estimate()
@@ -270,7 +270,7 @@ def read_position_losses(name, runs_dir):
         counts = np.array(event["counts_by_position"], np.int64)
         nats = np.array(event["nats_by_position"], float)
         tokens = int(event["tokens"])
-        is_valid = tokens > 0 and nats.shape == counts.shape == (len(nats),)
+        is_valid = tokens > 0 and nats.shape == counts.shape == (len(nats),) and min(counts) >= 0
         ids = [event.get(key) for key in ("dataset_id", "tokenizer_id", "model_config")]
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         is_valid = False
@@ -286,11 +286,12 @@ def read_position_losses(name, runs_dir):
 
 def check_comparable(losses, dataset_id, tokenizer_id):
     """Raise Refusal unless the losses are of different runs of one model on the text measured."""
+    model = next((loss.model_config for loss in losses if loss.model_config), None)
     for i, loss in enumerate(losses):
         if loss.name in [other.name for other in losses[:i]]:
             raise Refusal(f"{loss.name} is given more than once; give each run once")
         for name, wanted in (("dataset_id", dataset_id), ("tokenizer_id", tokenizer_id),
-                             ("model_config", losses[0].model_config)):
+                             ("model_config", model)):
             value = getattr(loss, name)
             if None not in (value, wanted) and value != wanted:
                 raise Refusal(f"the position losses of {loss.name} have {name} {value}, not "
@@ -328,7 +329,8 @@ def measure_gamma(losses, bounds):
         if lo > 0:
             return Gamma(value, se, lo, hi, "position_losses", (n[0], n[-1])), points
         reason = f"losses do not clearly fall with the context ({value:.3f} ± {se:.3f})"
-    refusal, way_out = f"gamma not reported: {reason}", "give --position-losses of longer runs"
+    refusal = f"gamma not reported: {reason}"
+    way_out = "give --position-losses of longer runs" if losses else "give --position-losses"
     if not bounds:
         return Gamma(refusal=f"{refusal}; too little text for n-grams; {way_out}"), points
     one, two = bounds
@@ -338,7 +340,7 @@ def measure_gamma(losses, bounds):
 
 
 def entropies_by_position(losses):
-    """Return (points, reason for refusing if there are too few), weighted means over bins of n."""
+    """Return (points: means over bins of n weighted by counts, reason if they are too few)."""
     largest = max(loss.tokens for loss in losses)
     full = [loss for loss in losses if loss.tokens > 0.95 * largest]
     half = [loss for loss in losses if 0.45 * largest <= loss.tokens <= 0.55 * largest]
