@@ -14,7 +14,12 @@ from nanochat.lane_b.figure import check_plot
 from nanochat.lane_b.infer import inputs
 from nanochat.lane_b.infer.horizon import DEFAULT_RATIO, infer_horizon
 from nanochat.lane_b.infer.horizon_figure import draw_inference
-from nanochat.lane_b.infer.inference_file import VERSION, describe, inference_document, refused_document
+from nanochat.lane_b.infer.inference_file import (
+    VERSION,
+    describe,
+    inference_document,
+    refused_document,
+)
 from nanochat.runlog import find_run
 from nanochat.schedule import lr_multipliers
 from nanochat.target import check_target

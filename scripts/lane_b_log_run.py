@@ -12,7 +12,13 @@ from nanochat.experiments.ledger import parse_cell
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.infer.inference_file import read_inference
 from nanochat.lane_b.infer.inputs import NUMBER_OR_NONE, recorded
-from nanochat.lane_b.infer.record import DECISIONS, LaneBRecord, append_record, read_records, record_of_run
+from nanochat.lane_b.infer.record import (
+    DECISIONS,
+    LaneBRecord,
+    append_record,
+    read_records,
+    record_of_run,
+)
 from nanochat.runlog import find_run
 from nanochat.target import evaluations_of, time_to_target
 

@@ -2,8 +2,6 @@
 
 import importlib
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from corpus import TINY_FLAGS, write_corpus
 
@@ -47,9 +45,6 @@ def refused(program, arguments, capsys):
 def test_a_mistake_is_one_line(program, arguments, capsys):
     refused(importlib.import_module(program).main, arguments, capsys)
 
-
-def write_shard(folder, values, column="text"):
-    pq.write_table(pa.table({column: values}), folder / "shard_00002.parquet")
 
 
 def truncate(folder):

@@ -6,7 +6,15 @@ import pytest
 
 from nanochat.config import parse_config
 from nanochat.experiments.runner import training_runs
-from scripts import experiment, lane_b, lane_b_infer_ratio, lane_b_log_run, lane_b_stats, report, verdict
+from scripts import (
+    experiment,
+    lane_b,
+    lane_b_infer_ratio,
+    lane_b_log_run,
+    lane_b_stats,
+    report,
+    verdict,
+)
 
 PARSERS = {"scripts.experiment": experiment, "scripts.lane_b_stats": lane_b_stats, "scripts.report": report,
            "scripts.lane_b_infer_ratio": lane_b_infer_ratio, "scripts.lane_b_log_run": lane_b_log_run,
