@@ -1,4 +1,4 @@
-"""Downloads through huggingface_hub from a real HTTP server on loopback, one that fails in the ways servers do."""
+"""Downloads through huggingface_hub from an HTTP server on loopback that fails as servers do."""
 
 import hashlib
 import http.server
@@ -22,7 +22,7 @@ REPO = "owner/repository"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `server.files` as the hub does; `server.faults[name]` says what goes wrong with the next GETs."""
+    """Serve `server.files` as the hub does; `server.faults[name]` are the next GETs' faults."""
 
     protocol_version = "HTTP/1.1"
 
@@ -139,7 +139,7 @@ def test_a_shard_that_fails_never_gets_the_name_and_the_others_are_kept(
     server.faults[LAST] = [fault] if fault else []
     if content is None:
         del server.files[LAST]
-    with pytest.raises(UserError, match=rf"not download {LAST} of {REPO} \(.*({message}).*; run the"):
+    with pytest.raises(UserError, match=rf"not download {LAST} of {REPO} \(.*({message}).*; run"):
         download_shards("climbmix", 1, num_workers=1)
     assert [path.name for path in folder.glob("*.parquet")] == [FIRST]
     server.files[LAST] = shard_bytes

@@ -26,14 +26,16 @@ def library(tmp_path, monkeypatch):
 
 
 def test_only_what_is_the_same_on_every_machine_is_read(library):
-    for name in ("zlib.py", "a/b.py", "LICENSE.txt", "test/test_a.py", "idlelib/idle_test/test_b.py"):
+    for name in ("zlib.py", "a/b.py", "LICENSE.txt", "test/test_a.py",
+                 "idlelib/idle_test/test_b.py"):
         library(name, f"# {name}\n" + SENTENCE)
     for name in ("site-packages/x.py", "dist-packages/x.py", "a/__pycache__/x.py",
                  "config-3.11-x/python-config.py", "_sysconfigdata__linux_.py", "sitecustomize.py",
                  "test/data.txt", "a/readme.rst", "encodings/cp1.py"):
         library(name, f"# {name}\n" + SENTENCE)
     found = [document.split("\n")[0].removeprefix("# ") for document in corpus_documents()]
-    assert found == ["LICENSE.txt", "a/b.py", "zlib.py", "idlelib/idle_test/test_b.py", "test/test_a.py"]
+    assert found == ["LICENSE.txt", "a/b.py", "zlib.py", "idlelib/idle_test/test_b.py",
+                     "test/test_a.py"]
 
 
 def test_files_that_are_not_utf8_and_tables_of_numbers_are_left_out(library):
@@ -67,22 +69,27 @@ def test_key_follows_names_and_sizes(library):
 
 
 def test_code_is_cut_at_definitions():
-    functions = [f"@cache\ndef f{i}(x):\n" + "    x = x + 1\n" * 60 + "    return x\n" for i in range(40)]
+    body = "    x = x + 1\n" * 60 + "    return x\n"
+    functions = [f"@cache\ndef f{i}(x):\n{body}" for i in range(40)]
     pieces = cut_code("import os\n\n\n" + "\n\n".join(functions))
-    assert len(pieces) > 10 and all(piece.startswith(("import os", "@cache\ndef f")) for piece in pieces)
+    starts = ("import os", "@cache\ndef f")
+    assert len(pieces) > 10 and all(piece.startswith(starts) for piece in pieces)
     assert all(800 <= len(piece) < 3_000 for piece in pieces)
 
 
 def test_large_classes_are_cut_at_methods():
     methods = [f"    def m{i}(self):\n" + "        self.x = 1\n" * 30 for i in range(60)]
     pieces = cut_code("class Large:\n\n" + "\n".join(methods))
-    assert len(pieces) > 10 and pieces[0].startswith("class Large:\n\n    def m0(self):\n        self")
-    assert all(re.match(r"def m\d+\(self\):\n    self", piece) for piece in pieces[1:]), "moved to the margin"
+    assert len(pieces) > 10
+    assert pieces[0].startswith("class Large:\n\n    def m0(self):\n        self")
+    assert all(re.match(r"def m\d+\(self\):\n    self", piece) for piece in pieces[1:])
 
 
-@given(st.lists(st.sampled_from(["def f():\n", "    x = 1\n", "\n", "class A:\n", "    def g(self):\n",
-                                 "@d\n", "# c\n", "    " + "y" * 700 + "\n", "z = 3\n",
-                                 "text " * 300 + "\n"])).map("".join))
+LINES = ["def f():\n", "    x = 1\n", "\n", "class A:\n", "    def g(self):\n", "@d\n", "# c\n",
+         "    " + "y" * 700 + "\n", "z = 3\n", "text " * 300 + "\n"]
+
+
+@given(st.lists(st.sampled_from(LINES)).map("".join))
 def test_cutting_loses_nothing_but_blank_space(text):
     assert "".join("".join(cut_code(text)).split()) == "".join(text.split())
 

@@ -173,7 +173,8 @@ def test_every_file_is_read_or_named(tmp_path):
         folder.leave_out(problem, n_bytes)
     [line] = folder.left_out_lines()
     for part in ("2 .pdf", "1 .csv.gz", "1 without suffix", "3 hidden", "1 .parquet.gz",
-                 "2 broken link", "3 parent or cache folder", "1 special file", "1 .json without text",
+                 "2 broken link", "3 parent or cache folder", "1 special file",
+                 "1 .json without text",
                  "1 .parquet with no column `text` (its columns: content)", " MB, "):
         assert part in line, line
     assert 0.4 < int(re.search(r"(\d+)% of the folder", line)[1]) / 100 < 0.7

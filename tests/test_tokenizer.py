@@ -96,7 +96,8 @@ def test_lone_surrogate_is_encoded_as_the_replacement_character():
 @given(st.lists(any_text, max_size=8), st.integers(1, 4))
 @settings(deadline=None, max_examples=30)
 def test_batch_in_threads_equals_one_by_one(texts, num_threads):
-    assert golden.encode_batch(texts, num_threads=num_threads) == [golden.encode(text) for text in texts]
+    one_by_one = [golden.encode(text) for text in texts]
+    assert golden.encode_batch(texts, num_threads=num_threads) == one_by_one
 
 
 @given(st.lists(any_text, max_size=8).map("".join), st.integers(4, 30))
@@ -116,10 +117,12 @@ def test_long_text_in_parts_has_the_same_tokens_where_words_end(text, part_chars
 
 def test_ordinary_long_text_is_never_cut_inside_a_word():
     rng = random.Random(0)
-    words = ("".join(rng.choices(string.ascii_letters, k=rng.randint(1, 9))) for _ in range(100_000))
+    words = ("".join(rng.choices(string.ascii_letters, k=rng.randint(1, 9)))
+             for _ in range(100_000))
     text = "".join(word + rng.choice([" ", " ", ", ", ".\n", "  "]) for word in words)
     assert len(text) > 5 * tokenizer_module._PART_CHARS
-    reference = tiktoken.Encoding("reference", pat_str=golden.vocabulary[2], mergeable_ranks=golden.vocabulary[0],
+    ranks, _, pattern = golden.vocabulary
+    reference = tiktoken.Encoding("reference", pat_str=pattern, mergeable_ranks=ranks,
                                   special_tokens={})
     assert golden.encode(text) == reference.encode_ordinary(text)
 
@@ -182,8 +185,8 @@ def test_saved_and_loaded_tokenizer_encodes_the_same(tmp_path_factory, texts):
         if missing:
             (folder / "copy" / missing).unlink()
         loaded = load_tokenizer(folder / "copy")
-        assert loaded.tokenizer_id == trained.tokenizer_id and loaded.vocab_size == trained.vocab_size
-        assert loaded.encode_batch(texts, num_threads=1) == trained.encode_batch(texts, num_threads=1)
+        assert loaded.vocabulary == trained.vocabulary
+        assert loaded.encode_batch(texts) == trained.encode_batch(texts)
         shutil.rmtree(folder / "copy")
 
 
@@ -198,7 +201,8 @@ def test_upstream_reads_what_we_save(tmp_path):
     ranks = {base64.b64decode(token): int(i) for token, i in map(str.split, lines)}
     assert ranks == encoding._mergeable_ranks, "tiktoken's own file format"
     token_bytes = torch.load(tmp_path / "token_bytes.pt", weights_only=True)
-    assert token_bytes.dtype == torch.int32 and token_bytes.tolist() == golden.token_bytes().tolist()
+    assert token_bytes.dtype == torch.int32
+    assert token_bytes.tolist() == golden.token_bytes().tolist()
 
 
 def test_id_depends_on_everything_that_decides_the_tokens():
@@ -262,9 +266,12 @@ MALICIOUS = {
     "builtins.getattr": pickle.dumps(Calls(getattr, "x", "upper")),
     "inside the ranks": pickle.dumps({"mergeable_ranks": {b"a": Calls(eval, PWNED)}}),
     "before the encoding": pickle.dumps(Calls(eval, PWNED))[:-1] + b"0" + GOLDEN_PICKLE[2:],
-    "stack global built on the stack": b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0btouch pwned\x85R.",
-    "dotted name through the class": b"\x80\x04\x8c\x0dtiktoken.core\x8c\x18Encoding.__init__.__globals__\x93.",
-    "another class of tiktoken": b"\x80\x04\x8c\x0dtiktoken.load\x8c\x09read_file\x93\x8c\x05/etc/\x85R.",
+    "stack global":
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0btouch pwned\x85R.",
+    "dotted name through the class":
+        b"\x80\x04\x8c\x0dtiktoken.core\x8c\x18Encoding.__init__.__globals__\x93.",
+    "another class of tiktoken":
+        b"\x80\x04\x8c\x0dtiktoken.load\x8c\x09read_file\x93\x8c\x05/etc/\x85R.",
     "old-style instance": b"(S'touch pwned'\nios\nsystem\n.",
     "old-style object": b"(cos\nsystem\nS'touch pwned'\no.",
     "extension registry": b"\x80\x02\x82\x01.",
@@ -298,9 +305,9 @@ ENCODING = b"\x80\x04\x8c\x0dtiktoken.core\x8c\x08Encoding\x93"
     ENCODING + b")\x81.",  # an instance without a state
     ENCODING + b")R}b.",  # built from an empty state
     ENCODING + b"}b.",  # state set on the class
-    ENCODING + b")\x81\x8c\x04gpt2b.",  # an encoding that tiktoken would fetch from the network by its name
-    ENCODING + b")\x81}(\x8c\x04name\x8c\x01x\x8c\x07pat_str\x8c\x01.\x8c\x0fmergeable_ranks}\x8c\x0especial_tokens"
-    b"}(K\x01K\x02uub.",  # a special token that is a number
+    ENCODING + b")\x81\x8c\x04gpt2b.",  # a name, which tiktoken would download
+    ENCODING + b")\x81}(\x8c\x04name\x8c\x01x\x8c\x07pat_str\x8c\x01.\x8c\x0fmergeable_ranks}"
+    b"\x8c\x0especial_tokens}(K\x01K\x02uub.",  # a special token that is a number
 ])
 def test_pickle_without_an_encoding_is_refused(tmp_path, stream):
     (tmp_path / "tokenizer.pkl").write_bytes(stream)
