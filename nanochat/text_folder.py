@@ -171,7 +171,8 @@ def folder_documents(folder, samples):
     Rows and lines longer than 2 % of the text are cut too, lest one document is the validation.
     Raise UserError for damaged files, and if too many samples are unusable.
     """
-    row_chars = max(_MIN_PIECE_CHARS, folder.expected_bytes // 100)
+    # A power of two, lest CRLF line ends, which make a file longer, change where it is cut.
+    row_chars = max(_MIN_PIECE_CHARS, 1 << (folder.expected_bytes // 200).bit_length())
     text_chars = min(_PIECE_CHARS, row_chars)
     for file in folder.files:
         read = {"text": _read_text, "row": _read_parquet}.get(file.kind, _read_json)

@@ -124,7 +124,7 @@ def test_training_documents_of_other_splits_are_left_out_and_repetitions_are_kep
     assert capsys.readouterr().out == out, "it is printed whenever the folder is used"
 
 
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=30),
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=30),
                 min_size=1, max_size=30), st.lists(st.integers(0, 2), min_size=30, max_size=30))
 @settings(max_examples=60, deadline=None)
 def test_no_validation_document_is_trained_on(tmp_path_factory, texts, splits):
