@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from corpus import golden_tokenizer
-from nanochat.csv_ledger import append_row, read_rows
+from nanochat.experiments.ledger import append_row, read_rows
 from tqdm import tqdm
 
 from nanochat.checkpoint import find_checkpoint, load_model_state, read_meta, save_checkpoint
