@@ -58,7 +58,10 @@ class TextFolder:
         self.files = []
         self.left_out = Counter()
         self.left_out_bytes = 0
-        for path, problem in _walk(Path(folder)):
+        read = set()  # resolved paths: a link to a file that is read already would double its text
+        links_last = sorted(_walk(Path(folder)), key=lambda item: item[0].is_symlink()
+                            or item[0].parent.resolve() != item[0].parent.absolute())
+        for path, problem in links_last:
             name = path.relative_to(folder).as_posix()
             n_bytes = path.stat().st_size if path.is_file() else 0
             stem, suffix = os.path.splitext(name)
@@ -71,9 +74,12 @@ class TextFolder:
                 problem = "hidden"
             elif not problem and (kind is None or (kind == "row" and compression)):
                 problem = suffix.lower() or "without suffix"
+            elif not problem and path.resolve() in read:
+                problem = "link to a file in the folder"
             if problem:
                 self.leave_out(problem, n_bytes)
             else:
+                read.add(path.resolve())
                 split = named_split(stem)
                 self.files.append(TextFile(path, name, n_bytes, kind, compression, split))
         self.files.sort(key=lambda file: file.name)
