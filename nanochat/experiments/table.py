@@ -162,7 +162,7 @@ def number(value):
 def state_of(record):
     """Return running, finished, stopped (by a signal), failed or stale (died without a summary)."""
     if record.summary is not None:
-        return {"ok": "finished", "interrupted": "stopped"}.get(record.status, "failed")
+        return {"ok": "finished", "interrupted": "stopped"}.get(str(record.status), "failed")
     owned = is_owned(locks_dir() / f"run.{record.folder.absolute().name}")
     if owned is None:  # another host, or no lock file
         owned = age_sec(record) < RECENT_SEC

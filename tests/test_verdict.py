@@ -1,0 +1,48 @@
+"""scripts.verdict as a person calls it."""
+
+import pytest
+from synthetic_runs import make_trial
+
+from scripts import verdict
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    """Two seeds of baseline and candidate at depth 4, and a three-depth miniseries."""
+    path = tmp_path / "experiments.csv"
+    for experiment, depth, seed in (("lane_c", 4, 0), ("lane_c", 4, 1), ("depths", 2, 0),
+                                    ("depths", 3, 0), ("depths", 4, 0)):
+        make_trial(path, experiment, depth=depth, seed=seed)
+        make_trial(path, experiment, candidate="chunked-ce", depth=depth, seed=seed, step_ms=90.0)
+    return path
+
+
+def test_verdict_prints_rules_gates_and_decision(ledger, capsys):
+    verdict.main(["--experiment", "lane_c", "--miniseries", "depths", "--ledger", str(ledger)])
+    out = capsys.readouterr().out
+    assert "chunked-ce: INSUFFICIENT (gate 3 stability)" in out and "no save/resume probe" in out
+    assert "gain n=2, mean +10 %" in out and "decision: reject when" in out
+
+
+def test_a_fresh_clone_says_what_the_ledger_says(ledger, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "elsewhere"))
+    verdict.main(["--experiment", "lane_c", "--ledger", str(ledger)])
+    out = capsys.readouterr().out
+    assert "chunked-ce: NOT JUDGED (records missing here of 4 of 4 runs; the ledger says: " in out
+    assert "chunked-ce reached the target in 2 of 2 runs after 10.8 s on average" in out
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--experiment", "x"], "no experiment 'x'"),
+    (["--experiment", "lane_c", "--candidates", "both"], "'both' is judged against"),
+    (["--experiment", "lane_c", "--ledger", "nowhere.csv"], "nowhere.csv"),
+])
+def test_verdict_refuses_in_one_line(ledger, refusal, argv, message):
+    error = refusal(verdict.main, ["--ledger", str(ledger), *argv])
+    assert error.count("\n") == 1 and message in error
+
+
+def test_verdict_names_the_line_of_a_hand_made_mistake(ledger, refusal):
+    ledger.write_text(ledger.read_text().replace("lane_c,1,4", "lane_c,one,4", 1))
+    error = refusal(verdict.main, ["--ledger", str(ledger), "--experiment", "lane_c"])
+    assert "line 4: seed is 'one'" in error
