@@ -162,8 +162,8 @@ def _parse(path, data, row_type):
     names, wanted = [name.strip() for name in header], columns(row_type)
     faults = [name for name in wanted if names.count(name) != 1]
     if faults:
-        raise UserError(f"{path}, line {line}: the header must have each of {','.join(wanted)} "
-                        f"once, between commas; it has not: {', '.join(faults)}")
+        raise UserError(f"{path}, line {line}: the header must have each of the ledger's columns "
+                        f"once, between commas; it has not: {','.join(faults)}")
     rows = {}
     for line, cells in records:
         try:
