@@ -53,16 +53,13 @@ ITEM_KEYS = {
 
 @dataclass(frozen=True)
 class Task:
-    """A task; its first `n_evaluated` items are answered, all can be shown before another.
-
-    random_baseline: the accuracy of guessing, 0 to 1.
-    """
+    """A task; its first `n_evaluated` items are answered, all can be shown before another."""
 
     label: str
     task_type: str
     num_fewshot: int
     continuation_delimiter: str
-    random_baseline: float
+    random_baseline: float  # accuracy of guessing, 0 to 1
     items: list = field(repr=False)
     n_evaluated: int
 
@@ -276,9 +273,10 @@ def read_bundle(folder, max_per_task=-1):
         if entry["label"] not in baselines:
             raise UserError(f"{folder / 'eval_meta_data.csv'} has no baseline of {entry['label']}")
         n_evaluated = len(items) if max_per_task == -1 else min(max_per_task, len(items))
-        tasks.append(Task(entry["label"], task_type, n_shots,
-                          entry.get("continuation_delimiter", " "), baselines[entry["label"]] / 100,
-                          items[: max(n_evaluated, n_shots + 1)], n_evaluated))
+        items = items[: max(n_evaluated, n_shots + 1)]
+        delimiter, baseline = entry.get("continuation_delimiter", " "), baselines[entry["label"]]
+        tasks.append(Task(entry["label"], task_type, n_shots, delimiter, baseline / 100, items,
+                          n_evaluated))
     return tasks
 
 
@@ -339,7 +337,7 @@ def _parse_items(text, task_type, n_shots):
 def download_bundle(url=BUNDLE_URL):
     """Download the bundle into the cache unless it is there; return its folder.
 
-    Raise UserError if the download fails or is not a bundle; nothing remains of it.
+    A download that fails or is not a bundle leaves nothing and raises UserError.
     """
     from huggingface_hub.file_download import http_get
 
@@ -355,7 +353,7 @@ def download_bundle(url=BUNDLE_URL):
                 with zipfile.ZipFile(archive) as file:
                     file.extractall(temporary)  # keeps every file inside the folder
             except Exception as error:  # of the library, its HTTP client, zipfile and the disk
-                raise UserError(f"cannot download {url} ({error}); run it again, or unpack "
+                raise UserError(f"could not download {url} ({error}); run it again, or unpack "
                                 f"eval_bundle.zip as {folder}") from None
             unpacked = Path(temporary) / "eval_bundle"
             read_bundle(unpacked)
@@ -388,12 +386,10 @@ class HFTokenizer:
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
-        self.bos_id = tokenizer.bos_token_id
+        ids = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+        self.bos_id = next((each for each in ids if each is not None), None)
         if self.bos_id is None:
-            self.bos_id = tokenizer.eos_token_id
-        if self.bos_id is None:
-            raise UserError("the model's tokenizer has neither a BOS nor an end-of-text token, but "
-                            "every prompt needs one; use another --hf-path")
+            raise UserError("the model's tokenizer has neither a BOS nor an end-of-text token")
         content = tokenizer.backend_tokenizer.to_str().encode()
         self.tokenizer_id = hashlib.sha256(content).hexdigest()[:12]
 
@@ -406,8 +402,8 @@ class HFTokenizer:
     def token_bytes(self):
         """Return int32 (vocab_size): bytes per token. UserError for vocabularies not of bytes."""
         if type(self._tokenizer.backend_tokenizer.decoder).__name__ != "ByteLevel":
-            raise UserError("bits per byte need a byte-level vocabulary, which the model's "
-                            "tokenizer does not have; use --eval core")
+            raise UserError("the vocabulary is not byte-level: bits per byte are not defined; use "
+                            "--eval core")
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, token_id in self._tokenizer.get_vocab().items():
             lengths[token_id] = len(token)  # a character of a byte-level token stands for a byte
@@ -428,25 +424,19 @@ class HFSubject:
 
     @property
     def name(self):
-        """Return the last part of the tag, for file names."""
         return PurePath(self.tag).name
 
     @property
     def row_tokens(self):
-        """Return the row length for bits per byte."""
         return min(self.max_tokens or HF_ROW_TOKENS, HF_ROW_TOKENS)
 
 
 def load_hf(path, device, dtype):
-    """Return the HFSubject of a folder or hub name; code that comes with a model is not run.
-
-    Raise UserError if `transformers` is missing or the model cannot be loaded.
-    """
+    """Return the HFSubject of a folder or hub name; code that comes with a model is not run."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        raise UserError("--hf-path needs the package transformers; run pip install 'nanochat[hf]', "
-                        "or -e '.[hf]' in the repository") from None
+        raise UserError("--hf-path needs transformers; run pip install 'nanochat[hf]'") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
