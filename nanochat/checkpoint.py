@@ -24,7 +24,6 @@ from nanochat.common import (
     json_bytes,
     parse_json,
     print0,
-    read_limited,
     sha256_of,
     write_json,
 )
@@ -338,7 +337,7 @@ def _write_meta(folder, meta):
 
 
 def _parse_meta(folder, step):
-    meta = parse_json(read_limited(_meta_path(folder, step)))
+    meta = parse_json(_meta_path(folder, step).read_bytes())
     if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
         raise ValueError("it has no model_config")
     digest = meta.pop("meta_sha256", None)

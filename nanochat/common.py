@@ -182,6 +182,11 @@ def locks_dir():
     return base_dir() / "locks"
 
 
+def model_path(folder, step):
+    """Return the path of a checkpoint's weights."""
+    return Path(folder) / f"model_{step:06d}.pt"
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 DIGESTS = "sha256.json"  # SHA-256 of the other files of its folder: {relative path: hex}
@@ -592,35 +597,3 @@ class ProgressLog(tqdm):
         if self._steps.is_due(self.n, self.total):
             with contextlib.suppress(OSError, ValueError):
                 print(str(self), file=sys.stderr, flush=True)
-
-
-# --- moved to checkpoint.py; delete when nothing imports them from here --------------------------
-
-def checkpoint_steps(folder):
-    """Return the steps of the complete checkpoints in `folder` (those with a meta file), sorted."""
-    names = [path.stem.removeprefix("meta_") for path in Path(folder).glob("meta_*.json")]
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def meta_path(folder, step):
-    """Return the path of a checkpoint's meta file."""
-    return Path(folder) / f"meta_{step:06d}.json"
-
-
-def model_path(folder, step):
-    """Return the path of a checkpoint's weights."""
-    return Path(folder) / f"model_{step:06d}.pt"
-
-
-def checkpoint_files(folder, step):
-    """Return the existing files of a checkpoint; the meta file is first."""
-    others = [model_path(folder, step), *sorted(Path(folder).glob(f"optim_{step:06d}_rank*.pt"))]
-    return [meta_path(folder, step), *(path for path in others if path.exists())]
-
-
-def open_binary(path):
-    return open(path, "rb")
-
-
-def read_limited(path, limit=None):
-    return Path(path).read_bytes()

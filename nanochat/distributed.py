@@ -3,11 +3,8 @@
 torch is imported by the functions that need it.
 """
 
-import contextlib
-import multiprocessing
 import os
 import secrets
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -143,79 +140,3 @@ def stop_ranks():
     dist = sys.modules.get("torch.distributed")
     if dist and dist.is_initialized():
         dist.destroy_process_group()
-
-
-# --- used by lane B's statistics only; delete when nothing imports them --------------------------
-
-
-@contextlib.contextmanager
-def spawn_workers(n_helpers, main, argv):
-    """In the block this process is rank 0 of 1 + n_helpers on this machine; the others were started to run main(argv).
-
-    main: importable, of a module. Errors: UserError when a helper died.
-    """
-    before = dict(os.environ)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(WORLD_SIZE=str(1 + n_helpers), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    helpers = []
-    try:
-        for rank in range(1, 1 + n_helpers):
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            helpers.append(multiprocessing.get_context("spawn").Process(target=main, args=(argv,), daemon=True))
-            helpers[-1].start()
-        os.environ.update(RANK="0", LOCAL_RANK="0")
-        yield
-    except RuntimeError:  # of a collective whose peer is gone
-        if any(helper.join(5) or helper.exitcode for helper in helpers):  # it closes its connections before it is gone
-            raise UserError("a process was killed, most likely for lack of memory; use fewer --processes or a smaller "
-                            "--max-tokens") from None
-        raise
-    finally:
-        stop_ranks()
-        for helper in helpers:
-            helper.join(5)
-            helper.kill()
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def all_reduce_sum(ranks, array):
-    """The sum of all ranks' arrays (numpy, of one shape and dtype, not bool or unsigned) on every rank."""
-    if ranks.world_size > 1:
-        import torch
-        import torch.distributed as dist
-
-        total = torch.from_numpy(array.copy())
-        dist.all_reduce(total)
-        return total.numpy()
-    return array
-
-
-def reduce_sum_to(ranks, owner, value):
-    """The sum of all ranks' values (anything with + that pickles) on rank `owner`, None elsewhere. It takes them one
-    at a time: two are in its memory."""
-    if ranks.world_size > 1:
-        import torch.distributed as dist
-
-        if ranks.rank != owner:
-            dist.send_object_list([value], owner)
-            return None
-        for other in range(ranks.world_size):
-            if other != owner:
-                received = [None]
-                dist.recv_object_list(received, other)
-                value = value + received[0]
-    return value
-
-
-def gather(ranks, value):
-    """The list of all ranks' values (anything that pickles) on rank 0, None elsewhere."""
-    if ranks.world_size > 1:
-        import torch.distributed as dist
-
-        values = [None] * ranks.world_size if ranks.is_main else None
-        dist.gather_object(value, values)
-        return values
-    return [value]

@@ -2,6 +2,8 @@
 
 import importlib
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from corpus import TINY_FLAGS, write_corpus
 
@@ -46,15 +48,21 @@ def test_a_mistake_is_one_line(program, arguments, capsys):
     refused(importlib.import_module(program).main, arguments, capsys)
 
 
-
 def truncate(folder):
     path = folder / "shard_00001.parquet"
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def leave_no_text(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    table = pa.table({"text": ["", " \n", None]})
+    pq.write_table(table, folder / "blank.parquet")
+
+
 @pytest.mark.parametrize(("spoil", "words"), [
-    (truncate, "shard_00001.parquet"),
-], ids=["truncated"])
+    (truncate, "shard_00001.parquet"), (leave_no_text, "corpus")],
+    ids=["truncated", "no text"])
 def test_text_that_cannot_be_trained_on(tmp_path, capsys, spoil, words):
     corpus = write_corpus(tmp_path / "corpus")
     spoil(corpus)

@@ -21,7 +21,7 @@ from core_bundles import write_bundle
 from corpus import GOLDEN_TOKENIZER
 from writers import WRITERS
 
-from nanochat import core_eval as core_bundle
+from nanochat import core_eval
 from nanochat.checkpoint import checkpoint_folder, load_model
 from nanochat.common import UserError, check_name
 from nanochat.config import TrainingConfig
@@ -149,13 +149,13 @@ def archive(folder, *more_names):
 def downloaded(content, monkeypatch):
     monkeypatch.setattr("huggingface_hub.file_download.http_get",
                         lambda url, file: file.write(content))
-    return core_bundle.download_bundle("http://127.0.0.1/eval_bundle.zip")
+    return core_eval.download_bundle("http://127.0.0.1/eval_bundle.zip")
 
 
 @pytest.mark.parametrize("name", ["../evil", "/evil", "eval_bundle/../../evil"])
 def test_archive_entries_stay_within_the_bundle(tmp_path, base_dir, monkeypatch, name):
     folder = downloaded(archive(tmp_path / "made", name), monkeypatch)
-    assert core_bundle.read_bundle(folder)
+    assert core_eval.read_bundle(folder)
     assert all(path.is_relative_to(folder) for path in tmp_path.rglob("evil"))
     assert {path.name for path in base_dir.iterdir()} == {"eval_bundle", "eval_bundle.lock"}
 
@@ -164,7 +164,7 @@ def test_archive_entries_stay_within_the_bundle(tmp_path, base_dir, monkeypatch,
     lambda data: data.replace(b"icl_task_type", b"icl_task_typo"),
     lambda data: data[: len(data) // 2]], ids=["other bytes", "half"])
 def test_a_damaged_archive_leaves_nothing(tmp_path, base_dir, monkeypatch, spoil):
-    with pytest.raises(UserError, match="could not download"):
+    with pytest.raises(UserError, match="cannot download"):
         downloaded(spoil(archive(tmp_path / "made")), monkeypatch)
     assert [path.name for path in base_dir.iterdir()] == ["eval_bundle.lock"]
 
@@ -174,4 +174,4 @@ def test_files_of_a_downloaded_bundle_are_checked(tmp_path, monkeypatch):
     path = next((folder / "eval_data").rglob("*.jsonl"))
     path.write_bytes(path.read_bytes().replace(b"e", b"a", 1))
     with pytest.raises(UserError, match="is damaged"):
-        core_bundle.read_bundle(folder)
+        core_eval.read_bundle(folder)
