@@ -23,11 +23,15 @@ from nanochat.distributed import start_ranks, stop_ranks
 from nanochat.train import train
 
 
+def parse_args(argv=None):
+    return parse_config(argv, description=__doc__)
+
+
 @command
 def main(argv=None):
     """Run the program; return its exit code."""
     started_sec = time.monotonic()
-    config = parse_config(argv, description=__doc__)
+    config = parse_args(argv)
     set_quiet(config.quiet)
     device = choose_device(config.device_type)
     keep_freed_memory(device)

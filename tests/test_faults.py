@@ -164,7 +164,7 @@ def test_archive_entries_stay_within_the_bundle(tmp_path, base_dir, monkeypatch,
     lambda data: data.replace(b"icl_task_type", b"icl_task_typo"),
     lambda data: data[: len(data) // 2]], ids=["other bytes", "half"])
 def test_a_damaged_archive_leaves_nothing(tmp_path, base_dir, monkeypatch, spoil):
-    with pytest.raises(UserError, match="cannot download"):
+    with pytest.raises(UserError, match="could not download"):
         downloaded(spoil(archive(tmp_path / "made")), monkeypatch)
     assert [path.name for path in base_dir.iterdir()] == ["eval_bundle.lock"]
 

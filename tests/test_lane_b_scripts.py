@@ -252,7 +252,7 @@ def test_an_output_that_cannot_be_written_or_drawn_is_named_before_the_work(tmp_
 
 
 @pytest.mark.parametrize("text, fault", [
-    ("{\n \"schema_version\": 1,\n", "stats.json, line 3: not JSON"),
+    ("{\n \"schema_version\": 1,\n", "stats.json: not JSON"),
     ("[]", "not a JSON object"),
     (json.dumps(statistics_document(schema_version=2)), "schema_version 2"),
     (json.dumps({**statistics_document(), "beta": {}}), "no field beta.value"),

@@ -305,7 +305,7 @@ def test_flags_are_in_order_profile_extra_candidate_target():
     asked = Experiment("b", find_profile("cpu"), {"mine": "--matrix-lr 0.1"}, (0,), (2,),
                        target_metric_threshold=0.9, extra_flags=("--run=mine",))
     [planned] = training_runs(asked)
-    assert planned.flags[0] == "--depth=2" and planned.flags[-12:] == [
+    assert planned.flags[0] == "--depth=2" and planned.flags[-11:] == [
         "--run=dummy", f"--tokenizer-dir={runs_dir().parent / 'tokenizer_stdlib'}",
         "--run=mine", "--matrix-lr", "0.1", "--dataset=stdlib", "--seed=0",
         "--target-metric-name=val_bpb", "--target-metric-threshold=0.9", "--run-id=b.mine.d2.s0",
