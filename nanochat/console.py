@@ -48,8 +48,8 @@ class ConsoleSink:
 
     def _val(self, event):
         error = f" ± {event['val_bpb_se']:.4f}" if event.get("val_bpb_se") is not None else ""
-        self._line(f"step {event['step']}: val_bpb {event['val_bpb']:.4f}{error} "
-                   f"after {event['train_time_sec']:.1f} s of training")
+        self._line(f"step {event['step']}: val_bpb {event['val_bpb']:.4f}{error} on "
+                   f"{event['n_tokens']:,} tokens after {event['train_time_sec']:.1f} s of training")
 
     def _repeats(self, event):
         tokens = event["distinct_tokens"] / 1e6

@@ -57,9 +57,10 @@ def test_the_time_left_of_a_resumed_run_counts_its_own_steps(capsys, clock):
 
 def test_evaluations_checkpoints_and_samples_get_their_lines(capsys, clock):
     sink = ConsoleSink(10)
-    sink("val", {"step": 0, "val_bpb": 1.5, "train_time_sec": 0.0})
-    sink("val", {"step": 5, "val_bpb": 1.23456, "val_bpb_se": 0.01, "train_time_sec": 12.345})
-    sink("val", {"step": 5, "val_bpb": float("inf"), "train_time_sec": 0.0})
+    val = {"n_tokens": 8192, "train_time_sec": 12.345}
+    sink("val", {"step": 0, "val_bpb": 1.5, **val})
+    sink("val", {"step": 5, "val_bpb": 1.23456, "val_bpb_se": 0.01, **val})
+    sink("val", {"step": 5, "val_bpb": float("inf"), **val})
     sink("core", {"step": 5, "core_metric": 0.2565, "tasks": {}})
     sink("checkpoint", {"step": 5, "path": "/cache/d4"})
     sink("resume", {"step": 7})
@@ -67,9 +68,9 @@ def test_evaluations_checkpoints_and_samples_get_their_lines(capsys, clock):
     sink("unknown", {"step": 5})
     sink.close()
     assert capsys.readouterr().out == (
-        "step 0: val_bpb 1.5000 after 0.0 s of training\n"
-        "step 5: val_bpb 1.2346 ± 0.0100 after 12.3 s of training\n"
-        "step 5: val_bpb inf after 0.0 s of training\n"
+        "step 0: val_bpb 1.5000 on 8,192 tokens after 12.3 s of training\n"
+        "step 5: val_bpb 1.2346 ± 0.0100 on 8,192 tokens after 12.3 s of training\n"
+        "step 5: val_bpb inf on 8,192 tokens after 12.3 s of training\n"
         "step 5: CORE 0.2565\n"
         "step 5: checkpoint saved in /cache/d4\n"
         "resumed at step 7\n"
@@ -81,11 +82,12 @@ def test_a_terminal_gets_a_bar_with_loss_and_speed(capsys, clock, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     sink = ConsoleSink(50, start_step=20)
     train(sink, clock, range(21, 31))
-    sink("val", {"step": 30, "val_bpb": 1.5, "train_time_sec": 3.0})
+    sink("val", {"step": 30, "val_bpb": 1.5, "n_tokens": 64, "train_time_sec": 3.0})
     sink.bar.refresh()
     sink.close()
     out, err = capsys.readouterr()
-    assert out == "step 30: val_bpb 1.5000 after 3.0 s of training\n"  # the bar is on stderr
+    # the bar is on stderr
+    assert out == "step 30: val_bpb 1.5000 on 64 tokens after 3.0 s of training\n"
     assert "30/50" in err and "loss 2.5000, 12,346 tok/s" in err
 
 
