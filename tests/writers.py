@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,7 @@ def kill_at_random_calls(name, folder, source, n_kills):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # no thread before a fork
+    tqdm.set_lock(threading.RLock())  # its own is shared by forked processes, also by killed ones
     random_source = random.Random(int(sys.argv[2]))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         for writer_name in WRITERS:
