@@ -13,6 +13,7 @@ TOKENIZER="$BASE/tokenizer_stdlib"
 python -m nanochat.dataset --dataset stdlib
 python -m scripts.tok_train --dataset stdlib --vocab-size 8192 --tokenizer-dir "$TOKENIZER"
 python -m scripts.base_train --dataset stdlib --tokenizer-dir "$TOKENIZER" --model-tag quickstart \
-    --depth 4 --head-dim 64 --max-seq-len 256 --window-pattern L --device-batch-size 8 --total-batch-size 2048 \
+    --depth 4 --head-dim 64 --max-seq-len 256 --window-pattern L --device-batch-size 8 \
+    --total-batch-size 2048 \
     --matrix-lr 0.32 --embedding-lr 4.8 --unembedding-lr 0.128 \
-    --num-iterations 500 --eval-every 100 --eval-tokens 65536 --core-metric-every -1 --sample-every 500
+    --num-iterations 500 --eval-every 250 --eval-tokens 1000000 --core-metric-every -1 --sample-every 500
