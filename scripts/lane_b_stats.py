@@ -25,7 +25,7 @@ from nanochat.common import (
 from nanochat.dataset import open_dataset
 from nanochat.lane_b import statistics
 from nanochat.lane_b.corpus import read_corpus
-from nanochat.lane_b.figure import check_plot, draw_statistics
+from nanochat.lane_b.figures import check_plot, draw_statistics
 from nanochat.tokenizer import load_tokenizer
 from nanochat.tokens import token_shards
 

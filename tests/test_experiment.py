@@ -132,7 +132,7 @@ PARSERS["scripts.base_train"] = parse_config
 @pytest.mark.parametrize(("script", "argv"), [
     ("baseline.sh", []), ("baseline.sh", ["d12", "0 1 2"]),
     ("miniseries.sh", ["d12", "chunked-ce", "8 12"]), ("lane_c.sh", ["d12", "0 1 2"]),
-    ("lane_c.sh", []), ("scaling_laws.sh", ["1e17", "4 6", "8"]), ("lane_b.sh", ["d12", "0 1 2"]),
+    ("lane_c.sh", []), ("scaling_laws.sh", ["1e17", "4 6", "8"]), ("lane_b.sh", ["1.62", "books"]),
     ("speedrun.sh", ["8", "dummy", "1"]), ("speedrun.sh", []),
 ])
 def test_every_command_of_the_shell_scripts_parses(tmp_path, script, argv):

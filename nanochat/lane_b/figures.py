@@ -110,3 +110,43 @@ def _draw_entropies(axes, document):
         title = f"gamma between {gamma['lo']:.2f} and {gamma['hi']:.2f}"
     axes.set(xlabel="context n (tokens)", ylabel="entropy of the next token (nats)")
     axes.set_title(title, **TITLE)
+
+
+def draw_inference(inference, path):
+    """Draw the calibration with its law, and the forecast cost of depth x ratio with the answer."""
+    figure = new_figure(figsize=(11.0, 4.8))
+    curves, costs = figure.subplots(1, 2)
+    law = inference.forecast.law
+    for curve in inference.curves:
+        late = curve.late()
+        curves.plot(late.steps, late.loss, "o", markersize=3, color=MUTED)
+        curves.plot(late.steps, law.predict(curve.n_params, curve.multipliers, late.steps),
+                    color=BLUE)
+        curves.plot(curve.steps[-1], curve.loss[-1], "o", markersize=6, color=INK)
+    named = inference.named
+    multipliers = inference.setup.multipliers(named.horizon)
+    steps, loss, replicates = inference.forecast.curves(
+        inference.setup.n_params(named.depth), multipliers)
+    lo, hi = np.quantile(replicates, [0.025, 0.975], axis=0)
+    curves.fill_between(steps, lo, hi, color=ORANGE, alpha=0.2, linewidth=0)
+    curves.plot(steps, loss, color=ORANGE, label=f"forecast of depth {named.depth} (95 %)")
+    curves.axhline(inference.threshold, color=INK, linewidth=0.8, linestyle="--",
+                   label=f"target {inference.threshold:g}")
+    curves.set(xlabel="step", ylabel="val_bpb", xscale="log")
+    curves.set_title("Calibration runs and the law", **TITLE)
+
+    reached = [option for option in inference.options if np.isfinite(option.sec)]
+    points = costs.scatter([o.ratio for o in reached], [o.depth for o in reached],
+                           c=[o.sec for o in reached], s=60, marker="s", cmap="viridis_r")
+    figure.colorbar(points, ax=costs, label="forecast seconds to the target")
+    costs.plot(named.ratio, named.depth, "o", markersize=11, markerfacecolor="none",
+               markeredgecolor=ORANGE, markeredgewidth=2.5, label="named")
+    if inference.default:
+        costs.plot(inference.default.ratio, inference.default.depth, "x", color=INK,
+                   markersize=9, label="default ratio")
+    costs.set(xlabel="tokens per scaling parameter", ylabel="depth",
+              yticks=sorted({option.depth for option in inference.options}))
+    costs.set_title(f"Named: depth {named.depth}, ratio {named.ratio:.3g}", **TITLE)
+    for axes in (curves, costs):
+        dress(axes)
+    save(figure, path)

@@ -1,0 +1,135 @@
+"""Calibration runs: their curves and what they share, from the records of base_train."""
+
+from collections import Counter
+from dataclasses import dataclass, fields
+from statistics import median
+
+import numpy as np
+
+from nanochat.common import UserError
+from nanochat.config import TrainingConfig, model_config
+from nanochat.gpt import flops_per_token, scaling_params
+from nanochat.lane_b import Refusal
+from nanochat.lane_b.curves import Curve
+from nanochat.schedule import lr_multipliers
+from nanochat.target import evaluations_of
+
+MIN_STEPS = 440  # 450 less rounding; the fixed warm-ups dominate shorter runs
+MIN_EVALUATIONS = 10
+RATES = ("embedding_lr", "unembedding_lr", "matrix_lr")
+SCHEDULE = ("warmup_steps", "warmdown_ratio", "final_lr_frac")
+RECIPE = (*SCHEDULE, "scalar_lr", "weight_decay", "aspect_ratio", "head_dim", "max_seq_len",
+          "window_pattern", "crop", "eval_tokens")  # flags that must be equal, with the RATES
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the calibration runs share. step_sec: {depth: measured seconds per step}."""
+
+    config: TrainingConfig  # its depth and horizon are those of one of the runs
+    vocab_size: int
+    dataset_id: str
+    tokenizer_id: str
+    step_tokens: int
+    train_tokens: int | None
+    step_sec: dict
+
+    def model(self, depth):
+        return model_config(self.config, self.vocab_size, depth)
+
+    def n_params(self, depth):
+        return scaling_params(self.model(depth))
+
+    def step_flops(self, depth):
+        return flops_per_token(self.model(depth)) * self.step_tokens
+
+    def seconds(self, depth):
+        """Return seconds per step: measured, or by FLOPs at the rate of the largest measured."""
+        largest = max(self.step_sec)
+        rate = self.step_sec[largest] / self.step_flops(largest)
+        return self.step_sec.get(depth, rate * self.step_flops(depth))
+
+    def steps(self, depth, ratio):
+        return int(ratio * self.n_params(depth)) // self.step_tokens
+
+    def multipliers(self, steps):
+        shape = {name: getattr(self.config, name) for name in SCHEDULE}
+        return lr_multipliers(steps, **shape)
+
+
+def setup_of(records, timing=()):
+    """Return the Setup of calibration runs. timing: further runs, for the seconds per step only.
+
+    Raise Refusal if the runs differ in batch or in another setting that changes their curves.
+    """
+    for run_id, count in Counter(record.run_id for record in records).items():
+        if count > 1:
+            raise Refusal(f"run {run_id} is given {count} times; give it once", "mixed_setup")
+    first = records[0]
+    for record in [*records[1:], *timing]:
+        check_same(first, record)
+    step_sec = {}
+    for record in [*records, *timing]:
+        milliseconds = (record.summary or {}).get("dt_median_ms")
+        if not milliseconds:
+            raise Refusal(f"run {record.run_id} has no step time (dt_median_ms): it is not "
+                          "complete; repeat it or leave it out", "incomplete_run")
+        step_sec.setdefault(of(record, "flags")["depth"], []).append(milliseconds / 1e3)
+    return Setup(_config(first), of(first, "model_config")["vocab_size"], of(first, "dataset_id"),
+                 of(first, "tokenizer_id"), of(first, "total_batch_size_tokens"),
+                 first.config.get("train_tokens"), {d: median(s) for d, s in step_sec.items()})
+
+
+def curve_of(record, setup):
+    """Return the Curve of a complete run. Raise Refusal for a run that cannot calibrate."""
+    horizon, summary = of(record, "num_iterations"), record.summary or {}
+    if record.status != "ok" or summary.get("steps") != horizon:
+        raise Refusal(f"run {record.run_id} is not complete (status {record.status}); repeat it "
+                      "or leave it out", "incomplete_run")
+    if horizon < MIN_STEPS:
+        raise Refusal(f"run {record.run_id} has {horizon} steps, at least 450 are needed: the "
+                      "warm-ups dominate shorter runs; use larger depths", "short_runs")
+    if (summary.get("epochs") or 0) > 1:
+        raise Refusal(f"run {record.run_id} read its text {summary['epochs']:.2f} times: its curve "
+                      "is that of repetition; give more text or smaller depths", "repeated_text")
+    found = [e for e in evaluations_of(record.events, "val_bpb") if e.step and e.metric]
+    if len(found) < MIN_EVALUATIONS or found[-1].step != horizon:
+        raise Refusal(f"run {record.run_id} has {len(found)} evaluations (need {MIN_EVALUATIONS} "
+                      "and one at the end); lower --eval-every", "few_evaluations")
+    return Curve(of(record, "n_scaling_params"), setup.multipliers(horizon),
+                 np.array([e.step for e in found]), np.array([e.metric for e in found]),
+                 of(record, "seed"))
+
+
+def check_same(first, record, scale=1.0):
+    """Raise Refusal unless two runs differ only in depth, horizon and seed.
+
+    scale: expected factor on the learning rates of `record`.
+    """
+    where = f"runs {first.run_id} and {record.run_id}"
+    one, other = of(first, "total_batch_size_tokens"), of(record, "total_batch_size_tokens")
+    if one != other:
+        raise Refusal(f"{where} have {one} and {other} tokens per step: progress is counted in "
+                      "steps of one batch; give every run the same --total-batch-size",
+                      "mixed_batch")
+    pairs = [(name, of(first, name), of(record, name)) for name in ("dataset_id", "tokenizer_id")]
+    for name in RATES + RECIPE:
+        expected, value = of(first, "flags").get(name), of(record, "flags").get(name)
+        pairs.append((name, expected * scale if name in RATES else expected, value))
+    for name, expected, value in pairs:
+        if value != expected:
+            raise Refusal(f"{where} differ in {name} ({expected} and {value}); calibrate with one "
+                          "text and recipe", "mixed_setup")
+
+
+def _config(record):
+    known = {f.name for f in fields(TrainingConfig)} - {"target_metric_threshold", "stop_at_target"}
+    return TrainingConfig(**{k: v for k, v in of(record, "flags").items() if k in known})
+
+
+def of(record, name):
+    """Return a field of a run's config.json. Raise UserError if it is missing."""
+    if record.config.get(name) is None:
+        raise UserError(f"{record.folder}: its record has no {name}; it was not written by "
+                        "scripts.base_train")
+    return record.config[name]

@@ -1,0 +1,284 @@
+"""One law for the loss curves of models of several sizes: its fit, its forecasts and its checks.
+
+With q = N / N_smallest, the learning-rate multipliers m_i (1 at the peak) and S their sum so far:
+
+    L = E + A q^-a + B q^b (S / 1000)^-beta
+          - C q^c  sum_k (m_k - m_k+1) (1 - exp(-kappa q^k / 1000  sum_{i > k} sqrt(m_i)))
+
+L is in bits per byte. The second line is the gain of the decay: every decrease of the learning rate
+lowers the loss with a lag. The form was chosen by its errors on sizes that were left out of the fit
+(dev/bench/lane_b_laws.py), not by its fit.
+
+S counts steps, so all runs must have the same batch and peak learning rates. Runs of different
+batch need another progress variable (tokens, with rates that grow as the root of the batch); that
+was not tested, and the callers refuse it.
+"""
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from nanochat.target import first_crossing
+
+FIRST_STEP, FIRST_SHARE = 300, 0.2  # earlier evaluations belong to the warm-ups and are not fitted
+HUBER_LOG_LOSS = 0.002  # about the scatter of seeds
+SEED_SD_FLOOR = 0.002  # smallest standard deviation of a run's log loss that is assumed
+N_REPLICATES = 60
+CONFIDENCE = 0.95
+WIDTH = 0.7  # factor on the replicates' deviations, calibrated by dev/bench/lane_b_laws.py
+SMALL_LOSS = 1e-6  # lower predictions are raised to this
+_PIECES = 64  # the decrease of a schedule is summed in this many pieces
+_CURVE_POINTS = 60  # of a predicted curve
+
+
+class Parameter(NamedTuple):
+    """Bounds of a parameter and, if `sd` is given, its prior; is_log: sd is that of the log."""
+
+    lo: float
+    hi: float
+    start: float
+    sd: float | None = None
+    is_log: bool = False
+
+
+PARAMETERS = {
+    "E": Parameter(0, 3, 0.9, 0.3),
+    "A": Parameter(1e-3, 5, 0.6),
+    "a": Parameter(0.02, 1.5, 0.3, 0.35, is_log=True),
+    "B": Parameter(1e-3, 5, 0.4),
+    "b": Parameter(-1, 1, 0, 0.2),
+    "beta": Parameter(0.05, 1.5, 0.4, 0.25, is_log=True),
+    "C": Parameter(1e-6, 2, 0.1),
+    "c": Parameter(-1.5, 1.5, 0, 0.3),
+    "kappa": Parameter(0.3, 1e3, 10),
+    "k": Parameter(-2, 2, 0, 0.3),
+}
+STARTS = tuple({"kappa": kappa} for kappa in (3, 10, 40))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The evaluations of a run: loss (n,) in bits per byte after `steps` (n,) of its schedule."""
+
+    n_params: int  # scaling parameters
+    multipliers: np.ndarray  # of the learning rate, (horizon,)
+    steps: np.ndarray
+    loss: np.ndarray
+    seed: int = 0
+
+    @property
+    def horizon(self):
+        return len(self.multipliers)
+
+    def late(self):
+        """Return the curve without the evaluations of the warm-ups."""
+        kept = (self.steps >= FIRST_STEP) & (self.steps >= FIRST_SHARE * self.horizon)
+        return Curve(self.n_params, self.multipliers, self.steps[kept], self.loss[kept], self.seed)
+
+    def loss_at(self, shares):
+        """Return the loss at shares of the horizon, interpolated."""
+        return np.interp(np.asarray(shares) * self.horizon, self.steps, self.loss)
+
+
+class Points(NamedTuple):
+    """Places where the law is evaluated: ln q, ln(S/1000) (n,); drops, lags (n, pieces)."""
+
+    log_size: np.ndarray
+    log_progress: np.ndarray
+    drops: np.ndarray
+    lags: np.ndarray  # sum of sqrt(m) since the drop, in units of 1000 steps
+
+
+def points_of(log_size, multipliers, steps):
+    """Return the Points of a schedule at `steps` (from 1)."""
+    steps = np.asarray(steps)
+    progress = np.cumsum(multipliers)[steps - 1] / 1000
+    decreases = np.maximum(-np.diff(multipliers), 0)
+    pieces = [piece for piece in np.array_split(np.flatnonzero(decreases), _PIECES) if len(piece)]
+    drops = np.array([decreases[piece].sum() for piece in pieces])
+    drop_steps = np.array([piece.mean() + 1 for piece in pieces])
+    roots = np.cumsum(np.sqrt(multipliers)) / 1000
+    at_drop = np.interp(drop_steps, np.arange(1, len(roots) + 1), roots)
+    lags = np.maximum(roots[steps - 1, None] - at_drop, 0)
+    shape = (len(steps), _PIECES)
+    padding = ((0, 0), (0, _PIECES - len(drops)))
+    drops = np.pad(np.broadcast_to(drops, lags.shape), padding).reshape(shape)
+    return Points(np.full(len(steps), log_size), np.log(progress), drops,
+                  np.pad(lags, padding).reshape(shape))
+
+
+def joint_relaxing(values, points):
+    """Return the law's loss (n,) and its derivatives (n, 10) by its parameters."""
+    E, A, a, B, b, beta, C, c, kappa, k = values
+    x, s = points.log_size, points.log_progress
+    of_size = A * np.exp(-a * x)
+    of_progress = B * np.exp(b * x - beta * s)
+    rate = kappa * np.exp(k * x)
+    left = np.exp(-rate[:, None] * points.lags)
+    relaxed = (points.drops * (1 - left)).sum(1)
+    gain = C * np.exp(c * x)
+    by_log_rate = gain * rate * (points.drops * points.lags * left).sum(1)
+    loss = E + of_size + of_progress - gain * relaxed
+    derivatives = (np.ones_like(x), of_size / A, -of_size * x, of_progress / B, of_progress * x,
+                   -of_progress * s, -gain * relaxed / C, -gain * relaxed * x,
+                   -by_log_rate / kappa, -by_log_rate * x)
+    return loss, np.stack(derivatives, 1)
+
+
+@dataclass(frozen=True)
+class Law:
+    """A fitted law; `n_smallest`: the scaling parameters of q = 1."""
+
+    values: dict
+    n_smallest: int
+    form: object = joint_relaxing
+
+    def at(self, points):
+        return np.maximum(self.form(tuple(self.values.values()), points)[0], SMALL_LOSS)
+
+    def predict(self, n_params, multipliers, steps):
+        """Return the loss (n,) of a run of this size and schedule at `steps`."""
+        return self.at(points_of(np.log(n_params / self.n_smallest), multipliers, steps))
+
+    def final_loss(self, n_params, multipliers):
+        return float(self.predict(n_params, multipliers, [len(multipliers)])[0])
+
+    def floor(self, n_params, total_drop):
+        """Return the loss of this size for an unlimited horizon whose rate falls by total_drop."""
+        v, q = self.values, n_params / self.n_smallest
+        return v["E"] + v["A"] * q**-v["a"] - v["C"] * q ** v["c"] * total_drop
+
+
+def fit(curves, *, form=joint_relaxing, parameters=PARAMETERS, starts=STARTS, shifts=None,
+        prior_draw=None):
+    """Fit the law to the late evaluations of all curves by least squares with a Huber loss.
+
+    shifts: added to the log loss, one per curve. prior_draw: standard normal numbers, one per
+    parameter, which move the means of the priors. The priors lie inside the Huber loss.
+    """
+    curves = [curve.late() for curve in curves]
+    n_smallest = min(curve.n_params for curve in curves)
+    parts = [points_of(np.log(c.n_params / n_smallest), c.multipliers, c.steps) for c in curves]
+    points = Points(*map(np.concatenate, zip(*parts, strict=True)))
+    observed = np.concatenate([np.log(curve.loss) + shift for curve, shift in
+                               zip(curves, shifts or [0] * len(curves), strict=True)])
+    weight = HUBER_LOG_LOSS * np.sqrt(len(observed) / len(curves))
+    table = list(parameters.values())
+    draw = np.zeros(len(table)) if prior_draw is None else prior_draw
+    priors = [(i, p, _moved(p, draw[i])) for i, p in enumerate(table) if p.sd]
+
+    def residuals(values):
+        predicted = np.log(np.maximum(form(values, points)[0], SMALL_LOSS))
+        pulls = [(np.log(values[i] / mean) if p.is_log else values[i] - mean) / p.sd
+                 for i, p, mean in priors]
+        return np.append(predicted - observed, weight * np.array(pulls))
+
+    def jacobian(values):
+        loss, derivatives = form(values, points)
+        pulls = np.zeros((len(priors), len(table)))
+        for row, (i, p, _) in enumerate(priors):
+            pulls[row, i] = weight / p.sd / (values[i] if p.is_log else 1)
+        return np.vstack([derivatives / np.maximum(loss, SMALL_LOSS)[:, None], pulls])
+
+    lo, hi = np.array([p.lo for p in table]), np.array([p.hi for p in table])
+    has_jacobian = form([p.start for p in table], points)[1] is not None
+    solutions = []
+    for start in starts:
+        first = [start.get(name, p.start) for name, p in parameters.items()]
+        solutions.append(least_squares(
+            residuals, np.clip(first, lo + 1e-6, hi - 1e-6), bounds=(lo, hi), loss="huber",
+            jac=jacobian if has_jacobian else "2-point", f_scale=HUBER_LOG_LOSS, x_scale="jac",
+            max_nfev=300))
+    best = min(solutions, key=lambda solution: solution.cost)
+    return Law(dict(zip(parameters, map(float, best.x), strict=True)), n_smallest, form)
+
+
+def _moved(parameter, z):
+    """Return the mean of a parameter's prior, moved by z standard deviations."""
+    shift = z * parameter.sd
+    return parameter.start * np.exp(shift) if parameter.is_log else parameter.start + shift
+
+
+def seed_sd(law, curves):
+    """Return the standard deviation of a run's log loss over seeds, pooled, at least the floor."""
+    groups = {}
+    for curve in map(Curve.late, curves):
+        predicted = law.predict(curve.n_params, curve.multipliers, curve.steps)
+        residual = np.log(curve.loss / predicted).mean()
+        groups.setdefault((curve.n_params, curve.horizon), []).append(residual)
+    freedom = sum(len(group) - 1 for group in groups.values())
+    squares = sum(np.var(group) * len(group) for group in groups.values())
+    return max(SEED_SD_FLOOR, np.sqrt(squares / freedom) if freedom else 0.0)
+
+
+class Time(NamedTuple):
+    """Steps to a target, 95 % interval and 90th percentile; infinity: not within the horizon."""
+
+    steps: float
+    lo: float
+    hi: float
+    p90: float
+
+
+class Forecast:
+    """The law of curves, and replicates of it for intervals.
+
+    A replicate is the fit to the same curves, each moved by the noise of a seed, with priors whose
+    means are drawn from the priors. The run that is forecast has the noise of its own seed.
+    """
+
+    def __init__(self, curves, seed=0, n_replicates=N_REPLICATES, width=WIDTH):
+        rng = np.random.default_rng(seed)
+        self.law, self.width = fit(curves), width
+        self.seed_sd = seed_sd(self.law, curves)
+        self.replicates = [
+            fit(curves, starts=[self.law.values],
+                shifts=list(self.seed_sd * rng.standard_normal(len(curves))),
+                prior_draw=rng.standard_normal(len(PARAMETERS)))
+            for _ in range(n_replicates)]
+        self.own_noise = self.seed_sd * rng.standard_normal(n_replicates)
+
+    def curves(self, n_params, multipliers):
+        """Return (steps, the law's loss, the replicates' losses) of a run's last three quarters."""
+        horizon = len(multipliers)
+        steps = np.unique(np.linspace(horizon / 4, horizon, _CURVE_POINTS).round().astype(int))
+        points = points_of(np.log(n_params / self.law.n_smallest), multipliers, steps)
+        loss = self.law.at(points)
+        deviations = np.log([law.at(points) for law in self.replicates]) - np.log(loss)
+        return steps, loss, loss * np.exp(self.width * deviations + self.own_noise[:, None])
+
+    def time(self, n_params, multipliers, threshold):
+        """Return the Time at which a run of this size and schedule reaches the threshold."""
+        steps, loss, replicates = self.curves(n_params, multipliers)
+        times = [first_crossing(steps, one, threshold) for one in replicates]
+        tail = (1 - CONFIDENCE) / 2
+        lo, hi, p90 = np.quantile(times, [tail, 1 - tail, 0.9], method="inverted_cdf")
+        return Time(first_crossing(steps, loss, threshold), float(lo), float(hi), float(p90))
+
+
+def collapse_gap(curves):
+    """Return the largest gap of L / L_end between sizes of one ratio on shares 0.5 to 0.9."""
+    shares, gap = np.linspace(0.5, 0.9, 9), 0.0
+    for one, other in combinations(curves, 2):
+        ratio = one.horizon / one.n_params * other.n_params / other.horizon
+        if one.n_params != other.n_params and abs(np.log(ratio)) < 0.02:
+            shapes = [curve.loss_at(shares) / curve.loss[-1] for curve in (one, other)]
+            gap = max(gap, float(np.abs(shapes[0] - shapes[1]).max()))
+    return gap
+
+
+def holdout_error(curves):
+    """Return the largest relative error of the law without the largest size, at its final losses.
+
+    None if fewer than two sizes remain: the exponent of the size would be the prior's.
+    """
+    largest = max(curve.n_params for curve in curves)
+    rest = [curve for curve in curves if curve.n_params < largest]
+    if len({curve.n_params for curve in rest}) < 2:
+        return None
+    law = fit(rest)
+    return max(abs(law.final_loss(curve.n_params, curve.multipliers) / curve.loss[-1] - 1)
+               for curve in curves if curve.n_params == largest)

@@ -1,0 +1,307 @@
+"""From runs of small models to the depth and the ratio that reach a target first.
+
+The runs share text, recipe and batch and have several depths and ratios. The law of their curves
+(nanochat.lane_b.curves) forecasts every candidate: depths within the law's reach, ratios 4 to 12.
+Cost is the forecast number of steps to the target times the seconds per step of that depth.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanochat.common import UserError, read_json, utc_now
+from nanochat.lane_b import Refusal
+from nanochat.lane_b.calibration import Setup, check_same, curve_of, of
+from nanochat.lane_b.curves import Forecast, Time, collapse_gap, holdout_error
+
+VERSION = 3
+RATIOS = np.geomspace(4, 12, 23)  # tokens per scaling parameter; others were not tested
+REACH_SMALLEST, REACH_LARGEST = 8.2, 3.6  # 8 and 3.5 times in parameters, and their rounding
+MARGIN = 1.06  # factor on the horizon of the cheapest candidate: forecasts were a little short
+NEIGHBOUR = 1.05  # times the named horizon
+SIMILAR_COST = 1.05  # a smaller depth within this factor is preferred
+DEFAULT_RATIO = 12.0
+MAX_FACTOR = 1.35  # hi / lo of the interval of the time to target
+MAX_HOLDOUT, MAX_COLLAPSE_GAP = 0.01, 0.01  # relative
+SAME_RATIO = 0.02  # difference of logarithms
+
+
+@dataclass(frozen=True)
+class Option:
+    """A candidate: depth, ratio and horizon with the Time to the target in steps."""
+
+    depth: int
+    ratio: float
+    horizon: int
+    time: Time
+    step_sec: float
+
+    @property
+    def sec(self):
+        return self.time.steps * self.step_sec
+
+    @property
+    def sec_p90(self):
+        return self.time.p90 * self.step_sec
+
+    def to_dict(self):
+        """Return plain values; None for infinity."""
+        def finite(value):
+            return value if math.isfinite(value) else None
+
+        return {"depth": self.depth, "ratio": self.ratio, "horizon_steps": self.horizon,
+                "steps_to_target": {k: finite(v) for k, v in self.time._asdict().items()},
+                "step_sec": self.step_sec, "sec_to_target": finite(self.sec),
+                "sec_to_target_p90": finite(self.sec_p90)}
+
+
+@dataclass(frozen=True)
+class Inference:
+    """The answer with its grounds. reasons: {state: sentence} of failed checks."""
+
+    setup: Setup
+    curves: list
+    threshold: float
+    forecast: Forecast
+    options: list
+    named: Option
+    neighbour: Option
+    default: Option | None
+    reasons: dict
+    warnings: list
+
+    def slopes(self):
+        """Return the fall of the named size's final loss per ln of tokens, and its exponent.
+
+        The exponent is that of the loss above the law's floor: -d ln(L_end - floor) / d ln tokens.
+        """
+        setup, law, n = self.setup, self.forecast.law, self.setup.n_params(self.named.depth)
+        ends = [law.final_loss(n, setup.multipliers(option.horizon))
+                for option in (self.named, self.neighbour)]
+        slope = (ends[0] - ends[1]) / math.log(self.neighbour.horizon / self.named.horizon)
+        return slope, slope / (ends[0] - law.floor(n, 1 - setup.config.final_lr_frac))
+
+    def cost(self):
+        """Return the calibration's cost as shares of the complete named run."""
+        setup, named = self.setup, self.named
+        depths = {setup.n_params(depth): depth for depth in setup.step_sec}
+
+        def share(per_step):
+            spent = sum(curve.horizon * per_step(depths[curve.n_params]) for curve in self.curves)
+            return spent / (named.horizon * per_step(named.depth))
+
+        return {"flops": share(setup.step_flops), "seconds": share(setup.seconds)}
+
+
+def infer(curves, setup, threshold, depth=None, seed=0, half_rates=()):
+    """Return the Inference for a target in bits per byte. depth: answer with its ratio only.
+
+    half_rates: pairs (record at half the learning rates, its calibration record). Raise Refusal
+    with a state if the runs do not give an answer.
+    """
+    sizes = sorted({curve.n_params for curve in curves})
+    if len(sizes) < 2:
+        raise Refusal("all calibration runs have one size, which says nothing of other sizes; add "
+                      "a depth with 2 to 3 times the parameters", "one_size")
+    log_ratios = [math.log(curve.horizon / curve.n_params) for curve in curves]
+    if max(log_ratios) - min(log_ratios) < SAME_RATIO:
+        raise Refusal("all calibration runs have one ratio of tokens to parameters; add a run of "
+                      "twice the ratio at the smallest depth", "one_ratio")
+    depths = depths_in_reach(setup, sizes)
+    if depth is not None and depth not in depths:
+        raise Refusal(f"depth {depth} is outside of the law's reach, depths {depths[0]} to "
+                      f"{depths[-1]}; calibrate with other depths", "beyond_reach")
+    forecast = Forecast(curves, seed)
+
+    def option(depth, ratio):
+        steps = setup.steps(depth, ratio)
+        time = forecast.time(setup.n_params(depth), setup.multipliers(steps), threshold)
+        return Option(depth, float(ratio), steps, time, setup.seconds(depth))
+
+    asked = [depth] if depth else depths
+    options = [option(d, ratio) for d in asked for ratio in RATIOS]
+    best = _cheapest(options)
+    if best is None:
+        law, n = forecast.law, setup.n_params(asked[-1])
+        floor = law.floor(n, 1 - setup.config.final_lr_frac)
+        end = law.final_loss(n, setup.multipliers(setup.steps(asked[-1], RATIOS[-1])))
+        raise Refusal(
+            f"no depth up to {asked[-1]} is sure to reach {threshold:g} at ratio 12 (forecast "
+            f"{end:.4f}, floor {floor:.4f}); raise the target or calibrate with larger depths",
+            "below_floor" if threshold <= floor else "beyond_reach")
+    named = option(best.depth, best.ratio * MARGIN)
+    defaults = [option(d, DEFAULT_RATIO) for d in asked]
+    default = next((one for one in defaults if math.isfinite(one.time.steps)), None)
+    found = Inference(setup, list(curves), threshold, forecast, options, named,
+                      option(named.depth, named.ratio * NEIGHBOUR), default, {}, [])
+    _check(found, best, half_rates)
+    return found
+
+
+def depths_in_reach(setup, sizes):
+    """Return the depths that the law of calibrated sizes (scaling parameters) may forecast."""
+    limit = min(REACH_SMALLEST * sizes[0], REACH_LARGEST * sizes[-1])
+    depths = range(min(setup.step_sec), 16 * max(setup.step_sec))
+    return [depth for depth in depths if sizes[0] <= setup.n_params(depth) <= limit]
+
+
+def _cheapest(options):
+    """Return the option with the lowest 90th percentile of its cost; a smaller depth if similar.
+
+    In simulations the 97.5th percentile gave horizons that were much longer than necessary.
+    """
+    sure = [option for option in options if math.isfinite(option.time.p90)]
+    if not sure:
+        return None
+    limit = SIMILAR_COST * min(option.sec_p90 for option in sure)
+    smallest = min(option.depth for option in sure if option.sec_p90 <= limit)
+    return min((o for o in sure if o.depth == smallest), key=lambda option: option.sec_p90)
+
+
+def _check(found, best, half_rates):
+    """Fill in the failed checks, which make the answer uncertain, and the warnings."""
+    reasons, warnings, setup, named = found.reasons, found.warnings, found.setup, found.named
+    longest = named.time.hi if math.isfinite(named.time.hi) else named.time.p90
+    if longest > MAX_FACTOR * named.time.lo:
+        reasons["wide_interval"] = (f"the interval of the time to target is wider than a factor of "
+                                    f"{MAX_FACTOR}; add a second seed of the largest size")
+    elif math.isinf(named.time.hi):
+        warnings.append("the named run may miss the target: up to 10 % of the replicates do")
+    error = holdout_error(found.curves)
+    if error is None:
+        warnings.append("two sizes: no size could be left out to test the law")
+    elif error > MAX_HOLDOUT:
+        reasons["holdout"] = (f"fitted without the largest size, the law misses its final loss by "
+                              f"{error:.1%} (limit {MAX_HOLDOUT:.0%})")
+    tokens, available = named.horizon * setup.step_tokens, setup.train_tokens
+    if available and tokens > available:
+        reasons["repeated_text"] = (f"the named run reads {tokens:.3g} tokens, the text has "
+                                    f"{available:.3g}; no calibration run shows repetition")
+    if half_rates and (sentence := _rates_fault(half_rates, found)):
+        reasons["rates"] = sentence
+    if (gap := collapse_gap(found.curves)) > MAX_COLLAPSE_GAP:
+        warnings.append(f"normalised curves of different sizes differ by {gap:.1%} (limit "
+                        f"{MAX_COLLAPSE_GAP:.0%}): warm-ups or learning rates act differently")
+    if best.ratio in (RATIOS[0], RATIOS[-1]):
+        warnings.append(f"the cheapest ratio is {best.ratio:g}, an edge of the tested range")
+    if named.depth not in setup.step_sec:
+        warnings.append(f"the seconds per step of depth {named.depth} are estimated from its "
+                        "FLOPs; measure them with --timing-run")
+
+
+def _rates_fault(half_rates, found):
+    """Compare runs at half the learning rates with full ones at two sizes, extrapolated in ln N.
+
+    Return None if the effect has one sign at both sizes and at the named one.
+    """
+    effects = {}
+    for half, full in half_rates:
+        check_same(full, half, scale=0.5)
+        ends = [curve_of(record, found.setup).loss[-1] for record in (half, full)]
+        effects[of(half, "n_scaling_params")] = ends[0] - ends[1]
+    if len(effects) < 2:
+        raise UserError("--half-rate-run needs runs at two depths: the smallest and the largest")
+    small, large = min(effects), max(effects)
+    slope = (effects[large] - effects[small]) / math.log(large / small)
+    n = found.setup.n_params(found.named.depth)
+    effect = effects[large] + slope * math.log(n / large)
+    signs = {math.copysign(1, value) for value in (*effects.values(), effect)}
+    if len(signs) == 1:
+        return None
+    advice = "halve them there" if effect < 0 else "keep or raise them there"
+    return (f"half the learning rates change the final loss by {effects[small]:+.4f} at the "
+            f"smallest depth, {effects[large]:+.4f} at the largest and, extrapolated, by "
+            f"{effect:+.4f} at depth {found.named.depth}: the rates are not right for it; {advice}")
+
+
+# --- infer.json -----------------------------------------------------------------------------------
+
+def document_of(setup, threshold, inference=None, refusal=None, alpha_theory=None):
+    """Return infer.json of an Inference, or of a Refusal: then the decision is the default ratio.
+
+    alpha_theory: gamma / 2 beta of stats.json, recorded beside the law's exponent.
+    """
+    document = {
+        "schema_version": VERSION, "created_utc": utc_now(), "dataset_id": setup.dataset_id,
+        "tokenizer_id": setup.tokenizer_id, "total_batch_size_tokens": setup.step_tokens,
+        "target_metric_name": "val_bpb", "target_metric_threshold": threshold,
+        "alpha_theory": alpha_theory, "default_ratio": DEFAULT_RATIO}
+    if refusal is not None:
+        return document | {"state": refusal.state, "reasons": {refusal.state: str(refusal)},
+                           "decision": "fallback", "alpha_source": "default", "warnings": [],
+                           "chosen_depth": None, "chosen_ratio": DEFAULT_RATIO}
+    named, forecast, default = inference.named, inference.forecast, inference.default
+    options = {"named": named, "confirmation": inference.neighbour, "default": default}
+    slope, exponent = inference.slopes()
+    return document | {
+        "state": next(iter(inference.reasons), "ok"), "reasons": inference.reasons,
+        "warnings": inference.warnings, "decision": "inferred",
+        "alpha_source": "law", "alpha": exponent, "bpb_per_log_tokens": slope,
+        "chosen_depth": named.depth, "chosen_ratio": named.ratio,
+        "confirmation_ratio": inference.neighbour.ratio, "margin": MARGIN - 1,
+        "n_scaling_params": setup.n_params(named.depth),
+        **{name: option and option.to_dict() for name, option in options.items()},
+        "saving": default and 1 - named.sec / default.sec,
+        "calibration_cost": inference.cost(), "law": forecast.law.values,
+        "n_smallest": forecast.law.n_smallest, "seed_sd": forecast.seed_sd,
+        "interval_width": forecast.width}
+
+
+def describe(document):
+    """Return the console's summary of an infer.json."""
+    lines = [f"target: val_bpb {document['target_metric_threshold']:g}"]
+    if document["decision"] == "inferred":
+        law = ", ".join(f"{name} {value:.3g}" for name, value in document["law"].items())
+        lines += [f"law: {law}; seeds differ by {document['seed_sd']:.2%} (sd)",
+                  f"{'':<14}{'depth':>5}{'ratio':>7}{'horizon':>9}   "
+                  "steps to target (95 %)   seconds"]
+        titles = {"named": "named", "confirmation": f"{NEIGHBOUR} x horizon",
+                  "default": "default ratio"}
+        lines += [_row(title, document[name]) for name, title in titles.items()]
+        if document["saving"] is not None:
+            lines.append(f"forecast saving against the default: {document['saving']:.0%}")
+        cost, theory = document["calibration_cost"], document["alpha_theory"] or {}
+        lines += [f"calibration: {cost['flops']:.0%} of the FLOPs and {cost['seconds']:.0%} of the "
+                  "seconds of the named run",
+                  f"local exponent of tokens {document['alpha']:.3g}; the theory's gamma/2beta "
+                  f"{_interval(theory)} is not used"]
+    lines += [f"warning: {warning}" for warning in document["warnings"]]
+    lines += [f"{state}: {reason}" for state, reason in document["reasons"].items()]
+    depth = document["chosen_depth"] or "not named"
+    return "\n".join([*lines, f"state {document['state']}, decision {document['decision']}: depth "
+                      f"{depth}, --target-param-data-ratio={document['chosen_ratio']:.4g}"])
+
+
+def _row(title, option):
+    if option is None:
+        return f"{title:<14} no depth in reach is forecast to reach the target"
+    steps = option["steps_to_target"]
+    time = ("not reached" if steps["steps"] is None else
+            f"{steps['steps']:.0f} ({steps['lo']:.0f} to {_or(steps['hi'], '.0f', 'no bound')})")
+    return (f"{title:<14}{option['depth']:>5}{option['ratio']:>7.3g}{option['horizon_steps']:>9}"
+            f"   {time:<24} {_or(option['sec_to_target'], '.1f', '-')}")
+
+
+def _interval(theory):
+    lo, hi = theory.get("lo"), theory.get("hi")
+    return "(not given)" if lo is None else f"({lo:.3g} to {_or(hi, '.3g', 'no bound')})"
+
+
+def _or(value, form, otherwise):
+    return otherwise if value is None else format(value, form)
+
+
+def read_inference(path):
+    """Return infer.json as a dict. Raise UserError for another version or a missing field."""
+    remedy = "make the file again with scripts.lane_b_infer_ratio"
+    document = read_json(path, remedy)
+    if document.get("schema_version") != VERSION:
+        raise UserError(f"{path}: schema_version is {document.get('schema_version')!r}, not "
+                        f"{VERSION}; {remedy}")
+    needed = ("state", "decision", "dataset_id", "tokenizer_id", "target_metric_threshold",
+              "chosen_ratio", "default_ratio", "alpha_source")
+    missing = [name for name in needed if document.get(name) is None]
+    if missing:
+        raise UserError(f"{path}: no field {missing[0]}; {remedy}")
+    return document

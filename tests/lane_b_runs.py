@@ -1,0 +1,38 @@
+"""Records of calibration runs made from measured curves (golden/lane_b_curves.csv)."""
+
+from pathlib import Path
+
+from dev.bench.lane_b_laws import read_curves
+from nanochat.config import parse_config
+from nanochat.lane_b.curves import Curve
+from nanochat.runlog import RunLog
+from scripts.lane_b import RECIPE
+
+CSV = Path(__file__).parent / "golden" / "lane_b_curves.csv"
+CURVES = read_curves(CSV)  # {(depth, ratio, seed): Curve}
+STEP_TOKENS = 2048
+STEP_SEC = {2: 0.05, 3: 0.09, 4: 0.16, 5: 0.25, 6: 0.38}
+CALIBRATION = [(2, 4, 0), (2, 8, 0), (3, 4, 0)]
+
+
+def write_record(runs_dir, key, run_id="", curve=None, flags=(), config=None, summary=None):
+    """Write the record of a run; return its id. curve: instead of the measured one."""
+    depth, ratio, seed = key
+    curve: Curve = curve or CURVES[key]
+    run_id = run_id or f"d{depth}.r{ratio}.s{seed}"
+    parsed = parse_config([*RECIPE, f"--depth={depth}", f"--seed={seed}", *flags])
+    log = RunLog.create(runs_dir, run_id, {
+        "created_utc": "2026-11-29T10:00:00+00:00", "git_commit": "abc1234", "seed": seed,
+        "dataset_id": "books", "tokenizer_id": "bpe", "model_config": {"vocab_size": 2048},
+        "n_scaling_params": curve.n_params, "total_batch_size_tokens": STEP_TOKENS,
+        "num_iterations": curve.horizon, "target_tokens": curve.horizon * STEP_TOKENS,
+        "train_tokens": 10**9, "flags": parsed.to_dict(), **(config or {})})
+    for step, loss in zip(curve.steps.tolist(), curve.loss.tolist(), strict=True):
+        log.event("val", step=step, tokens=step * STEP_TOKENS, val_bpb=loss,
+                  train_time_sec=step * STEP_SEC[depth])
+    log.finish(**{"status": "ok", "steps": curve.horizon, "epochs": 0.5,
+                  "min_val_bpb": float(min(curve.loss)), "final_val_bpb": float(curve.loss[-1]),
+                  "train_time_sec": curve.horizon * STEP_SEC[depth], "tok_per_sec_median": 4e4,
+                  "dt_median_ms": 1e3 * STEP_SEC[depth], **(summary or {})})
+    log.close()
+    return run_id

@@ -1,0 +1,268 @@
+"""Lane B as a user sees it: runs of small models to an answer, a refusal, a ledger row."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpus import write_corpus
+from lane_b_runs import CALIBRATION, CURVES, write_record
+
+from nanochat.config import parse_config
+from nanochat.experiments.ledger import columns
+from nanochat.lane_b import calibration, curves, inference
+from nanochat.lane_b.ledger import LaneBRecord, append_record, read_records
+from scripts import base_train, lane_b, lane_b_infer_ratio, lane_b_log_run, tok_train
+
+TARGET = 1.6708  # the measured end of depth 4 at ratio 4
+
+
+@pytest.fixture(autouse=True)
+def _few_replicates(monkeypatch):
+    monkeypatch.setattr(inference, "Forecast", partial(curves.Forecast, n_replicates=20))
+
+
+@pytest.fixture
+def record(base_dir):
+    return partial(write_record, base_dir / "runs")
+
+
+def infer(tmp_path, runs, *flags):
+    lane_b_infer_ratio.main(["--calibration-run", *runs, f"--target-metric-threshold={TARGET}",
+                             f"--out={tmp_path / 'infer.json'}", *flags])
+
+
+def read(tmp_path):
+    return json.loads((tmp_path / "infer.json").read_text())
+
+
+# --- the answer -----------------------------------------------------------------------------------
+
+def test_small_runs_name_the_depth_and_ratio_of_a_larger_model(tmp_path, record, capsys):
+    runs = [record(key) for key in CALIBRATION]
+    timing = [record((4, 4, 10), "t4", summary={"steps": 41}), record((5, 4, 10), "t5")]
+    plot = [f"--plot={tmp_path / 'x.png'}"] if lane_b.importlib.util.find_spec("matplotlib") else []
+    infer(tmp_path, runs, "--timing-run", *timing, *plot)
+    found, printed = read(tmp_path), capsys.readouterr().out
+    assert (found["state"], found["decision"], found["chosen_depth"]) == ("ok", "inferred", 4)
+    assert 4 <= found["chosen_ratio"] <= 5.5  # measured: ratio 4 reaches it at its end
+    assert found["confirmation_ratio"] == pytest.approx(1.05 * found["chosen_ratio"])
+    steps = found["named"]["steps_to_target"]
+    assert steps["lo"] < 2044 < steps["hi"]  # the measured crossing at ratio 4
+    assert found["default"]["depth"] == 4 and found["default"]["ratio"] == 12
+    assert 0.4 < found["saving"] < 0.7  # measured: 59 %
+    assert 0 < found["calibration_cost"]["flops"] < found["calibration_cost"]["seconds"] < 0.6
+    assert 0.2 < found["alpha"] < 0.7
+    assert "depth 4, --target-param-data-ratio=" in printed and "2 sizes" not in printed
+    assert not plot or (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_with_a_depth_only_its_ratio_is_inferred(tmp_path, record):
+    runs = [record(key) for key in CALIBRATION]
+    infer(tmp_path, runs, "--depth=5")
+    found = read(tmp_path)
+    assert found["chosen_depth"] == 5 and found["default"]["depth"] == 5
+    assert any("estimated from its FLOPs" in warning for warning in found["warnings"])
+
+
+def test_the_theory_s_exponent_stands_beside_the_law_s(tmp_path, record, capsys, refusal):
+    runs = [record(key) for key in CALIBRATION]
+    statistics = {"dataset_id": "books", "tokenizer_id": "bpe",
+                  "alpha_theory": {"value": None, "se": None, "lo": 0.05, "hi": 0.21}}
+    (tmp_path / "stats.json").write_text(json.dumps(statistics))
+    flag = f"--stats-json={tmp_path / 'stats.json'}"
+    infer(tmp_path, runs, flag)
+    assert "gamma/2beta (0.05 to 0.21) is not used" in capsys.readouterr().out
+    (tmp_path / "stats.json").write_text(json.dumps(statistics | {"dataset_id": "web"}))
+    assert "has dataset_id web" in refusal(infer, tmp_path, runs, flag, exit_code=3)
+
+
+# --- refusals and doubts --------------------------------------------------------------------------
+
+def short(key, steps):
+    run = CURVES[key]
+    return curves.Curve(run.n_params, run.multipliers[:steps], np.arange(20, steps + 1, 20),
+                        np.linspace(3, 2, steps // 20))
+
+
+REFUSALS = [
+    ("one_size", [(2, 4, 0), (2, 8, 0)], {}, []),
+    ("one_ratio", [(2, 4, 0), (3, 4, 0)], {}, []),
+    ("short_runs", [*CALIBRATION, (2, 4, 1)], {"curve": short((2, 4, 1), 400)}, []),
+    ("mixed_batch", CALIBRATION, {"config": {"total_batch_size_tokens": 4096}}, []),
+    ("mixed_setup", CALIBRATION, {"flags": ["--matrix-lr=0.1"]}, []),
+    ("mixed_setup", CALIBRATION, {"config": {"dataset_id": "web"}}, []),
+    ("mixed_setup", [*CALIBRATION[:2], (2, 4, 0)], {"run_id": "d2.r4.s0"}, []),
+    ("incomplete_run", CALIBRATION, {"summary": {"status": "interrupted"}}, []),
+    ("repeated_text", CALIBRATION, {"summary": {"epochs": 1.5}}, []),
+    ("beyond_reach", CALIBRATION, {}, ["--depth=9"]),
+    ("beyond_reach", CALIBRATION, {}, ["--target-metric-threshold=1.52"]),
+    ("below_floor", CALIBRATION, {}, ["--target-metric-threshold=1.0"]),
+]
+
+
+@pytest.mark.parametrize(("state", "keys", "change", "flags"), REFUSALS)
+def test_a_calibration_without_an_answer_is_refused(tmp_path, record, refusal, state, keys, change,
+                                                    flags):
+    runs = [record(key) for key in keys[:-1]]
+    runs.append(runs[0] if "run_id" in change else record(keys[-1], **change))
+    error = refusal(infer, tmp_path, runs, *flags, exit_code=3)
+    assert error.count("\n") == 1
+    if state.startswith("mixed"):
+        return  # the runs have no common setup: no file
+    found = read(tmp_path)
+    assert (found["state"], found["decision"]) == (state, "fallback")
+    assert found["chosen_ratio"] == 12 and found["chosen_depth"] is None
+
+
+def test_a_size_that_the_law_misses_makes_the_answer_uncertain(tmp_path, record, refusal):
+    runs = [record(key) for key in CALIBRATION]
+    run = CURVES[4, 4, 10]
+    runs.append(record((4, 4, 10), curve=replace(run, loss=1.05 * run.loss)))
+    refusal(infer, tmp_path, runs, "--target-metric-threshold=1.72", exit_code=4)
+    assert "holdout" in read(tmp_path)["reasons"] and read(tmp_path)["decision"] == "inferred"
+
+
+def test_a_text_that_is_too_short_makes_the_answer_uncertain(tmp_path, record, refusal):
+    runs = [record(key, config={"train_tokens": 3_000_000}) for key in CALIBRATION]
+    assert "repeated_text" in refusal(infer, tmp_path, runs, exit_code=4)
+    assert "no calibration run shows repetition" in read(tmp_path)["reasons"]["repeated_text"]
+
+
+@pytest.mark.parametrize(("effect", "code"), [(-0.01, 4), (0.007, 0)])
+def test_learning_rates_that_do_not_transfer_make_it_uncertain(tmp_path, record, refusal, effect,
+                                                               code):
+    runs = [record(key) for key in CALIBRATION]
+    halved = ["--matrix-lr=0.16", "--embedding-lr=2.4", "--unembedding-lr=0.064"]
+    halves = [record(key, f"half{key[0]}", flags=halved,
+                     curve=replace(CURVES[key], loss=CURVES[key].loss + excess))
+              for key, excess in (((2, 4, 0), 0.006), ((3, 4, 0), effect))]
+    flags = ["--half-rate-run", *halves]
+    if code:
+        assert "rates" in refusal(infer, tmp_path, runs, *flags, exit_code=code)
+        assert "halve them there" in read(tmp_path)["reasons"]["rates"]
+    else:
+        infer(tmp_path, runs, *flags)
+
+
+# --- the ledger -----------------------------------------------------------------------------------
+
+@pytest.fixture
+def inferred(tmp_path, record):
+    infer(tmp_path, [record(key) for key in CALIBRATION])
+    return read(tmp_path)
+
+
+def log(tmp_path, *flags):
+    ledger = tmp_path / "lane_b.csv"
+    lane_b_log_run.main([*flags, f"--inference-json={tmp_path / 'infer.json'}",
+                         f"--ledger={ledger}"])
+    return read_records(ledger)
+
+
+def trained(record, run_id, ratio, loss=None, **change):
+    run = CURVES[4, 4, 10]
+    horizon = int(ratio * run.n_params) // 2048
+    steps = np.linspace(50, horizon, 28).astype(int)
+    loss = np.linspace(2.5, loss or TARGET - 0.01, 28)
+    made = curves.Curve(run.n_params, np.ones(horizon), steps, loss)
+    return record((4, 4, 10), run_id, curve=made, **change)
+
+
+def test_a_run_and_its_inference_become_a_row(tmp_path, record, inferred, refusal):
+    run = trained(record, "named", inferred["chosen_ratio"])
+    (row,) = log(tmp_path, run)
+    assert row.lane_b_decision == "inferred" and row.chosen_ratio == inferred["chosen_ratio"]
+    assert row.inferred_data_scaling_exponent == inferred["alpha"]
+    assert row.time_to_target_sec_measured > 0 and row.time_to_target_sec_extrapolated is None
+    assert row.notes == "alpha_source=law; state=ok"
+    baseline = trained(record, "base", 12.0)
+    rows = log(tmp_path, run, baseline, "--decision=fallback", "--skip-logged", "--notes=a note")
+    assert rows[1].chosen_ratio == 12 and rows[1].notes.endswith("; a note")
+    assert "already there" in refusal(log, tmp_path, run)
+    assert "trained at ratio" in refusal(log, tmp_path, run, "--decision=confirmation")
+    other = trained(record, "web", inferred["chosen_ratio"], config={"dataset_id": "web"})
+    assert "has dataset_id web" in refusal(log, tmp_path, other)
+
+
+def test_a_run_that_ends_short_is_extrapolated_in_its_horizon(tmp_path, record, inferred):
+    slope, ratio = inferred["bpb_per_log_tokens"], inferred["chosen_ratio"]
+    near, far = (trained(record, name, ratio, loss=TARGET + share * slope)
+                 for name, share in (("near", 0.1), ("far", 1.1)))
+    first, second = log(tmp_path, near, far)
+    seconds = int(ratio * CURVES[4, 4, 10].n_params) // 2048 * 0.16
+    assert first.time_to_target_sec_extrapolated == pytest.approx(seconds * np.exp(0.1))
+    assert second.time_to_target_sec_extrapolated is None
+    assert first.time_to_target_sec_measured is None
+
+
+def test_columns_by_hand_and_the_file_of_a_person(tmp_path, record, inferred, refusal):
+    run = trained(record, "named", inferred["chosen_ratio"])
+    (row,) = log(tmp_path, run, "--min-val-bpb=0.9", "--notes=alpha_source=theory, by hand")
+    assert row.min_val_bpb == 0.9 and row.notes == "alpha_source=theory, by hand"
+    ledger = tmp_path / "lane_b.csv"
+    ledger.write_text(ledger.read_text().replace(",inferred,", ",infered,"))
+    error = refusal(log, tmp_path, run, "--run-id=other")
+    assert "line 2: lane_b_decision is 'infered'" in error
+    (tmp_path / "infer.json").write_text(json.dumps(inferred | {"schema_version": 2}))
+    assert "schema_version is 2" in refusal(log, tmp_path, run)
+
+
+def test_the_columns_of_the_committed_ledger_are_fixed(tmp_path):
+    path = Path(__file__).parents[1] / "ideas" / "lane_b_inference_schema.csv"
+    assert path.read_text().splitlines()[0].split(",") == columns(LaneBRecord)
+    for row in read_records(path):
+        append_record(tmp_path / "copy.csv", row)
+    assert read_records(tmp_path / "copy.csv") == read_records(path)
+
+
+# --- one command ----------------------------------------------------------------------------------
+
+def test_the_first_trainings_are_two_ratios_and_two_depths(capsys):
+    lane_b.main(["--target-metric-threshold=1.62", "--dry-run"])
+    configs = [parse_config(line.split()[3:]) for line in capsys.readouterr().out.splitlines()]
+    assert [(c.depth, c.target_param_data_ratio) for c in configs] == [(2, 4), (2, 8), (3, 4)]
+    assert {c.total_batch_size for c in configs} == {2048}
+    assert all(c.run_id == c.tag and c.eval_every < 40 for c in configs)
+
+
+@pytest.mark.usefixtures("fp32")
+def test_one_command_trains_infers_and_continues(tmp_path, base_dir, monkeypatch, capsys):
+    """A miniature: its law means nothing; the chain of programs does."""
+    for module, name, value in (
+            (calibration, "MIN_STEPS", 25), (lane_b, "MIN_STEPS", 25), (curves, "FIRST_STEP", 5),
+            (lane_b, "EVALUATIONS", 12), (lane_b, "TIMED_STEPS", 13), (lane_b, "GROWTH", 1.4),
+            (lane_b, "VOCAB_SIZE", 300), (inference, "REACH_LARGEST", 5)):
+        monkeypatch.setattr(module, name, value)
+    programs, trainings = {"scripts.base_train": base_train, "scripts.tok_train": tok_train}, []
+
+    def train(module, flags):
+        if module == "scripts.base_train":
+            trainings.append(parse_config(flags))
+        programs[module].main(list(map(str, flags)))
+
+    monkeypatch.setattr(lane_b, "run_module", train)
+    corpus = write_corpus(tmp_path / "corpus", documents_per_shard=6000)
+    flags = ["--aspect-ratio=12", "--head-dim=24", "--max-seq-len=32", "--device-batch-size=32",
+             "--total-batch-size=2048", "--window-pattern=L", "--eval-tokens=1024", "--no-compile",
+             "--warmup-steps=2"]
+    argv = [f"--dataset={corpus}", "--quiet", "--budget=0.9", "--target-metric-threshold=2",
+            "--name=mini", "--", *flags]
+
+    def exit_code():
+        try:
+            lane_b.main(argv)
+        except SystemExit as stopped:
+            return stopped.code
+        return 0
+
+    code, found = exit_code(), json.loads((base_dir / "mini" / "infer.json").read_text())
+    assert code == (0 if found["state"] == "ok" else 3 if found["decision"] == "fallback" else 4)
+    assert ("train it: " in capsys.readouterr().out) == (code != 3)
+    runs = {(c.depth, c.target_param_data_ratio) for c in trainings if c.num_iterations < 0}
+    assert {(1, 4), (1, 8), (2, 4)} == runs
+    assert [c.depth for c in trainings if c.num_iterations > 0] == [3]  # the seconds per step
+    trainings.clear()
+    assert exit_code() == code and not trainings  # every record is there

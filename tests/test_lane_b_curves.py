@@ -1,0 +1,93 @@
+"""The law of loss curves: its formula, its fit, and its errors on measured curves of larger models."""
+
+import numpy as np
+import pytest
+from lane_b_runs import CALIBRATION, CURVES
+
+from nanochat.lane_b import curves
+from nanochat.lane_b.curves import Curve, Forecast, Law, fit
+from nanochat.schedule import lr_multipliers
+from nanochat.target import first_crossing
+
+VALUES = {"E": 1.3, "A": 0.5, "a": 0.3, "B": 0.14, "b": 0.3, "beta": 0.4, "C": 0.2, "c": 0.07,
+          "kappa": 30.0, "k": 0.1}
+MADE = Law(VALUES, 200_000)
+
+
+def made_curve(n_params, horizon, noise=0.0):
+    multipliers, steps = lr_multipliers(horizon), np.linspace(20, horizon, 28).astype(int)
+    loss = MADE.predict(n_params, multipliers, steps) * np.exp(noise)
+    return Curve(n_params, multipliers, steps, loss)
+
+
+def test_the_formula_is_that_of_the_docstring():
+    multipliers, n, step = lr_multipliers(80), 500_000, 71
+    q, v = n / 200_000, VALUES
+    gain = sum((multipliers[k] - multipliers[k + 1])
+               * (1 - np.exp(-v["kappa"] * q ** v["k"] / 1000
+                             * np.sqrt(multipliers[k + 1:step]).sum()))
+               for k in range(step - 1) if multipliers[k + 1] < multipliers[k])
+    progress = multipliers[:step].sum() / 1000
+    expected = (v["E"] + v["A"] * q ** -v["a"] + v["B"] * q ** v["b"] * progress ** -v["beta"]
+                - v["C"] * q ** v["c"] * gain)
+    assert MADE.predict(n, multipliers, [step])[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_derivatives_are_those_of_the_formula():
+    points = curves.points_of(0.7, lr_multipliers(900), np.array([300, 600, 900]))
+    values = np.array(list(VALUES.values()))
+    _, derivatives = curves.joint_relaxing(values, points)
+    for i in range(len(values)):
+        step = np.eye(len(values))[i] * 1e-6 * values[i]
+        higher, lower = (curves.joint_relaxing(values + sign * step, points)[0] for sign in (1, -1))
+        difference = (higher - lower) / (2 * step[i])
+        assert derivatives[:, i] == pytest.approx(difference, rel=1e-4, abs=1e-9)
+
+
+def test_a_law_is_recovered_from_curves_it_made():
+    law = fit([made_curve(200_000, 450), made_curve(200_000, 900), made_curve(500_000, 1100)])
+    for n_params, horizon in ((1_000_000, 2000), (1_600_000, 3100), (1_000_000, 4000)):
+        multipliers = lr_multipliers(horizon)
+        error = law.final_loss(n_params, multipliers) / MADE.final_loss(n_params, multipliers) - 1
+        assert abs(error) < 0.01
+
+
+# Final losses that were forecast by the study (1e-3 bits per byte above the measured ones).
+STUDY = [(0, (5, 4), -21.5), (0, (4, 4), -15.0), (0, (4, 8), -5.4), (0, (6, 4), -19.2),
+         (1, (5, 4), 0.7), (1, (4, 4), 1.4), (1, (4, 8), -3.4), (1, (6, 4), 7.8)]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_forecasts_of_the_study_are_reproduced(seed):
+    law = fit([CURVES[depth, ratio, seed] for depth, ratio, _ in CALIBRATION])
+    for _, key, expected in [row for row in STUDY if row[0] == seed]:
+        run = CURVES[(*key, 10)]
+        excess = law.final_loss(run.n_params, run.multipliers) - run.loss[-1]
+        assert 1e3 * excess == pytest.approx(expected, abs=1.0)
+
+
+def test_intervals_of_larger_models_hold_the_measured_times():
+    forecast = Forecast([CURVES[key] for key in CALIBRATION], n_replicates=40)
+    assert forecast.seed_sd == curves.SEED_SD_FLOOR  # no repeated seeds
+    held = []
+    for key in ((4, 4, 10), (4, 8, 10), (5, 4, 10)):
+        run = CURVES[key]
+        for loss in run.loss[len(run.loss) // 2:-5]:
+            time = forecast.time(run.n_params, run.multipliers, loss)
+            held.append(time.lo <= first_crossing(run.steps, run.loss, loss) <= time.hi)
+            assert time.lo <= time.steps <= time.hi and time.p90 <= time.hi < 1.6 * time.lo
+    assert np.mean(held) > 0.85
+
+
+def test_repeated_seeds_give_the_noise():
+    noises = (0.01, -0.01)
+    runs = [made_curve(n, horizon, noise) for noise in noises
+            for n, horizon in ((200_000, 450), (200_000, 900), (500_000, 1100))]
+    assert curves.seed_sd(MADE, runs) == pytest.approx(0.01 * np.sqrt(2), rel=1e-3)
+
+
+def test_checks_of_the_calibration():
+    runs = [CURVES[key] for key in CALIBRATION]
+    assert 0.01 < curves.collapse_gap(runs) < 0.02  # the warm-ups of the smallest run
+    assert curves.holdout_error(runs) is None
+    assert curves.holdout_error([*runs, CURVES[4, 4, 10]]) < 0.01
