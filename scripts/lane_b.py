@@ -76,9 +76,9 @@ class Calibration:
     """The trainings of one call: their flags, ids and records."""
 
     def __init__(self, args, tokenizer_dir, vocab_size):
-        self.args, self.runs = args, []
+        self.args = args
         self.flags = [*(args.flags or RECIPE), f"--dataset={args.dataset}",
-                      f"--tokenizer-dir={tokenizer_dir}", *ALWAYS]
+                      f"--tokenizer-dir={tokenizer_dir}"]
         self.config, self.vocab_size = parse_config(self.flags), vocab_size
         if self.config.total_batch_size < 1:
             raise UserError("the flags need --total-batch-size: all runs must have one batch")
@@ -97,25 +97,19 @@ class Calibration:
                        if self.n_params(d) >= GROWTH * self.n_params(first)), MAX_DEPTH)
         return first, second
 
-    def training(self, depth, ratio, seed, half_rates=False):
-        """Return (run id, flags) of a calibration run."""
-        run_id = f"{self.args.name}.{'half.' if half_rates else ''}d{depth}.r{ratio}.s{seed}"
+    def training(self, depth, ratio, seed, kind=""):
+        """Return (run id, flags). kind: "half." (half the rates) or "timing." (few steps)."""
+        run_id = f"{self.args.name}.{kind}d{depth}.r{ratio}.s{seed}"
         steps = int(ratio * self.n_params(depth)) // self.config.total_batch_size
-        halves = [f"--{name.replace('_', '-')}={getattr(self.config, name) / 2!r}"
-                  for name in RATES if half_rates]
-        return run_id, [*self.flags, *halves, f"--target-param-data-ratio={ratio}",
-                        f"--eval-every={max(1, steps // EVALUATIONS)}",
-                        *self._names(run_id, depth, seed)]
-
-    def timing(self, depth):
-        """Return (run id, flags) of a run that only measures the seconds per step."""
-        run_id = f"{self.args.name}.timing.d{depth}"
-        return run_id, [*self.flags, f"--num-iterations={TIMED_STEPS}", "--eval-every=-1",
-                        *self._names(run_id, depth, 0)]
-
-    def _names(self, run_id, depth, seed):
-        return [f"--depth={depth}", f"--seed={seed}", f"--run-id={run_id}", f"--model-tag={run_id}",
-                *(["--quiet"] if self.args.quiet else [])]
+        every, more = max(1, steps // EVALUATIONS), ["--quiet"] if self.args.quiet else []
+        if kind == "timing.":
+            steps, every = TIMED_STEPS, -1
+        if kind == "half.":
+            more += [f"--{name.replace('_', '-')}={getattr(self.config, name) / 2!r}"
+                     for name in RATES]
+        return run_id, [*self.flags, *ALWAYS, *more, f"--num-iterations={steps}",
+                        f"--eval-every={every}", f"--depth={depth}", f"--seed={seed}",
+                        f"--run-id={run_id}", f"--model-tag={run_id}"]
 
 
 def train(training):
@@ -149,6 +143,9 @@ def extend(calibration, records, timing, extra):
         print0(f"lane B: {len(records)} runs cost {cost['flops']:.0%} of the FLOPs and "
                f"{cost['seconds']:.0%} of the seconds of depth {named.depth} at ratio "
                f"{named.ratio:.3g}; with one more {costs['flops']:.0%} and {costs['seconds']:.0%}")
+        if max(cost.values()) > args.budget:
+            print0(f"lane B: that is more than the budget of {args.budget:.0%}: for this target "
+                   "the calibration may not pay")
         if max(costs.values()) > args.budget:
             return
         records.append(train(calibration.training(depth, ratio, seed)))
@@ -178,14 +175,15 @@ def main(argv=None):
     check_flags(folder / "flags.json", calibration.flags)
     records = [train(calibration.training(*run)) for run in first]
     sizes = sorted({calibration.n_params(depth) for depth in (small, large)})
-    timing = [train(calibration.timing(depth))
+    timing = [train(calibration.training(depth, 4, 0, "timing."))
               for depth in depths_in_reach(setup_of(records), sizes) if depth not in (small, large)]
-    halves = [train(calibration.training(depth, 4, 0, half_rates=True))
+    halves = [train(calibration.training(depth, 4, 0, "half."))
               for depth in (small, large) if args.rates_probe]
     with contextlib.suppress(Refusal):  # it is reported below, with infer.json
         extend(calibration, records, timing, [(large, 4, 1), (small, 8, 1), (small, 4, 1)])
 
     out = folder / "infer.json"
+    out.unlink(missing_ok=True)
     flags = ["--calibration-run", *ids(records), f"--out={out}",
              f"--target-metric-threshold={args.target_metric_threshold!r}"]
     flags += ["--timing-run", *ids(timing)] if timing else []

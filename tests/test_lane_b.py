@@ -223,7 +223,7 @@ def test_the_columns_of_the_committed_ledger_are_fixed(tmp_path):
 def test_the_first_trainings_are_two_ratios_and_two_depths(capsys):
     lane_b.main(["--target-metric-threshold=1.62", "--dry-run"])
     configs = [parse_config(line.split()[3:]) for line in capsys.readouterr().out.splitlines()]
-    assert [(c.depth, c.target_param_data_ratio) for c in configs] == [(2, 4), (2, 8), (3, 4)]
+    assert [(c.depth, c.num_iterations) for c in configs] == [(2, 448), (2, 896), (3, 1032)]
     assert {c.total_batch_size for c in configs} == {2048}
     assert all(c.run_id == c.tag and c.eval_every < 40 for c in configs)
 
@@ -261,8 +261,7 @@ def test_one_command_trains_infers_and_continues(tmp_path, base_dir, monkeypatch
     code, found = exit_code(), json.loads((base_dir / "mini" / "infer.json").read_text())
     assert code == (0 if found["state"] == "ok" else 3 if found["decision"] == "fallback" else 4)
     assert ("train it: " in capsys.readouterr().out) == (code != 3)
-    runs = {(c.depth, c.target_param_data_ratio) for c in trainings if c.num_iterations < 0}
-    assert {(1, 4), (1, 8), (2, 4)} == runs
-    assert [c.depth for c in trainings if c.num_iterations > 0] == [3]  # the seconds per step
+    assert [(c.depth, c.num_iterations) for c in trainings][:4] == [(1, 28), (1, 57), (2, 42),
+                                                                    (3, 13)]
     trainings.clear()
     assert exit_code() == code and not trainings  # every record is there

@@ -1,4 +1,4 @@
-"""The law of loss curves: its formula, its fit, and its errors on measured curves of larger models."""
+"""The law of loss curves: its formula, its fit, and its errors on measured curves."""
 
 import numpy as np
 import pytest

@@ -1,16 +1,14 @@
 """Laws of loss curves, compared by their errors on sizes that were left out of the fit.
 
-python -m dev.bench.lane_b_laws CURVES.csv               errors of five laws
-python -m dev.bench.lane_b_laws CURVES.csv --coverage    coverage of the 95 % intervals by width
+python -m dev.bench.lane_b_laws tests/golden/lane_b_curves.csv
 
-CURVES.csv has the columns depth, n_scaling_params, horizon_steps, seed, step and val_bpb.
 Calibrations: two ratios at the smallest size and one at the next, all choices of seeds; the same
 with both seeds; and the two largest sizes that leave larger ones to predict.
 """
 
-import argparse
 import csv
 import itertools
+import sys
 
 import numpy as np
 
@@ -98,70 +96,62 @@ LAWS = {"joint relaxing (iii)": of_fit(), "own: Kaplan's coupling": of_fit(form=
         "collapse at constant ratio": lambda runs, test: chinchilla(runs, test, collapse=True)}
 
 
-def thresholds(test):
-    """Yield (measured steps, threshold) of a run's evaluations after half of its horizon."""
+def evaluations(test):
+    """Yield (measured steps to it, val_bpb) of a run's evaluations after half of its horizon."""
     for step, loss in zip(test.steps, test.loss, strict=True):
         if step >= test.horizon / 2:
             yield first_crossing(test.steps, test.loss, loss), loss
 
 
-def errors(runs_by_key, losses):
-    """Return the relative errors of time to target (finite) and of final losses, sizes left out."""
-    times, ends = [], []
+def cases(runs, ratios=(4, 8, 12)):
+    """Yield (calibration, larger runs of these ratios) of every calibration."""
     for keys in calibrations().values():
-        runs = [runs_by_key[key] for key in keys]
-        for depth, ratio in TESTS:
-            test = runs_by_key[depth, ratio, 10]
-            if test.n_params <= max(run.n_params for run in runs) or ratio == 12:
-                continue
-            predicted = losses(runs, test)
+        chosen = [runs[key] for key in keys]
+        largest = max(run.n_params for run in chosen)
+        tests = [runs[depth, ratio, 10] for depth, ratio in TESTS if ratio in ratios]
+        yield chosen, [test for test in tests if test.n_params > largest]
+
+
+def compare(runs, losses, ratios):
+    """Return the relative errors of times to target and of final losses on larger runs."""
+    times, ends = [], []
+    for chosen, tests in cases(runs, ratios):
+        for test in tests:
+            predicted = losses(chosen, test)
             ends.append(predicted[-1] / test.loss[-1] - 1)
-            for measured, threshold in thresholds(test):
-                time = first_crossing(test.steps, predicted, threshold)
-                times.append(time / measured - 1)
+            times += [first_crossing(test.steps, predicted, loss) / measured - 1
+                      for measured, loss in evaluations(test)]
     return np.abs(times), np.abs(ends)
 
 
-def coverage(runs_by_key, widths):
-    """Print how often the 95 % intervals of time to target hold the measured time, by width."""
-    forecasts = []
-    for keys in calibrations().values():
-        runs = [runs_by_key[key] for key in keys]
-        tests = [runs_by_key[depth, ratio, 10] for depth, ratio in TESTS]
-        largest = max(run.n_params for run in runs)
-        forecasts.append((lane.Forecast(runs), [t for t in tests if t.n_params > largest]))
-    for width in widths:
+def coverage(runs):
+    """Yield (width, share of measured times within the 95 % interval, factors hi / lo)."""
+    forecasts = [(lane.Forecast(chosen), tests) for chosen, tests in cases(runs)]
+    for width in (0.5, 0.6, 0.7, 0.8, 1.0):
         held, factors = [], []
         for forecast, tests in forecasts:
             forecast.width = width
-            for test in tests:
-                for measured, threshold in thresholds(test):
-                    time = forecast.time(test.n_params, test.multipliers, threshold)
-                    held.append(time.lo <= measured <= time.hi)
-                    factors.append(time.hi / time.lo if np.isfinite(time.hi) else np.inf)
-        middle, far = np.quantile(factors, [0.5, 0.8], method="inverted_cdf")
-        print(f"width {width:.2f}: covered {np.mean(held):.1%} of {len(held)}, hi/lo median "
-              f"{middle:.3f}, 80th percentile {far:.3f}, unbounded "
-              f"{np.mean(np.isinf(factors)):.0%}")
+            for test, (measured, loss) in [(t, e) for t in tests for e in evaluations(t)]:
+                time = forecast.time(test.n_params, test.multipliers, loss)
+                held.append(time.lo <= measured <= time.hi)
+                factors.append(time.hi / time.lo if np.isfinite(time.hi) else np.inf)
+        yield width, np.mean(held), np.sort(factors)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("curves")
-    parser.add_argument("--coverage", action="store_true")
-    args = parser.parse_args()
-    runs = read_curves(args.curves)
-    if args.coverage:
-        coverage(runs, (0.4, 0.5, 0.6, 0.7, 0.8, 1.0))
-        return
-    print(f"{'absolute errors in %':<28}time: median  p90  not reached   final loss: median  max")
-    for name, losses in LAWS.items():
-        times, ends = errors(runs, losses)
+    runs = read_curves(sys.argv[1])
+    print("absolute errors in %: time to target (median, 90th percentile of those reached; share "
+          "not reached), final loss (median, maximum)")
+    for (name, losses), ratios in itertools.product(LAWS.items(), ((4,), (4, 8, 12))):
+        times, ends = (100 * errors for errors in compare(runs, losses, ratios))
         reached = times[np.isfinite(times)]
-        print(f"{name:<28}{100 * np.median(reached):>12.1f} {100 * np.quantile(reached, 0.9):>4.1f}"
-              f" {100 * np.mean(np.isinf(times)):>12.0f} {100 * np.median(ends):>20.2f}"
-              f" {100 * ends.max():>4.2f}")
+        print(f"{name:<28} ratios {ratios!s:<10} {np.median(reached):5.1f} "
+              f"{np.quantile(reached, 0.9):5.1f} {100 * np.mean(np.isinf(times)):4.0f}   "
+              f"{np.median(ends):5.2f} {ends.max():5.2f}")
+    for width, held, factors in coverage(runs):
+        print(f"width {width}: {held:.1%} of {len(factors)} measured times are covered; hi / lo: "
+              f"median {factors[len(factors) // 2]:.3f}, {np.mean(np.isinf(factors)):.0%} "
+              "unbounded")
 
 
 if __name__ == "__main__":

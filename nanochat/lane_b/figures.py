@@ -49,9 +49,18 @@ def dress(axes):
         axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
 
 
+def set_log2_ticks(axes):
+    """Label powers of two on a logarithmic x axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def draw_statistics(document, path):
     """Draw stats.json: norms of the covariance by lag, entropies by context length."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import StrMethodFormatter
 
     figure = new_figure(figsize=(11.0, 4.8))
     correlations, entropies = figure.subplots(1, 2)
@@ -59,9 +68,7 @@ def draw_statistics(document, path):
     _draw_entropies(entropies, document)
     for axes in (correlations, entropies):
         axes.set(xscale="log", yscale="log")
-        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        set_log2_ticks(axes)
         dress(axes)
     entropies.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     save(figure, path)
@@ -133,6 +140,7 @@ def draw_inference(inference, path):
     curves.axhline(inference.threshold, color=INK, linewidth=0.8, linestyle="--",
                    label=f"target {inference.threshold:g}")
     curves.set(xlabel="step", ylabel="val_bpb", xscale="log")
+    set_log2_ticks(curves)
     curves.set_title("Calibration runs and the law", **TITLE)
 
     reached = [option for option in inference.options if np.isfinite(option.sec)]
@@ -145,7 +153,8 @@ def draw_inference(inference, path):
         costs.plot(inference.default.ratio, inference.default.depth, "x", color=INK,
                    markersize=9, label="default ratio")
     costs.set(xlabel="tokens per scaling parameter", ylabel="depth",
-              yticks=sorted({option.depth for option in inference.options}))
+              yticks=sorted({option.depth for option in inference.options}),
+              ylim=(min(o.depth for o in reached) - 0.7, max(o.depth for o in reached) + 1.2))
     costs.set_title(f"Named: depth {named.depth}, ratio {named.ratio:.3g}", **TITLE)
     for axes in (curves, costs):
         dress(axes)
