@@ -87,6 +87,11 @@ def short(key, steps):
                         np.linspace(3, 2, steps // 20))
 
 
+def sparse(key):
+    run = CURVES[key]
+    return replace(run, steps=run.steps[::-7][::-1], loss=run.loss[::-7][::-1])
+
+
 REFUSALS = [
     ("one_size", [(2, 4, 0), (2, 8, 0)], {}, []),
     ("one_ratio", [(2, 4, 0), (3, 4, 0)], {}, []),
@@ -96,6 +101,7 @@ REFUSALS = [
     ("mixed_setup", CALIBRATION, {"config": {"dataset_id": "web"}}, []),
     ("mixed_setup", [*CALIBRATION[:2], (2, 4, 0)], {"run_id": "d2.r4.s0"}, []),
     ("incomplete_run", CALIBRATION, {"summary": {"status": "interrupted"}}, []),
+    ("few_evaluations", CALIBRATION, {"curve": sparse((3, 4, 0))}, []),
     ("repeated_text", CALIBRATION, {"summary": {"epochs": 1.5}}, []),
     ("beyond_reach", CALIBRATION, {}, ["--depth=9"]),
     ("beyond_reach", CALIBRATION, {}, ["--target-metric-threshold=1.52"]),

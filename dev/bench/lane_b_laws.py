@@ -31,7 +31,7 @@ def read_curves(path):
         steps, first = np.unique([int(row["step"]) for row in rows], return_index=True)
         loss = np.array([float(rows[i]["val_bpb"]) for i in first])
         found[key] = lane.Curve(int(rows[0]["n_scaling_params"]),
-                                lr_multipliers(int(rows[0]["horizon_steps"])), steps, loss, key[2])
+                                lr_multipliers(int(rows[0]["horizon_steps"])), steps, loss)
     return found
 
 

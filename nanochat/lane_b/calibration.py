@@ -15,7 +15,7 @@ from nanochat.schedule import lr_multipliers
 from nanochat.target import evaluations_of
 
 MIN_STEPS = 440  # 450 less rounding; the fixed warm-ups dominate shorter runs
-MIN_EVALUATIONS = 10
+MIN_EVALUATIONS = 5  # after the warm-ups
 RATES = ("embedding_lr", "unembedding_lr", "matrix_lr")
 SCHEDULE = ("warmup_steps", "warmdown_ratio", "final_lr_frac")
 RECIPE = (*SCHEDULE, "scalar_lr", "weight_decay", "aspect_ratio", "head_dim", "max_seq_len",
@@ -93,12 +93,15 @@ def curve_of(record, setup):
         raise Refusal(f"run {record.run_id} read its text {summary['epochs']:.2f} times: its curve "
                       "is that of repetition; give more text or smaller depths", "repeated_text")
     found = [e for e in evaluations_of(record.events, "val_bpb") if e.step and e.metric]
-    if len(found) < MIN_EVALUATIONS or found[-1].step != horizon:
-        raise Refusal(f"run {record.run_id} has {len(found)} evaluations (need {MIN_EVALUATIONS} "
-                      "and one at the end); lower --eval-every", "few_evaluations")
-    return Curve(of(record, "n_scaling_params"), setup.multipliers(horizon),
-                 np.array([e.step for e in found]), np.array([e.metric for e in found]),
-                 of(record, "seed"))
+    curve = Curve(of(record, "n_scaling_params"), setup.multipliers(horizon),
+                  np.array([e.step for e in found], dtype=int),
+                  np.array([e.metric for e in found]))
+    n_late = len(curve.late().steps)
+    if n_late < MIN_EVALUATIONS or curve.steps[-1] != horizon:
+        raise Refusal(f"run {record.run_id} has {n_late} evaluations after the warm-ups (need "
+                      f"{MIN_EVALUATIONS} and one at the end); lower --eval-every",
+                      "few_evaluations")
+    return curve
 
 
 def check_same(first, record, scale=1.0):

@@ -67,7 +67,6 @@ class Curve:
     multipliers: np.ndarray  # of the learning rate, (horizon,)
     steps: np.ndarray
     loss: np.ndarray
-    seed: int = 0
 
     @property
     def horizon(self):
@@ -76,7 +75,7 @@ class Curve:
     def late(self):
         """Return the curve without the evaluations of the warm-ups."""
         kept = (self.steps >= FIRST_STEP) & (self.steps >= FIRST_SHARE * self.horizon)
-        return Curve(self.n_params, self.multipliers, self.steps[kept], self.loss[kept], self.seed)
+        return Curve(self.n_params, self.multipliers, self.steps[kept], self.loss[kept])
 
     def loss_at(self, shares):
         """Return the loss at shares of the horizon, interpolated."""
