@@ -48,10 +48,13 @@ def find_gpu(args):
 def main(argv=None):
     args, flags = parse_args(argv)
     gpu = find_gpu(args)
+    inferred = read_json(args.inference_json, "run lane B again") if args.inference_json else {}
     if args.inference_json:
-        ratio = read_json(args.inference_json, "run lane B again").get("chosen_ratio")
-        flags.append(f"--target-param-data-ratio={ratio}")
+        flags.append(f"--target-param-data-ratio={inferred.get('chosen_ratio')}")
     config = parse_config(flags, prog="python -m scripts.plan")
+    if inferred.get("chosen_depth") not in (None, config.depth):
+        raise UserError(f"{args.inference_json} is for --depth {inferred['chosen_depth']}, not "
+                        f"{config.depth}; give that depth, or infer with --depth {config.depth}")
 
     def plan(nodes, gpus):
         if any(flag.startswith("--device-batch-size") for flag in flags):

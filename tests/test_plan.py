@@ -184,10 +184,12 @@ def test_the_flags_are_those_of_the_training_program(capsys):
     assert parse_config(capsys.readouterr().out.split()) == D24
 
 
-def test_the_ratio_of_lane_b_is_taken_from_its_file(tmp_path, capsys):
-    (tmp_path / "infer.json").write_text(json.dumps({"chosen_ratio": 9.0}))
-    plan_script.main(["--depth=12", f"--inference-json={tmp_path / 'infer.json'}", "--as-flags"])
+def test_the_ratio_of_lane_b_is_taken_from_its_file(tmp_path, capsys, refusal):
+    (tmp_path / "infer.json").write_text(json.dumps({"chosen_ratio": 9.0, "chosen_depth": 12}))
+    flag = f"--inference-json={tmp_path / 'infer.json'}"
+    plan_script.main(["--depth=12", flag, "--as-flags"])
     assert "--target-param-data-ratio=9.0" in capsys.readouterr().out
+    assert "is for --depth 12, not 24" in refusal(plan_script.main, ["--depth=24", flag])
 
 
 @pytest.mark.parametrize(("flags", "message"), [
