@@ -47,9 +47,11 @@ class ConsoleSink:
             self._line(f"step {step}/{self.num_iterations}: {numbers}")
 
     def _val(self, event):
-        error = f" ± {event['val_bpb_se']:.4f}" if event.get("val_bpb_se") is not None else ""
+        error = event.get("val_bpb_se")
+        error = "" if error is None else f" ± {error:.4f}"
+        seconds = event["train_time_sec"]
         self._line(f"step {event['step']}: val_bpb {event['val_bpb']:.4f}{error} on "
-                   f"{event['n_tokens']:,} tokens after {event['train_time_sec']:.1f} s of training")
+                   f"{event['n_tokens']:,} tokens after {seconds:.1f} s of training")
 
     def _repeats(self, event):
         tokens = event["distinct_tokens"] / 1e6

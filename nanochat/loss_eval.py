@@ -109,9 +109,9 @@ class LossEvaluation:
         if not math.isfinite(self.bits_per_byte) or relative <= MAX_RELATIVE_ERROR:
             return None
         size = "unknown" if math.isnan(relative) else f"{relative:.1%} of its loss"
-        return (f"the validation split is too small: the standard error is {size} "
-                f"({len(self.documents):,} documents, {self.n_tokens:,} tokens scored); "
-                "evaluate more tokens or add text")
+        return (f"the scored validation text is small: the standard error of val_bpb is {size} "
+                f"({len(self.documents):,} documents, {self.n_tokens:,} tokens); compare runs with "
+                "scripts.runs --compare, which pairs documents, or add validation text")
 
 
 @torch.no_grad()

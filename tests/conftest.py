@@ -1,4 +1,4 @@
-"""What every test relies on: the Triton interpreter without a GPU, a cache folder of its own, no network."""
+"""For every test: the Triton interpreter without a GPU, a cache folder of its own, no network."""
 
 import os
 
@@ -8,7 +8,9 @@ try:
     import torch
 
     HAS_CUDA = torch.cuda.is_available()
-    torch.set_num_threads(1)  # tests share the cores with each other; small tensors gain nothing by more
+    torch.set_num_threads(
+        1
+    )  # tests share the cores with each other; small tensors gain nothing by more
 except ImportError:  # the data tools are tested without torch too
     HAS_CUDA = False
 
@@ -32,12 +34,14 @@ def base_dir(tmp_path, monkeypatch):
 def corpus(tmp_path):
     """The folder of a small corpus, as a flag names it."""
     from corpus import write_corpus
+
     return str(write_corpus(tmp_path / "corpus"))
 
 
 @pytest.fixture
 def refusal(capsys):
-    """A function that calls a program which must end with an exit code, and returns what it says on stderr."""
+    """A function that calls a program, checks its exit code and returns its stderr."""
+
     def said(program, *arguments, exit_code=2):
         with pytest.raises(SystemExit) as stopped:
             program(*arguments)
@@ -55,7 +59,9 @@ def fp32(monkeypatch):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.get_closest_marker("gpu") and not HAS_CUDA:  # not item.keywords: they hold parameters' names too
+        if (
+            item.get_closest_marker("gpu") and not HAS_CUDA
+        ):  # not item.keywords: they hold parameters' names too
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("slow") and "slow" not in (config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="minutes long; run with -m slow"))

@@ -18,6 +18,8 @@ def make_shards(folder, lengths_by_shard):
             tokens += [BOS, *range(d * LONGEST + 1, d * LONGEST + length)]
             d += 1
         path = folder / f"shard_{number:05d}.bin"
-        write_token_shard(path, [(lengths, np.array(tokens, np.uint32))], {"vocab_size": 10**9, "bos_id": BOS})
+        write_token_shard(
+            path, [(lengths, np.array(tokens, np.uint32))], {"vocab_size": 10**9, "bos_id": BOS}
+        )
         shards.append(TokenShard(path))
     return shards

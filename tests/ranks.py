@@ -1,4 +1,4 @@
-"""Run a function, or the training program, on several ranks over gloo, each a process of its own."""
+"""Run a function, or the training program, on several ranks (processes) over gloo."""
 
 import multiprocessing
 import os
@@ -11,22 +11,26 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# ranks are forked from a process that has imported torch already, which takes seconds, and started no thread
+# Ranks are forked from a process without threads that has imported torch, which takes seconds.
 multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
 
 
 def run_on_ranks(world_size, function, *args, group=True):
     """Call function(rank, world_size, *args) on every rank; returns the list of results by rank.
 
-    `function` must be importable (defined at a test module's top level) and its result picklable. group: in a process
-    group; else as torchrun starts a process.
+    `function` must be importable (at the top level of a test module), its result picklable. group:
+    start a process group; otherwise only set the environment that torchrun sets.
     """
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (world_size, port, dict(os.environ), group, function, args, folder),
-                           nprocs=world_size, start_method="forkserver")
+        mp.start_processes(
+            _rank,
+            (world_size, port, dict(os.environ), group, function, args, folder),
+            nprocs=world_size,
+            start_method="forkserver",
+        )
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world_size)]
 
 
@@ -38,13 +42,20 @@ def train_on_ranks(world_size, arguments):
 
 def _train(rank, world_size, arguments):
     from scripts.base_train import main
+
     return main(arguments)
 
 
 def _rank(rank, world_size, port, environment, group, function, args, folder):
     os.environ.clear()
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        environment,
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     torch.set_num_threads(1)
     if group:
         dist.init_process_group("gloo")

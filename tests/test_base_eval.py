@@ -76,7 +76,7 @@ def test_losses_are_those_of_brute_force(corpus, tmp_path, capsys):
         assert 0 < found[f"{split}_bpb_se"] < bits and found[f"{split}_n_bytes"] > n_tokens
         assert f"{split}: {bits:.4f} bits per byte (standard error 0." in printed
         assert f"{n_tokens:,} distinct tokens" in printed
-    assert "warning: the validation split is too small" in printed
+    assert "warning: the scored validation text is small" in printed
     counts = [len(by_position.get(n, ())) for n in range(TINY_LENGTH)]
     assert found["counts_by_position"] == counts
     for n, nats in enumerate(found["nats_by_position"]):

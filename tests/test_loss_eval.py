@@ -318,7 +318,7 @@ def test_a_validation_split_that_is_too_small_is_named(three_books):
     bits = found.bits_per_byte
     assert replace(found, standard_error=0.0099 * bits).warning() is None
     warning = replace(found, standard_error=0.021 * bits).warning()
-    assert "too small" in warning and "2.1% of its loss (3 documents" in warning
+    assert "val_bpb is 2.1% of its loss (3 documents" in warning
     assert "unknown" in replace(found, standard_error=math.nan).warning()
 
 
