@@ -60,13 +60,14 @@ class TrainingConfig:
 
     device_type: str = _machine("", "cuda, mps or cpu; empty: the best available", "KIND")
     rank_timeout_minutes: float = _machine(
-        60.0, "with several ranks: abort if a collective operation takes longer than N minutes", "N",
+        60.0, "with several ranks: abort if a collective operation takes longer than N minutes",
+        "N",
         at_least=0.1, at_most=10_000)
     no_compile: bool = _machine(
         False, "run the model uncompiled (slower, but starts at once)", on_resume=True)
     attention: str = _machine(
-        "auto", "attention backend: varlen (FlashAttention, on a GPU), sdpa (torch's), blockwise (for "
-        "short rows on a CPU), or auto: the best for each layer", "BACKEND",
+        "auto", "attention backend: varlen (FlashAttention, on a GPU), sdpa (torch's), blockwise "
+        "(for short rows on a CPU), or auto: the best for each layer", "BACKEND",
         choices=("auto", "varlen", "sdpa", "blockwise"), on_resume=True)
     fp8: bool = _machine(
         False, "compute the large matmuls of training in fp8 with one scale per tensor (compute "
@@ -76,8 +77,8 @@ class TrainingConfig:
         "climbmix", "stdlib, climbmix, fineweb-edu, or a folder of text files", "NAME")
     tokenizer_dir: str = _data("", "tokenizer folder; empty: <cache>/tokenizer", "FOLDER")
     crop: str = _data(
-        "", "how to treat the rest of a document that was cropped to fill a row: carry (use it in a "
-        "later row) or drop (do not use it); empty: drop for climbmix and fineweb-edu, as in "
+        "", "how to treat the rest of a document that was cropped to fill a row: carry (use it in "
+        "a later row) or drop (do not use it); empty: drop for climbmix and fineweb-edu, as in "
         "karpathy/nanochat, else carry", "RULE",
         choices=CROPS)
     seed: int = _data(
@@ -90,8 +91,8 @@ class TrainingConfig:
     head_dim: int = _model(128, "head dimension of the attention", "CHANNELS")
     max_seq_len: int = _model(2048, "context length", "TOKENS", at_least=1)
     window_pattern: str = _model(
-        "SSSL", "attention window of each layer, repeated over the layers: L is the full context, S is "
-        "a quarter of it; the last layer always has the full context", "PATTERN")
+        "SSSL", "attention window of each layer, repeated over the layers: L is the full context, S "
+        "is a quarter of it; the last layer always has the full context", "PATTERN")
     fused_rmsnorm: bool = _model(
         False, "compute rotary embedding and QK-norm in one Triton kernel; with --no-compile, use "
         "it for the other norms too (lane C, see ideas/)", on_resume=True)
@@ -130,8 +131,8 @@ class TrainingConfig:
     final_lr_frac: float = _optimization(
         0.05, "final learning rate as a share of its peak", "SHARE", at_least=0, on_resume=True)
     resume_from_step: str = _optimization(
-        "-1", "resume from the checkpoint of this step; latest: from the newest one; auto: from the "
-        "newest valid one, or start a new run if there is none; -1: start a new run", "STEP")
+        "-1", "resume from the checkpoint of this step; latest: from the newest one; auto: from "
+        "the newest valid one, or start a new run if there is none; -1: start a new run", "STEP")
     allow_changed: bool = _optimization(
         False, "resume even if flags, dtype, device or library versions that change the numbers "
         "differ from those of the checkpoint; the differences are recorded")

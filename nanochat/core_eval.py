@@ -436,7 +436,7 @@ def load_hf(path, device, dtype):
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        raise UserError("--hf-path needs transformers; run pip install 'nanochat[hf]'") from None
+        raise UserError("--hf-path needs transformers; run pip install -e '.[hf]'") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
