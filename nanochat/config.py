@@ -61,8 +61,7 @@ class TrainingConfig:
     device_type: str = _machine("", "cuda, mps or cpu; empty: the best available", "KIND")
     rank_timeout_minutes: float = _machine(
         60.0, "with several ranks: abort if a collective operation takes longer than N minutes",
-        "N",
-        at_least=0.1, at_most=10_000)
+        "N", at_least=0.1, at_most=10_000)
     no_compile: bool = _machine(
         False, "run the model uncompiled (slower, but starts at once)", on_resume=True)
     attention: str = _machine(
@@ -91,8 +90,8 @@ class TrainingConfig:
     head_dim: int = _model(128, "head dimension of the attention", "CHANNELS")
     max_seq_len: int = _model(2048, "context length", "TOKENS", at_least=1)
     window_pattern: str = _model(
-        "SSSL", "attention window of each layer, repeated over the layers: L is the full context, S "
-        "is a quarter of it; the last layer always has the full context", "PATTERN")
+        "SSSL", "attention window of each layer, repeated over the layers: L is the full context, "
+        "S is a quarter of it; the last layer always has the full context", "PATTERN")
     fused_rmsnorm: bool = _model(
         False, "compute rotary embedding and QK-norm in one Triton kernel; with --no-compile, use "
         "it for the other norms too (lane C, see ideas/)", on_resume=True)

@@ -29,8 +29,8 @@ def parse_args(argv=None):
                          "model, for example openai-community/gpt2; needs pip install -e '.[hf]'; "
                          "cannot be used with --eval sample")
     add = parser.add_argument
-    add("--eval", default="", help="evaluations to run, separated by commas: core, bpb (bits per byte), "
-        "sample, position (loss at each position of the context) (default: bpb,sample; with "
+    add("--eval", default="", help="evaluations to run, separated by commas: core, bpb (bits per "
+        "byte), sample, position (loss at each position of the context) (default: bpb,sample; with "
         "--hf-path: core)")
     add("--step", default="latest", help=STEP_HELP)
     add("--dataset", default="", help="stdlib, climbmix, fineweb-edu, or a folder of text "
@@ -38,8 +38,9 @@ def parse_args(argv=None):
     add("--tokenizer-dir", default="", help=TOKENIZER_DIR_HELP)
     add("--split-tokens", type=int, default=-1, help="tokens to evaluate per split, at most one "
         f"pass over it (-1: {SPLIT_TOKENS['cuda']:,}, or {SPLIT_TOKENS['cpu']:,} on a CPU)")
-    add("--device-batch-size", type=int, default=32, help="rows of text per device and batch (%(default)s)")
-    add("--max-per-task", type=int, default=-1, help="examples per CORE task (-1: all)")
+    add("--device-batch-size", type=int, default=32,
+        help="rows of text per device and batch (%(default)s)")
+    add("--max-per-task", type=int, default=-1, help="examples to evaluate per CORE task (-1: all)")
     add("--quiet", action="store_true", help=common.QUIET_HELP)
     add("--device-type", default="", help="cuda, mps or cpu (default: the best available)")
     add("--out", default="", help="also write the results to this JSON file")
