@@ -1,4 +1,4 @@
-"""From one dial, the depth, to sizes, horizon, batch, learning rates and decay: pure functions."""
+"""Pure functions that derive sizes, horizon, batch size and learning rates from the depth."""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +23,10 @@ class ModelShape:
 
 
 def model_shape(depth, aspect_ratio=64, head_dim=128):
-    """Width = depth * aspect_ratio, rounded up to a multiple of head_dim (UserError if invalid)."""
+    """Return the ModelShape; width = depth * aspect_ratio, rounded up to a multiple of head_dim.
+
+    Raise UserError for invalid sizes.
+    """
     if depth < 1 or aspect_ratio < 1:
         raise UserError(f"--depth {depth} and --aspect-ratio {aspect_ratio} must be at least 1")
     if head_dim < 2 or head_dim % 2:
@@ -94,7 +97,8 @@ def plan_horizon(n_scaling_params, reference_scaling_params, flops_per_token, *,
 def count_micro_batches(total_batch_size_tokens, device_batch_rows, sequence_len, world_size):
     """Return the micro-batches of all ranks in one optimizer step, at least one per rank.
 
-    The ranks need not have equally many. Errors: UserError naming sizes that are possible.
+    The numbers per rank may differ. Raise UserError with possible sizes if the batch does not
+    divide.
     """
     rows, rest = divmod(total_batch_size_tokens, sequence_len)
     if rest or rows < world_size:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install the project, then train a small model on Python's standard library, which needs no download.
+# Install the project, then train a small model on Python's standard library, which needs no
+# download.
 #   bash runs/quickstart.sh
 # The learning rates are 16 times the defaults: base_train scales them by (batch / 524,288)^0.5,
 # which is 1/16 at 2,048 tokens per step, and the unscaled rates were much better (dev/LOG.md).

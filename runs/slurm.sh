@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train on several nodes under SLURM until the horizon is reached. SLURM sends USR1 120 seconds
-# before the time limit: the ranks save a checkpoint and exit, and the job is queued again. If a rank
-# dies, all ranks restart from the newest valid checkpoint; --save-minutes limits the lost work.
+# before the time limit: the ranks save a checkpoint and exit, and the job is queued again. If a
+# rank dies, all ranks restart from the newest valid checkpoint; --save-minutes limits the lost
+# work.
 #   sbatch --nodes 4 runs/slurm.sh --depth 24 --target-param-data-ratio 8 --device-batch-size 16 \
 #       --save-minutes 20
 # The flags are those of scripts.base_train. Before the first job, run bash runs/setup.sh, download

@@ -99,10 +99,11 @@ def main(argv=None):
     training = partial(runner.training_command, nproc_per_node=args.nproc_per_node)
     runs = runner.training_runs(experiment)
     finished = runner.finished_runs(experiment, args.ledger)
-    print(f"{experiment.name}: profile {args.profile}, {experiment.profile.description}; depths "
-          f"{experiment.depths}, flags {shlex.join(experiment.extra_flags) or 'of the profile'}; "
-          f"{len(runs)} runs, {len(finished)} of them finished", flush=True)
-    print("The rules, before the runs:", *RULES.describe(), sep="\n  ", flush=True)
+    print(f"{experiment.name}: profile {args.profile} ({experiment.profile.description}); depths "
+          f"{', '.join(map(str, experiment.depths))}; additional flags: "
+          f"{shlex.join(experiment.extra_flags) or 'none'}; {len(runs)} runs, {len(finished)} of "
+          "them finished", flush=True)
+    print("Rules of the verdict, fixed before the runs:", *RULES.describe(), sep="\n  ", flush=True)
     if args.dry_run:
         for run in runs:
             done = "# finished: " if run.run_id in finished else ""
@@ -114,7 +115,8 @@ def main(argv=None):
     n_trained = runner.run_experiment(experiment, args.ledger, runs_dir(), training)
     if args.probe:
         runner.probe_candidates(experiment, runs_dir(), training)
-    print(f"{n_trained} runs trained; rows in {args.ledger}, records in {runs_dir()}")
+    print(f"{n_trained} runs were trained; their rows are in {args.ledger}, their records in "
+          f"{runs_dir()}")
 
 
 if __name__ == "__main__":
