@@ -44,7 +44,7 @@ _events = _topic("evaluation, samples, checkpoints (intervals in steps; -1: neve
 class TrainingConfig:
     """The flags of a training run; field `a_b` is flag --a-b of scripts.base_train.
 
-    Errors: UserError naming the flag of a value that no run can have.
+    Raise UserError naming the flag of a value that no run can have.
     """
 
     run: str = _record("dummy", "name of the run in wandb; dummy: do not use wandb", "NAME")

@@ -136,7 +136,7 @@ class RunRecord:
 
     @property
     def status(self):
-        """The summary's `status` (`ok`, or what stopped the run); `unfinished` without one."""
+        """Return the status: `ok`, the reason why the run stopped, or `unfinished` (no summary)."""
         return self.summary["status"] if self.summary else "unfinished"
 
     def of(self, kind):

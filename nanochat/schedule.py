@@ -124,7 +124,7 @@ def count_micro_batches(total_batch_size_tokens, device_batch_rows, sequence_len
 
 def lr_multiplier(step, num_iterations, *, warmup_steps=40, warmdown_ratio=0.65,
                   final_lr_frac=0.05):
-    """Factor on every learning rate for optimizer step `step` (from 0): rise, constant, fall."""
+    """Return the factor on learning rates for `step` (from 0): warm-up, constant, decay."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     warmdown_steps = round(warmdown_ratio * num_iterations)
@@ -135,13 +135,13 @@ def lr_multiplier(step, num_iterations, *, warmup_steps=40, warmdown_ratio=0.65,
 
 
 def lr_multipliers(num_iterations, **shape):
-    """`lr_multiplier` of every step of a horizon, float64 (num_iterations,)."""
+    """Return `lr_multiplier` for every step of a horizon, float64 (num_iterations,)."""
     steps = range(num_iterations)
     return np.array([lr_multiplier(step, num_iterations, **shape) for step in steps])
 
 
 def muon_momentum(step, num_iterations, *, warmdown_ratio=0.65):
-    """Muon's momentum at `step`: 0.85 to 0.97 over 400 steps, then to 0.90 over the warmdown."""
+    """Return Muon's momentum at `step`: 0.85 to 0.97 over 400 steps, then to 0.90 in the decay."""
     if step < MOMENTUM_WARMUP_STEPS:
         return 0.85 + (0.97 - 0.85) * step / MOMENTUM_WARMUP_STEPS
     warmdown_steps = round(warmdown_ratio * num_iterations)
@@ -152,5 +152,5 @@ def muon_momentum(step, num_iterations, *, warmdown_ratio=0.65):
 
 
 def muon_weight_decay(step, num_iterations, initial):
-    """Muon's weight decay at `step`: half a cosine from `initial` to 0."""
+    """Return Muon's weight decay at `step`: half a cosine from `initial` to 0."""
     return initial * 0.5 * (1 + math.cos(math.pi * step / num_iterations))

@@ -270,7 +270,7 @@ class Probe:
 
 
 def probe_candidates(experiment, runs_dir, command=training_command, report=print0):
-    """Probe each candidate but the baseline at the first depth and seed, unless it was probed."""
+    """Probe each candidate except the baseline at the first depth and seed, unless done."""
     first = experiment.depths[0], experiment.seeds[0]
     with experiment_lock(runs_dir, experiment.name, report) as lock:
         for run in training_runs(experiment):
