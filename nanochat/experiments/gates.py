@@ -29,7 +29,7 @@ INSUFFICIENT, NOT_JUDGED = "insufficient", "not judged"
 SPIKE_WINDOW = 50  # losses
 SAME_BPB = 1e-6  # a threshold this close to one derived from the baseline counts as derived
 NOT_ON_THIS_DEVICE = ("the times were measured in the Triton interpreter, so they say nothing "
-                      "about the kernels and are not judged: run the experiment on a GPU")
+                      "about the kernels and are not judged: run it on a GPU")
 
 
 @dataclass(frozen=True)
