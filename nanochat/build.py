@@ -80,7 +80,7 @@ def build_model(config, model, device, dtype):
 
 
 def build_optimizer(config, model, horizon, ranks, dtype):
-    """Return Muon and AdamW with learning rates and decay scaled by the horizon's batch."""
+    """Return Muon and AdamW with learning rates and weight decay scaled for the batch size."""
     groups = parameter_groups(
         model, embedding_lr=config.embedding_lr, unembedding_lr=config.unembedding_lr,
         matrix_lr=config.matrix_lr, scalar_lr=config.scalar_lr, weight_decay=config.weight_decay,
@@ -100,9 +100,9 @@ def compile_model(config, model, optimizer):
 
 
 def compile_ahead(config, compiled, optimizer, micro_batches, ranks, device):
-    """With several ranks, compile before the first collective operation. Changes no number.
+    """With several ranks, compile before the first collective operation. Change no number.
 
-    A rank that finds its code in the cache would otherwise wait there for the others, and run into
+    Otherwise a rank with cached code waits in that operation for ranks that compile, and can exceed
     the time limit of collective operations.
     """
     if ranks.world_size == 1 or config.no_compile:
@@ -124,7 +124,7 @@ def compile_ahead(config, compiled, optimizer, micro_batches, ranks, device):
 # --- resume -------------------------------------------------------------------------------------
 
 def identity(config, dataset, tokenizer, horizon):
-    """Return what must be equal for a resume: it decides the data and the updates."""
+    """Return the values that must be equal for a resume: they determine data and updates."""
     return {"dataset_id": dataset.dataset_id, "tokenizer_id": tokenizer.tokenizer_id,
             "seed": config.seed, "total_batch_size_tokens": horizon.total_batch_size_tokens,
             "num_iterations": horizon.num_iterations}
@@ -143,8 +143,8 @@ def check_resume(config, folder, step, expected, segment):
     """Return (meta of the checkpoint to resume from, changes since it was saved).
 
     expected: `identity` and the model's configuration. segment: flags, device, versions and
-    commit of this process. Errors: UserError if the checkpoint is of another run, of a run that
-    diverged, or if something that decides the numbers changed without --allow-changed.
+    commit of this process. Raise UserError if the checkpoint belongs to another run or to a run
+    that diverged, or if a setting that changes the numbers differs without --allow-changed.
     """
     meta = checkpoint.read_meta(folder, step)
     where = f"step {step} in {folder}"
@@ -161,8 +161,8 @@ def check_resume(config, folder, step, expected, segment):
     different = [(name, saved.get(name), value) for name, value in expected.items()
                  if saved.get(name) != value]
     if different:
-        raise UserError(f"cannot resume {where}, it is of another run: {in_words(different)}; "
-                        "give the flags of the run that saved it")
+        raise UserError(f"cannot resume {where}, it belongs to another run: "
+                        f"{in_words(different)}; give the flags of the run that saved it")
 
     fixed = config.fixed_on_resume()
     before = {**part_of(meta, "segment"), "flags": {**fixed, **flags}}
@@ -208,7 +208,7 @@ class NoLog:
 
 
 def new_run_id(tag, seed, ranks):
-    """Return an id of tag, UTC time and seed, the same on every rank."""
+    """Return an id made from tag, UTC time and seed, the same on every rank."""
     now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     return broadcast_from_rank0(ranks, lambda: f"{tag[:80]}-{now}-s{seed}")
 
@@ -247,7 +247,7 @@ def open_record(config, run_id, facts, folder, step, segment):
     if step is None and config.resume_from_step == "auto" and _died_early(runs / run_id, facts):
         step = 0
     if step is None:
-        check_new_run(runs, run_id)  # before wandb is told of it
+        check_new_run(runs, run_id)  # before wandb starts a run with this id
 
     remedy = "wait for it, stop it, or give another"
     with contextlib.ExitStack() as on_failure:
@@ -279,7 +279,7 @@ def close_record(log, status, device, target, started_sec, loader):
     """Write the summary, close the log and its sinks; return the summary.
 
     target: (metric name, threshold or None). started_sec: time.monotonic() at the start of the
-    process. Errors: UserError if the disk is full.
+    process. Raise UserError if the disk is full.
     """
     try:
         summary = {**summarize(log.folder, status, device, *target),
@@ -296,11 +296,11 @@ def close_record(log, status, device, target, started_sec, loader):
 
 
 def close_failed_record(log, device, target, started_sec, loader):
-    """Close the record of a run that an exception ended, without hiding that exception."""
+    """Close the record of a run that ended with an exception, without hiding the exception."""
     try:
         close_record(log, "error", device, target, started_sec, loader)
     except UserError as error:
-        print(f"no summary: {error}", file=sys.stderr)
+        print(f"no summary was written: {error}", file=sys.stderr)
 
 
 def summarize(folder, status, device, metric_name=None, threshold=None):
@@ -357,7 +357,7 @@ def warn_of_short_horizon(config, num_iterations):
 
 
 def _died_early(folder, facts):
-    """Return whether a run of these flags exists that ended without success or checkpoint."""
+    """Return whether an earlier run with these flags exists that did not succeed."""
     if not (folder / CONFIG).exists():
         return False
     earlier = read_run(folder)

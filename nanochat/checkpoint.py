@@ -50,7 +50,7 @@ def checkpoint_steps(folder):
 def save_checkpoint(folder, step, model_state, optimizer_state, meta, ranks=None):
     """Save one checkpoint; every rank calls it. Return whether all weights are finite.
 
-    Rank 0 writes model and meta, each rank its share of the optimizer state. Errors: UserError on
+    Rank 0 writes model and meta, each rank its share of the optimizer state. Raise UserError on
     every rank if a disk is full or not writable; earlier checkpoints stay as they were.
     """
     ranks = ranks or Ranks()
@@ -173,7 +173,7 @@ def newest_valid_in_words(folder, damaged_step=None):
 
 
 def read_meta(folder, step):
-    """Return the meta dict of a checkpoint. Errors: UserError if it is damaged."""
+    """Return the meta dict of a checkpoint. Raise UserError if it is damaged."""
     try:
         return _parse_meta(Path(folder), step)
     except (OSError, ValueError) as error:
@@ -239,32 +239,32 @@ class Trained:
 
     @property
     def tag(self):
-        """Name of the checkpoint folder."""
+        """Return the name of the checkpoint folder."""
         return self.folder.name
 
     @property
     def name(self):
-        """Tag and step, for file names."""
+        """Return tag and step for file names."""
         return f"{self.tag}_{self.step:06d}"
 
     @property
     def row_tokens(self):
-        """Longest sequence in training."""
+        """Return the longest sequence in training."""
         return self.model.config.sequence_len
 
     @property
     def max_tokens(self):
-        """Longest sequence that the model accepts."""
+        """Return the longest sequence that the model accepts."""
         return self.model.cos.size(1)
 
     @property
     def user_config(self):
-        """Flags of the run, as far as the checkpoint has them."""
+        """Return the flags of the run that the checkpoint has."""
         return self.meta.get("user_config") or {}
 
     @property
     def tokens(self):
-        """Number of tokens trained on."""
+        """Return the number of tokens trained on."""
         batch = self.meta.get("total_batch_size_tokens", self.meta.get("total_batch_size", 0))
         return self.step * batch
 
@@ -273,7 +273,7 @@ def load_trained(model_tag, step, device, compute_dtype, tokenizer_dir=""):
     """Load a checkpoint with its tokenizer, by tag or absolute path.
 
     step: a number, digits, or "latest". tokenizer_dir: empty for the folder that the checkpoint
-    names, else the cache's. Errors: UserError if there is no such checkpoint, it is damaged, or
+    names, else the cache's. Raise UserError if there is no such checkpoint, it is damaged, or
     the tokenizer is not the one it was trained with.
     """
     folder = checkpoint_folder(model_tag)
@@ -310,7 +310,7 @@ def _remove(folder, step):
 
 
 def _remove_temporary_files(folder, ranks):
-    """Remove what a killed process left of the files that this rank writes."""
+    """Remove temporary files of this rank that a killed process left."""
     names = [f"optim_*_rank{ranks.rank}.pt"]
     if ranks.is_main:
         names += ["model_*.pt", "meta_*.json"]

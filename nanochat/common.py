@@ -45,7 +45,7 @@ def warn(message):
 def say(*values, **options):
     """Print and flush. After an error discard further output, so that long work continues.
 
-    A reader that is gone (`| head`) is no error; a full disk is warned of.
+    A closed pipe (`| head`) causes no message; a full disk causes a warning.
     """
     try:
         print(*values, **{"flush": True, **options})
@@ -62,13 +62,13 @@ def print0(*values, **options):
 
 
 def _discard_output():
-    """Send stdout to /dev/null, with what is buffered: Python flushes it at exit."""
+    """Send stdout to /dev/null, with the buffered output, which Python flushes at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def command(main):
-    """Wrap a script's `main(argv=None)`: report an error of the user or machine as one line."""
+    """Wrap a script's `main(argv=None)` so that errors of user or machine print one line."""
 
     @functools.wraps(main)
     def run(argv=None):
@@ -103,7 +103,7 @@ def command(main):
 
 
 def _prepare_streams():
-    """Replace closed standard streams and escape characters that a terminal cannot show."""
+    """Replace closed standard streams, and escape characters that a stream cannot encode."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed; the next file to be opened takes its number
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
@@ -113,9 +113,9 @@ def _prepare_streams():
 
 
 def _machine_error(error):
-    """Describe an error of a file, of memory or of another rank; None for a program error.
+    """Return a message for an error of a file, of memory or of another rank; else None.
 
-    torch reports the last two as RuntimeErrors, known by their text.
+    torch raises RuntimeErrors for memory and ranks; only their text tells them apart.
     """
     text = str(error)
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text):
@@ -124,7 +124,7 @@ def _machine_error(error):
                 "or stop other programs on this machine")
     if isinstance(error, OSError):
         file = f"{error.filename}: " if error.filename else ""
-        return f"{file}{error.strerror or error}; fix this, or use another file"
+        return f"{file}{error.strerror or error}; correct this, or use another file"
     lost = re.search("Connection closed by peer|Connection reset by peer|gloo|NCCL|Broken pipe",
                      text)
     if lost and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -138,14 +138,22 @@ def _machine_error(error):
 
 # --- paths ---------------------------------------------------------------------------------------
 
+# help of flags that several programs have
+CACHE_HELP = "<cache>: $NANOCHAT_BASE_DIR, or ~/.cache/nanochat if that is not set"
+MODEL_TAG_HELP = ("name of a checkpoint folder in <cache>/base_checkpoints, or its absolute path "
+                  f"({CACHE_HELP})")
+STEP_HELP = "step of the checkpoint; latest: the newest (%(default)s)"
+TOKENIZER_DIR_HELP = ("folder of the tokenizer (default: the one of the checkpoint, else "
+                      "<cache>/tokenizer)")
+
 NAME_LENGTH = 128  # characters
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*")
 
 
 def check_name(what, name):
-    """Return `name` if it can name a file or folder of the cache; `what` is for the error.
+    """Return `name` if it can name a file or folder of the cache, else raise UserError.
 
-    Every run id, model tag and dataset id passes this check. Raise UserError.
+    Every run id, model tag and dataset id passes this check. The error begins with `what`.
     """
     if isinstance(name, str) and len(name) <= NAME_LENGTH and _NAME.fullmatch(name):
         return name
@@ -221,7 +229,7 @@ def _fsync(path):
 
 
 def check_output(flag, path):
-    """Raise UserError if no file can be written at `path`: before the work, not after it."""
+    """Raise UserError if no file can be written at `path`; call it before long work."""
     try:
         if Path(path).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -261,7 +269,7 @@ def parse_json(data):
 
 
 def read_json(path, remedy):
-    """Return the JSON object in a file. Raise UserError that ends with `remedy`, what to do."""
+    """Return the JSON object in a file. Raise UserError with the advice `remedy` at its end."""
     try:
         value = parse_json(Path(path).read_bytes())
     except OSError as error:
@@ -545,7 +553,7 @@ def peak_memory_mib(device):
 # --- progress ------------------------------------------------------------------------------------
 
 QUIET = "NANOCHAT_QUIET"  # environment variable, so that programs started by this one obey it too
-QUIET_HELP = "show results and warnings only, no progress"
+QUIET_HELP = "print results and warnings only, no progress"
 _SILENCE_SEC = 600.0  # a log without a line for this long gets one
 
 

@@ -21,10 +21,10 @@ CROPPED_DATASETS = tuple(name for name in NAMED_DATASETS if name != "stdlib")
 
 
 def _topic(title):
-    """Return a maker of the fields of one topic of the help.
+    """Return a function that creates the dataclass fields of one topic of the help.
 
-    unit: what the number counts; at_least, at_most: bounds; choices: the allowed values;
-    on_resume: the value decides the numbers of a run, so a resumed run must have the same one.
+    unit: placeholder of the value in the help; at_least, at_most: bounds; choices: allowed values;
+    on_resume: the value changes the numbers of a run, so a resumed run must have the same one.
     """
 
     def flag(default, text, unit=None, **marks):
@@ -34,8 +34,8 @@ def _topic(title):
     return flag
 
 
-_record, _machine, _data, _model = map(_topic, ("record", "machine", "data", "model"))
-_horizon = _topic("horizon: the first of these flags that is given decides (-1: not given)")
+_record, _machine, _data, _model = map(_topic, ("names and output", "machine", "data", "model"))
+_horizon = _topic("horizon: the first of these flags that is not -1 sets the number of steps")
 _optimization = _topic("optimization")
 _events = _topic("evaluation, samples, checkpoints (intervals in steps; -1: never)")
 
@@ -44,37 +44,41 @@ _events = _topic("evaluation, samples, checkpoints (intervals in steps; -1: neve
 class TrainingConfig:
     """The flags of a training run; field `a_b` is flag --a-b of scripts.base_train.
 
-    Errors: UserError naming the flag of a value that no run can have.
+    Raise UserError naming the flag of a value that no run can have.
     """
 
-    run: str = _record("dummy", "wandb run name; dummy turns wandb off", "NAME")
+    run: str = _record("dummy", "name of the run in wandb; dummy: do not use wandb", "NAME")
     run_id: str = _record(
-        "", "record name under <cache>/runs; empty: made from tag, time and seed", "ID")
+        "", "name of the folder for the run's record in <cache>/runs; empty: made from model tag, "
+        "time and seed", "ID")
     model_tag: str = _record(
-        "", "name of the checkpoint folder; empty: d<depth>, with another seed d<depth>-s<seed>. "
-        "Checkpoints of another run there are moved to <tag>.before-<time>", "TAG")
+        "", "name of the checkpoint folder in <cache>/base_checkpoints; empty: d<depth>, or "
+        "d<depth>-s<seed> if --seed is not 42. If the folder has checkpoints of another run, they "
+        "are moved to <tag>.before-<time>", "TAG")
     quiet: bool = _record(
-        False, "print results and errors only, no progress; the record has everything")
+        False, "print results and errors only, no progress; the run's record stays complete")
 
     device_type: str = _machine("", "cuda, mps or cpu; empty: the best available", "KIND")
     rank_timeout_minutes: float = _machine(
-        60.0, "several ranks: abort if a collective operation waits longer than this", "MINUTES",
-        at_least=0.1, at_most=10_000)
+        60.0, "with several ranks: abort if a collective operation takes longer than N minutes",
+        "N", at_least=0.1, at_most=10_000)
     no_compile: bool = _machine(
         False, "run the model uncompiled (slower, but starts at once)", on_resume=True)
     attention: str = _machine(
-        "auto", "attention backend: auto, varlen, sdpa or blockwise", "BACKEND",
+        "auto", "attention backend: varlen (FlashAttention, on a GPU), sdpa (torch's), blockwise "
+        "(for short rows on a CPU), or auto: the best for each layer", "BACKEND",
         choices=("auto", "varlen", "sdpa", "blockwise"), on_resume=True)
     fp8: bool = _machine(
         False, "compute the large matmuls of training in fp8 with one scale per tensor (compute "
-        "capability 8.9 or newer; pays for large models)", on_resume=True)
+        "capability 8.9 or newer; faster only for large models)", on_resume=True)
 
     dataset: str = _data(
         "climbmix", "stdlib, climbmix, fineweb-edu, or a folder of text files", "NAME")
     tokenizer_dir: str = _data("", "tokenizer folder; empty: <cache>/tokenizer", "FOLDER")
     crop: str = _data(
-        "", "rest of a document that was cropped to fill a row: carry (use it in a later row) or "
-        "drop; empty: drop for climbmix and fineweb-edu, as upstream does, else carry", "RULE",
+        "", "how to treat the rest of a document that was cropped to fill a row: carry (use it in "
+        "a later row) or drop (do not use it); empty: drop for climbmix and fineweb-edu, as in "
+        "karpathy/nanochat, else carry", "RULE",
         choices=CROPS)
     seed: int = _data(
         DEFAULT_SEED, "seed of the initial weights and of the data order", "SEED", at_least=0)
@@ -86,48 +90,51 @@ class TrainingConfig:
     head_dim: int = _model(128, "head dimension of the attention", "CHANNELS")
     max_seq_len: int = _model(2048, "context length", "TOKENS", at_least=1)
     window_pattern: str = _model(
-        "SSSL", "attention window per layer, repeated over the layers: L is the full context, S a "
-        "quarter of it; the last layer is always full", "SL")
+        "SSSL", "attention window of each layer, repeated over the layers: L is the full context, "
+        "S is a quarter of it; the last layer always has the full context", "PATTERN")
     fused_rmsnorm: bool = _model(
-        False, "lane C: rotary embedding and QK-norm in one Triton kernel (without compilation "
-        "also the other norms)", on_resume=True)
+        False, "compute rotary embedding and QK-norm in one Triton kernel; with --no-compile, use "
+        "it for the other norms too (lane C, see ideas/)", on_resume=True)
     chunked_ce: bool = _model(
-        False, "lane C: chunked linear cross-entropy, which never stores all logits",
-        on_resume=True)
+        False, "compute output head and cross-entropy in chunks of rows, so that the complete "
+        "logits are never stored (lane C, see ideas/)", on_resume=True)
 
     num_iterations: int = _horizon(-1, "optimizer steps", "STEPS")
     target_flops: float = _horizon(-1.0, "total training FLOPs", "FLOPS")
     target_param_data_ratio: float = _horizon(
-        12.0, "training tokens per scaling parameter", "RATIO")
+        12.0, "training tokens per scaling parameter, that is, per weight of the transformer "
+        "matrices and the output head", "RATIO")
 
     device_batch_size: int = _optimization(
         32, "rows per device and micro-batch", "ROWS", at_least=1, at_most=1 << 20, on_resume=True)
     total_batch_size: int = _optimization(
-        -1, "tokens per optimizer step; -1: automatic from the horizon", "TOKENS")
+        -1, "tokens per optimizer step; -1: a power of two that grows with the model. The learning "
+        "rates below are for 524,288 tokens and are scaled by the square root of the batch size",
+        "TOKENS")
     embedding_lr: float = _optimization(
         0.3, "learning rate of the embeddings (AdamW)", "LR", at_least=0, on_resume=True)
     unembedding_lr: float = _optimization(
         0.008, "learning rate of the output head (AdamW)", "LR", at_least=0, on_resume=True)
     matrix_lr: float = _optimization(
-        0.02, "learning rate of the matrices (Muon)", "LR", at_least=0, on_resume=True)
+        0.02, "learning rate of the transformer matrices (Muon)", "LR", at_least=0, on_resume=True)
     scalar_lr: float = _optimization(
-        0.5, "learning rate of the scalars (AdamW)", "LR", at_least=0, on_resume=True)
+        0.5, "learning rate of the scalar parameters (AdamW)", "LR", at_least=0, on_resume=True)
     weight_decay: float = _optimization(
         0.28, "initial weight decay of Muon; it falls to 0 over the horizon", "DECAY", at_least=0,
         on_resume=True)
     warmup_steps: int = _optimization(
         40, "linear warm-up of the learning rates", "STEPS", at_least=0, on_resume=True)
     warmdown_ratio: float = _optimization(
-        0.65, "share of the horizon in which the learning rates fall", "SHARE", at_least=0,
+        0.65, "share of the horizon over which the learning rates decay", "SHARE", at_least=0,
         at_most=1, on_resume=True)
     final_lr_frac: float = _optimization(
         0.05, "final learning rate as a share of its peak", "SHARE", at_least=0, on_resume=True)
     resume_from_step: str = _optimization(
-        "-1", "resume from the checkpoint of this step; latest: the newest; auto: the newest valid "
-        "one, or a new run if there is none; -1: new run", "STEP")
+        "-1", "resume from the checkpoint of this step; latest: from the newest one; auto: from "
+        "the newest valid one, or start a new run if there is none; -1: start a new run", "STEP")
     allow_changed: bool = _optimization(
-        False, "resume although flags, dtype, device or library versions that change the numbers "
-        "differ from those of the checkpoint; the record names them")
+        False, "resume even if flags, dtype, device or library versions that change the numbers "
+        "differ from those of the checkpoint; the differences are recorded")
 
     eval_every: int = _events(250, "measure bits per byte on the validation split", "STEPS")
     eval_tokens: int = _events(
@@ -138,18 +145,18 @@ class TrainingConfig:
         500, "examples per CORE task; -1: all", "EXAMPLES", on_resume=True)
     sample_every: int = _events(2000, "print samples from the model", "STEPS")
     save_every: int = _events(
-        -1, "save a checkpoint; -1: only at the end, 0: never", "STEPS")
+        -1, "save a checkpoint; -1: only at the end; 0: never, also not at the end", "STEPS")
     save_minutes: float = _events(
-        0.0, "also save a checkpoint every N minutes (0: off)", "MINUTES", at_least=0)
+        0.0, "also save a checkpoint every N minutes (0: off)", "N", at_least=0)
     keep_checkpoints: int = _events(
-        0, "keep the N newest valid checkpoints and the best by val_bpb (0: keep all)", "COUNT",
+        0, "keep the N newest valid checkpoints and the best by val_bpb (0: keep all)", "N",
         at_least=0)
     position_losses: bool = _events(
-        False, "record the loss by position of the final validation")
+        False, "record the loss at each position of the context in the final validation")
     target_metric_name: str = _events(
-        "val_bpb", "metric of the time to target: val_bpb or core", "METRIC")
+        "val_bpb", "metric whose time to target is measured: val_bpb or core", "METRIC")
     target_metric_threshold: float = _events(
-        math.nan, "target value of that metric; nan: no target", "VALUE")
+        math.nan, "value of that metric that is the target; nan: no target", "VALUE")
     stop_at_target: bool = _events(
         False, "end the run at the first evaluation that reaches the target")
 
@@ -174,25 +181,25 @@ class TrainingConfig:
 
     @property
     def target(self):
-        """(metric name, threshold) of the time to target; threshold None: no target."""
+        """Return (metric name, threshold) of the time to target; threshold None: no target."""
         threshold = self.target_metric_threshold
         return self.target_metric_name, None if math.isnan(threshold) else threshold
 
     @property
     def tag(self):
-        """Name of the checkpoint folder; runs of different seeds have different ones."""
+        """Return the name of the checkpoint folder; by default it differs between seeds."""
         seed = f"-s{self.seed}" if self.seed != DEFAULT_SEED else ""
         return self.model_tag or f"d{self.depth}{seed}"
 
     def to_dict(self):
-        """Return the values as records and checkpoints keep them; no target is None."""
+        """Return the values as records and checkpoints keep them; a missing target is None."""
         return {**dataclasses.asdict(self), "target_metric_threshold": self.target[1]}
 
     @classmethod
     def fixed_on_resume(cls):
-        """Return {name: default} of the flags that decide a run's numbers.
+        """Return {name: default} of the flags that a resume may change only with --allow-changed.
 
-        A resume without --allow-changed must repeat them. They do not make it another run.
+        They change the numbers of a run, but not which run it is.
         """
         return {flag.name: flag.default for flag in dataclasses.fields(cls)
                 if flag.metadata.get("on_resume")}
@@ -218,7 +225,8 @@ def run_horizon(config, model):
 
 def parse_config(argv=None, prog="python -m scripts.base_train", description=None):
     """Return the TrainingConfig that a command line asks for."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser = argparse.ArgumentParser(allow_abbrev=False, prog=prog, description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     topics = {}
     for flag in dataclasses.fields(TrainingConfig):
         title = flag.metadata["topic"]

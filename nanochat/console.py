@@ -1,4 +1,4 @@
-"""Sinks for the events of a run besides its record: the terminal and wandb."""
+"""Outputs for the events of a run in addition to its record: the terminal and wandb."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from nanochat.common import TenPercentSteps, UserError
 
 
 class ConsoleSink:
-    """A progress bar on a terminal, in a log one line per 10 % of the steps; results as lines."""
+    """Print results as lines, and progress as a bar or, in a log, as a line per 10 % of steps."""
 
     def __init__(self, num_iterations, start_step=0):
         self.num_iterations, self.start_step = num_iterations, start_step
@@ -82,7 +82,7 @@ class ConsoleSink:
 
 
 class WandbSink:
-    """Sends the numbers of the events to wandb; WANDB_MODE=offline needs no network."""
+    """Send the numbers of the events to wandb; WANDB_MODE=offline needs no network."""
 
     def __init__(self, name, run_id, config):
         import wandb
@@ -100,8 +100,8 @@ class WandbSink:
         numbers = {f"{kind}/{name}": value for name, value in event.items()
                    if isinstance(value, (int, float)) and name != "step"}
         if numbers and "step" in event:
-            # Our step is wandb's own step, too: after a resume, steps that wandb has already are
-            # left out instead of appearing twice.
+            # Passing our step as wandb's step makes wandb ignore steps that it has already, which
+            # a resumed run repeats.
             self.run.log({"step": event["step"], **numbers}, step=event["step"])
 
     def close(self):

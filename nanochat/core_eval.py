@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import yaml
 
 from nanochat.common import (
+    CACHE_HELP,
     UserError,
     atomic_path,
     base_dir,
@@ -436,7 +437,7 @@ def load_hf(path, device, dtype):
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        raise UserError("--hf-path needs transformers; run pip install 'nanochat[hf]'") from None
+        raise UserError("--hf-path needs transformers; run pip install -e '.[hf]'") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
@@ -449,7 +450,8 @@ def load_hf(path, device, dtype):
 
 
 def parse_args(argv=None):
-    description = "Download the tasks of CORE into the cache folder."
+    description = ("Download the tasks of CORE, the score that compares a model with GPT-2, into "
+                   f"<cache>/eval_bundle. {CACHE_HELP}.")
     parser = argparse.ArgumentParser("python -m nanochat.core_eval", description=description)
     return parser.parse_args(argv)
 

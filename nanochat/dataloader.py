@@ -77,14 +77,16 @@ class TokenLoader:
 
     @property
     def distinct_tokens(self):
-        """Tokens that the first pass over the text served, to all ranks. Later passes crop
-        documents elsewhere under "drop" and serve some new tokens, which are not counted.
+        """Return the number of tokens that the first pass over the text gave to all ranks.
+
+        With "drop", later passes crop documents at other places and give some new tokens, which
+        are not counted.
         """
         return self._delivered.distinct_tokens
 
     @property
     def epochs(self):
-        """Tokens served / distinct tokens: 1.0 in the first pass, 0.0 before the first batch."""
+        """Return tokens served / distinct tokens: 1.0 in the first pass, 0.0 before it begins."""
         return self._delivered.served_tokens / max(1, self.distinct_tokens)
 
     def state_dict(self):

@@ -1,4 +1,4 @@
-"""Datasets: the named ones and folders of text, as parquet shards of documents.
+"""Datasets, named ones or folders of text, as parquet shards of documents.
 
 python -m nanochat.dataset -n 8                 download 8 training shards of climbmix
 python -m nanochat.dataset --dataset stdlib     prepare the standard library of this Python
@@ -6,7 +6,8 @@ python -m nanochat.dataset --dataset my_folder  prepare a folder of text (see te
 
 Documents of stdlib and of folders are copied into shards in the cache, in the order of their
 hashes, which is as good as random and depends on the text only. The first 5 % are the validation
-split, unless files of the folder are named as one. Downloads validate on their last shard.
+split, unless the name of a file says that it is for validation. The validation split of a download
+is its last shard.
 """
 
 import argparse
@@ -66,7 +67,7 @@ _MAX_BUCKETS = 256
 
 @dataclass(frozen=True)
 class Dataset:
-    """The shards to train on and to validate on. `checksums`: the SHA-256 of each."""
+    """The training and validation shards of a dataset. `checksums`: the SHA-256 per shard."""
 
     dataset_id: str
     train_shards: tuple[Path, ...]
@@ -78,7 +79,7 @@ def open_dataset(name, skip_bad=text_folder.SKIP_BAD):
     """Return the Dataset of stdlib, of a download, or of a folder of text.
 
     stdlib and folders are prepared on first use. A folder with a changed file is prepared again
-    and gets another dataset_id. skip_bad: largest share of its samples that may be unusable.
+    and gets another dataset_id. skip_bad: largest share of a folder's samples that may be unusable.
     """
     name = str(name)
     if name in DOWNLOADS:
@@ -93,14 +94,14 @@ def open_dataset(name, skip_bad=text_folder.SKIP_BAD):
 
     path = Path(name if os.path.isdir(name) else os.path.expanduser(name))
     if not os.path.isdir(path):  # Path.is_dir raises an error if the name is too long
-        problem = "is a file: name its folder" if os.path.exists(path) else "is not a folder"
+        problem = "is a file" if os.path.exists(path) else "is not a folder"
         names = ", ".join(NAMED_DATASETS)
-        raise UserError(f"--dataset {name!r} {problem}; named datasets are {names}")
+        raise UserError(f"--dataset {name!r} {problem}; give a folder of text or one of {names}")
     return _open_folder(path, skip_bad)
 
 
 def _open_folder(path, skip_bad):
-    """Prepare a folder and print which of its files are used for what."""
+    """Prepare a folder and print the split of each of its files."""
     text = text_folder.TextFolder(path)
     if not text.split("train"):
         reasons = "; ".join(_split_lines(text)) or "no files"
@@ -136,7 +137,7 @@ def _open_folder(path, skip_bad):
 
 
 def _split_lines(text):
-    """Return the lines that say which files of a TextFolder are used for what."""
+    """Return lines that name the files of each split of a TextFolder."""
     lines = []
     for split, title in zip(SPLITS, ("training", "validation", "test, not used"), strict=True):
         names = [file.name for file in text.split(split)]
@@ -149,7 +150,7 @@ def _split_lines(text):
 
 
 def _open_prepared(folder):
-    remedy = f"delete {folder}, and it is prepared again"
+    remedy = f"delete {folder}; it will be prepared again"
     manifest, checksums = (read_json(folder / name, remedy) for name in (MANIFEST, DIGESTS))
     try:
         shards = {folder / shard: checksums[shard] for shard in manifest["shards"]}
@@ -167,7 +168,7 @@ def _open_prepared(folder):
 
 def prepare_shards(folder, name, documents, expected_bytes, samples=None, named_validation=False,
                    distinct=False):
-    """Write shards and dataset.json to `folder`, unless it exists. On failure nothing is left.
+    """Write shards and dataset.json to `folder`, unless it exists. A failure leaves no files.
 
     documents: iterable of (split, UTF-8 bytes), read only if the folder does not exist.
     samples: counted while the iterable is read. named_validation: whether it has a validation
@@ -204,9 +205,9 @@ def prepare_shards(folder, name, documents, expected_bytes, samples=None, named_
 
 
 def _spill(documents, folder, name, expected_bytes):
-    """Write documents to files by the first bits of their hash: (paths, bytes of training text).
+    """Write documents to files by the first bits of their hash.
 
-    Each file is small enough to be sorted in memory.
+    Return (paths, bytes of training text). Each file is small enough to be sorted in memory.
     """
     n_buckets = min(max(math.ceil(expected_bytes / _BUCKET_BYTES), 1), _MAX_BUCKETS)
     paths = [folder / str(i) for i in range(n_buckets)]
@@ -307,7 +308,7 @@ class _ShardWriter:
         self.n_bytes += len(data)
 
     def close(self):
-        """Write the shard that is not complete yet; return the paths of all."""
+        """Write the shard that is not complete yet; return the paths of all shards."""
         if self.documents:
             column = pa.array(self.documents, pa.binary()).cast(pa.string())
             self.paths.append(Path(f"{self.prefix}{len(self.paths)}"))
@@ -352,7 +353,7 @@ def read_documents(path):
 
 
 def sample_documents(shards, max_chars, doc_cap=None):
-    """Yield documents of the shards, each cut at `doc_cap` characters, up to `max_chars` in all."""
+    """Yield documents, each cut at `doc_cap` characters, until `max_chars` have been yielded."""
     for shard in shards:
         for document in read_documents(shard):
             yield document[:doc_cap]
@@ -413,7 +414,10 @@ def download_shards(name, n_train_shards, num_workers=4):
 
 
 def _fetch(repo, name, folder):
-    """Download a shard and check it: (path, SHA-256). The hub's etag of large files is that too."""
+    """Download a shard, check it and return (path, SHA-256).
+
+    The hub's etag of a large file is its SHA-256.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     where = {"repo_type": "dataset", "endpoint": os.environ.get("HF_ENDPOINT")}
@@ -439,15 +443,17 @@ def _fetch(repo, name, folder):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m nanochat.dataset",
-                                     description="Download or prepare a dataset.")
+                                     description="Download a named dataset, or prepare a folder of "
+                                     "text or Python's standard library (stdlib).")
     parser.add_argument("--dataset", default="climbmix", help=DATASET_HELP)
     parser.add_argument("-n", "--num-files", type=int,
-                        help="training shards to download, about 100 MB each (-1: all)")
+                        help="training shards to download, about 100 MB each (-1: all); required "
+                             f"for {' and '.join(DOWNLOADS)}")
     parser.add_argument("-w", "--num-workers", type=int, default=4,
                         help="parallel downloads (%(default)s)")
     parser.add_argument("--skip-bad", type=float, default=text_folder.SKIP_BAD, metavar="SHARE",
-                        help="leave out unusable lines, rows and documents of a folder, up to this "
-                             "share of all (%(default)s)")
+                        help="leave out unusable lines, rows and documents of a folder of text; "
+                             "fail if their share of all is larger than this (%(default)s)")
     parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
     return parser.parse_args(argv)
 
@@ -459,8 +465,10 @@ def main(argv=None):
     if args.num_workers < 1 or not 0 <= args.skip_bad < 1:
         raise UserError("-w must be at least 1, --skip-bad at least 0 and below 1")
     if (args.dataset in DOWNLOADS) != (args.num_files is not None):
-        raise UserError(f"-n, the number of training shards to download, such as -n 8, is for "
-                        f"{' and '.join(DOWNLOADS)}, and they need it")
+        names = " and ".join(DOWNLOADS)
+        raise UserError(f"--dataset {args.dataset} needs -n, the number of training shards to "
+                        "download, for example -n 8" if args.dataset in DOWNLOADS else
+                        f"-n is only for the downloads {names}; leave it out")
     if args.dataset in DOWNLOADS:
         download_shards(args.dataset, args.num_files, args.num_workers)
 

@@ -82,7 +82,7 @@ class GPTConfig:
 
     @property
     def windows(self):
-        """Number of tokens to the left that each layer's queries see; the last layer sees all."""
+        """Return the number of tokens to the left that queries see, per layer (last: all)."""
         short = math.ceil(self.sequence_len / 4 / SHORT_WINDOW_MULTIPLE) * SHORT_WINDOW_MULTIPLE
         sizes = {"L": self.sequence_len, "S": short}
         kinds = itertools.islice(itertools.cycle(self.window_pattern), self.n_layer - 1)

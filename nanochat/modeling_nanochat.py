@@ -44,7 +44,7 @@ class NanochatConfig(PretrainedConfig):
         return self.num_key_value_heads * self.head_dim
 
     def has_value_embedding(self, layer):
-        """Every second layer has one, counted so that the last one does."""
+        """Return True for every second layer, counted so that the last layer has one."""
         return (self.num_hidden_layers - 1 - layer) % 2 == 0
 
 
@@ -67,7 +67,7 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, window):
-    """Causal attention of q (B, T, H, D) to k, v (B, T, Hkv, D) within `window` tokens to the left.
+    """Return causal attention of q (B, T, H, D) to k, v (B, T, Hkv, D), `window` tokens back.
 
     Sums are taken in nanochat's order, so that the logits are equal.
     """

@@ -268,7 +268,7 @@ class Estimate:
 
     @property
     def train_hours(self):
-        """Hours of all steps, without evaluation, checkpoints and compilation."""
+        """Return the hours of all steps, without evaluation, checkpoints and compilation."""
         return self.step_sec * self.horizon.num_iterations / 3600
 
     @property

@@ -136,7 +136,7 @@ class RunRecord:
 
     @property
     def status(self):
-        """The summary's `status` (`ok`, or what stopped the run); `unfinished` without one."""
+        """Return the status: `ok`, the reason why the run stopped, or `unfinished` (no summary)."""
         return self.summary["status"] if self.summary else "unfinished"
 
     def of(self, kind):
@@ -150,7 +150,8 @@ def read_run(folder, skip_curves=False):
     skip_curves: do not read the events of a run that has a summary.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG, "this is not the record of a run")
+    config = read_json(folder / CONFIG, "this is not the record of a run; list runs with python -m "
+                       "scripts.runs")
     summary = None
     if (folder / SUMMARY).exists():
         summary = read_json(folder / SUMMARY, "fix or delete it")
@@ -184,7 +185,8 @@ def find_run(name, runs_dir):
     for folder in (Path(name), Path(runs_dir) / name):
         if (folder / CONFIG).exists():
             return read_run(folder)
-    raise UserError(f"no run {name!r}: it is neither the folder of a run nor an id in {runs_dir}")
+    raise UserError(f"no run {name!r}: it is neither the folder of a run nor an id in {runs_dir}; "
+                    "list the ids with python -m scripts.runs")
 
 
 def check_new_run(runs_dir, run_id):

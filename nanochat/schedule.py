@@ -1,4 +1,4 @@
-"""From one dial, the depth, to sizes, horizon, batch, learning rates and decay: pure functions."""
+"""Pure functions that derive sizes, horizon, batch size and learning rates from the depth."""
 
 import math
 from dataclasses import dataclass
@@ -23,7 +23,10 @@ class ModelShape:
 
 
 def model_shape(depth, aspect_ratio=64, head_dim=128):
-    """Width = depth * aspect_ratio, rounded up to a multiple of head_dim (UserError if invalid)."""
+    """Return the ModelShape; width = depth * aspect_ratio, rounded up to a multiple of head_dim.
+
+    Raise UserError for invalid sizes.
+    """
     if depth < 1 or aspect_ratio < 1:
         raise UserError(f"--depth {depth} and --aspect-ratio {aspect_ratio} must be at least 1")
     if head_dim < 2 or head_dim % 2:
@@ -94,7 +97,8 @@ def plan_horizon(n_scaling_params, reference_scaling_params, flops_per_token, *,
 def count_micro_batches(total_batch_size_tokens, device_batch_rows, sequence_len, world_size):
     """Return the micro-batches of all ranks in one optimizer step, at least one per rank.
 
-    The ranks need not have equally many. Errors: UserError naming sizes that are possible.
+    The numbers per rank may differ. Raise UserError with possible sizes if the batch does not
+    divide.
     """
     rows, rest = divmod(total_batch_size_tokens, sequence_len)
     if rest or rows < world_size:
@@ -120,7 +124,7 @@ def count_micro_batches(total_batch_size_tokens, device_batch_rows, sequence_len
 
 def lr_multiplier(step, num_iterations, *, warmup_steps=40, warmdown_ratio=0.65,
                   final_lr_frac=0.05):
-    """Factor on every learning rate for optimizer step `step` (from 0): rise, constant, fall."""
+    """Return the factor on learning rates for `step` (from 0): warm-up, constant, decay."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     warmdown_steps = round(warmdown_ratio * num_iterations)
@@ -131,13 +135,13 @@ def lr_multiplier(step, num_iterations, *, warmup_steps=40, warmdown_ratio=0.65,
 
 
 def lr_multipliers(num_iterations, **shape):
-    """`lr_multiplier` of every step of a horizon, float64 (num_iterations,)."""
+    """Return `lr_multiplier` for every step of a horizon, float64 (num_iterations,)."""
     steps = range(num_iterations)
     return np.array([lr_multiplier(step, num_iterations, **shape) for step in steps])
 
 
 def muon_momentum(step, num_iterations, *, warmdown_ratio=0.65):
-    """Muon's momentum at `step`: 0.85 to 0.97 over 400 steps, then to 0.90 over the warmdown."""
+    """Return Muon's momentum at `step`: 0.85 to 0.97 over 400 steps, then to 0.90 in the decay."""
     if step < MOMENTUM_WARMUP_STEPS:
         return 0.85 + (0.97 - 0.85) * step / MOMENTUM_WARMUP_STEPS
     warmdown_steps = round(warmdown_ratio * num_iterations)
@@ -148,5 +152,5 @@ def muon_momentum(step, num_iterations, *, warmdown_ratio=0.65):
 
 
 def muon_weight_decay(step, num_iterations, initial):
-    """Muon's weight decay at `step`: half a cosine from `initial` to 0."""
+    """Return Muon's weight decay at `step`: half a cosine from `initial` to 0."""
     return initial * 0.5 * (1 + math.cos(math.pi * step / num_iterations))

@@ -47,7 +47,7 @@ _BOMS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",  # before
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view",
                "null")
 
-# name: path below the folder; split: "" if no name gives one
+# name: path relative to the folder; split: "" if no name gives one
 TextFile = namedtuple("TextFile", "path name n_bytes kind compression split")
 
 
@@ -86,7 +86,7 @@ class TextFolder:
 
     @property
     def expected_bytes(self):
-        """Approximate size of the text. It is about three times that of a compressed file."""
+        """Return the approximate size of the text, about three times that of a compressed file."""
         return sum(file.n_bytes * (3 if file.compression or file.kind == "row" else 1)
                    for file in self.files)
 
@@ -99,7 +99,7 @@ class TextFolder:
         self.left_out_bytes += n_bytes
 
     def left_out_lines(self):
-        """Return the line that names the files which are not read, if there are any."""
+        """Return a line that counts the files that are not read, if there are any."""
         if not self.left_out:
             return []
         counts = ", ".join(f"{n:,} {problem}" for problem, n in self.left_out.most_common())
@@ -109,7 +109,7 @@ class TextFolder:
 
 
 class Samples:
-    """A count of samples (lines, rows, documents of text files), and of those that are unusable.
+    """A count of samples (lines, rows, documents of text files) and of unusable samples.
 
     share: largest share that may be unusable.
     """
@@ -121,7 +121,7 @@ class Samples:
         self.textless = []  # (problem, size) of files without any text
 
     def bad(self, where, problem):
-        """Count an unusable sample. Raise UserError if at least 100 and half of all are that."""
+        """Count an unusable sample. Raise UserError if they are at least 100 and half of all."""
         self.n += 1
         self.n_bad += 1
         if len(self.named) < 3:
@@ -140,7 +140,7 @@ class Samples:
 
 
 def _walk(folder):
-    """Yield (path, "" or why it cannot be read) of all files below a folder."""
+    """Yield (path, problem) per file below a folder; problem: "" if the file can be read."""
     pending = [(folder, (base_dir().resolve(),))]
     while pending:
         current, parents = pending.pop()
@@ -174,10 +174,10 @@ def named_split(name):
 def folder_documents(folder, samples):
     """Yield (split, UTF-8 bytes) of each document of a TextFolder that has text in it.
 
-    Rows and lines longer than 2 % of the text are cut too, lest one document is the validation.
-    Raise UserError for damaged files, and if too many samples are unusable.
+    Rows and lines longer than 2 % of the text are cut, too: otherwise one document could be the
+    complete validation split. Raise UserError for damaged files and for too many unusable samples.
     """
-    # A power of two, lest CRLF line ends, which make a file longer, change where it is cut.
+    # A power of two, so that CRLF line ends, which make a file longer, do not change the cuts.
     row_chars = max(_MIN_PIECE_CHARS, 1 << (folder.expected_bytes // 200).bit_length())
     text_chars = min(_PIECE_CHARS, row_chars)
     for file in folder.files:

@@ -127,8 +127,9 @@ def load_tokenizer(folder=None):
     readers = {JSON_FILE: read_tokenizer_files, PICKLE_FILE: read_pickle_file}
     paths = [folder / name for name in readers if os.path.exists(folder / name)]
     if not paths:
-        raise UserError(f"{folder} has no tokenizer (neither {JSON_FILE} nor {PICKLE_FILE}); train "
-                        "one with: python -m scripts.tok_train")
+        raise UserError(f"{folder} has no tokenizer (neither {JSON_FILE} nor {PICKLE_FILE}); give "
+                        "another --tokenizer-dir, or train one with python -m scripts.tok_train "
+                        "and the same --dataset and --tokenizer-dir")
     vocabularies = [readers[path.name](path) for path in paths]
     if vocabularies[0] != vocabularies[-1]:
         raise UserError(f"{paths[0]} and {paths[-1].name} are different tokenizers; delete the one "
@@ -212,7 +213,7 @@ class _EncodingUnpickler(pickle.Unpickler):
 
 
 def _parts(text):
-    """Cut a long text where the split pattern cuts it too: before a blank that follows a word.
+    """Cut a long text before blanks that follow a word, where the split pattern cuts it, too.
 
     A stretch of `_PART_CHARS` without such a place is cut anyway, and still decodes to itself.
     """

@@ -172,7 +172,7 @@ def token_dtype(vocab_size):
 
 
 def damaged(path, reason):
-    """Return the UserError for a file that does not hold what was written."""
+    """Return the UserError for a file whose content has changed since it was written."""
     return UserError(f"{path} is damaged ({reason}); delete it, and it is made again")
 
 

@@ -1,8 +1,8 @@
 """Pretraining: `train` joins the parts of a run, `run_steps` is the training loop.
 
-The training clock counts optimizer steps only: evaluation, saving and logging are outside of it,
-and so are the first steps, which compile. A GPU works while Python is one step ahead: the loss of
-a step is read when the next one has been launched, and before anything happens between steps.
+The training time counts optimizer steps only, without evaluation, saving and logging, and without
+the first steps, which compile. On a GPU, Python launches the next step before it reads the loss of
+the current one. All losses are read before a save or an evaluation.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from nanochat.tokenizer import Tokenizer, load_tokenizer
 from nanochat.tokens import token_shards
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-PIPELINED = ("cuda",)  # device types that work while Python prepares the next step
+PIPELINED = ("cuda",)  # device types that compute while Python prepares the next step
 REPEAT_SEC = 1.0  # a scheduler's signal can arrive twice: directly, and passed on by torchrun
 
 
@@ -52,7 +52,7 @@ class Progress:
 
     step: int = 0  # optimizer steps completed
     train_time_sec: float = 0.0
-    usual_dt_sec: float | None = None  # charged for the step that compiles after a resume
+    usual_dt_sec: float | None = None  # counted instead of the step that compiles after a resume
     best_step: int | None = None  # the checkpoint with the lowest val_bpb
     best_val_bpb: float | None = None
 
@@ -74,19 +74,19 @@ class Run:
     tokenizer: Tokenizer
     val_rows: SplitRows
     core_bundle: Path | None  # None: CORE is not evaluated
-    folder: Path  # of the checkpoints
-    meta: dict  # of every checkpoint, besides its loop_state
+    folder: Path  # folder of the checkpoints
+    meta: dict  # content of every checkpoint's meta file, without loop_state
     progress: Progress
     log: object = None  # RunLog on rank 0, NoLog elsewhere
 
-    first_step: int = field(init=False)  # of this process
+    first_step: int = field(init=False)  # step at which this process started
     saved_step: int | None = field(init=False)
     saved_at_sec: float = field(init=False)  # time.monotonic() of the last save, or of the start
     mark_sec: float = 0.0  # start of the oldest step that has not been recorded
     must_save: bool = False  # a rank asks for a checkpoint by the clock
     stopping: bool = False  # a rank got a stop signal
     reached_target: bool = False
-    repeats: bool = field(init=False)  # the text repeats, and an event has said so
+    repeats: bool = field(init=False)  # the text repeats, and the event for it was recorded
 
     def __post_init__(self):
         self.first_step = self.progress.step
@@ -96,11 +96,11 @@ class Run:
 
     @property
     def is_last(self):
-        """Whether the horizon is complete."""
+        """Return whether the horizon is complete."""
         return self.progress.step == self.horizon.num_iterations
 
     def is_due(self, every):
-        """Whether something that happens every N steps (-1 or 0: never) happens now."""
+        """Return whether an action with an interval of N steps (-1 or 0: never) is due now."""
         return every > 0 and (self.is_last or self.progress.step % every == 0)
 
     def event(self, kind, step=None, **fields):
@@ -111,19 +111,19 @@ class Run:
 
 
 def train(config, device, ranks, started_sec):
-    """Train one model as `config` says. Return (status, number of the stop signal, Run).
+    """Train one model with `config`. Return (status, number of the stop signal, Run).
 
     status: ok, interrupted or nan. started_sec: time.monotonic() at the start of the process.
     """
-    # Device and kernels: refuse what cannot run before any text is tokenised.
+    # Device and kernels: refuse flags that cannot run here before any text is tokenised.
     name = device_name(device)
     dtype, reason = build.training_dtype(device)
     print0(f"device: {name}, {ranks.world_size} rank(s), compute dtype {dtype}: {reason}")
     build.check_kernels(config, device, dtype)
 
     # Data, model and horizon.
-    tokenizer = load_tokenizer(config.tokenizer_dir)
     dataset = open_dataset(config.dataset)
+    tokenizer = load_tokenizer(config.tokenizer_dir)
     train_shards = token_shards(dataset, tokenizer, "train")
     val_shards = token_shards(dataset, tokenizer, "val")
     n_train_tokens = sum(shard.n_tokens for shard in train_shards)
@@ -134,7 +134,7 @@ def train(config, device, ranks, started_sec):
         horizon.total_batch_size_tokens, config.device_batch_size, config.max_seq_len,
         ranks.world_size)
 
-    # Resume: the checkpoint must be of this run, computed under the same conditions.
+    # Resume: the checkpoint must belong to this run and have been computed with the same settings.
     folder = checkpoint.checkpoint_folder(config.tag)
     expected = build.identity(config, dataset, tokenizer, horizon)
     segment = build.segment_facts(config, ranks, device, dtype, reason)
@@ -175,7 +175,7 @@ def train(config, device, ranks, started_sec):
             _core_bundle(config), folder, meta,
             Progress(**{name: loop_state[name] for name in asdict(Progress())
                         if name in loop_state}))
-        # Opening the record is the last thing that can fail: until here nothing was written.
+        # Open the record last, so that a failure before leaves no files.
         log = on_main(ranks, lambda: build.open_record(
             config, run_id, facts, folder, step, {**segment, "changed": changed}))
         run.log = log or build.NoLog()
@@ -194,7 +194,7 @@ def train(config, device, ranks, started_sec):
 
 
 class Diverged(Exception):
-    """A loss, a validation or weights are not finite."""
+    """A training loss, a validation loss or a weight is not finite."""
 
 
 class Stopped(BaseException):
@@ -241,7 +241,7 @@ def run_steps(run, signals):
 
 @dataclass
 class _Launched:
-    """A step that the device works on. outcome: loss, stop and save flags, summed over ranks."""
+    """A step that was launched. outcome: loss, stop and save flags, summed over ranks."""
 
     step: int
     multiplier: float
@@ -362,10 +362,10 @@ def validate(run):
 
 
 class StopSignals:
-    """In its block, the first stop signal is remembered in `number`; a second ends the process.
+    """Store the first stop signal of a block in `number`; let a second one end the process.
 
-    A signal ends an evaluation at once if there is one rank; several ranks must stop together,
-    after a step.
+    With one rank, a signal ends an evaluation at once. Several ranks must stop together after a
+    step.
     """
 
     def __init__(self, ranks):
@@ -382,7 +382,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def evaluation(self):
-        """A block that may take long: a signal raises Stopped."""
+        """Raise Stopped if a signal arrives in this block, which may take long."""
         self._evaluating = self._ranks.world_size == 1
         try:
             if self._evaluating and self.number:
@@ -412,7 +412,7 @@ def _is_something_due(run):
 
 
 def _between_steps(run, signals):
-    """Save, evaluate and sample as far as they are due. The loss of every step has been read."""
+    """Save, evaluate and sample if that is due. The loss of every step has been read before."""
     config, step = run.config, run.progress.step
     may_save = config.save_every != 0 and step > 0
 
@@ -473,7 +473,7 @@ def _interrupted(run):
 
 
 def _advance_clock(progress, step, dt_sec, compiled):
-    """Count a step's time. compiled: this process compiled in it, which is not training time."""
+    """Add the time of a step to the training time. compiled: the step included compilation."""
     if step <= UNTIMED_STEPS:
         return
     if compiled:

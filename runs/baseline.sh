@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Train the baseline protocol without a target; its final losses give other experiments theirs.
+# Train the baseline of a protocol without a target. Its losses are the target of other experiments
+# (scripts.experiment --target-from).
 #   bash runs/baseline.sh [cpu | cpu-short | d12] ["seeds"]      for example: d12 "0 1 2"
-# TAG=_2 adds to the experiment's name (in all scripts here): a repetition beside existing rows.
+# TAG=_2 appends _2 to the experiment's name, to repeat an experiment that has rows in the ledger.
+# This applies to all scripts in this folder that run experiments.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
 
-# shellcheck disable=SC2086  (the seeds are words)
+# shellcheck disable=SC2086  (the seeds must be split into words)
 python -m scripts.experiment --name "baseline_${1:-cpu}${TAG:-}" --profile "${1:-cpu}" \
     --seeds ${2:-0 1}

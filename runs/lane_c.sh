@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lane C from the baseline to a verdict: baseline, fused-rmsnorm, chunked-ce and both; miniseries;
-# gates; report in out/.
+# Run lane C up to a verdict: train the baseline, fused-rmsnorm, chunked-ce and both at one depth,
+# then at several depths (miniseries), print the verdict of the gates, and write a report to out/.
 #   bash runs/lane_c.sh [cpu-short | cpu | d12] ["seeds"]      repeat the command to continue
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,10 +11,10 @@ SEEDS="${2:-0 1}"
 NAME="$PROFILE${TAG:-}"
 bash runs/baseline.sh "$PROFILE" "$SEEDS"
 
-# the Triton kernels run in the interpreter on a machine without a GPU
+# without a GPU, the Triton kernels run in the interpreter
 [[ "$PROFILE" != cpu* ]] || export TRITON_INTERPRET=1
 
-# shellcheck disable=SC2086  (the seeds are words)
+# shellcheck disable=SC2086  (the seeds must be split into words)
 python -m scripts.experiment --name "lane_c_$NAME" --profile "$PROFILE" --seeds $SEEDS \
     --candidates baseline fused-rmsnorm chunked-ce both --target-from "baseline_$NAME" --probe
 bash runs/miniseries.sh "$PROFILE"

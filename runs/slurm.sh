@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Train on several nodes under SLURM until the horizon is reached. 120 s before the time limit SLURM
-# sends USR1: the ranks save and end, and the job is queued again. If a rank dies, all ranks restart
-# from the newest valid checkpoint; --save-minutes limits the work that this can lose.
+# Train on several nodes under SLURM until the horizon is reached. SLURM sends USR1 120 seconds
+# before the time limit: the ranks save a checkpoint and exit, and the job is queued again. If a
+# rank dies, all ranks restart from the newest valid checkpoint; --save-minutes limits the lost
+# work.
 #   sbatch --nodes 4 runs/slurm.sh --depth 24 --target-param-data-ratio 8 --device-batch-size 16 \
 #       --save-minutes 20
-# The flags are those of scripts.base_train. Prepare first: bash runs/setup.sh, dataset, tokenizer
-# (README, Train), and NANOCHAT_BASE_DIR on a disk that all nodes share.
+# The flags are those of scripts.base_train. Before the first job, run bash runs/setup.sh, download
+# the dataset and train the tokenizer (README, section Train), with NANOCHAT_BASE_DIR on a disk that
+# all nodes share.
 #SBATCH --job-name=nanochat
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -22,7 +24,7 @@ source .venv/bin/activate
 
 RUN_ID="$SLURM_JOB_NAME-$SLURM_JOB_ID" # a job that is queued again keeps its id
 HEAD_NODE="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-# torchrun gives the ranks this many seconds to save
+# TORCH_ELASTIC_SHUTDOWN_TIMEOUT: seconds that torchrun gives the ranks to save
 export OMP_NUM_THREADS=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100
 
 # torchrun forwards the signals that it handles; any other would end it

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Train to the CORE of GPT-2 on one node: data, tokenizer, training, evaluation, leaderboard row.
-# The recipe is upstream's record (depth 24, fp8, ratio 8 or lane B's ratio); the device batch size
-# is the largest that fits by scripts.plan.
-#   bash runs/speedrun.sh [ratio or infer.json] [wandb name] [seed]   repeat it to continue
-# GPU=h200 GPUS=4: another node. TAG=_2: another run beside one with the same seed.
+# Train to the CORE of GPT-2 on one node: download the data, train a tokenizer and the model,
+# evaluate it, and print a row for the leaderboard. The recipe is that of a record of
+# karpathy/nanochat (depth 24, fp8, ratio 8). The device batch size is the largest one that fits
+# according to scripts.plan.
+#   bash runs/speedrun.sh [ratio or infer.json] [wandb name] [seed]   repeat the command to continue
+# The ratio is that of training tokens to scaling parameters; infer.json is a result of lane B.
+# GPU=h200 GPUS=4: hardware of the node (h100, 8). TAG=_2: a second run with the same seed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
@@ -16,7 +18,7 @@ DONE="$BASE/stages/$RUN"
 mkdir -p "$DONE"
 export OMP_NUM_THREADS=1
 
-stage() {  # NAME COMMAND...: run the command unless it has succeeded before
+stage() {  # stage NAME COMMAND...: run the command unless it succeeded in an earlier call
     [ -e "$DONE/$1" ] || { "${@:2}" && touch "$DONE/$1"; }
 }
 
@@ -32,7 +34,7 @@ stage data python -m nanochat.dataset --dataset climbmix -n 170 -w 16
 stage core python -m nanochat.core_eval
 [ -d "$BASE/tokenizer" ] || python -m scripts.tok_train --dataset climbmix --vocab-size 32768
 stage tok_eval python -m scripts.tok_eval --dataset climbmix
-# shellcheck disable=SC2086  (the flags are words)
+# shellcheck disable=SC2086  (the flags must be split into words)
 stage train torchrun --standalone --nproc-per-node="$GPUS" -m scripts.base_train \
     --dataset climbmix --run "$WANDB" --seed "$SEED" --run-id "$RUN" --model-tag "$RUN" $FLAGS \
     --core-metric-max-per-task -1 --save-minutes 10 --keep-checkpoints 2 --resume-from-step auto \

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All set-up, then lint and tests.   bash runs/test.sh [pytest's arguments]     e.g. bash runs/test.sh -m slow
+# Install the project, then run ruff and the tests.
+#   bash runs/test.sh [arguments of pytest]      for example: -m slow
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh

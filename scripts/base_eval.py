@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of this program or of upstream, or a Hugging Face model.
+"""Evaluate a checkpoint of scripts.base_train or of karpathy/nanochat, or a Hugging Face model.
 
 python -m scripts.base_eval --model-tag d12 --eval core,bpb,sample,position
 """
@@ -8,7 +8,7 @@ from functools import partial
 
 from nanochat import common
 from nanochat.checkpoint import load_trained
-from nanochat.common import UserError, print0
+from nanochat.common import MODEL_TAG_HELP, STEP_HELP, TOKENIZER_DIR_HELP, UserError, print0
 from nanochat.config import TrainingConfig
 from nanochat.core_eval import bundle_folder, evaluate_core, load_hf
 from nanochat.dataset import open_dataset
@@ -24,24 +24,26 @@ def parse_args(argv=None):
     summary = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m scripts.base_eval", description=summary)
     subject = parser.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--model-tag", help="name of the checkpoint folder, or its absolute path")
+    subject.add_argument("--model-tag", help=MODEL_TAG_HELP)
     subject.add_argument("--hf-path", help="folder or hub name of a Hugging Face causal language "
-                         "model (openai-community/gpt2); needs the extra hf; cannot sample")
+                         "model, for example openai-community/gpt2; needs pip install -e '.[hf]'; "
+                         "cannot be used with --eval sample")
     add = parser.add_argument
-    add("--eval", default="", help=f"evaluations to run: {','.join(KINDS)} (default: bpb,sample; "
-        "with --hf-path core)")
-    add("--step", default="latest", help="step of the checkpoint, or latest (%(default)s)")
+    add("--eval", default="", help="evaluations to run, separated by commas: core, bpb (bits per "
+        "byte), sample, position (loss at each position of the context) (default: bpb,sample; with "
+        "--hf-path: core)")
+    add("--step", default="latest", help=STEP_HELP)
     add("--dataset", default="", help="stdlib, climbmix, fineweb-edu, or a folder of text "
-        "(default: the checkpoint's own, else climbmix)")
-    add("--tokenizer-dir", default="", help="folder of the tokenizer (default: the checkpoint's "
-        "own, else <cache>/tokenizer)")
+        "(default: the one of the checkpoint, else climbmix)")
+    add("--tokenizer-dir", default="", help=TOKENIZER_DIR_HELP)
     add("--split-tokens", type=int, default=-1, help="tokens to evaluate per split, at most one "
-        f"pass (-1: {SPLIT_TOKENS['cuda']:,}; on a CPU {SPLIT_TOKENS['cpu']:,})")
-    add("--device-batch-size", type=int, default=32, help="rows per device and batch (%(default)s)")
-    add("--max-per-task", type=int, default=-1, help="examples per CORE task (-1: all)")
+        f"pass over it (-1: {SPLIT_TOKENS['cuda']:,}, or {SPLIT_TOKENS['cpu']:,} on a CPU)")
+    add("--device-batch-size", type=int, default=32,
+        help="rows of text per device and batch (%(default)s)")
+    add("--max-per-task", type=int, default=-1, help="examples to evaluate per CORE task (-1: all)")
     add("--quiet", action="store_true", help=common.QUIET_HELP)
     add("--device-type", default="", help="cuda, mps or cpu (default: the best available)")
-    add("--out", default="", help="JSON file for the results")
+    add("--out", default="", help="also write the results to this JSON file")
     return parser.parse_args(argv)
 
 
@@ -132,12 +134,12 @@ def evaluate_on_text(args, kinds, subject, device, ranks):
 
 
 def write_results(path, results):
-    """Write the results as JSON. Raises UserError if a loss is NaN or the file is not written."""
+    """Write the results as JSON. Raise UserError if a loss is NaN or the file is not written."""
     try:
         common.write_json(path, results)
     except (ValueError, OSError) as error:  # JSON has no NaN
         reason = getattr(error, "strerror", None) or "the losses are not finite"
-        raise UserError(f"--out {path} is not written: {reason}") from None
+        raise UserError(f"--out {path} was not written: {reason}") from None
     print0(f"results: {path}")
 
 

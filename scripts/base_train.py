@@ -1,7 +1,10 @@
-"""Pretrain a model; sizes, horizon, batch and learning rates follow from --depth.
+"""Pretrain a model. Its width, the horizon and the batch size follow from --depth.
 
 python -m scripts.base_train --depth 12
 torchrun --standalone --nproc-per-node=8 -m scripts.base_train --depth 24
+
+The horizon is the number of optimizer steps that the learning-rate schedule is laid out for.
+<cache> is $NANOCHAT_BASE_DIR, or ~/.cache/nanochat if that is not set.
 """
 
 import os
@@ -54,7 +57,7 @@ def main(argv=None):
 
 
 def _resume_command(argv):
-    """Return the command line that continues an interrupted run."""
+    """Return the command line that resumes an interrupted run."""
     argv = list(argv)
     if "--resume-from-step" in argv:
         at = argv.index("--resume-from-step")

@@ -1,8 +1,10 @@
-"""Run an experiment: candidates x seeds x depths, one training and one ledger row each.
+"""Run an experiment: train every combination of candidate, seed and depth.
 
-python -m scripts.experiment --name lane_c --profile cpu --candidates baseline chunked-ce
+python -m scripts.experiment --name my_test --profile cpu --candidates baseline chunked-ce
 
-Repeat the command to continue an interrupted experiment. Flags after `--` go to every training.
+A candidate is a set of flags that is compared with the baseline. Each run adds one row to the
+ledger, a CSV file that scripts.verdict and scripts.report read. Repeat the command to continue an
+interrupted experiment. Flags after `--` are passed to every scripts.base_train.
 """
 
 import argparse
@@ -27,22 +29,29 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.experiment", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--name", required=True, help="name of the experiment in the ledger and in its run ids")
-    add("--profile", required=True, help=f"training protocol: {', '.join(PROFILES)}")
+    add("--name", required=True, help="name of the experiment, used in the ledger and in run ids")
+    add("--profile", required=True, help=f"fixed training flags and dataset: {', '.join(PROFILES)}")
     add("--candidates", nargs="+", default=[BASELINE], metavar="NAME",
-        help=f"{', '.join(CANDIDATES)}, or NAME='--its-flags ...' ({BASELINE})")
-    add("--seeds", nargs="+", type=int, default=[0, 1], help="seeds of every candidate (0 1)")
-    add("--depths", nargs="+", type=int, help="depths (default: those of the profile)")
-    add("--series", action="store_true", help="train the profile's miniseries for gate 4")
-    add("--dataset", default="", help="another dataset; give its tokenizer as -- --tokenizer-dir "
-        "(default: those of the profile, prepared when missing)")
-    add("--target-metric-name", default="val_bpb", help="val_bpb or core (%(default)s)")
-    add("--target-metric-threshold", type=float, help="measure the time to this value")
-    add("--target-from", metavar="EXPERIMENT", help="take as target a val_bpb that all baseline "
-        "seeds of this finished experiment reached")
-    add("--nproc-per-node", type=int, default=1, help="processes per training, by torchrun (1)")
-    add("--probe", action="store_true", help="also run the stability probe of each candidate")
-    add("--ledger", default="dev/experiments.csv", help="CSV file of runs (%(default)s)")
+        help=f"candidates: {', '.join(CANDIDATES)}, or NAME='--its-flags ...' ({BASELINE})")
+    add("--seeds", nargs="+", type=int, default=[0, 1],
+        help="seeds to train every candidate with (0 1)")
+    add("--depths", nargs="+", type=int, help="depths to train (default: those of the profile)")
+    add("--series", action="store_true", help="train at the several depths of the profile's "
+        "miniseries, which gate 4 needs")
+    add("--dataset", default="", help="train on another dataset; give its tokenizer by adding "
+        "-- --tokenizer-dir FOLDER (default: dataset and tokenizer of the profile, which are "
+        "prepared if they are missing)")
+    add("--target-metric-name", default="val_bpb", metavar="METRIC",
+        help="metric whose time to target is measured: val_bpb or core (%(default)s)")
+    add("--target-metric-threshold", type=float, metavar="VALUE",
+        help="value of that metric that is the target (default: no target)")
+    add("--target-from", metavar="EXPERIMENT", help="use as target the worst min val_bpb of the "
+        f"baseline seeds of this finished experiment plus {runner.SLACK_BPB:g}")
+    add("--nproc-per-node", type=int, default=1, metavar="N",
+        help="train each run on N devices with torchrun (1)")
+    add("--probe", action="store_true", help="also run the stability probe of each candidate, "
+        "which gate 3 needs: a short run that is resumed from its middle")
+    add("--ledger", default="dev/experiments.csv", help="path of the ledger (%(default)s)")
     add("--quiet", action="store_true", help=QUIET_HELP)
     add("--dry-run", action="store_true", help="print the rules and the commands; run nothing")
     given = list(sys.argv[1:] if argv is None else argv)
@@ -90,10 +99,11 @@ def main(argv=None):
     training = partial(runner.training_command, nproc_per_node=args.nproc_per_node)
     runs = runner.training_runs(experiment)
     finished = runner.finished_runs(experiment, args.ledger)
-    print(f"{experiment.name}: profile {args.profile}, {experiment.profile.description}; depths "
-          f"{experiment.depths}, flags {shlex.join(experiment.extra_flags) or 'of the profile'}; "
-          f"{len(runs)} runs, {len(finished)} of them finished", flush=True)
-    print("The rules, before the runs:", *RULES.describe(), sep="\n  ", flush=True)
+    print(f"{experiment.name}: profile {args.profile} ({experiment.profile.description}); depths "
+          f"{', '.join(map(str, experiment.depths))}; additional flags: "
+          f"{shlex.join(experiment.extra_flags) or 'none'}; {len(runs)} runs, {len(finished)} of "
+          "them finished", flush=True)
+    print("Rules of the verdict, fixed before the runs:", *RULES.describe(), sep="\n  ", flush=True)
     if args.dry_run:
         for run in runs:
             done = "# finished: " if run.run_id in finished else ""
@@ -105,7 +115,8 @@ def main(argv=None):
     n_trained = runner.run_experiment(experiment, args.ledger, runs_dir(), training)
     if args.probe:
         runner.probe_candidates(experiment, runs_dir(), training)
-    print(f"{n_trained} runs trained; rows in {args.ledger}, records in {runs_dir()}")
+    print(f"{n_trained} runs were trained; their rows are in {args.ledger}, their records in "
+          f"{runs_dir()}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Export a checkpoint: a folder for Hugging Face's transformers, or in upstream's layout.
+"""Export a checkpoint for Hugging Face's transformers or for karpathy/nanochat ("upstream").
 
 python -m scripts.export --model-tag quickstart --to my_model
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nanochat.checkpoint import load_trained
-from nanochat.common import command
+from nanochat.common import MODEL_TAG_HELP, STEP_HELP, TOKENIZER_DIR_HELP, command
 from nanochat.export import FORMATS, check_new, new_folder
 
 
@@ -18,16 +18,14 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model-tag", required=True, help="checkpoint folder, ours or upstream's: a name under "
-        "<cache>/base_checkpoints, or an absolute path")
-    add("--to", required=True, type=Path, metavar="FOLDER", help="folder to write; must be new or "
-        "empty")
+    add("--model-tag", required=True, help=MODEL_TAG_HELP)
+    add("--to", required=True, type=Path, metavar="FOLDER",
+        help="folder to write; it must not exist or must be empty")
     add("--format", choices=FORMATS, default="hf", help="hf: weights in fp32 (safetensors), "
-        "tokenizer.json and the model's code for transformers; upstream: a cache folder for "
-        "upstream's programs (%(default)s)")
-    add("--step", default="latest", help="step of the checkpoint, or latest (%(default)s)")
-    add("--tokenizer-dir", default="", help="folder of the tokenizer (default: the checkpoint's, "
-        "else <cache>/tokenizer)")
+        "tokenizer.json and the model's code for transformers; upstream: a folder that upstream's "
+        "programs take as NANOCHAT_BASE_DIR (%(default)s)")
+    add("--step", default="latest", help=STEP_HELP)
+    add("--tokenizer-dir", default="", help=TOKENIZER_DIR_HELP)
     return parser.parse_args(argv)
 
 
@@ -47,7 +45,7 @@ def main(argv=None):
         print(f"try it: NANOCHAT_BASE_DIR={shlex.quote(str(args.to))} "
               f"python -m scripts.sample --model-tag {trained.tag}")
     else:
-        print(f"try it with transformers: {args.to / 'README.md'} has the lines of Python")
+        print(f"try it with transformers: {args.to / 'README.md'} has an example in Python")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Print the row of dev/LEADERBOARD.md for runs of one command with different seeds.
+"""Print a row for dev/LEADERBOARD.md from runs of the same command with different seeds.
 
 python -m scripts.leaderboard RUN [RUN ...]
 """
@@ -13,9 +13,9 @@ from nanochat.runlog import read_run
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.leaderboard", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run ids")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="id of a finished run")
     parser.add_argument("--what", default="`runs/speedrun.sh` on 8×H100",
-                        help="description in the row")
+                        help="description in the row (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -27,14 +27,15 @@ def leaderboard_row(records, what):
     """
     for record in records:
         if record.status != "ok" or record.summary.get("core_metric") is None:
-            raise UserError(f"{record.run_id} ended {record.status}, without CORE; give runs that "
-                            "ended ok, trained with --core-metric-every")
+            problem = f"ended {record.status}" if record.status != "ok" else "ended without CORE"
+            raise UserError(f"{record.run_id} {problem}; give runs that ended ok and were trained "
+                            "with --core-metric-every")
     commits = {str(record.config.get("git_commit") or "unknown")[:12]
                + (" (changed files)" if record.config.get("git_dirty") else "")
                for record in records}
     if len(commits) > 1:
-        raise UserError(f"the runs are of several commits ({', '.join(sorted(commits))}); "
-                        "a row needs runs of one commit")
+        raise UserError(f"the runs were made with several commits ({', '.join(sorted(commits))}); "
+                        "give runs of one commit")
 
     def mean(name, scale, digits):
         values = [record.summary[name] / scale for record in records]
@@ -46,7 +47,7 @@ def leaderboard_row(records, what):
 
 
 def time_to_target_line(record):
-    """Return when a run reached its target, as its record says."""
+    """Return a line that says when a run reached its target, according to its record."""
     targets = [event["description"] for event in record.of("target")]
     return f"{record.run_id}: {targets[-1] if targets else 'its record has no target'}"
 

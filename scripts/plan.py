@@ -1,8 +1,8 @@
-"""Plan a run before it starts: memory per GPU, time, cost, and the device batch size that fits.
+"""Estimate memory per GPU, time and cost of a run, and the largest device batch size that fits.
 
 python -m scripts.plan --gpu h100 --gpus 8 --depth 24 --target-param-data-ratio 8 --fp8
 
-All other flags are those of scripts.base_train. dev/plan_records.csv compares the plan with
+Every flag of scripts.base_train is accepted, too. dev/plan_records.csv compares the estimates with
 published records.
 """
 
@@ -20,16 +20,24 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = parser.add_argument
-    add("--gpu", default="h100", choices=GPUS, help="%(choices)s (%(default)s)", metavar="NAME")
-    add("--gpu-memory-gb", type=float, help="memory of a GPU that is not in the list")
-    add("--gpu-tflops", type=float, help="dense bf16 TFLOP/s of a GPU that is not in the list; fp8 "
-        "is assumed twice as fast, the memory bandwidth in an H100's proportion")
-    add("--gpus", type=int, default=8, help="GPUs per node (%(default)s); one GPU is shown as well")
-    add("--nodes", type=int, default=1, help="also plan 2, 4, ... up to this many nodes")
-    add("--vocab-size", type=int, default=32768, help="tokens of the vocabulary (%(default)s)")
-    add("--price-per-gpu-hour", type=float, default=0.0, help="for the cost, in any currency")
-    add("--inference-json", default="", help="take the ratio from lane B's infer.json")
-    add("--as-flags", action="store_true", help="only print the flags for scripts.base_train")
+    add("--gpu", default="h100", choices=GPUS, metavar="NAME",
+        help="type of GPU: %(choices)s (%(default)s)")
+    add("--gpu-memory-gb", type=float, help="memory of a GPU that --gpu does not know; needs "
+        "--gpu-tflops, too")
+    add("--gpu-tflops", type=float, help="dense bf16 TFLOP/s of a GPU that --gpu does not know; "
+        "its fp8 is assumed to be twice as fast, and its memory bandwidth to have the same ratio "
+        "to TFLOP/s as an H100's; needs --gpu-memory-gb, too")
+    add("--gpus", type=int, default=8, help="GPUs per node (%(default)s); a run on one GPU is also "
+        "estimated")
+    add("--nodes", type=int, default=1, help="also estimate runs on 2, 4, ... up to this many "
+        "nodes (%(default)s)")
+    add("--vocab-size", type=int, default=32768, help="number of tokens in the vocabulary "
+        "(%(default)s)")
+    add("--price-per-gpu-hour", type=float, default=0.0, help="price of one GPU hour in any "
+        "currency; prints the cost of the run")
+    add("--inference-json", default="", help="take --target-param-data-ratio from this infer.json "
+        "of lane B")
+    add("--as-flags", action="store_true", help="print only the flags for scripts.base_train")
     return parser.parse_known_args(argv)
 
 

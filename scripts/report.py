@@ -1,7 +1,8 @@
-"""Write a report of an experiment or of runs: python -m scripts.report --experiment lane_c
+"""Write a report about an experiment or about runs as one HTML file that works offline.
 
-The report is one HTML file that works offline. With --live it is a page on this machine that
-follows the runs: python -m scripts.report --live RUN RUN
+python -m scripts.report --experiment lane_c_d12
+python -m scripts.report RUN RUN --out report.html
+python -m scripts.report --live RUN RUN             a page in the browser that follows the runs
 """
 
 import argparse
@@ -18,22 +19,23 @@ from nanochat.common import UserError, check_output, command, runs_dir, say, wri
 from nanochat.experiments.report import experiment_page, runs_page
 
 RELOAD_SEC = 10
-MAX_LOAD = 0.05  # share of one core that drawing the live page may take
+MAX_LOAD = 0.05  # share of one core that updates of the live page may use
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run ids or folders")
-    parser.add_argument("--experiment", help="name of an experiment in the ledger, instead of runs")
-    parser.add_argument("--miniseries", help="name of the experiment over depths for gate 4")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="id or folder of a run")
+    parser.add_argument("--experiment", help="instead of runs: name of an experiment in the ledger")
+    parser.add_argument("--miniseries",
+                        help="name of the experiment with several depths, for gate 4")
     parser.add_argument("--ledger", default="dev/experiments.csv",
-                        help="CSV file of the experiments (default: %(default)s)")
+                        help="path of the ledger, the CSV file of runs (default: %(default)s)")
     parser.add_argument("--lane-b-figures", nargs="+", default=[], metavar="FILE",
-                        help="images to show, for example figures of the lane B tools")
+                        help="images to include, for example figures of scripts.lane_b_*")
     parser.add_argument("--live", action="store_true",
-                        help="serve the page on 127.0.0.1 until Ctrl-C; the runs continue")
-    parser.add_argument("--port", type=int, default=0, help="port for --live (0: any free one)")
+                        help="serve the report on 127.0.0.1 until Ctrl-C and update it")
+    parser.add_argument("--port", type=int, default=0, help="port for --live (0: any free port)")
     parser.add_argument("--out", type=Path, help="file to write (default: report.html)")
     return parser.parse_args(argv)
 
@@ -42,7 +44,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     if bool(args.runs) == bool(args.experiment):
-        raise UserError("give either --experiment or runs")
+        raise UserError("give either --experiment or run ids")
     if args.miniseries and not args.experiment:
         raise UserError("--miniseries needs --experiment")
     if args.live and args.out:
@@ -62,7 +64,7 @@ def main(argv=None):
 
 
 def serve(draw, port):
-    """Serve the page draw(live=time) on the loopback address, written anew until Ctrl-C."""
+    """Serve the page draw(live=time) on the loopback address; update it until Ctrl-C."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "index.html"
         write_text(page, draw(live=time.strftime("%H:%M:%S")))
@@ -71,7 +73,8 @@ def serve(draw, port):
         except (OSError, OverflowError) as error:
             raise UserError(f"cannot use --port {port} ({error}); give another one, or 0") from None
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        say(f"http://127.0.0.1:{server.server_port}/ follows the runs; Ctrl-C ends only this page")
+        say(f"http://127.0.0.1:{server.server_port}/ follows the runs; Ctrl-C ends this page, not "
+            "the runs")
         os.nice(10)  # the runs have priority
         took_sec = 0.0
         try:
@@ -89,7 +92,7 @@ def serve(draw, port):
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves a folder to this machine's own names: no other site can read it (DNS rebinding)."""
+    """Serve a folder under the names of this machine only, against DNS rebinding by other sites."""
 
     def do_GET(self):
         names = [f"{host}:{self.server.server_port}" for host in ("127.0.0.1", "localhost")]

@@ -1,8 +1,10 @@
-"""List runs, newest first, or compare runs, from their records.
+"""List runs, newest first, or compare runs. Both read the records in <cache>/runs.
 
-python -m scripts.runs                                  all runs
-python -m scripts.runs 'lane_c*' --state running        runs by name and state
-python -m scripts.runs --compare RUN RUN ...            flags, statistics, paired differences
+python -m scripts.runs                                  list all runs
+python -m scripts.runs 'lane_c*' --state running        list runs by name and state
+python -m scripts.runs --compare RUN RUN ...            compare flags and metrics
+
+<cache> is $NANOCHAT_BASE_DIR, or ~/.cache/nanochat if that is not set.
 """
 
 import argparse
@@ -26,10 +28,12 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.runs", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("patterns", nargs="*", metavar="NAME",
-                        help="run ids to list, also with * and ? (default: all)")
+                        help="ids of runs to list; * and ? are wildcards (default: all)")
     parser.add_argument("--state", nargs="+", choices=STATES, metavar="STATE",
-                        help=f"list only runs in these states: {', '.join(STATES)}")
-    parser.add_argument("--compare", nargs="+", metavar="RUN", help="compare runs (ids or folders)")
+                        help="list only runs in these states: running, finished, stopped (by a "
+                             "signal), failed, stale (died without a summary)")
+    parser.add_argument("--compare", nargs="+", metavar="RUN",
+                        help="ids or folders of runs to compare, the baseline first")
     args = parser.parse_args(argv)
     if args.compare and (args.patterns or args.state):
         parser.error("--compare names its runs; NAME and --state are for the list")
@@ -37,7 +41,7 @@ def parse_args(argv=None):
 
 
 def read_runs(patterns, states):
-    """Return the table of the runs asked for, newest first, and a line per unreadable run."""
+    """Return the table of the selected runs, newest first, and a line per unreadable run."""
     tables, broken = [], []
     for folder in sorted(path for path in runs_dir().glob("[!.]*") if path.is_dir()):
         if patterns and not any(fnmatch.fnmatchcase(folder.name, name) for name in patterns):
@@ -69,7 +73,7 @@ def cells(row):
 
 
 def compare(table):
-    """Yield the flags that differ, the statistics, and each candidate's difference to the first."""
+    """Yield the flags that differ, the metrics, and each candidate's difference to the first."""
     for (_, seed), runs in table.groupby(["candidate", "seed"]):
         if len(runs) > 1:
             raise UserError(f"{' and '.join(runs.run_id)} have the same flags and the seed {seed}; "
@@ -98,7 +102,7 @@ def compare(table):
 
 
 def differences(before, after, columns):
-    """Return a line per column that differs: the difference over seeds and over documents."""
+    """Return the paired difference over seeds per column, and that over validation documents."""
     seeds = before.index.intersection(after.index)
     before, after = before.loc[seeds], after.loc[seeds]
     lines = document_notes(before.record, after.record)
@@ -127,7 +131,7 @@ def main(argv=None):
         if table is not None:
             shown = as_text(pd.DataFrame(map(cells, table.itertuples())).set_index("run"))
         blocks = ["\n".join([shown, *blocks])]
-    # A record may come from a stranger: its text must not move the cursor.
+    # A record may come from somebody else: its text must not control the terminal.
     print("".join(x if x.isprintable() or x == "\n" else "?" for x in "\n\n".join(blocks)))
 
 

@@ -1,4 +1,4 @@
-"""Print continuations of prompts by a model.
+"""Print a model's continuations of prompts.
 
 python -m scripts.sample --model-tag quickstart "def fib("
 """
@@ -11,7 +11,15 @@ import time
 import numpy as np
 
 from nanochat.checkpoint import load_trained
-from nanochat.common import UserError, choose_compute_dtype, choose_device, command
+from nanochat.common import (
+    MODEL_TAG_HELP,
+    STEP_HELP,
+    TOKENIZER_DIR_HELP,
+    UserError,
+    choose_compute_dtype,
+    choose_device,
+    command,
+)
 from nanochat.engine import stream, whole_characters
 
 # Generated text must not control a terminal: control characters except newline and tab are escaped.
@@ -23,17 +31,18 @@ def parse_args(argv=None):
     description = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser("python -m scripts.sample", description=description)
     add = parser.add_argument
-    add("prompt", nargs="*", help="text to continue; empty: the beginning of a document. Without "
-        "prompts, each line of the standard input is one")
-    add("--model-tag", required=True, help="name of the checkpoint folder, or its absolute path")
-    add("--step", default="latest", help="step of the checkpoint, or latest (%(default)s)")
-    add("--tokenizer-dir", default="", help="folder of the tokenizer (default: the checkpoint's "
-        "own, else <cache>/tokenizer)")
+    add("prompt", nargs="*", help="text to continue; an empty text begins a new document. Without "
+        "this argument, each line of the standard input is a prompt")
+    add("--model-tag", required=True, help=MODEL_TAG_HELP)
+    add("--step", default="latest", help=STEP_HELP)
+    add("--tokenizer-dir", default="", help=TOKENIZER_DIR_HELP)
     add("--num-samples", type=int, default=1, help="continuations per prompt (%(default)s)")
-    add("--max-new-tokens", type=int, default=128, help="tokens per continuation, at most "
-        "(%(default)s)")
-    add("--temperature", type=float, default=0.8, help="0: the likeliest token (%(default)s)")
-    add("--top-k", type=int, default=50, help="likeliest tokens to draw from; 0: all (%(default)s)")
+    add("--max-new-tokens", type=int, default=128, help="generate at most this many tokens "
+        "per continuation (%(default)s)")
+    add("--temperature", type=float, default=0.8, help="sampling temperature; 0: always take the "
+        "most likely token (%(default)s)")
+    add("--top-k", type=int, default=50, help="draw from this many most likely tokens; "
+        "0: from all (%(default)s)")
     add("--seed", type=int, default=42, help="seed of the first continuation of a prompt; the next "
         "ones use SEED + 1, SEED + 2, ... (%(default)s)")
     add("--device-type", default="", help="cuda, mps or cpu (default: the best available)")
@@ -69,7 +78,7 @@ def main(argv=None):
 
 
 def show(args, trained, prompt, seed):
-    """Print a prompt and, as it is generated, its continuation; return the number of new tokens."""
+    """Print a prompt and its continuation during generation; return the number of new tokens."""
     tokenizer, new = trained.tokenizer, []
     special = np.flatnonzero(tokenizer.token_bytes() == 0).tolist()  # BOS of the next document etc.
 

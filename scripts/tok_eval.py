@@ -1,4 +1,4 @@
-"""Measure bytes of text per token, on both splits of a dataset and on short texts.
+"""Measure the bytes per token of a tokenizer on both splits of a dataset and on short texts.
 
 python -m scripts.tok_eval --dataset stdlib [--compare OTHER_TOKENIZER_DIR]
 """
@@ -6,7 +6,7 @@ python -m scripts.tok_eval --dataset stdlib [--compare OTHER_TOKENIZER_DIR]
 import argparse
 from pathlib import Path
 
-from nanochat.common import UserError, command
+from nanochat.common import CACHE_HELP, UserError, command
 from nanochat.dataset import DATASET_HELP, open_dataset, sample_documents
 from nanochat.tokenizer import load_tokenizer
 
@@ -34,15 +34,15 @@ def parse_args(argv=None):
                                      description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="climbmix", help=DATASET_HELP)
     parser.add_argument("--tokenizer-dir", type=Path,
-                        help="folder of the tokenizer (<cache folder>/tokenizer)")
-    parser.add_argument("--compare", type=Path, help="folder of a second tokenizer")
+                        help=f"folder of the tokenizer (<cache>/tokenizer; {CACHE_HELP})")
+    parser.add_argument("--compare", type=Path, help="folder of a second tokenizer to compare with")
     parser.add_argument("--max-chars", type=int, default=2_000_000,
                         help="read at most this many characters per split (%(default)s)")
     return parser.parse_args(argv)
 
 
 def measure(tokenizer, texts):
-    """Return the bytes and tokens of texts; assert that decoding gives the texts again."""
+    """Return the number of bytes and tokens of texts; assert that decoding restores them."""
     encoded = tokenizer.encode_batch(texts)
     assert all(tokenizer.decode(ids) == text for ids, text in zip(encoded, texts, strict=True))
     return sum(len(text.encode()) for text in texts), sum(map(len, encoded))
@@ -53,9 +53,9 @@ def main(argv=None):
     args = parse_args(argv)
     if args.max_chars < 1:
         raise UserError("--max-chars must be at least 1")
+    dataset = open_dataset(args.dataset)
     tokenizer = load_tokenizer(args.tokenizer_dir)
     other = load_tokenizer(args.compare) if args.compare else None
-    dataset = open_dataset(args.dataset)
     samples = {name: [text] for name, text in TEXTS.items()}
     samples["train split"] = list(sample_documents(dataset.train_shards, args.max_chars))
     samples["val split"] = list(sample_documents(dataset.val_shards, args.max_chars))
@@ -64,8 +64,8 @@ def main(argv=None):
           f"{dataset.dataset_id}")
     header = f"{'text':<14}{'bytes':>12}{'tokens':>12}{'bytes/token':>13}"
     if other:
-        print(f"other: {other.tokenizer_id}, {other.vocab_size:,} tokens; gain: tokens that the "
-              "other needs more")
+        print(f"other: {other.tokenizer_id}, {other.vocab_size:,} tokens; gain: how many "
+              "more tokens the other needs")
         header += f"{'other':>10}{'gain':>9}"
     print(header)
     for name, texts in samples.items():

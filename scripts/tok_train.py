@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from nanochat.common import (
+    CACHE_HELP,
     QUIET_HELP,
     UserError,
     base_dir,
@@ -29,21 +30,23 @@ def parse_args(argv=None):
                                      description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", default="climbmix", help=DATASET_HELP)
     parser.add_argument("--vocab-size", type=int, default=32768,
-                        help="number of tokens, nine of them special (%(default)s)")
+                        help="number of tokens in the vocabulary, including nine special ones "
+                             "(%(default)s)")
     parser.add_argument("--max-chars", type=int, default=2_000_000_000,
-                        help="read at most this many characters (%(default)s)")
+                        help="read at most this many characters in total (%(default)s)")
     parser.add_argument("--doc-cap", type=int, default=10_000,
                         help="read at most this many characters per document (%(default)s)")
     parser.add_argument("--tokenizer-dir", type=Path,
-                        help="folder to save the tokenizer in (<cache folder>/tokenizer)")
+                        help="folder to save the tokenizer in (<cache>/tokenizer; "
+                             f"{CACHE_HELP})")
     parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
     return parser.parse_args(argv)
 
 
 def sample_training_text(shards, max_chars, doc_cap, counts):
-    """Yield the starts of documents until `max_chars` are read; count the characters.
+    """Yield the beginnings of documents until `max_chars` characters are read.
 
-    counts: a Counter of characters `read`, and of those in all of these documents (`seen`).
+    counts: a Counter to update. `read`: characters yielded; `seen`: characters of these documents.
     """
     for shard in shards:
         for document in progress(read_documents(shard), unit="doc", desc=f"reading {shard.name}"):

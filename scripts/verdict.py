@@ -1,6 +1,6 @@
-"""Judge an experiment's candidates by the four gates.
+"""Judge the candidates of an experiment by the four gates (see ideas/README.md).
 
-python -m scripts.verdict --experiment lane_c --miniseries depths
+python -m scripts.verdict --experiment lane_c_d12 --miniseries miniseries_d12
 """
 
 import argparse
@@ -13,12 +13,14 @@ from nanochat.experiments.table import experiment_table
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.verdict", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", required=True, help="name of the experiment in the ledger")
-    parser.add_argument("--miniseries", help="name of the experiment over depths, for gate 4")
+    parser.add_argument("--experiment", required=True, help="name of the experiment in the ledger, "
+                        "the CSV file of runs")
+    parser.add_argument("--miniseries",
+                        help="name of the experiment with several depths, for gate 4")
     parser.add_argument("--candidates", nargs="+", metavar="NAME",
-                        help="candidates to judge (default: all of the experiment)")
+                        help="candidates to judge (default: all in the experiment)")
     parser.add_argument("--ledger", default="dev/experiments.csv",
-                        help="CSV file of runs (default: %(default)s)")
+                        help="path of the ledger (default: %(default)s)")
     return parser.parse_args(argv)
 
 

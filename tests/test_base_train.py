@@ -200,7 +200,7 @@ def test_a_taken_run_id_is_refused_and_the_old_record_stays(corpus, refusal):
 def test_another_run_is_not_resumed_even_if_changes_are_allowed(corpus, refusal, change):
     main(flags(corpus, 4))
     resume = [*flags(corpus, 4), "--resume-from-step", "4", "--allow-changed", *change]
-    assert "it is of another run: " in refusal(main, resume)
+    assert "it belongs to another run: " in refusal(main, resume)
 
 
 def test_what_changes_the_numbers_is_refused_unless_allowed_and_then_recorded(

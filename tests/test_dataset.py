@@ -343,15 +343,15 @@ def test_a_download_without_its_validation_shard_names_the_command(download):
 # --- the command
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "and they need it"),
+    ([], "--dataset climbmix needs -n"),
     (["-n", "0"], "has 1 to 4 training shards"),
     (["-n", "5"], "has 1 to 4 training shards"),
     (["-n", "2", "-w", "0"], "-w must be at least 1"),
-    (["--dataset", "stdlib", "-n", "2"], "is for climbmix and fineweb-edu"),
-    (["--dataset", "nowhere"], "named datasets are stdlib, climbmix, fineweb-edu"),
+    (["--dataset", "stdlib", "-n", "2"], "-n is only for the downloads climbmix and fineweb-edu"),
+    (["--dataset", "nowhere"], "give a folder of text or one of stdlib, climbmix, fineweb-edu"),
     (["--dataset", "~nobody/x"], "is not a folder"),
     (["--dataset", "x" * 5000], "is not a folder"),
-    (["--dataset", __file__], "is a file: name its folder"),
+    (["--dataset", __file__], "is a file; give a folder of text"),
 ])
 def test_wrong_arguments_are_one_line_and_exit_code_2(download, arguments, message, refusal):
     error = refusal(main, arguments)

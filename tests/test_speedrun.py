@@ -99,7 +99,7 @@ def run_of(hours, core, bpb=0.718, status="ok", commit="a" * 40, events=()):
 def test_a_row_has_the_columns_of_the_leaderboard():
     page = (ROOT / "dev" / "LEADERBOARD.md").read_text().split("## Our measurements")[1]
     columns = next(line for line in page.splitlines() if line.startswith("|"))
-    assert columns == "| hours | CORE (mean of n) | val_bpb | what | commit |"
+    assert columns == "| hours | CORE (mean of n) | val_bpb | command | commit |"
     one, two, commit = run_of(1.6, 0.25), run_of(1.8, 0.27), "a" * 12
     assert leaderboard_row([one], "x") == f"| 1.60 | 0.2500 (1) | 0.71800 | x | {commit} |"
     assert leaderboard_row([one, two], "x") == (

@@ -58,7 +58,7 @@ def test_the_share_of_the_text_that_was_read_is_printed(corpus, capsys, limits, 
     (["--vocab-size", "200"], "too small"),
     (["--vocab-size", "30000"], "too large for this text"),
     (["--max-chars", "0"], "must be at least 1"),
-    (["--dataset", "nowhere"], "named datasets are"),
+    (["--dataset", "nowhere"], "give a folder of text or one of"),
 ])
 def test_wrong_arguments_save_nothing(corpus, base_dir, refusal, arguments, message):
     last_line = refusal(tok_train.main, ["--dataset", corpus, *arguments]).splitlines()[-1]

@@ -21,7 +21,7 @@ def test_verdict_prints_rules_gates_and_decision(ledger, capsys):
     verdict.main(["--experiment", "lane_c", "--miniseries", "depths", "--ledger", str(ledger)])
     out = capsys.readouterr().out
     assert "chunked-ce: INSUFFICIENT (gate 3 stability)" in out and "no save/resume probe" in out
-    assert "gain n=2, mean +10 %" in out and "decision: reject when" in out
+    assert "gain n=2, mean +10 %" in out and "Decision: reject if" in out
 
 
 def test_a_fresh_clone_says_what_the_ledger_says(ledger, tmp_path, capsys, monkeypatch):

@@ -102,7 +102,7 @@ def variants(few=False):
 
 
 def compiled(kernel, dtype, constants, target):
-    """A variant compiled for sm_NN or a gfx name."""
+    """Return a variant compiled for sm_NN or a gfx name."""
     options = {"num_warps": constants["num_warps"]}
     constants = {name: value for name, value in constants.items() if name != "num_warps"} | {
         "INTERPRETED": False
@@ -139,7 +139,7 @@ def compiled(kernel, dtype, constants, target):
 
 
 def resources(binary, target, elements_per_thread):
-    """{registers, spilled, wide, narrow, ...} of a compiled kernel."""
+    """Return {registers, spilled, wide, narrow, ...} of a compiled kernel."""
     if target.startswith("gfx"):
         code = binary.asm["amdgcn"]
         found = {name: int(value) for name, value in re.findall(r"\.(\w+): +(\d+)", code)}

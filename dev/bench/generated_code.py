@@ -76,7 +76,7 @@ def main(argv=None):
 
 
 def generated(loss, args, padded, dtype):
-    """[forward, backward]: the Python modules that inductor wrote, C++ inside."""
+    """Return [forward, backward], Python modules with C++ code that Inductor wrote."""
     torch._dynamo.reset()
     x = torch.randn(args.tokens, 256).to(dtype).requires_grad_()
     weight = torch.randn(padded, 256).requires_grad_()

@@ -124,14 +124,14 @@ def main(argv=None):
 
 
 def _reported(job):
-    """The job's rows as dicts, printed on their way."""
+    """Print the rows of a job and return them as dicts."""
     for row in job():
         print(describe(row), flush=True)
         yield asdict(row)
 
 
 def gpu_jobs(args, device, dtype):
-    """{name: function that yields Rows}, the sizes of training first."""
+    """Return {name: function that yields Rows}, the sizes of training first."""
     jobs = {}
     for n in args.tokens or (32768, 131072, 8192):
         if "loss" in args.kernels:
@@ -335,7 +335,7 @@ def _with_gradients(function, differentiable, constants, upstream):
 
 
 def _error(function, reference, differentiable, constants, upstream):
-    """Largest relative error of outputs and gradients against the reference in fp64."""
+    """Return the largest relative error of outputs and gradients against the reference in fp64."""
     dtype = differentiable[0].dtype  # what the matmul sees of an fp32 master weight
     exact = (
         [tensor.detach().to(dtype).double().requires_grad_() for tensor in differentiable],

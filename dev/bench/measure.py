@@ -33,7 +33,7 @@ def time_interleaved(functions, repeats, device, warmup=1):
 
 
 def percentiles(times):
-    """(median, 20th, 80th percentile)."""
+    """Return (median, 20th, 80th percentile)."""
     ordered = sorted(times)
     return (
         statistics.median(ordered),
@@ -43,7 +43,7 @@ def percentiles(times):
 
 
 class Rates(NamedTuple):
-    """What this machine reaches in the plainest of programs."""
+    """Rates that this machine reaches in simple programs."""
 
     flop_per_sec: float  # of a large square matmul
     bytes_per_sec: float  # read plus written by a large copy
@@ -63,7 +63,7 @@ def rates(device, dtype):
 
 
 def peak_bytes(function, device):
-    """Most memory `function` held above what was held before, in bytes."""
+    """Return the peak memory of `function` in bytes, without the memory in use before the call."""
     if device.type == "cuda":
         function()
         torch.cuda.synchronize(device)
@@ -76,7 +76,7 @@ def peak_bytes(function, device):
 
 
 def cpu_peak_bytes(function):
-    """Growth of the process's peak resident memory while `function` runs a second time (Linux)."""
+    """Return the growth of peak resident memory during a second call of `function` (Linux)."""
     function()  # libraries and compiled code are loaded in the first
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text(
@@ -135,7 +135,7 @@ def status_bytes(field):
 
 
 def cpu_ms(function):
-    """Milliseconds that a call takes on the wall clock."""
+    """Return the wall-clock milliseconds of a call."""
     start = time.perf_counter()
     function()
     return 1e3 * (time.perf_counter() - start)

@@ -122,7 +122,7 @@ def make_step(candidate, config, dtype, device, args):
 
 
 def step_flops(config, tokens):
-    """FLOPs of a step's matmuls: the model's, forward and backward, and Muon's."""
+    """Return the FLOPs of all matmuls of a step: model forward and backward, and Muon."""
     with torch.device("meta"):
         groups = parameter_groups(GPT(config))
     muon = sum(
@@ -135,7 +135,7 @@ def step_flops(config, tokens):
 
 
 def refusal(flags, config, dtype, device, args):
-    """Why a candidate cannot run here, or None."""
+    """Return why a candidate cannot run here, or None."""
     heads = config.n_head, config.n_kv_head, config.head_dim
     if reason := why_not(flags.get("attention", "auto"), device, dtype, heads):
         return reason

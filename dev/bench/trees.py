@@ -42,7 +42,7 @@ for line in sys.stdin:
 
 
 def start(folder, arguments):
-    """A checkout's step in a process of its own, which makes one for each line that it is sent."""
+    """Start a process for a checkout; it runs one training step per line that it receives."""
     return subprocess.Popen(
         [sys.executable, "-c", WORKER, *arguments],
         cwd=folder,

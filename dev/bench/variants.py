@@ -24,13 +24,13 @@ NEEDS_CUDA = Unavailable("needs CUDA")
 
 
 def sliced_loss(x, weight, targets, vocab_size):
-    """The usual way: fp32 logits of the real columns, softcap, cross-entropy."""
+    """Return the usual loss: fp32 logits of the real columns, softcap, cross-entropy."""
     logits = F.linear(x, weight.to(x.dtype))[:, :vocab_size].float()
     return F.cross_entropy(SOFTCAP * torch.tanh(logits / SOFTCAP), targets, ignore_index=-1)
 
 
 def masked_loss(x, weight, targets, vocab_size):
-    """The same with padded columns masked after the softcap instead of sliced off before."""
+    """Return the loss with padded columns masked after the softcap instead of sliced off before."""
     logits = F.linear(x, weight.to(x.dtype)).float()
     logits = SOFTCAP * torch.tanh(logits / SOFTCAP)
     column = torch.arange(weight.size(0), device=x.device)
@@ -40,7 +40,7 @@ def masked_loss(x, weight, targets, vocab_size):
 
 
 def plain_loss(x, weight, targets, vocab_size):
-    """The loss as the model computes it by default."""
+    """Return the loss as the model computes it by default."""
     return plain_cross_entropy(F.linear(x, weight.to(x.dtype)), targets, vocab_size)
 
 
@@ -53,7 +53,7 @@ def triton_chunks(x, weight, targets, vocab_size):
 
 
 def losses(device):
-    """{variant: loss function, or Unavailable}."""
+    """Return {variant: loss function, or Unavailable}."""
     table = {
         "torch eager, sliced": sliced_loss,
         "torch compiled, sliced": _compiled(sliced_loss),
@@ -79,7 +79,7 @@ def losses(device):
 
 
 def norms(device):
-    """{variant: norm over the last dimension, or Unavailable}."""
+    """Return {variant: norm over the last dimension, or Unavailable}."""
     table = {
         "torch eager": plain_rms_norm,
         "torch compiled": _compiled(plain_rms_norm),
@@ -94,7 +94,7 @@ def norms(device):
 
 
 def qk_norms():
-    """{variant: rotary embedding, norm and scale of q and k}."""
+    """Return {variant: rotary embedding, norm and scale of q and k}."""
     return {
         "torch eager": plain_rope_qk_norm,
         "torch compiled": _compiled(plain_rope_qk_norm),
@@ -103,7 +103,7 @@ def qk_norms():
 
 
 def interpreted_losses():
-    """{variant: loss function} for the dry run without a GPU, in the interpreter."""
+    """Return {variant: loss function} for the dry run without a GPU, in the interpreter."""
     return {"ours (triton)": triton_chunks}
 
 

@@ -103,7 +103,7 @@ class Counter(FakeTensorMode):
         self.work[self.phase].add(work)
 
     def compile(self, function=None, **options):
-        """In torch.compile's place: lowers by Inductor, runs the graph itself on fake tensors."""
+        """Replace torch.compile: lower by Inductor, and run the graph itself on fake tensors."""
         if function is None:
             return functools.partial(self.compile, **options)
         backend = functools.partial(
@@ -146,11 +146,11 @@ class Counter(FakeTensorMode):
 
 @triton_kernel_wrapper_mutation.py_impl(Counter)
 def _(mode, **launch):
-    """A kernel of ours in a graph: it changes data alone, and fake tensors have none."""
+    """Ignore a Triton kernel of this project: it changes only data, which fake tensors lack."""
 
 
 def generated_work(lowering, source):
-    """The Work of one call of what Inductor generated."""
+    """Return the Work of one call of the code that Inductor generated."""
     calls = source.split("def call")[-1]
     work = Work(
         triton=len(_TRITON.findall(calls)),

@@ -62,7 +62,7 @@ def pretend(folder):
 
 
 def _no_op_device(folder):
-    """The shared library of no_op_device.cpp, compiled against the torch that is installed."""
+    """Return the shared library of no_op_device.cpp, compiled against the installed torch."""
     source, root = (
         Path(__file__).with_name("no_op_device.cpp"),
         Path(importlib.util.find_spec("torch").origin).parent,

@@ -30,7 +30,7 @@ def sdpa(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
 
 
 def lowered(case, vocab_size, fp8=False, **flags):
-    """(GPTConfig, Counter after one whole step) of a dev.lowering Case; flags: GPT's."""
+    """Return (GPTConfig, Counter after one step) of a dev.lowering Case; flags: those of GPT."""
     torch._dynamo.reset()
     shape = model_shape(case.depth, 64, 128)
     config = GPTConfig(
@@ -74,7 +74,7 @@ def lowered(case, vocab_size, fp8=False, **flags):
 
 
 def lowered_rows(case, vocab_size, flags, largest=0, code=""):
-    """A CSV row for each phase of a case; printed too."""
+    """Print and return one CSV row per phase of a case."""
     config, counter = lowered(case, vocab_size, **flags)
     heads = config.n_head, config.n_kv_head, config.head_dim
     chosen = collections.Counter(

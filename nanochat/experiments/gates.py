@@ -1,8 +1,8 @@
-"""The four acceptance gates: rules fixed before any run, applied to a table of runs.
+"""The four gates: rules for the promotion of a candidate, fixed before its runs.
 
-Each gate is a function from the rows of the baseline and one candidate to (outcome, sentence). A
-candidate that sets only the horizon (lane B) is timed in steps and must reach its target, since its
-final loss differs by design.
+Each gate is a function of the rows of the baseline and one candidate; it returns (outcome,
+sentence). A candidate that sets only the horizon (lane B) is timed in steps and must reach its
+target, since its final loss differs by design.
 """
 
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ PASS, NOT_SHOWN, FAIL = "pass", "not shown", "fail"
 INSUFFICIENT, NOT_JUDGED = "insufficient", "not judged"
 SPIKE_WINDOW = 50  # losses
 SAME_BPB = 1e-6  # a threshold this close to one derived from the baseline counts as derived
-NOT_ON_THIS_DEVICE = ("the times are the Triton interpreter's and say nothing of a kernel's, so "
-                      "they are not judged on this device: run it on a GPU")
+NOT_ON_THIS_DEVICE = ("the times were measured in the Triton interpreter, so they say nothing "
+                      "about the kernels and are not judged: run it on a GPU")
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Every number that the gates use. A change after a run makes the run's verdict worthless."""
+    """The constants of the gates. Do not change them after a run: its verdict would be invalid."""
 
     confidence: float = 0.95  # of every interval
     min_seeds: int = 2
@@ -49,30 +49,33 @@ class Rules:
     def describe(self):
         """Return the rules as text, one line each."""
         return [
-            f"1 time: lower time to target in every seed, at least {self.min_seeds} seeds; the "
-            f"gain is shown when its paired {self.confidence:.0%} interval lies above zero and "
-            "every time was measured",
-            "2 quality: mean excess of min val_bpb at most the margin, which is "
-            f"{self.quality_sds:g} sd of the baseline's seeds or {self.quality_floor_bpb:g}, "
-            "whichever is larger; at every evaluation, mean excess at most twice the larger of "
-            f"the margin and {self.quality_sds:g} sd of the baseline's seeds at that step",
-            f"3 stability: every run ends well, no train loss {self.spike_nats:g} nats above the "
-            f"median of the {SPIKE_WINDOW} before it where the baseline has none (shorter runs are "
-            "not checked: insufficient), no graph break, losses after a resume within "
-            f"{self.resume_tolerance_nats:g} nats",
-            f"4 generalisation: over at least {self.min_depths} depths no systematic regression, "
-            "which is a mean relative change of val_bpb above gate 2's margin, or of time above "
-            f"{self.depth_time_tolerance:.0%}, that is worse at every depth or has its interval "
-            "above zero",
-            "a candidate that sets only the horizon: 1 by interpolated crossings times the median "
-            f"step time of all runs, in at least {self.horizon_min_seeds} seeds, at a recorded "
-            "target that was not derived from the baseline runs being judged; 2 it reaches the "
-            "target in every seed; 4 the same at each depth with its own horizon and target, and "
-            "no systematic regression of time",
-            "decision: reject when a gate fails; not judged when records are missing or times are "
-            "the Triton interpreter's (unless the candidate sets only the horizon; they fail no "
-            "gate); insufficient when a gate lacks runs; optional when all pass but the gain is "
-            "not shown; promote otherwise",
+            "gate 1, time: the time to target must be lower with every seed, with at least "
+            f"{self.min_seeds} seeds. The gain is shown if its paired {self.confidence:.0%} "
+            "interval is above zero and every time was measured.",
+            "gate 2, quality: the mean excess of min val_bpb must not exceed the margin, which is "
+            f"the larger of {self.quality_sds:g} sd of the baseline's seeds and "
+            f"{self.quality_floor_bpb:g}. At every evaluation, the mean excess must not exceed "
+            f"twice the larger of the margin and {self.quality_sds:g} sd of the baseline's seeds "
+            "at that step.",
+            "gate 3, stability: every run must end with status ok, without a graph break and "
+            f"without a loss spike, which is a training loss {self.spike_nats:g} nats above the "
+            f"median of the {SPIKE_WINDOW} losses before it where the baseline has none (shorter "
+            "runs are insufficient). Losses after a resume must agree within "
+            f"{self.resume_tolerance_nats:g} nats.",
+            f"gate 4, generalisation: at least {self.min_depths} depths must show no systematic "
+            "regression. That is a mean relative change of val_bpb above the margin of gate 2, or "
+            f"of time above {self.depth_time_tolerance:.0%}, that is worse at every depth or has "
+            "its interval above zero.",
+            "A candidate that sets only the horizon has other rules. Gate 1: times are the "
+            "interpolated steps to the target times the median step time of all runs, with at "
+            f"least {self.horizon_min_seeds} seeds; the target must not be derived from the "
+            "baseline runs being judged. Gate 2: every seed must reach the target. Gate 4: every "
+            "depth must reach its own target with its own horizon, without a systematic "
+            "regression of time.",
+            "Decision: reject if a gate fails; not judged if records are missing or if the times "
+            "of a candidate that changes more than the horizon were measured in the Triton "
+            "interpreter; insufficient if a gate lacks runs; optional if all gates pass but the "
+            "gain is not shown; otherwise promote.",
         ]
 
 
@@ -82,7 +85,7 @@ RULES = Rules()
 class Paired(NamedTuple):
     """n paired differences: mean, sd (ddof 1), t interval and two-sided p.
 
-    NaN: one difference has no sd, and equal ones have no interval, since their noise is not zero.
+    sd is NaN for one difference; the interval is NaN for one difference and for equal ones.
     """
 
     n: int

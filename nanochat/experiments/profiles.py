@@ -1,4 +1,4 @@
-"""Protocols (profiles) and what is compared under them (candidates)."""
+"""Training protocols (profiles) and the sets of flags that are compared (candidates)."""
 
 import shlex
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from nanochat.common import UserError, base_dir
 
 BASELINE = "baseline"
 
-# name: the flags that the baseline does not have; they are the `candidate_flags` of the ledger
+# name: flags in addition to those of the baseline, which are `candidate_flags` in the ledger
 CANDIDATES = {
     BASELINE: "",
     "fused-rmsnorm": "--fused-rmsnorm",
@@ -80,7 +80,7 @@ def find_profile(name):
 
 
 def candidate_flags(name):
-    """Return (name, flags) of a known candidate, or of NAME=FLAGS."""
+    """Return (name, flags) of a known candidate, or of a candidate given as NAME=FLAGS."""
     known, equals, flags = name.partition("=")
     if equals:
         try:

@@ -31,7 +31,7 @@ PROBE_STEPS, PROBE_RESUME_STEP = 20, 10
 
 @dataclass(frozen=True)
 class Experiment:
-    """The runs that were asked for. extra_flags go to every run, after those of the profile."""
+    """The runs of an experiment. Every run gets extra_flags after the flags of the profile."""
 
     name: str
     profile: Profile
@@ -60,7 +60,7 @@ class Experiment:
 
     @property
     def has_own_data(self):
-        """Whether dataset and tokenizer are those of the profile."""
+        """Return whether dataset and tokenizer are those of the profile."""
         return self.dataset in ("", self.profile.dataset)
 
 
@@ -137,7 +137,7 @@ def run_experiment(experiment, ledger, runs_dir, command=training_command, repor
 
 
 def threshold_from(ledger, baseline_name, experiment_name):
-    """Return a val_bpb that all baseline seeds of an experiment reached: the worst, plus a slack.
+    """Return the worst min val_bpb of an experiment's baseline seeds plus SLACK_BPB.
 
     An experiment that has rows keeps their threshold. Raise UserError unless at least two baseline
     seeds ended well, all at one depth.
@@ -151,7 +151,8 @@ def threshold_from(ledger, baseline_name, experiment_name):
             and row.status == "ok" and row.min_val_bpb is not None]
     if len(rows) < 2 or len({row.depth for row in rows}) > 1:
         raise UserError(f"--target-from needs two baseline seeds of {baseline_name!r} that ended "
-                        f"well, at one depth; {ledger} has {len(rows)}")
+                        f"well, at one depth; {ledger} has {len(rows)}; name another experiment, "
+                        "or train this one with more seeds at one depth")
     return max(row.min_val_bpb for row in rows) + SLACK_BPB
 
 
@@ -160,7 +161,7 @@ def _rows(ledger):
 
 
 def _check_records(experiment, runs, finished, ledger, runs_dir):
-    """Refuse rows without a record on this machine, and records made with other flags."""
+    """Raise UserError for rows without a record here, and for records made with other flags."""
     logged = [row.run_id for row in _rows(ledger) if row.experiment_name == experiment.name]
     for run_id in {*logged, *finished}:
         if not (runs_dir / run_id / CONFIG).exists():
@@ -233,7 +234,7 @@ def _run(argv, **options):
 
 
 def _train_anew(folder, flags, command, lock):
-    """Train in an empty folder: an interrupted attempt left nothing that counts."""
+    """Train in an empty folder; delete the files of an interrupted attempt before."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_json(folder / FLAGS, {"flags": flags})
@@ -269,7 +270,7 @@ class Probe:
 
 
 def probe_candidates(experiment, runs_dir, command=training_command, report=print0):
-    """Probe each candidate but the baseline at the first depth and seed, unless it was probed."""
+    """Probe each candidate except the baseline at the first depth and seed, unless done."""
     first = experiment.depths[0], experiment.seeds[0]
     with experiment_lock(runs_dir, experiment.name, report) as lock:
         for run in training_runs(experiment):
@@ -288,7 +289,7 @@ def probe_candidates(experiment, runs_dir, command=training_command, report=prin
 
 
 def read_probe(runs_dir, experiment_name, candidate):
-    """Return the Probe of a candidate, or None if it was not made."""
+    """Return the Probe of a candidate, or None if it was not run."""
     path = Path(runs_dir) / _probe_id(experiment_name, candidate) / PROBE
     remedy = "delete it and probe again (scripts.experiment --probe)"
     return Probe(**read_json(path, remedy)) if path.exists() else None

@@ -16,7 +16,7 @@ from nanochat.experiments.profiles import candidate_name
 from nanochat.runlog import CONFIG, SUMMARY, figures_of, numbers_of, read_run
 from nanochat.target import METRICS, evaluations_of, time_to_target
 
-INTERPRETED = "Triton interpreted"  # part of the device's name: such times say nothing of a GPU
+INTERPRETED = "Triton interpreted"  # part of the device's name: such times say nothing about a GPU
 HORIZON_FLAGS = {"--num-iterations", "--target-flops", "--target-param-data-ratio"}
 RECENT_SEC = 900  # a run on another host counts as running while its record is younger
 NUMBERS = (
@@ -89,7 +89,7 @@ def curve(record, kind, value):
 
 
 def on_one_clock(table):
-    """Return the table with times in steps, at the median step time of all its runs per depth.
+    """Return the table with times that are steps times the median step time of a depth.
 
     A step costs the same for every horizon, whatever the load of the machine was. The time to
     target is that of the interpolated crossing.
@@ -118,7 +118,7 @@ def check_same(what, table, column):
 
 
 def facts_of(table):
-    """Return (name, value) pairs of what the runs share: number, target, dataset, device, ..."""
+    """Return (name, value) pairs that describe the runs: number, target, dataset, device, ..."""
     n_running = int((table.state == "running").sum())
     n_failed = int((~table.ok).sum()) - n_running
     counts = [f"{len(table)}", *([f"{n_running} running"] if n_running else []),
@@ -133,13 +133,13 @@ def facts_of(table):
 
 
 def row_of(record, **cells):
-    """Return the ledger's row of a RunRecord; `cells` replace what the record says."""
+    """Return the ledger row of a RunRecord; `cells` replace values of the record."""
     own = {**_cells_of(record, record.summary or {}), "candidate_flags": record.run_id, **cells}
     return ExperimentRow(**{name: own[name] for name in columns(ExperimentRow)})
 
 
 def recipe_of(record):
-    """Return, by name, what repeats of a run share: flags, dataset, tokenizer and device."""
+    """Return {name: value} of flags, dataset, tokenizer and device, equal for all seeds."""
     config = record.config
     flags = {name: value for name, value in _flags(record).items() if name not in _NOT_IN_RECIPE}
     return {**flags, "dataset_id": config.get("dataset_id"),
@@ -210,7 +210,7 @@ def _record_of(runs_dir, run_id):
 
 
 def _cells_of(record, summary=None):
-    """Return the cells of a record: its config's, and its summary's or the statistics so far."""
+    """Return the cells of a record, from its config and its summary (or the metrics so far)."""
     config, flags = record.config, _flags(record)
     if summary is None:
         summary = record.summary

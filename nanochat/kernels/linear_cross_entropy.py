@@ -114,7 +114,7 @@ def _rows_by_triton(logits, targets, losses, scale, vocab_size, softcap):
 
 
 def _rows_by_torch(logits, targets, losses, scale, vocab_size, softcap):
-    """Do the same in eager torch, a few rows at a time."""
+    """Compute the row kernel's results in eager torch, a few rows at a time."""
     n_rows, n_columns = logits.shape
     is_cpu = logits.device.type == "cpu"
     step = max(1, (CPU_SCRATCH_ELEMENTS if is_cpu else GPU_SCRATCH_ELEMENTS) // n_columns)
@@ -256,7 +256,7 @@ def _(x, *_):
 
 
 def _reduced(losses, targets, mean):
-    """Return the sum or the mean, which is NaN if all targets are ignored, as F.cross_entropy's."""
+    """Return the sum or the mean; the mean is NaN if all targets are ignored, as in torch."""
     return losses.sum() / (targets != IGNORED).sum() if mean else losses.sum()
 
 

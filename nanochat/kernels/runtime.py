@@ -1,4 +1,4 @@
-"""What all kernels share: Triton or its absence, the interpreter, and checks before training.
+"""Shared parts of the kernels: import of Triton, its interpreter, checks before training.
 
 Without Triton (macOS) this module still imports; the kernels are then plain functions that nothing
 launches.
