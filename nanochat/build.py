@@ -12,12 +12,9 @@ from nanochat.attention import plan_attention
 from nanochat.common import (
     RunLock,
     UserError,
-    choose_compute_dtype,
-    device_name,
     git_commit,
     is_quiet,
     locks_dir,
-    peak_memory_mib,
     print0,
     runs_dir,
     utc_now,
@@ -26,6 +23,7 @@ from nanochat.common import (
 )
 from nanochat.config import model_config
 from nanochat.console import ConsoleSink, WandbSink
+from nanochat.device import choose_compute_dtype, device_name, peak_memory_mib
 from nanochat.distributed import broadcast_from_rank0
 from nanochat.fp8 import check_fp8, train_in_fp8
 from nanochat.gpt import GPT, flops_per_token, parameter_counts, scaling_params

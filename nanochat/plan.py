@@ -16,8 +16,9 @@ import torch
 
 from nanochat import schedule
 from nanochat.attention import BLOCK_QUERIES, choose_backend
-from nanochat.common import UserError, peak_bf16_flops
+from nanochat.common import UserError
 from nanochat.config import model_config, run_horizon
+from nanochat.device import peak_bf16_flops
 from nanochat.gpt import GPT, GPTConfig, flops_per_token, parameter_counts, scaling_params
 from nanochat.kernels.linear_cross_entropy import default_chunk_bytes
 from nanochat.optim import SMALL_NUMEL, parameter_groups, polar_express_flops

@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 
 from nanochat import build, checkpoint, schedule
-from nanochat.common import device_name, peak_bf16_flops, print0, warn
+from nanochat.common import print0, warn
 from nanochat.config import TrainingConfig, model_config, run_horizon
 from nanochat.core_eval import bundle_folder, evaluate_core
 from nanochat.dataloader import TokenLoader, n_batches_of_rank
 from nanochat.dataset import open_dataset
+from nanochat.device import device_name, peak_bf16_flops
 from nanochat.distributed import Ranks, on_main
 from nanochat.gpt import GPT, flops_per_token
 from nanochat.loss_eval import (

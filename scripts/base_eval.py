@@ -12,6 +12,7 @@ from nanochat.common import MODEL_TAG_HELP, STEP_HELP, TOKENIZER_DIR_HELP, UserE
 from nanochat.config import TrainingConfig
 from nanochat.core_eval import bundle_folder, evaluate_core, load_hf
 from nanochat.dataset import open_dataset
+from nanochat.device import choose_compute_dtype, choose_device, device_name, keep_freed_memory
 from nanochat.distributed import on_main, start_ranks, stop_ranks
 from nanochat.loss_eval import SplitRows, evaluate_split, position_table, sample_documents
 from nanochat.tokens import token_shards
@@ -61,16 +62,16 @@ def main(argv=None):
     if args.out:
         common.check_output("--out", args.out)
 
-    device = common.choose_device(args.device_type)
-    dtype, reason = common.choose_compute_dtype(device)
-    common.keep_freed_memory(device)
+    device = choose_device(args.device_type)
+    dtype, reason = choose_compute_dtype(device)
+    keep_freed_memory(device)
     ranks = start_ranks(device)
     try:
         if args.hf_path:
             subject = load_hf(args.hf_path, device, dtype)
         else:
             subject = load_trained(args.model_tag, args.step, device, dtype, args.tokenizer_dir)
-        print0(f"{subject.name} on {common.device_name(device)} in {dtype}: {reason}")
+        print0(f"{subject.name} on {device_name(device)} in {dtype}: {reason}")
         results = {"model_tag": subject.tag, "step": subject.step, "tokens": subject.tokens,
                    "tokenizer_id": subject.tokenizer.tokenizer_id, "dataset_id": None}
         if kinds - {"core"}:

@@ -13,15 +13,9 @@ import sys
 import time
 
 from nanochat.checkpoint import newest_valid_in_words
-from nanochat.common import (
-    UserError,
-    choose_device,
-    command,
-    keep_freed_memory,
-    print0,
-    set_quiet,
-)
+from nanochat.common import UserError, command, print0, set_quiet
 from nanochat.config import parse_config
+from nanochat.device import choose_device, keep_freed_memory
 from nanochat.distributed import start_ranks, stop_ranks
 from nanochat.train import train
 

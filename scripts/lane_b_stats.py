@@ -14,7 +14,6 @@ from nanochat.common import (
     QUIET_HELP,
     check_output,
     command,
-    keep_freed_memory,
     print0,
     runs_dir,
     set_quiet,
@@ -23,6 +22,7 @@ from nanochat.common import (
     write_json,
 )
 from nanochat.dataset import open_dataset
+from nanochat.device import keep_freed_memory
 from nanochat.lane_b import statistics
 from nanochat.lane_b.corpus import read_corpus
 from nanochat.lane_b.figures import check_plot, draw_statistics

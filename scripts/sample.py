@@ -11,15 +11,8 @@ import time
 import numpy as np
 
 from nanochat.checkpoint import load_trained
-from nanochat.common import (
-    MODEL_TAG_HELP,
-    STEP_HELP,
-    TOKENIZER_DIR_HELP,
-    UserError,
-    choose_compute_dtype,
-    choose_device,
-    command,
-)
+from nanochat.common import MODEL_TAG_HELP, STEP_HELP, TOKENIZER_DIR_HELP, UserError, command
+from nanochat.device import choose_compute_dtype, choose_device
 from nanochat.engine import stream, whole_characters
 
 # Generated text must not control a terminal: control characters except newline and tab are escaped.

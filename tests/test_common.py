@@ -27,17 +27,12 @@ from nanochat.common import (
     atomic_path,
     base_dir,
     check_output,
-    choose_compute_dtype,
-    choose_device,
     command,
-    device_name,
     git_commit,
     is_owned,
     json_bytes,
     locked,
     matches_checksum,
-    peak_bf16_flops,
-    peak_memory_mib,
     print0,
     progress,
     set_quiet,
@@ -45,6 +40,13 @@ from nanochat.common import (
     write_checksums,
     write_json,
     write_text,
+)
+from nanochat.device import (
+    choose_compute_dtype,
+    choose_device,
+    device_name,
+    peak_bf16_flops,
+    peak_memory_mib,
 )
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))

@@ -13,8 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dev.bench.plan import CPU, SHAPES, planned_peak_mb, record_rows
-from nanochat.common import choose_compute_dtype
 from nanochat.config import TrainingConfig, model_config, parse_config, run_horizon
+from nanochat.device import choose_compute_dtype
 from nanochat.gpt import GPT, GPTConfig, parameter_counts
 from nanochat.optim import MuonAdamW, parameter_groups, polar_express, polar_express_flops
 from nanochat.plan import (

@@ -26,15 +26,8 @@ import triton
 
 from dev.bench.measure import peak_bytes, percentiles, rates, run_jobs, time_interleaved
 from dev.bench.variants import Unavailable, interpreted_losses, losses, norms, qk_norms, sliced_loss
-from nanochat.common import (
-    UserError,
-    choose_compute_dtype,
-    choose_device,
-    command,
-    device_name,
-    git_commit,
-    keep_freed_memory,
-)
+from nanochat.common import UserError, command, git_commit
+from nanochat.device import choose_compute_dtype, choose_device, device_name, keep_freed_memory
 from nanochat.gpt import GPTConfig
 
 HEAD_DIM = 128

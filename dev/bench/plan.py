@@ -17,8 +17,9 @@ import torch
 
 from dev.bench.measure import cpu_peak_bytes
 from nanochat import build, schedule
-from nanochat.common import choose_compute_dtype, command
+from nanochat.common import command
 from nanochat.config import TrainingConfig, model_config, run_horizon
+from nanochat.device import choose_compute_dtype
 from nanochat.distributed import Ranks
 from nanochat.plan import GPUS, estimate, memory_of
 

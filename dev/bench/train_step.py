@@ -16,16 +16,8 @@ import torch
 
 from dev.bench.measure import append_rows, peak_bytes, percentiles, rates, time_interleaved
 from nanochat.attention import BACKENDS, why_not
-from nanochat.common import (
-    UserError,
-    choose_compute_dtype,
-    choose_device,
-    command,
-    device_name,
-    git_commit,
-    keep_freed_memory,
-    versions,
-)
+from nanochat.common import UserError, command, git_commit, versions
+from nanochat.device import choose_compute_dtype, choose_device, device_name, keep_freed_memory
 from nanochat.fp8 import check_fp8, train_in_fp8
 from nanochat.gpt import GPT, GPTConfig, flops_per_token
 from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy

@@ -21,7 +21,10 @@ PAIRS = 40
 WORKER = """
 import sys, time
 from dev.bench import train_step
-from nanochat.common import choose_compute_dtype, choose_device, keep_freed_memory
+try:
+    from nanochat.device import choose_compute_dtype, choose_device, keep_freed_memory
+except ImportError:  # before 2026-11-29
+    from nanochat.common import choose_compute_dtype, choose_device, keep_freed_memory
 from nanochat.gpt import GPTConfig
 from nanochat.schedule import model_shape
 args = train_step.parse_args(sys.argv[1:])
