@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def test_without_transformers_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(UserError, match=r"pip install 'nanochat\[hf\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[hf\]'"):
         load_hf("gpt2", CPU, torch.float32)
 
 

@@ -314,7 +314,7 @@ def test_live_page_answers_only_its_own_machine_and_ends_quietly(live, refusal):
     assert ask(method="POST")[0] == 501
     assert "cannot use --port" in refusal(script.main, ["--live", "one", "--port", str(port)])
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=20)[1] == "" and process.returncode == 0
+    assert process.communicate(timeout=120)[1] == "" and process.returncode == 0  # it is niced
     assert before == {path: path.read_bytes() for path in runs_dir().rglob("*") if path.is_file()}
 
 
