@@ -52,7 +52,7 @@ def main(argv=None):
 
 def _resume_command(argv):
     """Return the command line that resumes an interrupted run."""
-    argv = list(argv)
+    argv = [word for word in argv if not word.startswith("--resume-from-step=")]
     if "--resume-from-step" in argv:
         at = argv.index("--resume-from-step")
         del argv[at:at + 2]
