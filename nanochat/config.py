@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 from nanochat import schedule
 from nanochat.common import UserError, check_name
-from nanochat.dataset import NAMED_DATASETS
+from nanochat.dataset import DOWNLOADS
 from nanochat.gpt import GPTConfig, flops_per_token, scaling_params
 from nanochat.target import check_metric_name, check_target
 
 DEFAULT_SEED = 42
 CROPS = ("carry", "drop")
-CROPPED_DATASETS = tuple(name for name in NAMED_DATASETS if name != "stdlib")
 
 
 def _topic(title):
@@ -162,7 +161,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         if not self.crop:  # the record holds the rule, not the empty default
-            rule = "drop" if self.dataset in CROPPED_DATASETS else "carry"
+            rule = "drop" if self.dataset in DOWNLOADS else "carry"
             object.__setattr__(self, "crop", rule)
 
         for flag in dataclasses.fields(self):
