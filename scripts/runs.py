@@ -127,6 +127,9 @@ def main(argv=None):
         blocks = compare(runs_table(find_run(name, runs_dir()) for name in args.compare))
     else:
         table, blocks = read_runs(args.patterns, args.state)
+        if args.patterns and table is None and not blocks:
+            raise UserError(f"no run {' '.join(args.patterns)} in {runs_dir()}; list all runs "
+                            "with python -m scripts.runs")
         shown = f"no {'such run' if args.patterns or args.state else 'runs'} in {runs_dir()}"
         if table is not None:
             shown = as_text(pd.DataFrame(map(cells, table.itertuples())).set_index("run"))

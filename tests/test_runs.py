@@ -52,7 +52,7 @@ def test_states_are_those_of_summary_and_owner(capsys):
     lock.release()
 
 
-def test_runs_are_listed_by_name_and_state_newest_first(capsys):
+def test_runs_are_listed_by_name_and_state_newest_first(capsys, refusal):
     for at, name in enumerate(("x-s0", "x-s1", "y")):
         for path in make_run(name, **SMALL).folder.iterdir():
             os.utime(path, (1e9 + at, 1e9 + at))
@@ -60,7 +60,8 @@ def test_runs_are_listed_by_name_and_state_newest_first(capsys):
     shutil.copytree(runs_dir() / "y", runs_dir() / "y-copy")
     assert list(listed(capsys)) == ["bad", "y", "y-copy", "x-s1", "x-s0"]
     assert list(listed(capsys, "x-*", "bad", "--state", "finished")) == ["x-s1", "x-s0"]
-    assert said(capsys, "none") == f"no such run in {runs_dir()}\n"
+    assert said(capsys, "--state", "running") == f"no such run in {runs_dir()}\n"
+    assert f"error: no run none in {runs_dir()}" in refusal(script.main, ["none"])
 
 
 def test_a_run_without_summary_shows_its_statistics_so_far(capsys):
