@@ -233,6 +233,9 @@ class RowPlanner:
         if (state["documents"], state["crop"]) != (self.order.fingerprint, self.crop):
             raise UserError("the data loader's state belongs to other documents, another seed or "
                             "another --crop; resume with the text, tokenizer and flags of the run")
+        if any(len(entry) != 4 for entry in state["buffer"]):
+            raise UserError("the checkpoint was saved by an earlier version of this program, whose "
+                            "data order cannot be continued; start the run again")
         self._served_tokens = state["served_tokens"]
         self._distinct_tokens = state["distinct_tokens"]
         self.order.seek(state["epoch"], state["position"])

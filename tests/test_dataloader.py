@@ -346,6 +346,15 @@ def test_no_documents_and_a_negative_seed_are_refused(tmp_path, shards):
         TokenLoader(shards, 1, 8, seed=-1)
 
 
+def test_a_state_of_an_earlier_version_is_refused(shards):
+    with TokenLoader(shards, 1, 8) as loader:
+        state = loader.state_dict()
+    assert state["buffer"]
+    state["buffer"] = [entry[:3] for entry in state["buffer"]]  # before entries had an epoch
+    with pytest.raises(UserError, match="earlier version"):
+        TokenLoader(shards, 1, 8, state=state)
+
+
 def test_a_state_of_other_documents_another_seed_or_crop_is_refused(tmp_path, shards):
     with TokenLoader(shards, 1, 8) as loader:
         state = loader.state_dict()
