@@ -28,8 +28,9 @@ from nanochat.config import model_config, parse_config
 from nanochat.experiments.runner import run_module
 from nanochat.gpt import scaling_params
 from nanochat.lane_b import Refusal
+from nanochat.lane_b.answer import read_inference
 from nanochat.lane_b.calibration import MIN_STEPS, RATES, curve_of, setup_of
-from nanochat.lane_b.inference import depths_in_reach, infer, read_inference
+from nanochat.lane_b.inference import depths_in_reach, infer
 from nanochat.runlog import CONFIG, find_run
 from nanochat.target import check_target
 from nanochat.tokenizer import load_tokenizer

@@ -10,9 +10,10 @@ import argparse
 
 from nanochat.common import check_output, command, print0, read_json, runs_dir, write_json
 from nanochat.lane_b import Refusal, Uncertain
+from nanochat.lane_b.answer import describe, document_of
 from nanochat.lane_b.calibration import curve_of, of, setup_of
 from nanochat.lane_b.figures import check_plot, draw_inference
-from nanochat.lane_b.inference import describe, document_of, infer
+from nanochat.lane_b.inference import infer
 from nanochat.runlog import find_run
 from nanochat.target import check_target
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nanochat.common import command, print0, runs_dir
 from nanochat.experiments.ledger import parse_cell
-from nanochat.lane_b.inference import read_inference
+from nanochat.lane_b.answer import read_inference
 from nanochat.lane_b.ledger import (
     DECISIONS,
     LaneBRecord,
