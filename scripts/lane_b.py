@@ -2,208 +2,219 @@
 
 python -m scripts.lane_b --dataset FOLDER --target-metric-threshold 1.62
 python -m scripts.lane_b --dataset FOLDER --target-metric-threshold 1.62 --name gpu -- FLAGS
+python -m scripts.lane_b --profile cpu
 
-FLAGS of scripts.base_train replace the default recipe, which is for a CPU. Repeat the command to
-continue. Exit code 0: named; 3: refused; 4: named but uncertain.
+FLAGS of scripts.base_train replace the default recipe, which is for a CPU. The profile cpu is a
+demonstration on two cores: it also trains the named model and the baseline and judges them. Repeat
+the command to continue. Exit code 0: named; 3: refused; 4: named but uncertain.
 """
 
 import argparse
-import contextlib
 import importlib.util
-import math
 import shlex
+from itertools import count
+from typing import NamedTuple
 
-from nanochat.common import (
-    QUIET_HELP,
-    UserError,
-    base_dir,
-    command,
-    print0,
-    read_json,
-    runs_dir,
-    set_quiet,
-    write_json,
-)
+from nanochat.common import QUIET_HELP, UserError, base_dir, command, print0, runs_dir, set_quiet
 from nanochat.config import model_config, parse_config
 from nanochat.experiments.runner import run_module
 from nanochat.gpt import scaling_params
-from nanochat.lane_b import Refusal
-from nanochat.lane_b.answer import read_inference
-from nanochat.lane_b.calibration import MIN_STEPS, RATES, curve_of, setup_of
+from nanochat.lane_b import Refusal, Uncertain, verdict
+from nanochat.lane_b.answer import compare, conclude, read_inference
+from nanochat.lane_b.calibration import MIN_STEPS, RATES, RECIPE, curve_of, setup_of
 from nanochat.lane_b.inference import depths_in_reach, infer
 from nanochat.runlog import CONFIG, find_run
 from nanochat.target import check_target
 from nanochat.tokenizer import load_tokenizer
-from scripts import lane_b_infer_ratio
 
-# The recipe with which the method was tested. Its rates are 16 times those of base_train, whose
-# automatic scale is much too low for 2,048 tokens per step.
-RECIPE = shlex.split(
-    "--aspect-ratio=32 --head-dim=32 --window-pattern=L --max-seq-len=128 --device-batch-size=16 "
-    "--total-batch-size=2048 --matrix-lr=0.32 --embedding-lr=4.8 --unembedding-lr=0.128 "
-    "--eval-tokens=262144")
+
+class Profile(NamedTuple):
+    """A recipe. target: val_bpb of the demonstration; None: it is given by the user."""
+
+    flags: str
+    vocab_size: int  # of the tokenizer that is trained on the text
+    target: float | None = None
+
+
+# The learning rates are 16 times those of base_train, whose automatic scale is much too low for
+# batches of a few thousand tokens.
+_SMALL = ("--window-pattern=L --max-seq-len=128 --matrix-lr=0.32 --embedding-lr=4.8 "
+          "--unembedding-lr=0.128 ")
+PROFILES = {
+    "small": Profile(_SMALL + "--aspect-ratio=32 --head-dim=32 --device-batch-size=16 "
+                     "--total-batch-size=2048 --eval-tokens=262144", 2048),  # used in all tests
+    "cpu": Profile(_SMALL + "--aspect-ratio=16 --head-dim=16 --device-batch-size=4 "
+                   "--total-batch-size=512 --eval-tokens=65536", 1024, 1.75),
+}
 ALWAYS = ["--core-metric-every=-1", "--sample-every=-1", "--save-every=-1", "--save-minutes=5",
           "--keep-checkpoints=1", "--resume-from-step=auto"]
+FIXED = (*RATES, *RECIPE, "dataset", "total_batch_size", "num_iterations")
 EVALUATIONS = 28  # per run
 TIMED_STEPS = 41  # 30 on the clock
 GROWTH = 2.0  # least growth in parameters from the first depth to the second
-MAX_DEPTH = 200
-VOCAB_SIZE = 2048  # of the tokenizer that is trained on the text
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.lane_b", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target-metric-threshold", type=float, required=True,
-                        metavar="BITS_PER_BYTE", help="val_bpb to reach")
-    parser.add_argument("--dataset", default="stdlib", help="name or folder (%(default)s)")
-    parser.add_argument("--tokenizer-dir", default="",
-                        help="tokenizer folder; empty: trained on the text, 2,048 tokens")
-    parser.add_argument("--budget", type=float, default=0.25, metavar="SHARE", help="further runs "
-                        "are trained while the calibration costs at most this share of the named "
-                        "run, in FLOPs and in seconds (%(default)s)")
-    parser.add_argument("--smallest-depth", type=int, default=1, help="least depth to calibrate")
-    parser.add_argument("--depth", type=int, help="infer only the ratio of this depth")
-    parser.add_argument("--rates-probe", action="store_true",
-                        help="also train at half the learning rates, to test whether they transfer")
-    parser.add_argument("--name", default="lane_b", help="prefix of the run ids (%(default)s)")
-    parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
-    parser.add_argument("--dry-run", action="store_true", help="print the first trainings only")
-    parser.add_argument("flags", nargs="*", metavar="FLAGS", help="flags of base_train, after --")
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("--target-metric-threshold", type=float, metavar="BITS_PER_BYTE", help="val_bpb to reach")
+    add("--dataset", default="stdlib", help="name or folder (%(default)s)")
+    add("--tokenizer-dir", default="", help="tokenizer folder; empty: trained on the text")
+    add("--budget", type=float, default=0.25, metavar="SHARE", help="further runs are trained "
+        "while the calibration costs at most this share of the named run, in FLOPs and in seconds "
+        "(%(default)s)")
+    add("--smallest-depth", type=int, default=2, help="least depth to calibrate (%(default)s)")
+    add("--depth", type=int, help="infer only the ratio of this depth")
+    add("--rates-probe", action="store_true",
+        help="also train at half the learning rates, to test whether they transfer")
+    add("--verify", action="store_true", help="also train the named model and the baseline (ratio "
+        f"12) with {len(verdict.SEEDS)} seeds each, and judge them")
+    add("--profile", choices=PROFILES, default="small", help="small: the default recipe; cpu: a "
+        "smaller one with a target and --verify")
+    add("--name", help="prefix of the run ids (default: lane_b_PROFILE)")
+    add("--quiet", action="store_true", help=QUIET_HELP)
+    add("--dry-run", action="store_true", help="print the first trainings only")
+    add("flags", nargs="*", metavar="FLAGS", help="flags of base_train, after --")
+    args = parser.parse_args(argv)
+    profile = PROFILES[args.profile]
+    args.name = args.name or f"lane_b_{args.profile}"
+    args.flags = args.flags or shlex.split(profile.flags)
+    args.target_metric_threshold = args.target_metric_threshold or profile.target
+    args.verify = args.verify or profile.target is not None
+    check_target("val_bpb", args.target_metric_threshold)
+    return args
 
 
-class Calibration:
-    """The trainings of one call: their flags, ids and records."""
+class Trainings:
+    """The flags and the ids of all runs of one call."""
 
     def __init__(self, args, tokenizer_dir, vocab_size):
-        self.args = args
-        self.flags = [*(args.flags or RECIPE), f"--dataset={args.dataset}",
-                      f"--tokenizer-dir={tokenizer_dir}"]
-        self.config, self.vocab_size = parse_config(self.flags), vocab_size
+        self.name, self.vocab_size = args.name, vocab_size
+        self.flags = [*args.flags, f"--dataset={args.dataset}", f"--tokenizer-dir={tokenizer_dir}"]
+        self.common = [*self.flags, *ALWAYS, *(["--quiet"] if args.quiet else [])]
+        self.config = parse_config(self.flags)
         if self.config.total_batch_size < 1:
             raise UserError("the flags need --total-batch-size: all runs must have one batch")
 
     def n_params(self, depth):
         return scaling_params(model_config(self.config, self.vocab_size, depth))
 
-    def depths(self):
-        """Return the smallest depth whose ratio-4 horizon is long enough, and the next one."""
-        least = MIN_STEPS * self.config.total_batch_size
-        aspect, head = self.config.aspect_ratio, self.config.head_dim
-        possible = [d for d in range(self.args.smallest_depth, MAX_DEPTH)
-                    if math.ceil(d * aspect / head) * head >= 24]  # narrower models do not exist
-        first = next((d for d in possible if 4 * self.n_params(d) >= least), MAX_DEPTH)
-        second = next((d for d in range(first + 1, MAX_DEPTH)
-                       if self.n_params(d) >= GROWTH * self.n_params(first)), MAX_DEPTH)
-        return first, second
+    def depths(self, least):
+        """Return the first depth from `least` with MIN_STEPS at ratio 4, and the next one."""
+        params = MIN_STEPS * self.config.total_batch_size / 4
+        first = next(depth for depth in count(least) if self.n_params(depth) >= params)
+        params = GROWTH * self.n_params(first)
+        return first, next(depth for depth in count(first) if self.n_params(depth) >= params)
 
-    def training(self, depth, ratio, seed, kind=""):
-        """Return (run id, flags). kind: "half." (half the rates) or "timing." (few steps)."""
-        run_id = f"{self.args.name}.{kind}d{depth}.r{ratio}.s{seed}"
-        steps = int(ratio * self.n_params(depth)) // self.config.total_batch_size
-        every, more = max(1, steps // EVALUATIONS), ["--quiet"] if self.args.quiet else []
-        if kind == "timing.":
-            steps, every = TIMED_STEPS, -1
-        if kind == "half.":
-            more += [f"--{name.replace('_', '-')}={getattr(self.config, name) / 2!r}"
-                     for name in RATES]
-        return run_id, [*self.flags, *ALWAYS, *more, f"--num-iterations={steps}",
-                        f"--eval-every={every}", f"--depth={depth}", f"--seed={seed}",
-                        f"--run-id={run_id}", f"--model-tag={run_id}"]
+    def one(self, depth, ratio, seed, kind="", steps=None, extra=()):
+        """Return (run id, flags) of a run of `steps`, by default those of the ratio."""
+        run_id = f"{self.name}.{kind}d{depth}.r{ratio:.4g}.s{seed}"
+        steps = steps or int(ratio * self.n_params(depth)) // self.config.total_batch_size
+        every = max(1, steps // EVALUATIONS) if steps > TIMED_STEPS else -1
+        return run_id, [*self.common, *extra, f"--num-iterations={steps}", f"--eval-every={every}",
+                        f"--depth={depth}", f"--seed={seed}", f"--run-id={run_id}",
+                        f"--model-tag={run_id}"]
 
-
-def train(training):
-    """Train a run, or continue it, unless its record is complete; return the record."""
-    run_id, flags = training
-    if not (runs_dir() / run_id / CONFIG).exists() or find_run(run_id, runs_dir()).status != "ok":
-        print0(f"lane B: training {run_id}")
-        run_module("scripts.base_train", flags)
-    return find_run(run_id, runs_dir())
+    def train(self, *run, **options):
+        """Train a run (see `one`), or continue it, unless it is complete; return its record."""
+        run_id, flags = self.one(*run, **options)
+        if not (runs_dir() / run_id / CONFIG).exists() or (
+                find_run(run_id, runs_dir()).status != "ok"):
+            print0(f"lane B: training {run_id}")
+            run_module("scripts.base_train", flags)
+        record, wanted = find_run(run_id, runs_dir()), parse_config(flags).to_dict()
+        changed = [name for name in FIXED if record.config["flags"].get(name) != wanted[name]]
+        if changed:
+            raise UserError(f"run {run_id} exists with another {', '.join(changed)}; give another "
+                            "--name")
+        return record
 
 
-def check_flags(path, flags):
-    """Raise UserError if earlier runs of this name had other flags."""
-    if path.exists() and read_json(path, "delete it")["flags"] != flags:
-        raise UserError(f"{path}: earlier runs of this name had other flags; give another --name")
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, {"flags": flags})
-
-
-def extend(calibration, records, timing, extra):
+def extend(trainings, records, timing, extra, args):
     """Train the extra runs (depth, ratio, seed) in their order while the budget allows."""
-    args = calibration.args
     for depth, ratio, seed in extra:
         setup = setup_of(records, timing)
-        curves = [curve_of(record, setup) for record in records]
-        inference = infer(curves, setup, args.target_metric_threshold, args.depth)
-        cost, named, steps = inference.cost(), inference.named, setup.steps(depth, ratio)
-        shares = {"flops": setup.step_flops, "seconds": setup.seconds}
-        costs = {what: cost[what] + steps * per_step(depth)
-                 / (named.horizon * per_step(named.depth)) for what, per_step in shares.items()}
-        print0(f"lane B: {len(records)} runs cost {cost['flops']:.0%} of the FLOPs and "
-               f"{cost['seconds']:.0%} of the seconds of depth {named.depth} at ratio "
-               f"{named.ratio:.3g}; with one more {costs['flops']:.0%} and {costs['seconds']:.0%}")
-        if max(cost.values()) > args.budget:
-            print0(f"lane B: that is more than the budget of {args.budget:.0%}: for this target "
-                   "the calibration may not pay")
-        if max(costs.values()) > args.budget:
+        try:
+            inference = infer([curve_of(record, setup) for record in records], setup,
+                              args.target_metric_threshold, args.depth)
+        except Refusal:  # reported by conclude
             return
-        records.append(train(calibration.training(depth, ratio, seed)))
+        now, then = inference.cost(), inference.cost([(depth, ratio)])
+        print0(f"lane B: {len(records)} runs cost {now[0]:.0%} of the FLOPs and {now[1]:.0%} of "
+               f"the seconds of depth {inference.named.depth} at ratio {inference.named.ratio:.3g}"
+               f"; with one more {then[0]:.0%} and {then[1]:.0%} (budget {args.budget:.0%})")
+        if max(then) > args.budget:
+            return
+        records.append(trainings.train(depth, ratio, seed))
+
+
+def verify(trainings, document):
+    """Train the named model and the baseline to the target, in turns, and print the verdict."""
+    if document["default"] is None:
+        print0("lane B: no depth in reach is forecast to reach the target at ratio 12: there is no "
+               "baseline to compare with")
+        return
+    print0("Rules of the verdict:", *verdict.RULES, sep="\n  ")
+    extra = [f"--target-metric-threshold={document['target_metric_threshold']!r}",
+             "--stop-at-target"]
+    runs = {"default": [], "named": []}
+    for seed in verdict.SEEDS:
+        for name, records in runs.items():
+            option = document[name]
+            records.append(trainings.train(option["depth"], option["ratio"], seed, kind=f"{name}.",
+                                           steps=option["horizon"], extra=extra))
+        print0(f"{records[-1].run_id}: {compare(records[-1], document)}")
+    calibration = [find_run(run_id, runs_dir()) for run_id in document["calibration_runs"]]
+    print0(*verdict.judge(runs["named"], runs["default"], calibration), sep="\n")
 
 
 @command
 def main(argv=None):
     args = parse_args(argv)
     set_quiet(args.quiet)
-    check_target("val_bpb", args.target_metric_threshold)
     folder = base_dir() / args.name
     tokenizer_dir = args.tokenizer_dir or str(folder / "tokenizer")
+    vocab_size = PROFILES[args.profile].vocab_size
     if not args.dry_run and not args.tokenizer_dir and not (folder / "tokenizer").exists():
-        run_module("scripts.tok_train", ["--dataset", args.dataset, "--vocab-size", VOCAB_SIZE,
+        run_module("scripts.tok_train", ["--dataset", args.dataset, "--vocab-size", vocab_size,
                                          "--tokenizer-dir", tokenizer_dir])
-    is_known = not args.dry_run or args.tokenizer_dir
-    vocab_size = load_tokenizer(tokenizer_dir).vocab_size if is_known else VOCAB_SIZE
-    calibration = Calibration(args, tokenizer_dir, vocab_size)
-    small, large = calibration.depths()
+    if not args.dry_run or args.tokenizer_dir:
+        vocab_size = load_tokenizer(tokenizer_dir).vocab_size
+    trainings = Trainings(args, tokenizer_dir, vocab_size)
+    small, large = trainings.depths(args.smallest_depth)
     first = [(small, 4, 0), (small, 8, 0), (large, 4, 0)]
     if args.dry_run:
         for run in first:
-            _, flags = calibration.training(*run)
-            print0(shlex.join(["python", "-m", "scripts.base_train", *flags]))
+            print0(shlex.join(["python", "-m", "scripts.base_train", *trainings.one(*run)[1]]))
         return
 
-    check_flags(folder / "flags.json", calibration.flags)
-    records = [train(calibration.training(*run)) for run in first]
-    sizes = sorted({calibration.n_params(depth) for depth in (small, large)})
-    timing = [train(calibration.training(depth, 4, 0, "timing."))
+    records = [trainings.train(*run) for run in first]
+    sizes = [trainings.n_params(depth) for depth in (small, large)]
+    timing = [trainings.train(depth, 4, 0, kind="timing.", steps=TIMED_STEPS)
               for depth in depths_in_reach(setup_of(records), sizes) if depth not in (small, large)]
-    halves = [train(calibration.training(depth, 4, 0, "half."))
-              for depth in (small, large) if args.rates_probe]
-    with contextlib.suppress(Refusal):  # it is reported below, with infer.json
-        extend(calibration, records, timing, [(large, 4, 1), (small, 8, 1), (small, 4, 1)])
+    half = [f"--{name.replace('_', '-')}={getattr(trainings.config, name) / 2!r}" for name in RATES]
+    half_rates = [trainings.train(depth, 4, 0, kind="half.", extra=half)
+                  for depth in (small, large) if args.rates_probe]
+    extend(trainings, records, timing, [(large, 4, 1), (small, 8, 1), (small, 4, 1)], args)
 
-    out = folder / "infer.json"
-    out.unlink(missing_ok=True)
-    flags = ["--calibration-run", *ids(records), f"--out={out}",
-             f"--target-metric-threshold={args.target_metric_threshold!r}"]
-    flags += ["--timing-run", *ids(timing)] if timing else []
-    flags += ["--half-rate-run", *ids(halves)] if halves else []
-    flags += [f"--depth={args.depth}"] if args.depth else []
-    if importlib.util.find_spec("matplotlib"):
-        flags.append(f"--plot={out.with_suffix('.png')}")
+    out, uncertain = folder / "infer.json", None
+    plot = out.with_suffix(".png") if importlib.util.find_spec("matplotlib") else None
     try:
-        lane_b_infer_ratio.main(flags)
-    finally:
-        if out.exists() and (depth := read_inference(out)["chosen_depth"]):
-            print0("train it: " + shlex.join([
-                "python", "-m", "scripts.base_train", *calibration.flags, f"--depth={depth}",
-                f"--target-param-data-ratio={read_inference(out)['chosen_ratio']:.4g}",
-                f"--target-metric-threshold={args.target_metric_threshold!r}"]))
-
-
-def ids(records):
-    return [record.run_id for record in records]
+        conclude(records, args.target_metric_threshold, out, timing=timing, half_rates=half_rates,
+                 depth=args.depth, plot=plot)
+    except Uncertain as error:  # raised at the end
+        uncertain = error
+    document = read_inference(out)
+    print0("train it: " + shlex.join([
+        "python", "-m", "scripts.base_train", *trainings.flags,
+        f"--depth={document['chosen_depth']}",
+        f"--target-param-data-ratio={document['chosen_ratio']:.4g}",
+        f"--target-metric-threshold={args.target_metric_threshold!r}"]))
+    if args.verify:
+        verify(trainings, document)
+    if uncertain:
+        raise uncertain
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Write runs and their inference into lane B's ledger, one row per run.
 
 python -m scripts.lane_b_log_run RUN --inference-json infer.json --decision inferred
+
+A run that is still training gets no row. Its curve so far is compared with the forecast.
 """
 
 import argparse
@@ -8,15 +10,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from nanochat.common import command, print0, runs_dir
-from nanochat.experiments.ledger import parse_cell
-from nanochat.lane_b.answer import read_inference
-from nanochat.lane_b.ledger import (
-    DECISIONS,
-    LaneBRecord,
-    append_record,
-    read_records,
-    record_of_run,
-)
+from nanochat.experiments.ledger import append_row, parse_cell
+from nanochat.lane_b.answer import compare, read_inference
+from nanochat.lane_b.ledger import DECISIONS, LaneBRecord, record_of_run
 from nanochat.runlog import find_run
 
 LEDGER = Path(__file__).resolve().parents[1] / "ideas" / "lane_b_inference_schema.csv"
@@ -26,12 +22,12 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.lane_b_log_run", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run ids or folders to log")
-    parser.add_argument("--inference-json", required=True, help="from scripts.lane_b_infer_ratio")
-    parser.add_argument("--decision", choices=DECISIONS, help="default: that of the inference")
-    parser.add_argument("--skip-logged", action="store_true",
-                        help="leave out runs that the ledger has")
-    parser.add_argument("--ledger", type=Path, default=LEDGER, help="default: the one in ideas/")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run ids or folders to log")
+    add("--inference-json", required=True, help="from scripts.lane_b_infer_ratio")
+    add("--decision", choices=DECISIONS, default="inferred",
+        help="fallback: a run at the default ratio 12 (%(default)s)")
+    add("--ledger", type=Path, default=LEDGER, help="default: the one in ideas/")
     columns = parser.add_argument_group("columns by hand", "each replaces the value of the run and "
                                         "the inference; notes without alpha_source= are added")
     for field in fields(LaneBRecord):
@@ -48,19 +44,17 @@ def main(argv=None):
     given = {field.name: parse_cell(getattr(args, field.name), field)
              for field in fields(LaneBRecord) if getattr(args, field.name, None) is not None}
     notes = "" if "alpha_source=" in given.get("notes", "") else given.pop("notes", "")
-    known = read_records(args.ledger) if args.skip_logged and args.ledger.exists() else ()
-    logged = {record.run_id for record in known}
     for run in (find_run(name, runs_dir()) for name in args.runs):
-        if run.run_id in logged:
-            print0(f"{run.run_id} is in {args.ledger} already")
+        if comparison := compare(run, inference):
+            print0(f"{run.run_id}: {comparison}")
+        if run.summary is None:
+            print0(f"{run.run_id} has not ended and is not logged")
             continue
-        record = record_of_run(run, inference, args.decision or inference["decision"], notes)
+        record = record_of_run(run, inference, args.decision, notes)
         record = replace(record, **given)
-        append_record(args.ledger, record)
-        seconds = record.time_to_target_sec_measured
-        reached = "not reached" if seconds is None else f"after {seconds:.1f} s of training"
+        append_row(args.ledger, record)
         print0(f"{args.ledger}: {record.run_id}, {record.lane_b_decision}, ratio "
-               f"{record.chosen_ratio:.4g}, val_bpb {record.target_metric_threshold:.4f} {reached}")
+               f"{record.chosen_ratio:.4g}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dev.bench.lane_b_laws import read_curves
 from nanochat.config import parse_config
 from nanochat.lane_b.curves import Curve
 from nanochat.runlog import RunLog
-from scripts.lane_b import RECIPE
+from scripts.lane_b import PROFILES
 
 CSV = Path(__file__).parent / "golden" / "lane_b_curves.csv"
 CURVES = read_curves(CSV)  # {(depth, ratio, seed): Curve}
@@ -15,12 +15,14 @@ STEP_SEC = {2: 0.05, 3: 0.09, 4: 0.16, 5: 0.25, 6: 0.38}
 CALIBRATION = [(2, 4, 0), (2, 8, 0), (3, 4, 0)]
 
 
-def write_record(runs_dir, key, run_id="", curve=None, flags=(), config=None, summary=None):
+def write_record(runs_dir, key, run_id="", curve=None, flags=(), config=None, summary=None,
+                 target=None, is_finished=True):
     """Write the record of a run; return its id. curve: instead of the measured one."""
     depth, ratio, seed = key
     curve: Curve = curve or CURVES[key]
     run_id = run_id or f"d{depth}.r{ratio}.s{seed}"
-    parsed = parse_config([*RECIPE, f"--depth={depth}", f"--seed={seed}", *flags])
+    recipe = PROFILES["small"].flags.split()
+    parsed = parse_config([*recipe, f"--depth={depth}", f"--seed={seed}", *flags])
     log = RunLog.create(runs_dir, run_id, {
         "created_utc": "2026-11-29T10:00:00+00:00", "git_commit": "abc1234", "seed": seed,
         "dataset_id": "books", "tokenizer_id": "bpe", "model_config": {"vocab_size": 2048},
@@ -30,9 +32,14 @@ def write_record(runs_dir, key, run_id="", curve=None, flags=(), config=None, su
     for step, loss in zip(curve.steps.tolist(), curve.loss.tolist(), strict=True):
         log.event("val", step=step, tokens=step * STEP_TOKENS, val_bpb=loss,
                   train_time_sec=step * STEP_SEC[depth])
-    log.finish(**{"status": "ok", "steps": curve.horizon, "epochs": 0.5,
-                  "min_val_bpb": float(min(curve.loss)), "final_val_bpb": float(curve.loss[-1]),
-                  "train_time_sec": curve.horizon * STEP_SEC[depth], "tok_per_sec_median": 4e4,
-                  "dt_median_ms": 1e3 * STEP_SEC[depth], **(summary or {})})
+    if is_finished:
+        seconds = curve.horizon * STEP_SEC[depth]
+        reached = seconds if target and min(curve.loss) <= target else None
+        log.finish(**{"status": "ok", "steps": curve.horizon, "epochs": 0.5,
+                      "min_val_bpb": float(min(curve.loss)),
+                      "final_val_bpb": float(curve.loss[-1]), "train_time_sec": seconds,
+                      "tok_per_sec_median": 4e4, "dt_median_ms": 1e3 * STEP_SEC[depth],
+                      "target_metric_name": "val_bpb", "target_metric_threshold": target,
+                      "time_to_target_sec_measured": reached, **(summary or {})})
     log.close()
     return run_id

@@ -1,6 +1,5 @@
 """Calibration runs: their curves and what they share, from the records of base_train."""
 
-from collections import Counter
 from dataclasses import dataclass, fields
 from statistics import median
 
@@ -14,7 +13,7 @@ from nanochat.lane_b.curves import Curve
 from nanochat.schedule import lr_multipliers
 from nanochat.target import evaluations_of
 
-MIN_STEPS = 440  # 450 less rounding; the fixed warm-ups dominate shorter runs
+MIN_STEPS = 440  # the fixed warm-ups dominate shorter runs
 MIN_EVALUATIONS = 5  # after the warm-ups
 RATES = ("embedding_lr", "unembedding_lr", "matrix_lr")
 SCHEDULE = ("warmup_steps", "warmdown_ratio", "final_lr_frac")
@@ -57,17 +56,19 @@ class Setup:
         return lr_multipliers(steps, **shape)
 
 
-def setup_of(records, timing=()):
-    """Return the Setup of calibration runs. timing: further runs, for the seconds per step only.
+def setup_of(records, timing=(), half_rates=()):
+    """Return the Setup of calibration runs.
 
-    Raise Refusal if the runs differ in batch or in another setting that changes their curves.
+    timing: further runs, for the seconds per step only. half_rates: runs at half the learning
+    rates. Raise Refusal if the runs differ in a setting that changes their curves.
     """
-    for run_id, count in Counter(record.run_id for record in records).items():
-        if count > 1:
-            raise Refusal(f"run {run_id} is given {count} times; give it once", "mixed_setup")
     first = records[0]
-    for record in [*records[1:], *timing]:
-        check_same(first, record)
+    if len({record.run_id for record in records}) < len(records):
+        raise Refusal("a calibration run is given twice; give it once", "mixed_setup")
+    for record in [*records, *timing]:
+        _check_same(first, record)
+    for record in half_rates:
+        _check_same(first, record, scale=0.5)
     step_sec = {}
     for record in [*records, *timing]:
         milliseconds = (record.summary or {}).get("dt_median_ms")
@@ -75,7 +76,9 @@ def setup_of(records, timing=()):
             raise Refusal(f"run {record.run_id} has no step time (dt_median_ms): it is not "
                           "complete; repeat it or leave it out", "incomplete_run")
         step_sec.setdefault(of(record, "flags")["depth"], []).append(milliseconds / 1e3)
-    return Setup(_config(first), of(first, "model_config")["vocab_size"], of(first, "dataset_id"),
+    known = {f.name for f in fields(TrainingConfig)} - {"target_metric_threshold", "stop_at_target"}
+    config = TrainingConfig(**{k: v for k, v in of(first, "flags").items() if k in known})
+    return Setup(config, of(first, "model_config")["vocab_size"], of(first, "dataset_id"),
                  of(first, "tokenizer_id"), of(first, "total_batch_size_tokens"),
                  first.config.get("train_tokens"), {d: median(s) for d, s in step_sec.items()})
 
@@ -87,47 +90,42 @@ def curve_of(record, setup):
         raise Refusal(f"run {record.run_id} is not complete (status {record.status}); repeat it "
                       "or leave it out", "incomplete_run")
     if horizon < MIN_STEPS:
-        raise Refusal(f"run {record.run_id} has {horizon} steps, at least 450 are needed: the "
-                      "warm-ups dominate shorter runs; use larger depths", "short_runs")
+        raise Refusal(f"run {record.run_id} has {horizon} steps, at least {MIN_STEPS} are needed: "
+                      "the warm-ups dominate shorter runs; use larger depths", "short_runs")
     if (summary.get("epochs") or 0) > 1:
         raise Refusal(f"run {record.run_id} read its text {summary['epochs']:.2f} times: its curve "
                       "is that of repetition; give more text or smaller depths", "repeated_text")
-    found = [e for e in evaluations_of(record.events, "val_bpb") if e.step and e.metric]
-    curve = Curve(of(record, "n_scaling_params"), setup.multipliers(horizon),
-                  np.array([e.step for e in found], dtype=int),
-                  np.array([e.metric for e in found]))
+    steps, loss = losses_of(record)
+    curve = Curve(of(record, "n_scaling_params"), setup.multipliers(horizon), steps, loss)
     n_late = len(curve.late().steps)
-    if n_late < MIN_EVALUATIONS or curve.steps[-1] != horizon:
+    if n_late < MIN_EVALUATIONS or steps[-1] != horizon:
         raise Refusal(f"run {record.run_id} has {n_late} evaluations after the warm-ups (need "
                       f"{MIN_EVALUATIONS} and one at the end); lower --eval-every",
                       "few_evaluations")
     return curve
 
 
-def check_same(first, record, scale=1.0):
-    """Raise Refusal unless two runs differ only in depth, horizon and seed.
+def losses_of(record):
+    """Return the steps and the val_bpb of a run's finite evaluations, but for step 0."""
+    found = [e for e in evaluations_of(record.events, "val_bpb") if e.step and e.metric]
+    return np.array([e.step for e in found], dtype=int), np.array([e.metric for e in found])
+
+
+def _check_same(first, record, scale=1.0):
+    """Raise Refusal unless two runs differ only in depth, horizon, seed.
 
     scale: expected factor on the learning rates of `record`.
     """
-    where = f"runs {first.run_id} and {record.run_id}"
-    one, other = of(first, "total_batch_size_tokens"), of(record, "total_batch_size_tokens")
-    if one != other:
-        raise Refusal(f"{where} have {one} and {other} tokens per step: progress is counted in "
-                      "steps of one batch; give every run the same --total-batch-size",
-                      "mixed_batch")
-    pairs = [(name, of(first, name), of(record, name)) for name in ("dataset_id", "tokenizer_id")]
+    pairs = [(name, of(first, name), of(record, name)) for name in
+             ("total_batch_size_tokens", "dataset_id", "tokenizer_id")]
     for name in RATES + RECIPE:
         expected, value = of(first, "flags").get(name), of(record, "flags").get(name)
         pairs.append((name, expected * scale if name in RATES else expected, value))
     for name, expected, value in pairs:
         if value != expected:
-            raise Refusal(f"{where} differ in {name} ({expected} and {value}); calibrate with one "
-                          "text and recipe", "mixed_setup")
-
-
-def _config(record):
-    known = {f.name for f in fields(TrainingConfig)} - {"target_metric_threshold", "stop_at_target"}
-    return TrainingConfig(**{k: v for k, v in of(record, "flags").items() if k in known})
+            state = "mixed_batch" if name == "total_batch_size_tokens" else "mixed_setup"
+            raise Refusal(f"runs {first.run_id} and {record.run_id} differ in {name} ({expected} "
+                          f"and {value}); calibrate with one text, recipe and batch", state)
 
 
 def of(record, name):

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanochat.common import UserError
 from nanochat.lane_b import Refusal
-from nanochat.lane_b.calibration import Setup, check_same, curve_of, of
+from nanochat.lane_b.calibration import Setup
 from nanochat.lane_b.curves import Forecast, Time, collapse_gap, holdout_error
 
 RATIOS = np.geomspace(4, 12, 23)  # tokens per scaling parameter; others were not tested
@@ -45,14 +44,12 @@ class Option:
         return self.time.p90 * self.step_sec
 
     def to_dict(self):
-        """Return plain values; None for infinity."""
-        def finite(value):
-            return value if math.isfinite(value) else None
-
-        return {"depth": self.depth, "ratio": self.ratio, "horizon_steps": self.horizon,
-                "steps_to_target": {k: finite(v) for k, v in self.time._asdict().items()},
-                "step_sec": self.step_sec, "sec_to_target": finite(self.sec),
-                "sec_to_target_p90": finite(self.sec_p90)}
+        """Return plain values; steps, lo and hi are steps to the target, None for infinity."""
+        values = {"steps": self.time.steps, "lo": self.time.lo, "hi": self.time.hi,
+                  "sec": self.sec}
+        return {"depth": self.depth, "ratio": self.ratio, "horizon": self.horizon,
+                "step_sec": self.step_sec,
+                **{name: v if math.isfinite(v) else None for name, v in values.items()}}
 
 
 @dataclass(frozen=True)
@@ -70,34 +67,33 @@ class Inference:
     reasons: dict
     warnings: list
 
-    def slopes(self):
-        """Return the fall of the named size's final loss per ln of tokens, and its exponent.
-
-        The exponent is that of the loss above the law's floor: -d ln(L_end - floor) / d ln tokens.
-        """
+    def exponent(self):
+        """Return -d ln(L_end - floor) / d ln tokens of the named size at the named horizon."""
         setup, law, n = self.setup, self.forecast.law, self.setup.n_params(self.named.depth)
-        ends = [law.final_loss(n, setup.multipliers(option.horizon))
-                for option in (self.named, self.neighbour)]
-        slope = (ends[0] - ends[1]) / math.log(self.neighbour.horizon / self.named.horizon)
-        return slope, slope / (ends[0] - law.floor(n, 1 - setup.config.final_lr_frac))
+        floor = law.floor(n, 1 - setup.config.final_lr_frac)
+        above = [law.final_loss(n, setup.multipliers(option.horizon)) - floor
+                 for option in (self.named, self.neighbour)]
+        return math.log(above[0] / above[1]) / math.log(self.neighbour.horizon / self.named.horizon)
 
-    def cost(self):
-        """Return the calibration's cost as shares of the complete named run."""
+    def cost(self, extra=()):
+        """Return the calibration's cost as shares of the complete named run: FLOPs, seconds.
+
+        extra: further runs (depth, ratio) to count.
+        """
         setup, named = self.setup, self.named
         depths = {setup.n_params(depth): depth for depth in setup.step_sec}
-
-        def share(per_step):
-            spent = sum(curve.horizon * per_step(depths[curve.n_params]) for curve in self.curves)
-            return spent / (named.horizon * per_step(named.depth))
-
-        return {"flops": share(setup.step_flops), "seconds": share(setup.seconds)}
+        runs = [(depths[curve.n_params], curve.horizon) for curve in self.curves]
+        runs += [(depth, setup.steps(depth, ratio)) for depth, ratio in extra]
+        return tuple(sum(steps * per_step(depth) for depth, steps in runs)
+                     / (named.horizon * per_step(named.depth))
+                     for per_step in (setup.step_flops, setup.seconds))
 
 
 def infer(curves, setup, threshold, depth=None, seed=0, half_rates=()):
     """Return the Inference for a target in bits per byte. depth: answer with its ratio only.
 
-    half_rates: pairs (record at half the learning rates, its calibration record). Raise Refusal
-    with a state if the runs do not give an answer.
+    half_rates: curves of runs at half the learning rates, to test the rates. Raise Refusal with a
+    state if the runs do not give an answer.
     """
     sizes = sorted({curve.n_params for curve in curves})
     if len(sizes) < 2:
@@ -116,6 +112,8 @@ def infer(curves, setup, threshold, depth=None, seed=0, half_rates=()):
     def option(depth, ratio):
         steps = setup.steps(depth, ratio)
         time = forecast.time(setup.n_params(depth), setup.multipliers(steps), threshold)
+        too_early = steps_above(curves, threshold, setup.n_params(depth), steps)
+        time = Time(*(max(too_early, value) for value in time))
         return Option(depth, float(ratio), steps, time, setup.seconds(depth))
 
     asked = [depth] if depth else depths
@@ -143,6 +141,16 @@ def depths_in_reach(setup, sizes):
     limit = min(REACH_SMALLEST * sizes[0], REACH_LARGEST * sizes[-1])
     depths = range(min(setup.step_sec), 16 * max(setup.step_sec))
     return [depth for depth in depths if sizes[0] <= setup.n_params(depth) <= limit]
+
+
+def steps_above(curves, threshold, n_params, horizon):
+    """Return the last step at which a calibration run shows that the target is not yet reached.
+
+    Only runs of at least this size and at most this horizon show it: they are ahead at every step.
+    """
+    ahead = [curve for curve in curves if curve.n_params >= n_params and curve.horizon <= horizon]
+    return max((int(curve.steps[np.minimum.accumulate(curve.loss) > threshold].max(initial=0))
+                for curve in ahead), default=0)
 
 
 def _cheapest(options):
@@ -195,18 +203,19 @@ def _rates_fault(half_rates, found):
     Return None if the effect has one sign at both sizes and at the named one.
     """
     effects = {}
-    for half, full in half_rates:
-        check_same(full, half, scale=0.5)
-        ends = [curve_of(record, found.setup).loss[-1] for record in (half, full)]
-        effects[of(half, "n_scaling_params")] = ends[0] - ends[1]
+    for half in half_rates:
+        full = [curve.loss[-1] for curve in found.curves
+                if (curve.n_params, curve.horizon) == (half.n_params, half.horizon)]
+        if full:
+            effects[half.n_params] = half.loss[-1] - np.mean(full)
     if len(effects) < 2:
-        raise UserError("--half-rate-run needs runs at two depths: the smallest and the largest")
+        raise Refusal("the test of the learning rates needs runs at half the rates of the smallest "
+                      "and the largest depth, with the horizons of calibration runs", "mixed_setup")
     small, large = min(effects), max(effects)
     slope = (effects[large] - effects[small]) / math.log(large / small)
     n = found.setup.n_params(found.named.depth)
     effect = effects[large] + slope * math.log(n / large)
-    signs = {math.copysign(1, value) for value in (*effects.values(), effect)}
-    if len(signs) == 1:
+    if effects[small] * effects[large] > 0 and effects[large] * effect > 0:
         return None
     advice = "halve them there" if effect < 0 else "keep or raise them there"
     return (f"half the learning rates change the final loss by {effects[small]:+.4f} at the "

@@ -1,11 +1,11 @@
 """Lane B's ledger: one row per run, 21 columns in a fixed order, filled by the tools or by hand."""
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
 from nanochat.common import UserError
-from nanochat.experiments.ledger import append_row, read_rows
+from nanochat.experiments.ledger import read_rows
+from nanochat.lane_b.inference import DEFAULT_RATIO
 from nanochat.target import evaluations_of, time_to_target
 
 DECISIONS = ("inferred", "confirmation", "fallback")
@@ -45,11 +45,10 @@ class LaneBRecord:
             raise UserError(f"lane_b_decision is {self.lane_b_decision!r}, not one of "
                             f"{', '.join(DECISIONS)}")
         if "alpha_source=" not in self.notes:
-            raise UserError("notes lack alpha_source= (law or default)")
+            raise UserError("notes lack alpha_source=")
 
 
 read_records = partial(read_rows, row_type=LaneBRecord)
-append_record = append_row
 
 
 def record_of_run(run, inference, decision, notes=""):
@@ -57,47 +56,26 @@ def record_of_run(run, inference, decision, notes=""):
 
     Raise UserError if the run has another text, size or ratio than the decision.
     """
-    config, summary = run.config, run.summary or {}
-    ratio = {"inferred": inference["chosen_ratio"], "fallback": inference["default_ratio"],
-             "confirmation": inference.get("confirmation_ratio")}[decision]
+    config, summary, named = run.config, run.summary or {}, inference["named"]
+    ratio = {"inferred": named["ratio"], "confirmation": inference["confirmation"]["ratio"],
+             "fallback": DEFAULT_RATIO}[decision]
     n_params, tokens = config["n_scaling_params"], config["target_tokens"]
-    expected = {name: inference[name] for name in ("dataset_id", "tokenizer_id")}
-    if decision != "fallback":
-        if inference["decision"] == "fallback":
-            raise UserError(f"the inference named nothing (state {inference['state']}): log the "
-                            "run with --decision fallback")
-        expected["n_scaling_params"] = inference["n_scaling_params"]
-    for name, value in expected.items():
-        if config.get(name) != value:
+    same = ["dataset_id", "tokenizer_id", *(["n_scaling_params"] if decision != "fallback" else [])]
+    for name in same:
+        if config.get(name) != inference[name]:
             raise UserError(f"run {run.run_id} has {name} {config.get(name)}, the inference "
-                            f"{value}; log it with the inference that it was trained for")
+                            f"{inference[name]}; log it with the inference that it was trained for")
     if abs(tokens - ratio * n_params) > max(0.01 * tokens, config["total_batch_size_tokens"]):
         raise UserError(f"run {run.run_id} was trained at ratio {tokens / n_params:.4g}, the "
                         f"{decision} ratio is {ratio:.4g}; give another --decision")
 
-    threshold, named = inference["target_metric_threshold"], inference.get("named")
-    measured, extrapolated = _seconds(run, inference, threshold)
-    given = f"alpha_source={inference['alpha_source']}; state={inference['state']}"
+    threshold = inference["target_metric_threshold"]
+    time = time_to_target(evaluations_of(run.events, "val_bpb"), "val_bpb", threshold)
+    given = f"alpha_source=law; state={inference['state']}"
     return LaneBRecord(
         config["created_utc"], config["git_commit"] or "", run.run_id, config["seed"],
-        config["dataset_id"], "val_bpb", threshold, n_params, inference.get("alpha"),
-        named and named["horizon_steps"] * inference["total_batch_size_tokens"],
-        named and named["ratio"], inference.get("confirmation_ratio"), ratio, decision, measured,
-        extrapolated, summary.get("min_val_bpb"), summary.get("tok_per_sec_median"),
+        config["dataset_id"], "val_bpb", threshold, n_params, inference["alpha"],
+        named["horizon"] * inference["total_batch_size_tokens"], named["ratio"],
+        inference["confirmation"]["ratio"], ratio, decision, time.measured_sec,
+        time.extrapolated_sec, summary.get("min_val_bpb"), summary.get("tok_per_sec_median"),
         summary.get("dt_median_ms"), run.status, f"{given}; {notes}" if notes else given)
-
-
-def _seconds(run, inference, threshold):
-    """Return (measured, extrapolated) training seconds to the target; None: not known.
-
-    A complete run that missed is extrapolated in its horizon, by the slope of the law's final
-    losses, up to a factor e; its own curve says nothing, since its learning rate has fallen.
-    """
-    reached = time_to_target(evaluations_of(run.events, "val_bpb"), "val_bpb", threshold)
-    final, slope = (run.summary or {}).get("final_val_bpb"), inference.get("bpb_per_log_tokens")
-    if reached.measured_sec is not None or run.status != "ok" or not final or not slope:
-        return reached.measured_sec, None
-    log_factor = (final - threshold) / slope
-    if not 0 < log_factor <= 1:
-        return None, None
-    return None, run.summary["train_time_sec"] * math.exp(log_factor)
