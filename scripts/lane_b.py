@@ -16,12 +16,11 @@ from itertools import count
 from typing import NamedTuple
 
 from nanochat.common import QUIET_HELP, UserError, base_dir, command, print0, runs_dir, set_quiet
-from nanochat.config import model_config, parse_config
+from nanochat.config import parse_config
 from nanochat.experiments.runner import run_module
-from nanochat.gpt import scaling_params
 from nanochat.lane_b import Refusal, Uncertain, verdict
 from nanochat.lane_b.answer import compare, conclude, read_inference
-from nanochat.lane_b.calibration import MIN_STEPS, RATES, RECIPE, curve_of, setup_of
+from nanochat.lane_b.calibration import MIN_STEPS, RATES, RECIPE, Setup, curve_of, setup_of
 from nanochat.lane_b.inference import depths_in_reach, infer
 from nanochat.runlog import CONFIG, find_run
 from nanochat.target import check_target
@@ -42,9 +41,9 @@ _SMALL = ("--window-pattern=L --max-seq-len=128 --matrix-lr=0.32 --embedding-lr=
           "--unembedding-lr=0.128 ")
 PROFILES = {
     "small": Profile(_SMALL + "--aspect-ratio=32 --head-dim=32 --device-batch-size=16 "
-                     "--total-batch-size=2048 --eval-tokens=262144", 2048),  # used in all tests
+                     "--total-batch-size=2048 --eval-tokens=262144", 2048),
     "cpu": Profile(_SMALL + "--aspect-ratio=16 --head-dim=16 --device-batch-size=4 "
-                   "--total-batch-size=512 --eval-tokens=65536", 1024, 1.75),
+                   "--total-batch-size=512 --eval-tokens=65536", 1024, 1.86),
 }
 ALWAYS = ["--core-metric-every=-1", "--sample-every=-1", "--save-every=-1", "--save-minutes=5",
           "--keep-checkpoints=1", "--resume-from-step=auto"]
@@ -87,30 +86,28 @@ def parse_args(argv=None):
 
 
 class Trainings:
-    """The flags and the ids of all runs of one call."""
+    """The runs of one call: their flags, ids and records."""
 
     def __init__(self, args, tokenizer_dir, vocab_size):
-        self.name, self.vocab_size = args.name, vocab_size
+        self.name = args.name
         self.flags = [*args.flags, f"--dataset={args.dataset}", f"--tokenizer-dir={tokenizer_dir}"]
         self.common = [*self.flags, *ALWAYS, *(["--quiet"] if args.quiet else [])]
-        self.config = parse_config(self.flags)
-        if self.config.total_batch_size < 1:
+        config = parse_config(self.flags)
+        if config.total_batch_size < 1:
             raise UserError("the flags need --total-batch-size: all runs must have one batch")
-
-    def n_params(self, depth):
-        return scaling_params(model_config(self.config, self.vocab_size, depth))
+        self.setup = Setup(config, vocab_size, "", "", config.total_batch_size, None, {})
 
     def depths(self, least):
         """Return the first depth from `least` with MIN_STEPS at ratio 4, and the next one."""
-        params = MIN_STEPS * self.config.total_batch_size / 4
-        first = next(depth for depth in count(least) if self.n_params(depth) >= params)
-        params = GROWTH * self.n_params(first)
-        return first, next(depth for depth in count(first) if self.n_params(depth) >= params)
+        n_params = self.setup.n_params
+        first = next(depth for depth in count(least) if self.setup.steps(depth, 4) >= MIN_STEPS)
+        return first, next(depth for depth in count(first)
+                           if n_params(depth) >= GROWTH * n_params(first))
 
     def one(self, depth, ratio, seed, kind="", steps=None, extra=()):
         """Return (run id, flags) of a run of `steps`, by default those of the ratio."""
         run_id = f"{self.name}.{kind}d{depth}.r{ratio:.4g}.s{seed}"
-        steps = steps or int(ratio * self.n_params(depth)) // self.config.total_batch_size
+        steps = steps or self.setup.steps(depth, ratio)
         every = max(1, steps // EVALUATIONS) if steps > TIMED_STEPS else -1
         return run_id, [*self.common, *extra, f"--num-iterations={steps}", f"--eval-every={every}",
                         f"--depth={depth}", f"--seed={seed}", f"--run-id={run_id}",
@@ -190,10 +187,11 @@ def main(argv=None):
         return
 
     records = [trainings.train(*run) for run in first]
-    sizes = [trainings.n_params(depth) for depth in (small, large)]
+    sizes = [trainings.setup.n_params(depth) for depth in (small, large)]
     timing = [trainings.train(depth, 4, 0, kind="timing.", steps=TIMED_STEPS)
               for depth in depths_in_reach(setup_of(records), sizes) if depth not in (small, large)]
-    half = [f"--{name.replace('_', '-')}={getattr(trainings.config, name) / 2!r}" for name in RATES]
+    config = trainings.setup.config
+    half = [f"--{name.replace('_', '-')}={getattr(config, name) / 2!r}" for name in RATES]
     half_rates = [trainings.train(depth, 4, 0, kind="half.", extra=half)
                   for depth in (small, large) if args.rates_probe]
     extend(trainings, records, timing, [(large, 4, 1), (small, 8, 1), (small, 4, 1)], args)

@@ -57,8 +57,7 @@ def document_of(found):
         **{name: option and option.to_dict() for name, option in options.items()},
         "forecast_curve": {"steps": steps.tolist(), "val_bpb": loss.tolist(),
                            "hi": np.quantile(replicates, 0.975, axis=0).tolist()},
-        "calibration_cost": found.cost(), "law": law.values, "n_smallest": law.n_smallest,
-        "seed_sd": found.forecast.seed_sd}
+        "calibration_cost": found.cost(), "law": law.values, "n_smallest": law.n_smallest}
 
 
 def _theory_of(stats_json, setup):

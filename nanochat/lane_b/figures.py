@@ -51,17 +51,12 @@ def draw_statistics(document, path):
     correlations.set(xscale="log", yscale="log", xlabel="lag n (tokens)",
                      title=f"beta = {beta['value']:.2f} ± {beta['se']:.2f}")
 
-    points = document["entropy"]["positions"]
-    for name, color, tokens in (("nats_half", GREY, "P/2"), ("nats", BLUE, "P")):
-        entropies.plot([point["n"] for point in points], [point[name] for point in points], "o",
-                       color=color, label=f"loss by position, trained on {tokens} tokens")
     for bound in document["entropy"]["ngrams"]:
-        entropies.plot([bound["n"]] * 2, [bound["lo"], bound["hi"]], "_-", color=ORANGE)
+        entropies.plot([bound["n"]] * 2, [bound["lo"], bound["hi"]], "_-", color=ORANGE,
+                       label="bounds from n-grams" if bound["n"] == 1 else None)
     title = "gamma not reported"
-    if gamma["value"] is not None:
-        title = f"gamma = {gamma['value']:.3f} ± {gamma['se']:.3f}"
-    elif gamma["lo"] is not None:
-        title = f"gamma between {gamma['lo']:.2f} and {gamma['hi']:.2f} (bounds from n-grams)"
+    if gamma["lo"] is not None:
+        title = f"gamma between {gamma['lo']:.2f} and {gamma['hi']:.2f}"
     entropies.set(xscale="log", yscale="log", xlabel="context n (tokens)", title=title,
                   ylabel="entropy of the next token (nats)")
     _save(figure, path)
@@ -71,7 +66,7 @@ def draw_inference(inference, path):
     """Draw the calibration with its law, and the forecast cost of depth x ratio with the answer."""
     figure, (curves, costs) = _two_axes()
     setup, named, forecast = inference.setup, inference.named, inference.forecast
-    for curve in map(type(inference.curves[0]).late, inference.curves):
+    for curve in (curve.late() for curve in inference.curves):
         curves.plot(curve.steps, curve.loss, "o", markersize=3, color=GREY)
         curves.plot(curve.steps,
                     forecast.law.predict(curve.n_params, curve.multipliers, curve.steps),
@@ -94,6 +89,6 @@ def draw_inference(inference, path):
             costs.plot(option.ratio, option.depth, marker, color=ORANGE, markersize=11,
                        fillstyle="none", label=label)
     costs.set(xlabel="tokens per scaling parameter", ylabel="depth",
-              yticks=sorted({option.depth for option in inference.options}),
+              yticks=sorted({option.depth for option in reached}),
               title=f"Named: depth {named.depth}, ratio {named.ratio:.3g}")
     _save(figure, path)

@@ -48,7 +48,6 @@ class Option:
         values = {"steps": self.time.steps, "lo": self.time.lo, "hi": self.time.hi,
                   "sec": self.sec}
         return {"depth": self.depth, "ratio": self.ratio, "horizon": self.horizon,
-                "step_sec": self.step_sec,
                 **{name: v if math.isfinite(v) else None for name, v in values.items()}}
 
 
