@@ -13,7 +13,6 @@ import argparse
 import importlib.util
 import shlex
 from itertools import count
-from typing import NamedTuple
 
 from nanochat.common import QUIET_HELP, UserError, base_dir, command, print0, runs_dir, set_quiet
 from nanochat.config import parse_config
@@ -26,24 +25,15 @@ from nanochat.runlog import CONFIG, find_run
 from nanochat.target import check_target
 from nanochat.tokenizer import load_tokenizer
 
-
-class Profile(NamedTuple):
-    """A recipe. target: val_bpb of the demonstration; None: it is given by the user."""
-
-    flags: str
-    vocab_size: int  # of the tokenizer that is trained on the text
-    target: float | None = None
-
-
 # The learning rates are 16 times those of base_train, whose automatic scale is much too low for
 # batches of a few thousand tokens.
 _SMALL = ("--window-pattern=L --max-seq-len=128 --matrix-lr=0.32 --embedding-lr=4.8 "
           "--unembedding-lr=0.128 ")
-PROFILES = {
-    "small": Profile(_SMALL + "--aspect-ratio=32 --head-dim=32 --device-batch-size=16 "
-                     "--total-batch-size=2048 --eval-tokens=262144", 2048),
-    "cpu": Profile(_SMALL + "--aspect-ratio=16 --head-dim=16 --device-batch-size=4 "
-                   "--total-batch-size=512 --eval-tokens=65536", 1024, 1.86),
+PROFILES = {  # name: flags, vocabulary of the tokenizer, target (None: given by the user)
+    "small": (_SMALL + "--aspect-ratio=32 --head-dim=32 --device-batch-size=16 "
+              "--total-batch-size=2048 --eval-tokens=262144", 2048, None),
+    "cpu": (_SMALL + "--aspect-ratio=16 --head-dim=16 --device-batch-size=4 "
+            "--total-batch-size=512 --eval-tokens=65536", 1024, 1.86),
 }
 ALWAYS = ["--core-metric-every=-1", "--sample-every=-1", "--save-every=-1", "--save-minutes=5",
           "--keep-checkpoints=1", "--resume-from-step=auto"]
@@ -76,11 +66,11 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="print the first trainings only")
     add("flags", nargs="*", metavar="FLAGS", help="flags of base_train, after --")
     args = parser.parse_args(argv)
-    profile = PROFILES[args.profile]
+    flags, args.vocab_size, target = PROFILES[args.profile]
     args.name = args.name or f"lane_b_{args.profile}"
-    args.flags = args.flags or shlex.split(profile.flags)
-    args.target_metric_threshold = args.target_metric_threshold or profile.target
-    args.verify = args.verify or profile.target is not None
+    args.flags = args.flags or shlex.split(flags)
+    args.verify = args.verify or target is not None
+    args.target_metric_threshold = args.target_metric_threshold or target
     check_target("val_bpb", args.target_metric_threshold)
     return args
 
@@ -172,7 +162,7 @@ def main(argv=None):
     set_quiet(args.quiet)
     folder = base_dir() / args.name
     tokenizer_dir = args.tokenizer_dir or str(folder / "tokenizer")
-    vocab_size = PROFILES[args.profile].vocab_size
+    vocab_size = args.vocab_size
     if not args.dry_run and not args.tokenizer_dir and not (folder / "tokenizer").exists():
         run_module("scripts.tok_train", ["--dataset", args.dataset, "--vocab-size", vocab_size,
                                          "--tokenizer-dir", tokenizer_dir])

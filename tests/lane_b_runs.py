@@ -21,7 +21,7 @@ def write_record(runs_dir, key, run_id="", curve=None, flags=(), config=None, su
     depth, ratio, seed = key
     curve: Curve = curve or CURVES[key]
     run_id = run_id or f"d{depth}.r{ratio}.s{seed}"
-    recipe = PROFILES["small"].flags.split()
+    recipe = PROFILES["small"][0].split()
     parsed = parse_config([*recipe, f"--depth={depth}", f"--seed={seed}", *flags])
     log = RunLog.create(runs_dir, run_id, {
         "created_utc": "2026-11-29T10:00:00+00:00", "git_commit": "abc1234", "seed": seed,

@@ -12,9 +12,9 @@ from corpus import write_corpus
 from lane_b_runs import CALIBRATION, CURVES, write_record
 
 from nanochat.config import parse_config
-from nanochat.experiments.ledger import append_row, columns
+from nanochat.experiments.ledger import append_row, columns, read_rows
 from nanochat.lane_b import calibration, curves, inference, verdict
-from nanochat.lane_b.ledger import LaneBRecord, read_records
+from nanochat.lane_b.ledger import LaneBRecord
 from nanochat.runlog import find_run
 from scripts import base_train, lane_b, lane_b_infer_ratio, lane_b_log_run, tok_train
 
@@ -176,7 +176,7 @@ def where(tmp_path):
 
 def log(tmp_path, *flags):
     lane_b_log_run.main([*flags, *where(tmp_path)])
-    return read_records(tmp_path / "lane_b.csv")
+    return read_rows(tmp_path / "lane_b.csv", LaneBRecord)
 
 
 def trained(record, run_id, ratio, loss=None, **change):
@@ -219,9 +219,9 @@ def test_columns_by_hand_and_the_file_of_a_person(tmp_path, record, inferred, re
 def test_the_columns_of_the_committed_ledger_are_fixed(tmp_path):
     path = Path(__file__).parents[1] / "ideas" / "lane_b_inference_schema.csv"
     assert path.read_text().splitlines()[0].split(",") == columns(LaneBRecord)
-    for row in read_records(path):
+    for row in read_rows(path, LaneBRecord):
         append_row(tmp_path / "copy.csv", row)
-    assert read_records(tmp_path / "copy.csv") == read_records(path)
+    assert read_rows(tmp_path / "copy.csv", LaneBRecord) == read_rows(path, LaneBRecord)
 
 
 # --- while the target trains, and after -----------------------------------------------------------
@@ -229,7 +229,7 @@ def test_the_columns_of_the_committed_ledger_are_fixed(tmp_path):
 def test_a_run_is_compared_with_its_forecast(tmp_path, record, inferred, capsys):
     """The first half of a run follows the forecast, or is 1 % above it."""
     named, forecast = inferred["named"], inferred["forecast_curve"]
-    steps = np.arange(100, named["horizon"] + 1, 50)
+    steps = np.append(np.arange(100, named["horizon"], 50), named["horizon"])
     loss = np.interp(steps, forecast["steps"], forecast["val_bpb"])
     multipliers = np.ones(named["horizon"])
 
@@ -249,7 +249,8 @@ def test_a_run_is_compared_with_its_forecast(tmp_path, record, inferred, capsys)
     expected = int(printed.split("expected crossing: step ")[1].split()[0])
     assert named["steps"] < expected <= named["horizon"]
     assert "not within the horizon instead of step" in compared("never", 0.6, 1.1)
-    printed = compared("ended", 1, 1, is_finished=True)
+    assert "not reached at the end" in compared("missed", 1.01, 1.1, is_finished=True)
+    printed = compared("ended", 1.01, 1, is_finished=True)
     assert f"target reached at step {named['steps']:.0f}" in printed and ", ratio" in printed
 
 
@@ -300,7 +301,7 @@ def test_one_command_trains_infers_and_continues(tmp_path, base_dir, monkeypatch
     for module, name, value in (
             (calibration, "MIN_STEPS", 25), (lane_b, "MIN_STEPS", 25), (curves, "FIRST_STEP", 5),
             (lane_b, "EVALUATIONS", 12), (lane_b, "TIMED_STEPS", 13), (lane_b, "GROWTH", 1.4),
-            (lane_b, "PROFILES", {"small": lane_b.Profile("", 300)}), (verdict, "SEEDS", (10,)),
+            (lane_b, "PROFILES", {"small": ("", 300, None)}), (verdict, "SEEDS", (10,)),
             (inference, "REACH_LARGEST", 5)):
         monkeypatch.setattr(module, name, value)
     programs, trainings = {"scripts.base_train": base_train, "scripts.tok_train": tok_train}, []

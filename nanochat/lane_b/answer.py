@@ -125,6 +125,8 @@ def compare(record, document):
     crossing = first_crossing(steps, loss, threshold)
     if math.isfinite(crossing):
         return f"target reached at step {crossing:.0f}; forecast: {expected}"
+    if len(steps) and steps[-1] >= horizon:
+        return f"target not reached at the end; forecast: {expected}"
     if not len(steps) or steps[-1] < horizon / 2:
         return f"the comparison with the forecast needs step {horizon / 2:.0f}"
 

@@ -1,10 +1,8 @@
 """Lane B's ledger: one row per run, 21 columns in a fixed order, filled by the tools or by hand."""
 
 from dataclasses import dataclass
-from functools import partial
 
 from nanochat.common import UserError
-from nanochat.experiments.ledger import read_rows
 from nanochat.lane_b.inference import DEFAULT_RATIO
 from nanochat.target import evaluations_of, time_to_target
 
@@ -46,9 +44,6 @@ class LaneBRecord:
                             f"{', '.join(DECISIONS)}")
         if "alpha_source=" not in self.notes:
             raise UserError("notes lack alpha_source=")
-
-
-read_records = partial(read_rows, row_type=LaneBRecord)
 
 
 def record_of_run(run, inference, decision, notes=""):
