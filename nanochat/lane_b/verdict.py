@@ -12,7 +12,8 @@ RULES = (
     f"step of each depth must be lower with every one of {len(SEEDS)} seeds; the gain is shown if "
     "its paired 95% interval is above zero. The target must not be derived from these runs.",
     "gate 2, reach: every named run must reach the target.",
-    "gate 3, stability: every named run must end with status ok and without a loss spike.",
+    "gate 3, stability: every named run must end with status ok and without a loss spike where the "
+    "baseline of that seed has none.",
     "Decision: reject if a gate fails, insufficient if one lacks runs, optional if all pass but "
     "the gain is not shown, otherwise promote.")
 
@@ -31,9 +32,11 @@ def judge(named, baseline, calibration):
     void = target_faults(table)
     time = ("insufficient", "; ".join(void)) if void else time_gate(table, len(SEEDS))
     tried = table[table.candidate == "lane B"]
+    before = table[table.candidate == BASELINE].set_index("seed").record
     faults = [f"{run.run_id}: {run.status}" for run in tried[~tried.ok].itertuples()]
-    faults += [f"{run.run_id} has a loss spike" for run in tried.itertuples() if spikes(run.record)]
-    stability = ("fail" if faults else "pass", "; ".join(faults) or "no NaN and no loss spike")
+    faults += [f"{run.run_id} has a loss spike" for run in tried.itertuples()
+               if spikes(run.record) - spikes(before.get(run.seed))]  # not those of a hard batch
+    stability = ("fail" if faults else "pass", "; ".join(faults) or "no NaN and no new loss spike")
     gates = {"1 time": time, "2 reach": reach_gate(table), "3 stability": stability}
 
     outcomes = [outcome for outcome, _ in gates.values()]
