@@ -39,6 +39,12 @@ def checkpoint_folder(tag):
     return checkpoints_dir() / check_name("--model-tag", tag)
 
 
+def tags():
+    """Return the tags that have checkpoints, the newest first."""
+    metas = sorted(checkpoints_dir().glob("*/meta_*.json"), key=lambda path: path.stat().st_mtime)
+    return list(dict.fromkeys(path.parent.name for path in reversed(metas)))
+
+
 def checkpoint_steps(folder):
     """Return the steps of the complete checkpoints in a folder, ascending."""
     names = [path.stem.removeprefix("meta_") for path in Path(folder).glob("meta_*.json")]
@@ -141,8 +147,8 @@ def find_checkpoint(folder, step="latest"):
     """Return `step` (a number or digits) if it exists, or the newest good one for "latest"."""
     steps = checkpoint_steps(folder)
     if not steps:
-        raise UserError(f"no checkpoint in {folder}; check --model-tag, or train a model with "
-                        "scripts.base_train")
+        raise UserError(f"no checkpoint in {folder}; train a model with scripts.base_train, or "
+                        f"give one of these with --model-tag: {', '.join(tags()) or 'none'}")
     if step == "latest":
         good = [step for step in steps if not _is_bad(folder, step)]
         if not good:
@@ -270,13 +276,13 @@ class Trained:
 
 
 def load_trained(model_tag, step, device, compute_dtype, tokenizer_dir=""):
-    """Load a checkpoint with its tokenizer, by tag or absolute path.
+    """Load a checkpoint with its tokenizer, by tag or absolute path; no tag: the newest checkpoint.
 
     step: a number, digits, or "latest". tokenizer_dir: empty for the folder that the checkpoint
     names, else the cache's. Raise UserError if there is no such checkpoint, it is damaged, or
     the tokenizer is not the one it was trained with.
     """
-    folder = checkpoint_folder(model_tag)
+    folder = checkpoint_folder(model_tag or next(iter(tags()), "any"))
     step = find_checkpoint(folder, step)
     user_config = read_meta(folder, step).get("user_config") or {}
     tokenizer = load_tokenizer(tokenizer_dir or user_config.get("tokenizer_dir"))

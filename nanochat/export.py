@@ -1,6 +1,6 @@
-"""Export a trained model: a folder for Hugging Face's transformers, or in upstream's layout.
+"""Export a trained model as a folder for Hugging Face's transformers, with modeling_nanochat.py.
 
-Neither format needs another library here; the transformers folder carries modeling_nanochat.py.
+No other library is needed here.
 """
 
 import contextlib
@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.common import UserError, json_bytes, model_path, write_json, write_text
+from nanochat.common import UserError, json_bytes, write_json, write_text
 from nanochat.tokenizer import BOS
 
 MODELING = Path(__file__).with_name("modeling_nanochat.py")
-ALIGNMENT = 64  # bytes; a matmul on other addresses may sum in another order
 CARD = """# {name}
 
 A language model of {millions:,.1f} million parameters, trained on {tokens:,} tokens, for
@@ -39,31 +38,19 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0, 1:]))
 def new_folder(folder):
     """Yield a temporary folder that becomes `folder` when the block succeeds.
 
-    Raise UserError if `folder` is there and not empty, or cannot be written. Whatever fails leaves
-    nothing behind; a SIGKILL can leave a `.<name>.*.tmp` beside it.
+    Raise UserError if `folder` is there and not empty. Whatever fails leaves nothing behind; a
+    SIGKILL can leave a `.<name>.*.tmp` beside it.
     """
     folder = Path(folder).absolute()
-    check_new(folder)
+    if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"--to {folder} is a file or is not empty; give a new folder")
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary
         os.rename(temporary, folder)  # fails if another process has filled `folder` meanwhile
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"--to {folder} cannot be written ({reason}); make room there, or give "
-                        "another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_new(folder):
-    """Raise UserError unless `folder` is missing or an empty folder."""
-    folder = Path(folder)
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"--to {folder} is not a folder; give a new one")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--to {folder} is not empty; remove it, or give a new folder")
 
 
 def write_hf(folder, trained, name):
@@ -72,8 +59,10 @@ def write_hf(folder, trained, name):
     trained: a Trained in fp32. name: the final name of the folder.
     """
     config, bos_id = trained.model.config, trained.tokenizer.bos_id
-    weights = {key: _vocabulary_rows(key, value, config.vocab_size)
-               for key, value in trained.model.state_dict().items()}
+    weights = {}
+    for key, value in trained.model.state_dict().items():
+        is_table = "value_embeds" in key or key in ("transformer.wte.weight", "lm_head.weight")
+        weights[key] = value[:config.vocab_size] if is_table else value  # without padding
     write_safetensors(folder / "model.safetensors", weights)
     ends = {"bos_token_id": bos_id, "eos_token_id": bos_id}  # BOS begins the next document
     code = "modeling_nanochat."
@@ -98,40 +87,14 @@ def write_hf(folder, trained, name):
         name=trained.name, folder=name, tokens=trained.tokens, millions=n_parameters / 1e6))
 
 
-def write_upstream(folder, trained, name):
-    """Write a cache folder of upstream's, with weights and tokenizer but no optimizer state."""
-    checkpoints = folder / "base_checkpoints" / trained.tag
-    checkpoints.mkdir(parents=True)
-    shutil.copyfile(model_path(trained.folder, trained.step), model_path(checkpoints, trained.step))
-    meta = {key: value for key, value in trained.meta.items() if key != "files_sha256"}
-    flags = trained.user_config.items()
-    meta["user_config"] = {key: value for key, value in flags if key != "tokenizer_dir"}
-    write_json(checkpoints / f"meta_{trained.step:06d}.json", {"step": trained.step, **meta})
-    trained.tokenizer.save(folder / "tokenizer")
-
-
-FORMATS = {"hf": write_hf, "upstream": write_upstream}
-
-
-def _vocabulary_rows(name, tensor, vocab_size):
-    """Return a table without the rows that pad the vocabulary; other tensors as they are."""
-    is_table = name.startswith("value_embeds.") or name in ("transformer.wte.weight",
-                                                            "lm_head.weight")
-    return tensor[:vocab_size] if is_table else tensor
-
-
 def write_safetensors(path, tensors):
-    """Write {name: tensor} in fp32: the header's length, the header in JSON, then the bytes.
-
-    Large tensors come first, since their sizes keep the alignment and the format has no gaps.
-    """
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].numel()))
+    """Write {name: tensor} in fp32: the header's length, the header in JSON, then the bytes."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         start, end = end, end + 4 * tensor.numel()
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
     head = json_bytes(header)
-    head += b" " * (-(8 + len(head)) % ALIGNMENT)
+    head += b" " * (-len(head) % 8)  # the tensors begin at a multiple of 8 bytes
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(head)) + head)
         for tensor in tensors.values():
@@ -157,7 +120,7 @@ def tokenizer_json(ranks, special_tokens, pattern):
     vocabulary = {spelled[token]: token_id for token, token_id in ranks.items()} | special_tokens
     if len(vocabulary) < len(ranks) + len(special_tokens):
         raise UserError("an ordinary token has the spelling of a special one, which tokenizer.json "
-                        "cannot tell apart; use --format upstream")
+                        "cannot tell apart; this tokenizer cannot be exported")
     merges = [(spelled[token[:cut]], spelled[token[cut:]])
               for token in sorted(ranks, key=ranks.get) for cut in range(1, len(token))
               if token[:cut] in ranks and token[cut:] in ranks]

@@ -3,8 +3,6 @@
 AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) loads an export with it.
 """
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,7 +14,6 @@ QK_SCALE = 1.2
 SOFTCAP = 15.0
 SMEAR_CHANNELS = 24
 VALUE_GATE_CHANNELS = 12
-BLOCKWISE_MAX_LENGTH, BLOCK_QUERIES = 512, 128
 
 
 class NanochatConfig(PretrainedConfig):
@@ -33,15 +30,9 @@ class NanochatConfig(PretrainedConfig):
         self.num_key_value_heads = num_key_value_heads
         self.max_position_embeddings = max_position_embeddings
         self.windows = windows or [max_position_embeddings] * num_hidden_layers
+        self.head_dim = hidden_size // num_attention_heads
+        self.kv_dim = num_key_value_heads * self.head_dim
         super().__init__(**{"use_cache": False, "tie_word_embeddings": False, **kwargs})
-
-    @property
-    def head_dim(self):
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def kv_dim(self):
-        return self.num_key_value_heads * self.head_dim
 
     def has_value_embedding(self, layer):
         """Return True for every second layer, counted so that the last layer has one."""
@@ -67,31 +58,13 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, window):
-    """Return causal attention of q (B, T, H, D) to k, v (B, T, Hkv, D), `window` tokens back.
-
-    Sums are taken in nanochat's order, so that the logits are equal.
-    """
-    T, n_head = q.shape[1:3]
-    sees_all = window >= T - 1
-    position = torch.arange(T, device=q.device)
+    """Return causal attention of q (B, T, H, D) to k, v (B, T, Hkv, D), `window` tokens back."""
+    position = torch.arange(q.size(1), device=q.device)
     distance = position.unsqueeze(1) - position
     visible = (distance >= 0) & (distance <= window)
-    is_short = q.device.type == "cpu" and T <= BLOCKWISE_MAX_LENGTH
-    if not is_short or q.size(2) != k.size(2):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=None if sees_all else visible, is_causal=sees_all,
-            enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
-
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-    blocks = []
-    for start in range(0, T, BLOCK_QUERIES):
-        rows = slice(start, min(start + BLOCK_QUERIES, T))
-        columns = slice(max(0, start - window), rows.stop)
-        scores = (q[:, rows] @ k[:, columns].mT).float() / math.sqrt(q.size(-1))
-        scores = scores.masked_fill(~visible[rows, columns], -math.inf)
-        blocks.append(torch.softmax(scores, dim=-1).to(v.dtype) @ v[:, columns])
-    return torch.cat(blocks, dim=1).unflatten(0, (-1, n_head)).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    enable_gqa = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, visible, enable_gqa=enable_gqa).transpose(1, 2)
 
 
 def linear(n_in, n_out):

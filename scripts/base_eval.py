@@ -4,11 +4,12 @@ python -m scripts.base_eval --model-tag d12 --eval core,bpb,sample,position
 """
 
 import argparse
+import math
 from functools import partial
 
 from nanochat import common
 from nanochat.checkpoint import load_trained
-from nanochat.common import MODEL_TAG_HELP, STEP_HELP, TOKENIZER_DIR_HELP, UserError, print0
+from nanochat.common import NEWEST_HELP, STEP_HELP, TOKENIZER_DIR_HELP, UserError, print0
 from nanochat.config import TrainingConfig
 from nanochat.core_eval import bundle_folder, evaluate_core, load_hf
 from nanochat.dataset import open_dataset
@@ -24,12 +25,11 @@ SPLIT_TOKENS = {"cpu": 2**17, "mps": 40 * 2**19, "cuda": 40 * 2**19}  # per spli
 def parse_args(argv=None):
     summary = __doc__.splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m scripts.base_eval", description=summary)
-    subject = parser.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--model-tag", help=MODEL_TAG_HELP)
-    subject.add_argument("--hf-path", help="folder or hub name of a Hugging Face causal language "
-                         "model, for example openai-community/gpt2; needs pip install -e '.[hf]'; "
-                         "cannot be used with --eval sample")
     add = parser.add_argument
+    add("--model-tag", default="", help=NEWEST_HELP)
+    add("--hf-path", default="", help="evaluate CORE of this folder or hub name of a Hugging Face "
+        "causal language model instead, for example openai-community/gpt2; needs pip install -e "
+        "'.[hf]'")
     add("--eval", default="", help="evaluations to run, separated by commas: core, bpb (bits per "
         "byte), sample, position (loss at each position of the context) (default: bpb,sample; with "
         "--hf-path: core)")
@@ -55,8 +55,8 @@ def main(argv=None):
     kinds = set((args.eval or ("core" if args.hf_path else "bpb,sample")).split(","))
     if unknown := kinds.difference(KINDS):
         raise UserError(f"--eval {','.join(unknown)} is unknown; use some of {','.join(KINDS)}")
-    if args.hf_path and "sample" in kinds:
-        raise UserError("--hf-path cannot sample; use --eval core,bpb,position")
+    if args.hf_path and (args.model_tag or kinds != {"core"}):
+        raise UserError("--hf-path cannot be used with --model-tag; it takes only --eval core")
     if args.device_batch_size < 1 or (args.split_tokens < 1 and args.split_tokens != -1):
         raise UserError("--device-batch-size and --split-tokens must be at least 1")
     if args.out:
@@ -71,9 +71,10 @@ def main(argv=None):
             subject = load_hf(args.hf_path, device, dtype)
         else:
             subject = load_trained(args.model_tag, args.step, device, dtype, args.tokenizer_dir)
-        print0(f"{subject.name} on {device_name(device)} in {dtype}: {reason}")
+        newest = "" if args.model_tag or args.hf_path else " (the newest checkpoint)"
+        print0(f"{subject.name}{newest} on {device_name(device)} in {dtype}: {reason}")
         results = {"model_tag": subject.tag, "step": subject.step, "tokens": subject.tokens,
-                   "tokenizer_id": subject.tokenizer.tokenizer_id, "dataset_id": None}
+                   "tokenizer_id": subject.tokenizer.tokenizer_id}
         if kinds - {"core"}:
             results |= evaluate_on_text(args, kinds, subject, device, ranks)
         if "core" in kinds:
@@ -88,18 +89,19 @@ def main(argv=None):
                 print0(f"{label}: {accuracy:.4f} right")
             print0(f"CORE {core.core_metric:.4f}; table: {table}")
         if args.out and ranks.is_main:
-            write_results(args.out, results)
+            common.write_json(args.out, results)
+            print0(f"results: {args.out}")
     finally:
         stop_ranks()
     return 0
 
 
-def evaluate_on_text(args, kinds, subject, device, ranks):
+def evaluate_on_text(args, kinds, trained, device, ranks):
     """Print and return samples, bits per byte and losses by position."""
-    tokenizer, flags = subject.tokenizer, subject.user_config
+    tokenizer, flags = trained.tokenizer, trained.user_config
     name = args.dataset or flags.get("dataset") or "climbmix"
     dataset = open_dataset(name)
-    own_id = None if args.hf_path else subject.meta.get("dataset_id")
+    own_id = trained.meta.get("dataset_id")
     is_own = own_id in (None, dataset.dataset_id)
     if not is_own and not args.dataset:
         raise UserError(f"the checkpoint was trained on {own_id}, but {name} is now "
@@ -111,17 +113,19 @@ def evaluate_on_text(args, kinds, subject, device, ranks):
     results = {"dataset_id": dataset.dataset_id}
     if "sample" in kinds:
         shard = token_shards(dataset, tokenizer, "val")[0]
-        samples = on_main(ranks, lambda: sample_documents(subject.model, tokenizer, shard))
+        samples = on_main(ranks, lambda: sample_documents(trained.model, tokenizer, shard))
         results["samples"] = samples
         print0(*(f"sample: {s['prompt']}[...]{s['text']}\n" for s in samples or ()), sep="\n")
     for split in ("val", "train") if {"bpb", "position"} & kinds else ():
         n_tokens = SPLIT_TOKENS[device.type] if args.split_tokens == -1 else args.split_tokens
         shards = token_shards(dataset, tokenizer, split)
-        rows = SplitRows(shards, subject.row_tokens, n_tokens, crop)
+        rows = SplitRows(shards, trained.row_tokens, n_tokens, crop)
         bar = partial(common.progress, desc=f"evaluating {split}", shown=ranks.is_main)
-        loss = evaluate_split(subject.model, rows, min(args.device_batch_size, len(rows.plan)),
+        loss = evaluate_split(trained.model, rows, min(args.device_batch_size, len(rows.plan)),
                               tokenizer.token_bytes(), device, ranks, bar)
         print0(f"{split}: {loss.describe()}")
+        if not math.isfinite(loss.bits_per_byte):
+            raise UserError("the losses are not finite; evaluate an earlier --step")
         if "bpb" in kinds:
             fields = loss.event_fields().items()
             results |= {f"{split}_{key.removeprefix('val_')}": value for key, value in fields}
@@ -132,16 +136,6 @@ def evaluate_on_text(args, kinds, subject, device, ranks):
             results["counts_by_position"] = loss.counts_by_position
             print0(position_table(loss))
     return results
-
-
-def write_results(path, results):
-    """Write the results as JSON. Raise UserError if a loss is NaN or the file is not written."""
-    try:
-        common.write_json(path, results)
-    except (ValueError, OSError) as error:  # JSON has no NaN
-        reason = getattr(error, "strerror", None) or "the losses are not finite"
-        raise UserError(f"--out {path} was not written: {reason}") from None
-    print0(f"results: {path}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Measure how token correlations and next-token entropies of a text decay; write stats.json.
 
 python -m scripts.lane_b_stats --dataset stdlib --out stats.json --plot stats.png
-python -m scripts.lane_b_stats --dataset climbmix --position-losses RUN RUN --out stats.json
 
 The text is held in memory: the default --max-tokens takes about 2 GB.
 """
@@ -10,17 +9,8 @@ import argparse
 import sys
 from types import SimpleNamespace
 
-from nanochat.common import (
-    QUIET_HELP,
-    check_output,
-    command,
-    print0,
-    runs_dir,
-    set_quiet,
-    utc_now,
-    versions,
-    write_json,
-)
+from nanochat import common
+from nanochat.common import print0
 from nanochat.dataset import open_dataset
 from nanochat.device import keep_freed_memory
 from nanochat.lane_b import statistics
@@ -33,25 +23,19 @@ from nanochat.tokens import token_shards
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.lane_b_stats", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True,
-                        help="a name of nanochat.dataset, or a folder of text")
-    parser.add_argument("--tokenizer-dir", metavar="DIR",
-                        help="folder of the tokenizer (default: that of scripts.tok_train)")
-    parser.add_argument("--split", choices=("train", "val"), default="train",
-                        help="split to measure (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=32_000_000,
-                        help="stop reading documents after this many tokens (%(default)s)")
-    parser.add_argument("--lags", type=lag_list, metavar="N,N,...",
-                        help="distances between tokens, up to a tenth of the median document "
-                        f"length (default: {','.join(map(str, statistics.DEFAULT_LAGS))})")
-    parser.add_argument("--position-losses", nargs="+", default=[], metavar="RUN_OR_FILE",
-                        help="runs of scripts.base_train --position-losses on P and P/2 tokens, "
-                        "which give gamma")
-    parser.add_argument("--out", required=True, metavar="FILE.json",
-                        help="output file, read by scripts.lane_b_infer_ratio --stats-json")
-    parser.add_argument("--plot", metavar="FILE.png",
-                        help="also draw correlations by lag and entropies by context length")
-    parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
+    add = parser.add_argument
+    add("--dataset", required=True, help="a name of nanochat.dataset, or a folder of text")
+    add("--tokenizer-dir", metavar="DIR",
+        help="folder of the tokenizer (default: that of scripts.tok_train)")
+    add("--max-tokens", type=int, default=32_000_000,
+        help="stop reading training documents after this many tokens (%(default)s)")
+    add("--lags", type=lag_list, metavar="N,N,...",
+        help="distances between tokens, up to a tenth of the median document length (default: "
+        f"{','.join(map(str, statistics.DEFAULT_LAGS))})")
+    add("--out", required=True, metavar="FILE.json",
+        help="output file, read by scripts.lane_b_infer_ratio --stats-json")
+    add("--plot", metavar="FILE.png", help="also draw correlations by lag and entropies")
+    add("--quiet", action="store_true", help=common.QUIET_HELP)
     args = parser.parse_args(argv)
     if args.max_tokens < 1:
         parser.error("--max-tokens must be at least 1")
@@ -66,40 +50,36 @@ def lag_list(text):
     return lags
 
 
-def read_shards(dataset, tokenizer, split, max_tokens):
-    """Return (tokens, offsets) of the shards that max_tokens need; encode no others."""
+def read_shards(dataset, tokenizer, max_tokens):
+    """Return (tokens, offsets) of the training shards that max_tokens need; encode no others."""
     n_shards = 1
     while True:
-        shards = token_shards(dataset, tokenizer, split, max_shards=n_shards)
+        shards = token_shards(dataset, tokenizer, "train", max_shards=n_shards)
         n_tokens = sum(shard.n_tokens - shard.n_docs for shard in shards)
         if len(shards) < n_shards or n_tokens >= max_tokens:
             return [(shard.tokens, shard.offsets) for shard in shards]
         n_shards *= 2
 
 
-@command
+@common.command
 def main(argv=None):
     args = parse_args(argv)
-    set_quiet(args.quiet)
+    common.set_quiet(args.quiet)
     keep_freed_memory(SimpleNamespace(type="cpu"))  # page faults would take a third of the time
-    check_output("--out", args.out)
+    common.check_output("--out", args.out)
     check_plot(args.plot)
     dataset = open_dataset(args.dataset)
     tokenizer = load_tokenizer(args.tokenizer_dir)
-    losses = [statistics.read_position_losses(name, runs_dir()) for name in args.position_losses]
-    statistics.check_comparable(losses, dataset.dataset_id, tokenizer.tokenizer_id)
-    shards = read_shards(dataset, tokenizer, args.split, args.max_tokens)
-    corpus = read_corpus(shards, tokenizer.vocab_size, args.max_tokens)
+    shards = read_shards(dataset, tokenizer, args.max_tokens)
     document = {
         "dataset_id": dataset.dataset_id,
         "tokenizer_id": tokenizer.tokenizer_id,
-        **statistics.measure(corpus, args.lags, losses),
-        "split": args.split,
-        "versions": versions(),
+        **statistics.measure(read_corpus(shards, tokenizer.vocab_size, args.max_tokens), args.lags),
+        "versions": common.versions(),
         "command": " ".join(["python", "-m", "scripts.lane_b_stats", *(argv or sys.argv[1:])]),
-        "created_utc": utc_now(),
+        "created_utc": common.utc_now(),
     }
-    write_json(args.out, document)
+    common.write_json(args.out, document)
     print0(statistics.describe(document))
     print0(f"written: {args.out}")
     if args.plot:

@@ -6,12 +6,11 @@ python -m scripts.sample --model-tag quickstart "def fib("
 import argparse
 import itertools
 import sys
-import time
 
 import numpy as np
 
 from nanochat.checkpoint import load_trained
-from nanochat.common import MODEL_TAG_HELP, STEP_HELP, TOKENIZER_DIR_HELP, UserError, command
+from nanochat.common import NEWEST_HELP, STEP_HELP, TOKENIZER_DIR_HELP, UserError, command
 from nanochat.device import choose_compute_dtype, choose_device
 from nanochat.engine import stream, whole_characters
 
@@ -26,7 +25,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("prompt", nargs="*", help="text to continue; an empty text begins a new document. Without "
         "this argument, each line of the standard input is a prompt")
-    add("--model-tag", required=True, help=MODEL_TAG_HELP)
+    add("--model-tag", default="", help=NEWEST_HELP)
     add("--step", default="latest", help=STEP_HELP)
     add("--tokenizer-dir", default="", help=TOKENIZER_DIR_HELP)
     add("--num-samples", type=int, default=1, help="continuations per prompt (%(default)s)")
@@ -50,49 +49,29 @@ def main(argv=None):
     device = choose_device(args.device_type)
     dtype, _ = choose_compute_dtype(device)
     trained = load_trained(args.model_tag, args.step, device, dtype, args.tokenizer_dir)
-    note(f"{trained.name} in {dtype} on {device}")
+    newest = "" if args.model_tag else " (the newest checkpoint)"
+    print(f"{trained.name}{newest} in {dtype} on {device}", file=sys.stderr, flush=True)
     if not args.prompt:
         sys.stdin.reconfigure(errors="replace")
-        if sys.stdin.isatty():
-            note("one prompt per line; Ctrl-D ends")
-    n_samples = n_tokens = 0
-    started = time.perf_counter()
-    try:
-        for prompt in args.prompt or (line.rstrip("\r\n") for line in sys.stdin):
-            for seed in range(args.seed, args.seed + args.num_samples):
-                n_tokens += show(args, trained, prompt, seed)
-                n_samples += 1
-    except BrokenPipeError:
-        note("the output was closed; stopped")
-        return 0
-    seconds = time.perf_counter() - started
-    note(f"{n_samples} samples, {n_tokens:,} tokens, {n_tokens / seconds:,.0f} tokens/s")
+    for prompt in args.prompt or (line.rstrip("\r\n") for line in sys.stdin):
+        for seed in range(args.seed, args.seed + args.num_samples):
+            show(args, trained, prompt, seed)
     return 0
 
 
 def show(args, trained, prompt, seed):
-    """Print a prompt and its continuation during generation; return the number of new tokens."""
-    tokenizer, new = trained.tokenizer, []
+    """Print a prompt and its continuation during generation."""
+    tokenizer = trained.tokenizer
     special = np.flatnonzero(tokenizer.token_bytes() == 0).tolist()  # BOS of the next document etc.
-
-    def new_tokens():
-        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-        for [token] in stream(trained.model, ids, args.max_new_tokens, stop_ids=special, seed=seed,
-                              temperature=args.temperature, top_k=args.top_k or None):
-            new.append(token)
-            yield token
-
-    pieces = whole_characters(new_tokens(), tokenizer.decode)
+    tokens = stream(trained.model, [tokenizer.bos_id, *tokenizer.encode(prompt)],
+                    args.max_new_tokens, stop_ids=special, seed=seed,
+                    temperature=args.temperature, top_k=args.top_k or None)
+    pieces = whole_characters((token for [token] in tokens), tokenizer.decode)
     first = next(pieces, "")  # raises errors before anything is printed
     for piece in itertools.chain((prompt, first), pieces):
         text = piece.translate(ESCAPES) if sys.stdout.isatty() else piece
         print(text, end="", flush=True)
     print(flush=True)
-    return len(new)
-
-
-def note(line):
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanochat.common import UserError
-from nanochat.export import byte_characters, tokenizer_json
+from nanochat.export import tokenizer_json
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="the extra hf is not installed")
@@ -27,19 +27,14 @@ BYTES = {bytes([i]): i for i in range(256)}
 
 
 @settings(max_examples=1000, deadline=None)
-@given(TEXTS)
-@example(" ".join(ODD))
-@example("a" * 3000 + " " * 3000)
-def test_ids_are_equal_and_decode_to_the_text(text):
+@given(TEXTS, st.lists(st.integers(0, 255), max_size=30))
+@example(" ".join(ODD), [])
+@example("a" * 3000 + " " * 3000, [])
+def test_ids_are_equal_and_decode_to_the_same_text(text, bytes_not_utf8):
     ids = GOLDEN.encode(text)
     assert EXPORTED.encode(text).ids == ids
     assert EXPORTED.decode(ids) == text
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.integers(0, 255), max_size=30))
-def test_bytes_that_are_not_utf8_decode_to_the_same_text(ids):
-    assert EXPORTED.decode(ids) == GOLDEN.decode(ids)
+    assert EXPORTED.decode(bytes_not_utf8) == GOLDEN.decode(bytes_not_utf8)
 
 
 @settings(max_examples=300, deadline=None)
@@ -58,21 +53,8 @@ def test_ids_are_equal_for_any_vocabulary_of_merges(merges, texts):
         assert other.encode(text).ids == tokenizer.encode(text)
 
 
-def test_a_token_that_no_merge_makes_is_used_for_its_complete_piece():
-    tokenizer = Tokenizer({**BYTES, b"abcd": 256}, {"<|bos|>": 257})
-    assert tokenizer.encode("abcd") == [256] and exported(tokenizer).encode("abcd").ids == [256]
-
-
 def test_special_tokens_have_their_ids_and_no_text_makes_them():
     assert {name: EXPORTED.token_to_id(name) for name in SPECIAL_TOKENS} == GOLDEN.vocabulary[1]
     assert EXPORTED.get_vocab_size() == GOLDEN.vocab_size
-    assert GOLDEN.bos_id not in EXPORTED.encode("<|bos|>").ids
-
-
-def test_the_byte_characters_are_those_of_the_library():
-    assert sorted(byte_characters()) == sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-
-
-def test_a_token_with_the_spelling_of_a_special_one_is_refused():
-    with pytest.raises(UserError, match="--format upstream"):
+    with pytest.raises(UserError, match="spelling of a special one"):
         tokenizer_json({**BYTES, b"<|bos|>": 256}, {"<|bos|>": 257}, SPLIT_PATTERN)

@@ -9,17 +9,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from lane_b_sources import Copying, Markov, Renewal, cut
 
-from nanochat.lane_b import Refusal
 from nanochat.lane_b.corpus import (
     Corpus,
     Covariance,
     Fold,
-    KneserNey,
     bound_entropies,
     estimate_lags,
     find_outliers,
     null_coefficient,
     read_corpus,
+    witten_bell,
 )
 from nanochat.lane_b.statistics import fit_power_law
 
@@ -33,7 +32,7 @@ def estimate_lag(corpus, lag):
 
 
 def values(estimates, name):
-    return np.array([getattr(estimate, name) for estimate in estimates])
+    return np.array([estimate[name] for estimate in estimates])
 
 
 @settings(deadline=None, max_examples=60)
@@ -45,12 +44,12 @@ def test_counts_equal_counting_by_hand(arrays, lag):
         for left, right in zip(array, array[lag:], strict=False):
             expected[left, right] += 1
     fold = Fold(Corpus.of(arrays, 7), np.random.default_rng(0))
-    assert (fold.count(lag, 7).toarray() == expected).all()
+    assert (fold.count(lag).toarray() == expected).all()
 
 
 def test_covariance_equals_dense_algebra():
     rng = np.random.default_rng(0)
-    counts = [Fold(Corpus.of(list(rng.integers(0, 30, (20, 200))), 30), rng).count(2, 30)
+    counts = [Fold(Corpus.of(list(rng.integers(0, 30, (20, 200))), 30), rng).count(2)
               for _ in range(2)]
     a, b = map(Covariance, counts)
     joints = [n.toarray() / n.sum() for n in counts]
@@ -81,21 +80,21 @@ def test_exponent_of_a_copying_source(exponent, exact):
     assert slope == pytest.approx(fit_power_law(lags, norms, op_se / op).slope, abs=0.03)
 
 
-@pytest.mark.parametrize("lag", [1, 2, 3])
+@pytest.mark.parametrize("lag", [1, 3])
 def test_correlation_of_a_markov_chain(lag):
     source = Markov(40)
     estimate = estimate_lag(source.sample(3000, 400, seed=1), lag)
     exact = source.covariance(lag)
-    assert abs(estimate.op - np.linalg.norm(exact, 2)) < 4 * estimate.op_se
-    assert abs(estimate.frobenius - np.linalg.norm(exact)) < 4 * estimate.frobenius_se
+    assert abs(estimate["op"] - np.linalg.norm(exact, 2)) < 4 * estimate["op_se"]
+    assert abs(estimate["frobenius"] - np.linalg.norm(exact)) < 4 * estimate["frobenius_se"]
 
 
-@pytest.mark.parametrize("lag", [1, 2, 8, 32, 64])
+@pytest.mark.parametrize("lag", [1, 8, 64])
 def test_correlation_of_a_capped_renewal_process(lag):
     source = Renewal(vocab_size=12, longest=64, decay=0.7)
     estimate = estimate_lag(cut(source.sample(2_000_000, seed=0), 1000, 12), lag)
     exact = abs(source.correlation(lag)[lag]) * np.sqrt(11) / 12
-    assert abs(estimate.frobenius - exact) < 4 * estimate.frobenius_se
+    assert abs(estimate["frobenius"] - exact) < 4 * estimate["frobenius_se"]
 
 
 def test_standard_errors_are_the_spread_over_independent_texts():
@@ -112,10 +111,11 @@ def test_norms_of_shuffled_text_are_zero_within_their_errors():
     tokens = np.random.default_rng(1).permutation(source.sample(500_000, seed=3))
     corpus = cut(tokens, 1000, source.vocab_size)
     estimate = estimate_lag(corpus, 1)
-    assert abs(estimate.op) < 4 * estimate.op_se and not estimate.usable
+    assert abs(estimate["op"]) < 4 * estimate["op_se"] and not estimate["usable"]
     fold = Fold(corpus, np.random.default_rng(0))
-    plug_in = Covariance(fold.count(1, corpus.vocab_size)).top_singular()[1][0]
-    assert plug_in * np.sqrt(estimate.n_pairs) == pytest.approx(null_coefficient(corpus), rel=0.25)
+    plug_in = Covariance(fold.count(1)).top_singular()[1][0]
+    assert plug_in * np.sqrt(estimate["n_pairs"]) == pytest.approx(
+        null_coefficient(corpus), rel=0.25)
 
 
 def test_long_documents_full_of_one_token_are_outliers():
@@ -135,48 +135,22 @@ def test_text_is_read_without_bos_up_to_max_tokens_in_complete_documents():
               for part in (arrays[:50], arrays[50:])]
     corpus = read_corpus(shards, 10, max_tokens=551)
     assert sorted(corpus.tokens.reshape(-1, 10).tolist()) == sorted(arrays[:56].tolist())
-    with pytest.raises(Refusal, match="only 20 different documents"):
-        read_corpus(shards, 10, max_tokens=200)
-
-
-# --- n-grams -------------------------------------------------------------------------------------
-
-
-class ByDefinition:
-    """Kneser-Ney with dictionaries, from the equations."""
-
-    def __init__(self, arrays, context, vocab_size):
-        self.vocab_size, self.tables = vocab_size, {}
-        ngrams = Counter(tuple(a[i:i + context + 1].tolist()) for a in arrays
-                         for i in range(len(a) - context))
-        for length in range(context + 1, 0, -1):
-            self.tables[length] = ngrams
-            ngrams = Counter(ngram[1:] for ngram in ngrams)
-
-    def probability(self, ngram):
-        if not ngram:
-            return 1 / self.vocab_size
-        table, shorter = self.tables[len(ngram)], self.probability(ngram[1:])
-        following = {key[-1]: n for key, n in table.items() if key[:-1] == ngram[:-1]}
-        if not following:
-            return shorter
-        times = Counter(table.values())
-        discount = times[1] / (times[1] + 2 * times[2]) if times[1] else 0.5
-        count = max(following.get(ngram[-1], 0) - discount, 0)
-        return (count + discount * len(following) * shorter) / sum(following.values())
 
 
 @settings(deadline=None, max_examples=60)
-@given(documents, st.integers(1, 2))
-def test_kneser_ney_equals_its_definition_and_sums_to_one(arrays, context):
-    model, definition = KneserNey(Corpus.of(arrays, 7), context), ByDefinition(arrays, context, 7)
-    for head in {tuple(a[:context].tolist()) for a in arrays} | {(5,) * context}:
-        ngrams = [(*head, token) for token in range(7)]
-        keys = np.array(ngrams) @ (1 << 21 * np.arange(context, -1, -1))  # 21 bits per token
-        probabilities = model.probability(keys)
-        expected = [definition.probability(ngram) for ngram in ngrams]
-        np.testing.assert_allclose(probabilities, expected, atol=1e-12)
-        assert probabilities.sum() == pytest.approx(1) and (probabilities > 0).all()
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60),
+       st.integers(0, 5))
+def test_witten_bell_equals_its_definition(pairs, head):
+    keys = np.array([first << 21 | last for first, last in pairs])  # 21 bits per token
+    queries = np.array([head << 21 | last for last in range(5)])
+    probability, entropy = witten_bell(keys, queries, np.full(5, 0.2))
+    after = Counter(last for first, last in pairs if first == head)
+    n, types = after.total(), len(after)
+    expected = [(after[last] + types * 0.2) / (n + types) if n else 0.2 for last in range(5)]
+    np.testing.assert_allclose(probability, expected, atol=1e-12)
+    nats = [-np.log(count / sum(first == pair[0] for first, _ in pairs)) * count
+            for pair, count in Counter(pairs).items()]
+    assert entropy == pytest.approx(sum(nats) / len(pairs))
 
 
 def test_bounds_hold_the_entropies_of_a_renewal_process_and_a_markov_chain():

@@ -13,18 +13,15 @@ import numpy as np
 from scipy import sparse
 
 from nanochat.common import progress
-from nanochat.lane_b import Refusal
 
 N_FOLDS = 3  # parts of the text: two give singular directions, one measures the strength
 N_DIRECTIONS = 8  # singular directions per fold
 N_REPLICATES = 400  # of the bootstrap over documents
 MAX_GROUPS = 512  # per fold: random groups of documents are resampled where there are more
-MIN_DOCUMENTS = 30
 OUTLIER_SHARE, OUTLIER_MIN_TOKENS = 0.2, 500  # of one token in a document of this length
 MIN_STANDARD_ERRORS, MIN_NULLS = 5, 3  # a usable norm is above both: errors, norms of shuffled text
 TOKEN_BITS = 21  # in the key of an n-gram of at most 3 tokens
-MIN_NGRAM_TOKENS, MAX_NGRAM_TOKENS = 1 << 18, 1 << 25  # a model takes about 60 bytes per token
-HELD_OUT_TOKENS = 1_000_000
+MIN_NGRAM_TOKENS, HELD_OUT_TOKENS = 1 << 18, 1_000_000
 
 
 # --- documents -----------------------------------------------------------------------------------
@@ -74,7 +71,7 @@ def read_corpus(shards, vocab_size, max_tokens):
     """Return the Corpus of complete documents, in order, until max_tokens are reached.
 
     shards: (tokens, offsets) pairs, where each document begins with BOS. Documents of one token are
-    skipped. Raise Refusal if there are too few.
+    skipped.
     """
     documents, n_tokens = [], 0
     for tokens, offsets in shards:
@@ -82,18 +79,7 @@ def read_corpus(shards, vocab_size, max_tokens):
             if stop - start > 2 and n_tokens < max_tokens:
                 documents.append(tokens[start + 1:stop])
                 n_tokens += stop - start - 1
-    corpus = Corpus.of(documents or [np.zeros(2)], vocab_size)
-    check_documents(corpus)
-    return corpus
-
-
-def check_documents(corpus, n_outliers=0):
-    """Raise Refusal if there are too few different documents."""
-    n_different = len(np.unique(corpus.hashes))
-    if n_different < MIN_DOCUMENTS:
-        besides = f" besides {n_outliers} that are largely one token" if n_outliers else ""
-        raise Refusal(f"only {n_different} different documents (need {MIN_DOCUMENTS} to resample)"
-                      f"{besides}; give more text or split it at its chapters")
+    return Corpus.of(documents or [np.zeros(2)], vocab_size)
 
 
 def find_outliers(corpus):
@@ -115,29 +101,6 @@ def find_outliers(corpus):
 # --- correlations --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LagEstimate:
-    """Norms of C(lag) with standard errors.
-
-    frobenius: None where noise makes the product of two folds negative. noise: the least operator
-    norm that is usable. data_tokens: training tokens that are needed before the correlation exceeds
-    their noise, P(n) in the theory.
-    """
-
-    lag: int
-    n_pairs: int
-    op: float
-    op_se: float
-    frobenius: float | None
-    frobenius_se: float | None
-    noise: float
-    data_tokens: float | None
-
-    @property
-    def usable(self):
-        return self.op > self.noise
-
-
 class Covariance:
     """C = J - l r^T: the joint distribution J of token pairs, from counts, and its marginals l, r.
 
@@ -157,8 +120,7 @@ class Covariance:
         """Return the sum of the products of the entries of two covariances."""
         joint = self.joint.multiply(other.joint).sum()
         crossed = self.left @ (other.joint @ self.right) + other.left @ (self.joint @ other.right)
-        marginals = (self.left @ other.left) * (self.right @ other.right)
-        return float(joint - crossed + marginals)
+        return float(joint - crossed + (self.left @ other.left) * (self.right @ other.right))
 
     def top_singular(self, k=N_DIRECTIONS, n_iterations=4):
         """Return (U, s, V) of the k largest singular values, by block power iteration."""
@@ -176,7 +138,7 @@ class Fold:
 
     def __init__(self, corpus, rng):
         self.tokens, self.document = corpus.tokens, corpus.document
-        n_documents = len(corpus.hashes)
+        self.vocab_size, n_documents = corpus.vocab_size, len(corpus.hashes)
         n_groups = min(n_documents, MAX_GROUPS)
         edges = corpus.offsets[np.arange(n_groups + 1) * n_documents // n_groups]
         self.groups = list(pairwise(edges.tolist()))
@@ -188,16 +150,17 @@ class Fold:
         at = start + np.flatnonzero(left == self.document[start + lag:stop])
         return self.tokens.take(at), self.tokens.take(at + lag)
 
-    def count(self, lag, vocab_size):
+    def count(self, lag):
         """Return how often each token precedes another by `lag`, (vocab_size, vocab_size)."""
-        return _count(*self.pairs(lag, 0, len(self.tokens)), vocab_size)
+        return _count(*self.pairs(lag, 0, len(self.tokens)), self.vocab_size)
 
     def resample(self, lag, left_scores, right_scores):
         """Return the mean over pairs of products of scores, (k,), and its replicates, (R, k).
 
-        left_scores, right_scores: (vocab_size, k) float32. Replicates draw groups of documents
-        with replacement, the same ones at every lag.
+        left_scores, right_scores: (vocab_size, k). Replicates draw groups of documents with
+        replacement, the same ones at every lag.
         """
+        left_scores, right_scores = left_scores.astype(np.float32), right_scores.astype(np.float32)
         sums = np.zeros((len(self.groups), left_scores.shape[1] + 1))
         for i, group in enumerate(self.groups):
             left, right = self.pairs(lag, *group)
@@ -207,19 +170,12 @@ class Fold:
         return total[:-1] / max(total[-1], 1), drawn[:, :-1] / np.maximum(drawn[:, -1:], 1)
 
 
-def estimate_lags(corpus, lags, null):
-    """Return ([LagEstimate], bootstrap replicates of the operator norms, (R, n_lags)).
-
-    null: see null_coefficient.
-    """
-    rng = np.random.default_rng(0)
-    folds = [Fold(corpus.select(corpus.hashes % N_FOLDS == i), rng) for i in range(N_FOLDS)]
-    estimates, replicates = [], []
-    for lag in progress(lags, desc="correlations", unit="lag"):
-        estimate, replicate = _estimate_lag(folds, lag, corpus.vocab_size, null)
-        estimates.append(estimate)
-        replicates.append(replicate)
-    return estimates, np.transpose(replicates)
+def _count(left, right, vocab_size):
+    pairs = sparse.coo_array((np.ones(len(left)), (left, right)), (vocab_size, vocab_size))
+    pairs.has_canonical_format = True  # adds duplicates later: after two transpositions they are
+    counts = pairs.tocsr().tocsc()  # sorted, which takes half the time of sorting them
+    counts.sum_duplicates()
+    return counts
 
 
 def null_coefficient(corpus, n_tokens=1 << 20, n_permutations=8):
@@ -232,8 +188,24 @@ def null_coefficient(corpus, n_tokens=1 << 20, n_permutations=8):
     return float(np.mean(norms))
 
 
-def _estimate_lag(folds, lag, vocab_size, null):
-    """Return (LagEstimate, replicates of its operator norm).
+def estimate_lags(corpus, lags, null):
+    """Return (a dict per lag, bootstrap replicates of the operator norms, (R, n_lags)).
+
+    A dict has the operator norm `op` and the Frobenius norm of C(lag) with standard errors;
+    `frobenius` is None where noise makes the product of two folds negative. `usable`: op is above
+    `noise`. `data_tokens`: training tokens that are needed before the correlation exceeds their
+    noise, P(n) in the theory. null: see null_coefficient.
+    """
+    rng = np.random.default_rng(0)
+    folds = [Fold(corpus.select(corpus.hashes % N_FOLDS == i), rng) for i in range(N_FOLDS)]
+    results = [_estimate_lag(folds, lag, null)
+               for lag in progress(lags, desc="correlations", unit="lag")]
+    estimates, replicates = zip(*results, strict=True)
+    return list(estimates), np.transpose(replicates)
+
+
+def _estimate_lag(folds, lag, null):
+    """Return (dict of the lag, replicates of its operator norm).
 
     The noise of different folds is independent, so that it cancels in their products. Operator
     norm: singular directions from all folds but one, covariance of that pair in the one left out.
@@ -241,14 +213,13 @@ def _estimate_lag(folds, lag, vocab_size, null):
     the fold left out. The error of the Frobenius norm comes from the leading directions, which
     carry nearly all of its variance, and from the noise that independent tokens would leave.
     """
-    counts = [fold.count(lag, vocab_size) for fold in folds]
+    counts = [fold.count(lag) for fold in folds]
     op, squared, noise_variance, replicates = 0.0, 0.0, 0.0, np.zeros((2, N_REPLICATES))
     for i, fold in enumerate(folds):
         measured, others = Covariance(counts[i]), Covariance(counts[i - 1] + counts[i - 2])
         left, strengths, right = others.top_singular()
-        left_scores, right_scores = left - measured.left @ left, right - measured.right @ right
-        means, resampled = fold.resample(lag, left_scores.astype(np.float32),
-                                         right_scores.astype(np.float32))
+        means, resampled = fold.resample(lag, left - measured.left @ left,
+                                         right - measured.right @ right)
         op += means[0] / N_FOLDS
         replicates[0] += resampled[:, 0] / N_FOLDS
         # A fold is also one of the others in two of the three products; each noise enters twice.
@@ -261,18 +232,11 @@ def _estimate_lag(folds, lag, vocab_size, null):
     frobenius_se = frobenius and math.hypot(squared_se, noise_variance**0.5) / (2 * frobenius)
     n_pairs = sum(int(matrix.sum()) for matrix in counts)
     noise = max(MIN_STANDARD_ERRORS * op_se, MIN_NULLS * null / math.sqrt(n_pairs))
-    data_tokens = float((null / op) ** 2) if op > 0 else None
-    estimate = LagEstimate(lag, n_pairs, float(op), op_se, frobenius, frobenius_se, noise,
-                           data_tokens)
+    estimate = {"lag": lag, "n_pairs": n_pairs, "op": float(op), "op_se": op_se,
+                "frobenius": frobenius, "frobenius_se": frobenius_se, "noise": noise,
+                "data_tokens": float((null / op) ** 2) if op > 0 else None,
+                "usable": bool(op > noise)}
     return estimate, replicates[0]
-
-
-def _count(left, right, vocab_size):
-    pairs = sparse.coo_array((np.ones(len(left)), (left, right)), (vocab_size, vocab_size))
-    pairs.has_canonical_format = True  # adds duplicates later: after two transpositions they are
-    counts = pairs.tocsr().tocsc()  # sorted, which takes half the time of sorting them
-    counts.sum_duplicates()
-    return counts
 
 
 # --- n-grams -------------------------------------------------------------------------------------
@@ -282,65 +246,43 @@ def bound_entropies(corpus):
     """Return [{n, lo, hi}] for contexts of n = 1, 2 tokens in nats; [] for too little text.
 
     lo is the conditional entropy of the counts, which is below H_n on average because entropy is
-    concave. hi is the cross-entropy of a Kneser-Ney model on documents held out. Both allow for
+    concave. hi is the cross-entropy of an interpolated model on documents held out. Both allow for
     1.96 standard errors of the latter.
     """
     held_out = corpus.hashes // 3 % 16 == 0
     training, test = corpus.select(~held_out), corpus.select(held_out)
-    training = training.select(training.offsets[1:] <= MAX_NGRAM_TOKENS)
     test = test.select(test.offsets[1:] <= HELD_OUT_TOKENS)
     if len(training.tokens) < MIN_NGRAM_TOKENS or not len(test.tokens):
         return []
-    bounds, hi = [], math.inf
-    for context in (1, 2):
-        model = KneserNey(training, context)
-        nats, se = model.cross_entropy(test)
-        hi = min(hi, nats + 1.96 * se)  # more context never raises the entropy
-        bounds.append({"n": context, "lo": model.plug_in_nats - 1.96 * se, "hi": hi})
-    return bounds if bounds[-1]["lo"] > 0 else []
-
-
-class KneserNey:
-    """Interpolated Kneser-Ney model of `context` tokens, one discount per n-gram length.
-
-    orders: from the longest n-grams to single tokens, (sorted keys, discounted relative counts,
-    sorted contexts, probability that each context leaves to the shorter one). Ney, Essen and
-    Kneser 1994; Chen and Goodman 1999, section 2.7.
-    """
-
-    def __init__(self, corpus, context):
-        self.context, self.vocab_size, self.orders = context, corpus.vocab_size, []
-        keys, _ = ngram_keys(corpus, context + 1)
-        for length in range(context + 1, 0, -1):
-            keys, counts = np.unique(keys, return_counts=True)  # of shorter ones: of their types
-            contexts = keys >> TOKEN_BITS
-            starts = np.flatnonzero(np.append(True, contexts[1:] != contexts[:-1]))
-            sizes, totals = np.diff(np.append(starts, len(keys))), np.add.reduceat(counts, starts)
-            shares = counts / np.repeat(totals, sizes)
-            if length == context + 1:
-                self.plug_in_nats = float(counts @ -np.log(shares) / counts.sum())
-            once, twice = (counts == 1).sum(), (counts == 2).sum()
-            discount = once / (once + 2 * twice) if once else 0.5
-            shares -= discount / np.repeat(totals, sizes)
-            self.orders.append((keys, shares, contexts[starts], discount * sizes / totals))
-            keys = keys & _mask(length - 1)
-
-    def probability(self, ngrams):
-        """Return the probability of the last token of each n-gram (keys) after the others."""
-        result = np.full(len(ngrams), 1 / self.vocab_size)
-        for length, (keys, shares, contexts, backoff) in enumerate(self.orders[::-1], start=1):
-            part = ngrams & _mask(length)
-            result *= _look_up(part >> TOKEN_BITS, contexts, backoff, missing=1.0)
-            result += _look_up(part, keys, shares, missing=0.0)
-        return result
-
-    def cross_entropy(self, corpus):
-        """Return (mean nats per token that has a complete context, its standard error)."""
-        keys, document = ngram_keys(corpus, self.context + 1)
-        nats = -np.log(self.probability(keys))
+    ngrams, document = ngram_keys(test, 3)
+    probability, bounds, hi = np.full(len(ngrams), 1 / corpus.vocab_size), [], math.inf
+    for length in (1, 2, 3):
+        probability, entropy = witten_bell(ngram_keys(training, length)[0],
+                                           ngrams & _mask(length), probability)
+        nats = -np.log(probability)
         sums, sizes = np.bincount(document, nats), np.bincount(document)
         mean = sums.sum() / sizes.sum()
-        return float(mean), float(np.linalg.norm(sums - sizes * mean) / sizes.sum())
+        allowance = 1.96 * float(np.linalg.norm(sums - sizes * mean) / sizes.sum())
+        hi = min(hi, float(mean) + allowance)  # more context never raises the entropy
+        bounds.append({"n": length - 1, "lo": entropy - allowance, "hi": hi})
+    return bounds[1:] if bounds[-1]["lo"] > 0 else []
+
+
+def witten_bell(training, ngrams, shorter):
+    """Return (probability of the last token of each n-gram, conditional entropy of the counts).
+
+    training, ngrams: keys of equal length. shorter: the probabilities without the first token,
+    which an n-gram's context gets in proportion to its number of different followers (Witten and
+    Bell 1991; Chen and Goodman 1999, section 2.4).
+    """
+    keys, counts = np.unique(training, return_counts=True)
+    contexts, starts, types = np.unique(keys >> TOKEN_BITS, return_index=True, return_counts=True)
+    totals = np.add.reduceat(counts, starts)
+    entropy = (totals @ np.log(totals) - counts @ np.log(counts)) / len(training)
+    count = _look_up(ngrams, keys, counts)
+    total, n_types = (_look_up(ngrams >> TOKEN_BITS, contexts, each) for each in (totals, types))
+    probability = (count + n_types * shorter) / np.maximum(total + n_types, 1)
+    return np.where(total, probability, shorter), float(entropy)
 
 
 def ngram_keys(corpus, length):
@@ -356,9 +298,9 @@ def ngram_keys(corpus, length):
     return keys, document.take(first)
 
 
-def _look_up(queries, keys, values, missing):
+def _look_up(queries, keys, values):
     at = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
-    return np.where(keys[at] == queries, values[at], missing)
+    return np.where(keys[at] == queries, values[at], 0)
 
 
 def _mask(length):
