@@ -8,9 +8,9 @@ number of ranks. The rows of a validation are in loss_eval.SplitRows.
 
 import hashlib
 from bisect import bisect_left, bisect_right, insort
-from collections import deque
+from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, cycle
+from itertools import accumulate, cycle, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -77,11 +77,7 @@ class TokenLoader:
 
     @property
     def distinct_tokens(self):
-        """Return the number of tokens that the first pass over the text gave to all ranks.
-
-        With "drop", later passes crop documents at other places and give some new tokens, which
-        are not counted.
-        """
+        """Return the number of tokens that the first pass over the text gave to all ranks."""
         return self._delivered.distinct_tokens
 
     @property
@@ -149,7 +145,7 @@ def fill_rows(shards, plan, row_tokens):
 
 
 class Snapshot(NamedTuple):
-    """The state of a RowPlanner; buffer: its entries, sorted by length."""
+    """The state of a RowPlanner; buffer: its entries, the oldest first."""
 
     epoch: int
     position: int
@@ -185,7 +181,7 @@ class RowPlanner:
         self._distinct_tokens = 0
         # Sorted (length, -arrival, shard, document, start, epoch): of equal length, oldest last.
         self._buffer = []
-        self._by_age = deque()  # carry: entries by arrival; some have left the buffer since
+        self._by_age = OrderedDict()  # {-arrival: entry}, the oldest first
         self._n_arrivals = 0
         if state is not None:
             self._restore(state)
@@ -200,7 +196,9 @@ class RowPlanner:
         row = []
         space = self.row_tokens
         while space and self._buffer:
-            available, _, shard, document, start, epoch = self._buffer.pop(self._choose(space))
+            entry = self._buffer.pop(self._choose(space))
+            available, arrival, shard, document, start, epoch = entry
+            del self._by_age[arrival]
             length = min(available, space)
             row.append((shard, document, start, length))
             space -= length
@@ -220,22 +218,21 @@ class RowPlanner:
 
     def snapshot(self):
         """Return the state, cheap enough for every batch."""
-        return Snapshot(self.order.epoch, self.order.position, self._buffer.copy(),
+        return Snapshot(self.order.epoch, self.order.position, list(self._by_age.values()),
                         self._served_tokens, self._distinct_tokens)
 
     def state_dict(self, snapshot):
         """Return a snapshot in JSON-able form."""
-        documents = [list(entry[2:]) for entry in _oldest_first(snapshot.buffer)]
+        documents = [list(entry[2:]) for entry in snapshot.buffer]
         return {"documents": self.order.fingerprint, "crop": self.crop,
                 **snapshot._replace(buffer=documents)._asdict()}
 
     def _restore(self, state):
-        if (state["documents"], state["crop"]) != (self.order.fingerprint, self.crop):
-            raise UserError("the data loader's state belongs to other documents, another seed or "
-                            "another --crop; resume with the text, tokenizer and flags of the run")
-        if any(len(entry) != 4 for entry in state["buffer"]):
-            raise UserError("the checkpoint was saved by an earlier version of this program, whose "
-                            "data order cannot be continued; start the run again")
+        same_rows = (state["documents"], state["crop"]) == (self.order.fingerprint, self.crop)
+        if not same_rows or any(len(entry) != 4 for entry in state["buffer"]):
+            raise UserError("the data loader's state belongs to other documents, another seed, "
+                            "another --crop or an earlier version of this program; resume with "
+                            "the text, tokenizer and flags of the run, or start it again")
         self._served_tokens = state["served_tokens"]
         self._distinct_tokens = state["distinct_tokens"]
         self.order.seek(state["epoch"], state["position"])
@@ -250,15 +247,8 @@ class RowPlanner:
         if at >= 0:
             return at
         if self._carries:
-            return self._oldest()
+            return bisect_left(self._buffer, next(iter(self._by_age.values())))
         return bisect_right(self._buffer, (self._buffer[0][0], 1)) - 1
-
-    def _oldest(self):
-        while True:
-            entry = self._by_age.popleft()
-            at = bisect_left(self._buffer, entry)
-            if at < len(self._buffer) and self._buffer[at] == entry:
-                return at
 
     def _refill(self):
         while len(self._buffer) < self.buffer_size:
@@ -273,14 +263,7 @@ class RowPlanner:
         entry = length, -self._n_arrivals, shard, document, start, epoch
         self._n_arrivals += 1
         insort(self._buffer, entry)
-        if self._carries:
-            self._by_age.append(entry)
-            if len(self._by_age) > 4 * self.buffer_size:
-                self._by_age = deque(_oldest_first(self._buffer))
-
-
-def _oldest_first(buffer):
-    return sorted(buffer, key=lambda entry: -entry[1])
+        self._by_age[entry[1]] = entry
 
 
 class DocumentOrder:
@@ -307,38 +290,28 @@ class DocumentOrder:
 
     def draw(self):
         """Return (length, shard, document) of the next document."""
-        while self._next == len(self._documents):
-            if self._slot + 1 == len(self._shards):
-                self.seek(self.epoch + 1, 0)
-            else:
-                self._enter(self._slot + 1)
-        at = self._next
-        self._next += 1
+        drawn = next(self._rest, None)
+        if drawn is None:
+            self.seek(self.epoch + 1, 0)
+            drawn = next(self._rest)
         self.position += 1
-        return self._lengths[at], self._shard, self._documents[at]
+        return drawn
 
     def seek(self, epoch, position):
         """Continue after the first `position` documents of `epoch`."""
-        self.epoch = epoch
-        self.position = position
-        self._shard_order = self._permutation(len(self._shards), 0)
-        ends = np.cumsum([self._shards[shard].n_docs for shard in self._shard_order])
-        slot = int(np.searchsorted(ends, position, side="right"))
-        self._enter(min(slot, len(ends) - 1))
-        self._next = int(position - ends[self._slot] + len(self._documents))
+        self.epoch, self.position = epoch, position
+        self._rest = self._rest_of_epoch(position)
+
+    def _rest_of_epoch(self, position):
+        for shard in self._permutation(len(self._shards), 0).tolist():
+            n_docs, offsets = self._shards[shard].n_docs, self._shards[shard].offsets
+            documents = self._permutation(n_docs, 1 + shard)[position:]
+            position = max(0, position - n_docs)
+            yield from zip(np.diff(offsets)[documents].tolist(), repeat(shard), documents.tolist())
 
     def length(self, shard, document):
         start, end = self._shards[shard].offsets[document : document + 2]
         return int(end - start)
-
-    def _enter(self, slot):
-        self._slot = slot
-        self._next = 0
-        self._shard = int(self._shard_order[slot])
-        shard = self._shards[self._shard]
-        documents = self._permutation(shard.n_docs, 1 + self._shard)
-        self._documents = documents.tolist()
-        self._lengths = np.diff(shard.offsets)[documents].tolist()
 
     def _permutation(self, n, stream):
         if not self._shuffle:

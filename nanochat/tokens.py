@@ -7,7 +7,6 @@ is over everything else. A file is renamed into place once it is complete.
 
 import hashlib
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -29,7 +28,6 @@ from nanochat.common import (
 from nanochat.dataset import read_documents
 from nanochat.distributed import Ranks
 
-FORMAT = "nanochat tokens 2"
 HEADER_BYTES = 4096
 GROUP_DOCUMENTS = 1024  # in memory at a time
 
@@ -39,76 +37,61 @@ class TokenShard:
 
     tokens: (n_tokens,) uint16, or uint32 if the vocabulary has more than 65,536 entries.
     offsets: (n_docs + 1,) int64; document d is tokens[offsets[d]:offsets[d + 1]].
-    verify: compare the checksum, once per process. Raise UserError if the file is damaged.
+    Raise UserError if the checksum, computed once per process, is not that of the file.
     """
 
-    def __init__(self, path, verify=True):
+    def __init__(self, path):
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as file:
+            with open(path, "rb") as file:
                 self.header = header = parse_json(file.read(HEADER_BYTES))
-            if header["format"] != FORMAT:
-                raise ValueError(f"its format is not {FORMAT!r}")
-            self.vocab_size, self.bos_id = header["vocab_size"], header["bos_id"]
-            self.n_docs, self.n_tokens = header["n_docs"], header["n_tokens"]
-            dtype = token_dtype(self.vocab_size)
-            offsets_at = _offsets_at(self.n_tokens, dtype)
-            raw = np.memmap(self.path, mode="r").view(np.ndarray)  # a memmap is slow to slice
-            if len(raw) != offsets_at + 8 * (self.n_docs + 1):
-                raise ValueError(f"it has {len(raw):,} bytes")
-            tokens_end = HEADER_BYTES + self.n_tokens * dtype.itemsize
-            self.tokens = raw[HEADER_BYTES:tokens_end].view(dtype)
-            self.offsets = raw[offsets_at:].view(np.int64)
-            if verify and header["sha256"] != _digest(sha256_once(path, HEADER_BYTES), header):
+            if header["sha256"] != _digest(sha256_once(path, HEADER_BYTES), header):
                 raise ValueError("its SHA-256 is not that in its header")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise damaged(path, getattr(error, "strerror", None) or error) from None
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot read {path} ({reason}); delete it: it is made again") from None
+        self.vocab_size, self.bos_id = header["vocab_size"], header["bos_id"]
+        self.n_docs, self.n_tokens = header["n_docs"], header["n_tokens"]
+        dtype = token_dtype(self.vocab_size)
+        raw = np.memmap(path, mode="r").view(np.ndarray)  # a memmap is slow to slice
+        self.tokens = raw[HEADER_BYTES : HEADER_BYTES + self.n_tokens * dtype.itemsize].view(dtype)
+        self.offsets = raw[_offsets_at(self.n_tokens, dtype) :].view(np.int64)
 
 
-def token_shards(dataset, tokenizer, split="train", max_shards=None, num_threads=None):
+def token_shards(dataset, tokenizer, split="train", max_shards=None):
     """Return the TokenShards of a split ("train" or "val"); make those that the cache lacks.
 
-    The name of a file has the SHA-256 of its shard. The ranks of a node share the verification of
-    the files, and all ranks share the work of making them, so every rank calls this.
+    The name of a file has the SHA-256 of its shard. Ranks that call this at the same time share
+    the work.
     """
+    def path_of(source):
+        return folder / dataset.checksums[source][:16] / f"{source.stem}.bin"
+
     sources = {"train": dataset.train_shards, "val": dataset.val_shards}[split][:max_shards]
     folder = base_dir() / "tokens" / tokenizer.tokenizer_id
-    paths = {source: folder / dataset.checksums[source][:16] / f"{source.stem}.bin"
-             for source in sources}
     ranks = Ranks.from_environment()
     n_local = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks.world_size)
-    dist = sys.modules.get("torch.distributed")
-    has_group = ranks.world_size > 1 and dist and dist.is_initialized()
-
-    with ThreadPoolExecutor(num_threads or max(1, os.cpu_count() // n_local)) as pool:
-        own = sources[ranks.local_rank::n_local] if has_group else sources
-        list(pool.map(lambda source: _remove_invalid(paths[source], source, dataset), own))
-        if has_group:
-            dist.barrier()  # files that exist now are valid
-
-        missing = [source for source in sources if not paths[source].exists()]
-        order = []  # the share of this rank, then those of the next ones, which may be late
-        for rank in range(ranks.rank, ranks.rank + ranks.world_size):
-            order += missing[rank % ranks.world_size::ranks.world_size]
-        for source in progress(order, desc=f"tokenising {split}", unit="shard",
-                               shown=bool(missing) and ranks.is_main):
-            _make(paths[source], source, tokenizer, pool)
-    return [TokenShard(path, verify=False) for path in paths.values()]
+    with ThreadPoolExecutor(max(1, os.cpu_count() // n_local)) as pool:
+        found = pool.map(lambda source: _valid_shard(path_of(source), source, dataset), sources)
+        shards = dict(zip(sources, found, strict=True))
+        missing = [source for source in sources if shards[source] is None]
+        first = len(missing) * ranks.rank // ranks.world_size  # each rank begins at another one
+        for source in progress(missing[first:] + missing[:first], desc=f"tokenising {split}",
+                               unit="shard", shown=bool(missing) and ranks.is_main):
+            with locked(path_of(source)):
+                shards[source] = (_valid_shard(path_of(source), source, dataset)
+                                  or _make(path_of(source), source, tokenizer, pool))
+    return list(shards.values())
 
 
-def _remove_invalid(path, source, dataset):
-    """Remove a file that is damaged, or whose shard has been changed since."""
-    if not path.exists():
-        return
-    problem = f"{source} has changed"
+def _valid_shard(path, source, dataset):
+    """Return a TokenShard, or None if it is missing, damaged, or its text has changed since."""
     try:
-        is_same = TokenShard(path).header.get("source") == _version(source)
-        if is_same or sha256_once(source) == dataset.checksums[source]:
-            return
-    except UserError as error:
-        problem = str(error).partition(";")[0]
-    print0(f"tokenising again: {problem}")
-    path.unlink(missing_ok=True)
+        shard = TokenShard(path)
+    except UserError:
+        return None
+    is_current = shard.header.get("source") == _version(source)
+    return shard if is_current or sha256_once(source) == dataset.checksums[source] else None
 
 
 def _version(source):
@@ -117,31 +100,29 @@ def _version(source):
 
 
 def _make(path, source, tokenizer, pool):
-    """Tokenise a shard, unless another process does it while this one waits for the lock."""
-    try:
-        with locked(path):
-            if path.exists():
-                return
-            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a killed process
-                left.unlink(missing_ok=True)
-            header = {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
-                      "tokenizer_id": tokenizer.tokenizer_id, "source": _version(source)}
-            write_token_shard(path, _encoded(source, tokenizer, pool), header)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); make room there, or set "
-                        "NANOCHAT_BASE_DIR to another folder") from None
-
-
-def _encoded(source, tokenizer, pool):
-    """Yield (lengths, tokens) of groups of documents, in order. The encoder releases the GIL."""
+    """Tokenise a shard and return its TokenShard. The encoder releases the GIL."""
     def encode(text):
         return np.array([tokenizer.bos_id, *tokenizer.encode(text)], dtype)
 
+    def groups():
+        documents = read_documents(source)
+        while group := list(islice(documents, GROUP_DOCUMENTS)):
+            tokens = list(pool.map(encode, group))
+            yield list(map(len, tokens)), np.concatenate(tokens)
+
+    if path.exists():
+        print0(f"tokenising again: {path} is damaged, or its text has changed")
     dtype = token_dtype(tokenizer.vocab_size)
-    documents = read_documents(source)
-    while group := list(islice(documents, GROUP_DOCUMENTS)):
-        tokens = list(pool.map(encode, group))
-        yield list(map(len, tokens)), np.concatenate(tokens)
+    header = {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
+              "source": _version(source)}
+    try:
+        for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a killed process
+            left.unlink(missing_ok=True)
+        write_token_shard(path, groups(), header)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); make room there, or set "
+                        "NANOCHAT_BASE_DIR to another folder") from None
+    return TokenShard(path)
 
 
 def write_token_shard(path, groups, header):
@@ -160,7 +141,7 @@ def write_token_shard(path, groups, header):
         file.write(bytes(_offsets_at(n_tokens, dtype) - file.tell()))
         file.write(np.cumsum([0, *lengths], dtype=np.int64))
         file.flush()
-        header = {"format": FORMAT, **header, "n_docs": len(lengths), "n_tokens": n_tokens}
+        header = {**header, "n_docs": len(lengths), "n_tokens": n_tokens}
         header["sha256"] = _digest(sha256_of(temporary, HEADER_BYTES), header)
         file.seek(0)
         file.write((json_bytes(header) + b"\n").ljust(HEADER_BYTES))
@@ -169,11 +150,6 @@ def write_token_shard(path, groups, header):
 def token_dtype(vocab_size):
     """Return the smaller of uint16 and uint32 that holds every token id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-
-
-def damaged(path, reason):
-    """Return the UserError for a file whose content has changed since it was written."""
-    return UserError(f"{path} is damaged ({reason}); delete it, and it is made again")
 
 
 def _digest(content_sha256, header):
