@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import math
 import os
+import platform
 import re
 import shutil
 from collections import Counter, namedtuple
@@ -56,7 +57,7 @@ NAMED_DATASETS = ("stdlib", *DOWNLOADS)
 DATASET_HELP = f"{', '.join(NAMED_DATASETS)}, or a folder of text (%(default)s)"
 MANIFEST = "dataset.json"
 
-_RULES = "4"  # raise it when the same files give other documents
+_RULES = "5"  # raise it when the same files give other documents
 _VAL_MAX_BYTES = 20e6
 _SHARD_MIN_BYTES = 4e6  # small, so that small datasets have several shards too
 _SHARD_MAX_BYTES = 100e6
@@ -87,8 +88,8 @@ def open_dataset(name):
     if name in DOWNLOADS:
         return _open_download(name)
     if name == "stdlib":
-        corpus = stdlib_corpus.corpus_name()
-        folder = base_dir() / f"base_data_{corpus}-{stdlib_corpus.corpus_key()}"
+        corpus = f"stdlib-{platform.python_version()}"
+        folder = base_dir() / f"base_data_{corpus}-{stdlib_corpus.RULES}"
         texts = stdlib_corpus.corpus_documents()
         documents = (("train", text.encode("utf-8", "replace")) for text in texts)
         prepare_shards(folder, corpus, documents, stdlib_corpus.CORPUS_CHARS, distinct=True)
@@ -113,17 +114,15 @@ def _open_folder(path, text):
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "folder"
     slug = slug[:NAME_LENGTH - len("-12345678")]
     folder = base_dir() / f"base_data_{slug}-{key}"
-    prepare_shards(folder, slug, text.documents(), text.expected_bytes, text.notes,
+    prepare_shards(folder, slug, text.documents(), text.expected_bytes,
                    named_validation=bool(text.split("validation")))
-    dataset, notes = _open_prepared(folder)
+    dataset, manifest = _open_prepared(folder)
 
-    for n_bytes in notes["json_without_text"]:
-        text.leave_out(".json without text", n_bytes)
     size = sum(file.n_bytes for file in text.files) / 1e6
-    n_documents = notes["train_documents"] + notes["val_documents"]
+    n_documents = manifest["train_documents"] + manifest["val_documents"]
     print0(f"{path}: {len(text.files):,} files, {size:,.1f} MB, {n_documents:,} documents")
-    counts = [f"{n:,} {line}" for line, n in notes["counts"].items()]
-    print0("\n".join([*text.account(), *counts, *notes["unusable"]]))
+    counts = [f"{n:,} {line}" for line, n in manifest["counts"].items()]
+    print0("\n".join([*text.account(), *counts]))
     return dataset
 
 
@@ -136,19 +135,17 @@ def _open_prepared(folder):
         raise UserError(f"{folder} is damaged: its shards are not those of {MANIFEST}; {remedy}")
     n_train = len(shards) - manifest["n_val_shards"]
     checksums = {path: checksums[path.name] for path in shards}
-    dataset_id = manifest["dataset_id"]
-    return Dataset(dataset_id, tuple(shards[:n_train]), tuple(shards[n_train:]), checksums), manifest
+    splits = tuple(shards[:n_train]), tuple(shards[n_train:])
+    return Dataset(manifest["dataset_id"], *splits, checksums), manifest
 
 
 # --- preparing shards ----------------------------------------------------------------------------
 
-def prepare_shards(folder, name, documents, expected_bytes, notes=None, named_validation=False,
-                   distinct=False):
+def prepare_shards(folder, name, documents, expected_bytes, named_validation=False, distinct=False):
     """Write shards and dataset.json to `folder`, unless it exists. A failure leaves no files.
 
     documents: iterable of (split, UTF-8 bytes), read only if the folder does not exist.
-    notes: values for dataset.json, complete when the iterable ends. named_validation: whether it
-    has a validation split. distinct: keep one copy of each document.
+    named_validation: whether it has a validation split. distinct: keep one copy of each document.
     """
     if folder.exists():
         return
@@ -166,12 +163,9 @@ def prepare_shards(folder, name, documents, expected_bytes, notes=None, named_va
             if not n_train or not n_val:
                 raise UserError(f"{name} has {n_train} training and {n_val} validation documents; "
                                 "at least one of each is needed")
-            write_json(temporary / MANIFEST, manifest | (notes or {}))
+            write_json(temporary / MANIFEST, manifest)
             write_checksums(temporary, {n: sha256_of(temporary / n) for n in manifest["shards"]})
             os.rename(temporary, folder)
-        except OSError as error:
-            raise UserError(f"cannot prepare {folder} ({error.strerror or error}); make room "
-                            "there, or set NANOCHAT_BASE_DIR to another folder") from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -321,18 +315,12 @@ def read_documents(path):
         raise unreadable(path, error) from None
 
 
-def sample_documents(shards, max_chars, doc_cap=None, counts=None):
-    """Yield documents, each cut at `doc_cap` characters, until `max_chars` have been yielded.
-
-    counts: a Counter to update. `read`: characters yielded; `seen`: characters of these documents.
-    """
+def sample_documents(shards, max_chars, doc_cap=None):
+    """Yield documents, each cut at `doc_cap` characters, until `max_chars` have been yielded."""
     for shard in shards:
         for document in read_documents(shard):
-            start = document[:doc_cap]
-            if counts is not None:
-                counts.update(read=len(start), seen=len(document))
-            yield start
-            max_chars -= len(start)
+            yield document[:doc_cap]
+            max_chars -= len(document[:doc_cap])
             if max_chars <= 0:
                 return
 

@@ -6,9 +6,7 @@ is read: no installed packages, no build configuration.
 """
 
 import ast
-import hashlib
 import os
-import platform
 import re
 import sysconfig
 import textwrap
@@ -22,23 +20,12 @@ _OTHER_FOLDERS = re.compile(r"site-packages|dist-packages|lib-dynload|__pycache_
                             r"|encodings")  # tables of character codes
 _OTHER_FILES = re.compile(r"_sysconfigdata.*|_sysconfig_vars.*|(site|user)customize\.py")
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
-_RULES = "1"  # raise it when the same files give other documents
+RULES = 1  # raise it when the same files give other documents
 # The start of a definition, with its comments and decorators: after a blank line, not indented or
 # in a class
 _BLOCK = re.compile(r"\n(?=\n(?:[@#]|def |class |async def |if __name__|\w+ *=))")
 _METHOD = re.compile(r"\n(?=\n    (?:[@#]|def |class |async def ))")
 _MIN_CHARS, _MAX_CHARS = 800, 3_000
-
-
-def corpus_name():
-    return f"stdlib-{platform.python_version()}"
-
-
-def corpus_key():
-    """Return 8 hex digits over the names and sizes of this installation's files, and our rules."""
-    root = library_folder()
-    files = [f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in _files(root)]
-    return hashlib.sha256("\n".join([_RULES, *files]).encode()).hexdigest()[:8]
 
 
 def corpus_documents():

@@ -1,9 +1,9 @@
 """A folder of text: the split of each file, and the documents in it.
 
 Text files (.txt, .text, .md, .markdown, .rst), JSON lines (.jsonl, .ndjson), .json and .parquet are
-read, in subfolders and through links, also as .gz, .bz2, .zst or .lz4. Every other file is counted
-as left out. Line ends become LF. Separator tokens of corpora end a document and are not text;
-`</s>` is text, because it is also an HTML tag. Long texts are cut into pieces.
+read, in subfolders, also as .gz, .bz2, .zst or .lz4. Every other file is counted as left out, and
+so is a link to a folder. Line ends become LF. Separator tokens of corpora end a document and are
+not text; `</s>` is text, because it is also an HTML tag. Long texts are cut into pieces.
 """
 
 import codecs
@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from nanochat.common import UserError, base_dir
 from nanochat.tokenizer import SPECIAL_TOKENS
 
-SKIP_BAD = 0.001  # share of unusable samples that is left out; it costs no training
 VAL_SHARE = 0.05
 SPLITS = {"train": "training", "validation": "validation", "test": "test, not used"}
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test",
@@ -49,39 +48,32 @@ TextFile = namedtuple("TextFile", "path name n_bytes kind compression split")
 
 
 class TextFolder:
-    """The files below a folder: those to read, by name, and a count of the others per reason.
-
-    notes: after documents(), the sizes of .json files without text, and a line that counts the
-    unusable samples (lines, rows, documents of text files) if there are any.
-    """
+    """The files below a folder: those to read, by name, and a count of the others per reason."""
 
     def __init__(self, folder):
         self.files = []
         self.left_out = Counter()
-        self.left_out_bytes = 0
-        self.notes = {"json_without_text": [], "unusable": []}
-        self.n_samples = 0
-        self.bad_samples = []
         read = set()  # resolved paths: a link to a file that is read already would double its text
         for path, problem in sorted(_walk(Path(folder)), key=lambda item: item[0].is_symlink()):
             name = path.relative_to(folder).as_posix()
-            n_bytes = path.stat().st_size if path.is_file() else 0
             match = _NAME.fullmatch(name)
             if not problem and "/." in f"/{name}":
                 problem = "hidden"
             elif not problem and not match:
                 problem = path.suffix.lower() or "without suffix"
+            elif not problem and name.lower().endswith(".json") and not _has_text(path):
+                problem = ".json without text"
             elif not problem and path.resolve() in read:
                 problem = "link to a file in the folder"
             if problem:
-                self.leave_out(problem, n_bytes)
+                self.left_out[problem] += 1
                 continue
             read.add(path.resolve())
             stem, kind, compression = match.groups()
             compression = _COMPRESSIONS.get((compression or "").lower())
             kind = kind.lower().partition(".")[0]
-            split = named_split(stem)
-            self.files.append(TextFile(path, name, n_bytes, kind, compression, split))
+            file = TextFile(path, name, path.stat().st_size, kind, compression, named_split(stem))
+            self.files.append(file)
         self.files.sort(key=lambda file: file.name)
 
     @property
@@ -93,10 +85,6 @@ class TextFolder:
     def split(self, name):
         """Return the files of a split. Files without the name of a split are for training."""
         return [file for file in self.files if (file.split or "train") == name]
-
-    def leave_out(self, problem, n_bytes):
-        self.left_out[problem] += 1
-        self.left_out_bytes += n_bytes
 
     def account(self):
         """Return lines that name the files of each split and count those that are not read."""
@@ -110,99 +98,53 @@ class TextFolder:
                 lines.append(f"validation: {VAL_SHARE:.0%} of the training text, chosen by hash")
         if self.left_out:
             counts = ", ".join(f"{n:,} {problem}" for problem, n in self.left_out.most_common())
-            n_bytes = self.left_out_bytes
-            share = n_bytes / max(1, n_bytes + sum(file.n_bytes for file in self.files))
-            lines.append(f"left out: {counts} ({n_bytes / 1e6:.1f} MB, {share:.0%} of the folder)")
+            lines.append(f"left out: {counts}")
         return lines
 
     def documents(self):
         """Yield (split, UTF-8 bytes) of each document that has text in it.
 
         Rows and lines longer than 2 % of the text are cut, too: otherwise one document could be the
-        complete validation split. Raise UserError for a damaged file or too many unusable samples.
+        complete validation split. Raise UserError for a file or sample that is damaged or no text.
         """
         # A power of two, so that CRLF line ends, which make a file longer, do not change the cuts.
         row_chars = max(_MIN_PIECE_CHARS, 1 << (self.expected_bytes // 200).bit_length())
-        readers = {"parquet": _read_parquet, "json": self._read_json,
-                   "jsonl": self._read_json, "ndjson": self._read_json}
+        readers = {"parquet": _read_parquet, "json": _read_json, "jsonl": _read_json,
+                   "ndjson": _read_json}
         for file in self.files:
             read = readers.get(file.kind, _read_text)
             piece_chars = row_chars if file.kind in readers else min(_PIECE_CHARS, row_chars)
+            n_samples = 0
             try:
-                for where, blocks in read(file):
+                for blocks in read(file):
                     for text in split_text(blocks, piece_chars):
-                        data = self._encode(where, text)
-                        if data and not text.isspace():
+                        data = _encode(text)
+                        if text and not text.isspace():
                             yield file.split or "train", data
+                    n_samples += 1
             except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
-                raise unreadable(file.path, error) from None
-        if self.bad_samples:
-            n_bad = len(self.bad_samples)
-            line = (f"{n_bad:,} of {self.n_samples:,} samples are unusable: "
-                    f"{'; '.join(self.bad_samples[:3])}")
-            self.notes["unusable"].append(line)
-            if n_bad > SKIP_BAD * self.n_samples:
-                raise UserError(f"{line}; correct or remove them: more than {SKIP_BAD:.1%} is not "
-                                "left out")
-
-    def _encode(self, where, text):
-        """Return a text's UTF-8 bytes, or None if it is damaged or not text."""
-        if 10 * text.count("\0") > len(text):
-            return self._bad(where, "NUL characters: damaged, binary, or UTF-16 without a BOM")
-        try:
-            data = text.encode()
-        except UnicodeEncodeError as error:
-            if "\udc80" <= text[error.start] <= "\udcff":  # a byte let through by surrogateescape
-                return self._bad(where, "not UTF-8")
-            data = text.encode("utf-8", "replace")  # half of a character, from a JSON escape
-        self.n_samples += 1
-        return data
-
-    def _bad(self, where, problem):
-        self.n_samples += 1
-        self.bad_samples.append(f"{where}: {problem}")
-
-    def _read_json(self, file):
-        """Yield the text of each JSON value. A .json file whose first value has none is metadata.
-
-        A .json file holds one value or several, one after another; an array stands for its values.
-        """
-        with _open_text(file) as stream:
-            values = _json_values(stream.read()) if file.kind == "json" else _json_lines(stream)
-            for number, value in enumerate(values, start=1):
-                where = f"{file.path}, {'value' if file.kind == 'json' else 'line'} {number}"
-                text = value.get("text", value) if isinstance(value, dict) else value
-                if isinstance(text, str):
-                    yield where, [_clean(text)]
-                elif isinstance(value, Exception):
-                    self._bad(where, f"not JSON ({value})")
-                elif number == 1 and file.kind == "json":
-                    self.notes["json_without_text"].append(file.n_bytes)
-                    return
-                elif text is not None:
-                    self._bad(where, 'no string under "text"; samples must be like {"text": "..."}')
+                unit = {"json": "value", "parquet": "row"}.get(file.kind, "line")
+                where = f", {unit} {n_samples + 1}" if file.kind in readers else ""
+                raise unreadable(f"{file.path}{where}", error) from None
 
 
 def _walk(folder):
-    """Yield (path, problem) per file below a folder; problem: "" if the file can be read.
+    """Yield (path, problem) per file below a folder; problem: "" if the file can be read."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and (path.is_symlink() or path.resolve() == base_dir().resolve()):
+            yield path, "link to a folder" if path.is_symlink() else "cache folder"
+        elif path.is_dir():
+            yield from _walk(path)
+        elif path.is_file():
+            yield path, ""
+        else:
+            yield path, "broken link" if path.is_symlink() else "special file"
 
-    Folders are entered once, links to folders last, and the cache is not entered.
-    """
-    entered = {base_dir().resolve()}
-    folders, links = [folder], []
-    while folders or links:
-        current = (folders or links).pop()
-        if current.resolve() in entered:
-            yield current, "folder that is read already, or the cache"
-            continue
-        entered.add(current.resolve())
-        for path in sorted(current.iterdir()):
-            if path.is_dir():
-                (links if path.is_symlink() else folders).append(path)
-            elif path.is_file():
-                yield path, ""
-            else:
-                yield path, "broken link" if path.is_symlink() else "special file"
+
+def _has_text(path):
+    """Return whether a .json file begins as an array, a string or an object with "text"."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return bool(re.match(r'\s*(\[|"|\{.*"text"\s*:)', file.read(1 << 16), re.DOTALL))
 
 
 def named_split(name):
@@ -261,24 +203,32 @@ def _open_text(file):
     return io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline=None)
 
 
+def _encode(text):
+    """Return the UTF-8 bytes of a text. Raise ValueError if it is damaged or not text."""
+    if 10 * text.count("\0") > len(text):
+        raise ValueError("NUL characters: damaged, binary, or UTF-16 without a byte order mark")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        if "\udc80" <= text[error.start] <= "\udcff":  # a byte that surrogateescape let through
+            raise ValueError(f"not UTF-8 after {text[:error.start][-40:]!r}") from None
+        return text.encode("utf-8", "replace")  # half of a character, from a JSON escape
+
+
 def _read_text(file):
     with _open_text(file) as stream:
-        yield file.path, iter(lambda: stream.read(_BLOCK_CHARS), "")
+        yield iter(lambda: stream.read(_BLOCK_CHARS), "")
 
 
-def _read_parquet(file):
-    for number, data in enumerate(parquet_rows(file.path), start=1):
-        if data:
-            yield f"{file.path}, row {number}", [_clean(data.decode("utf-8", "surrogateescape"))]
-
-
-def _json_lines(stream):
-    """Yield the value of each line: None if it is blank, an exception if it is not JSON."""
-    for line in stream:
-        try:
-            yield json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError) as error:
-            yield error
+def _read_json(file):
+    """Yield the text of each line, or of each value of a .json file, also within an array."""
+    with _open_text(file) as stream:
+        lines = (json.loads(line) if line.strip() else None for line in stream)
+        for value in _json_values(stream.read()) if file.kind == "json" else lines:
+            text = value.get("text", value) if isinstance(value, dict) else value
+            if not isinstance(text, str | None):
+                raise ValueError('no string under "text"; samples must be like {"text": "..."}')
+            yield [_clean(text or "")]
 
 
 def _json_values(text):
@@ -289,6 +239,11 @@ def _json_values(text):
         value, at = json.JSONDecoder().raw_decode(text, at)
         yield from value if isinstance(value, list) else [value]
         at = between.match(text, at).end()
+
+
+def _read_parquet(file):
+    for data in parquet_rows(file.path):
+        yield [_clean((data or b"").decode("utf-8", "surrogateescape"))]
 
 
 def _clean(text):

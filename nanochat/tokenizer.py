@@ -44,12 +44,9 @@ class Tokenizer:
         _check_vocabulary(ranks, special_tokens, pattern)
         self.vocabulary = (ranks, special_tokens, pattern)
         self.tokenizer_id = vocabulary_id(*self.vocabulary)
-        try:
-            self._encoding = tiktoken.Encoding(
-                _ID_PREFIX + self.tokenizer_id, pat_str=pattern, mergeable_ranks=ranks,
-                special_tokens=special_tokens)
-        except ValueError as error:
-            raise UserError(f"the split pattern is not a regular expression ({error})") from None
+        self._encoding = tiktoken.Encoding(
+            _ID_PREFIX + self.tokenizer_id, pat_str=pattern, mergeable_ranks=ranks,
+            special_tokens=special_tokens)
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise UserError(f"the split pattern {pattern[:80]!r} leaves out text")
         self.vocab_size = len(ranks) + len(special_tokens)
@@ -62,10 +59,7 @@ class Tokenizer:
         return [token for part in _parts(text) for token in self._encoding.encode_ordinary(part)]
 
     def decode(self, ids):
-        """Return the text of token ids, with U+FFFD for bytes that are not UTF-8.
-
-        Raise KeyError for an unknown id.
-        """
+        """Return the text of token ids. U+FFFD stands for bytes that are not UTF-8."""
         return self._encoding.decode(ids)
 
     def token_bytes(self):
@@ -79,16 +73,12 @@ class Tokenizer:
         """Write a pickled tiktoken.Encoding and, for upstream's programs, token_bytes.pt."""
         import torch
 
-        folder = Path(folder)
-        try:
-            with atomic_path(folder / TOKEN_BYTES_FILE) as temporary, open(temporary, "wb") as file:
-                torch.save(torch.from_numpy(self.token_bytes()), file)
-            with atomic_path(folder / PICKLE_FILE) as temporary:
-                temporary.write_bytes(pickle.dumps(self._encoding))
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            reason = str(error).splitlines()[0]
-            raise UserError(f"the tokenizer cannot be saved in {folder} ({reason}); make room "
-                            "there, or give another --tokenizer-dir") from None
+        token_bytes = io.BytesIO()  # to a full disk, torch.save raises a RuntimeError
+        torch.save(torch.from_numpy(self.token_bytes()), token_bytes)
+        with atomic_path(Path(folder) / TOKEN_BYTES_FILE) as temporary:
+            temporary.write_bytes(token_bytes.getvalue())
+        with atomic_path(Path(folder) / PICKLE_FILE) as temporary:
+            temporary.write_bytes(pickle.dumps(self._encoding))
 
 
 def train_tokenizer(texts, vocab_size):
@@ -145,11 +135,11 @@ def _by_id(tokens):
 
 
 class _RefusedError(Exception):
-    pass
+    """A pickle asks for something other than a tiktoken.Encoding."""
 
 
 class _Encoding:
-    """Stands for tiktoken.core.Encoding while a pickle is read."""
+    """The stand-in for tiktoken.core.Encoding while a pickle is read."""
 
     def __setstate__(self, state):
         self.state = state
@@ -168,10 +158,7 @@ class _EncodingUnpickler(pickle.Unpickler):
 
 
 def _parts(text):
-    """Cut a long text before blanks that follow a word, where the split pattern cuts it, too.
-
-    A stretch of `_PART_CHARS` without such a place is cut anyway, and still decodes to itself.
-    """
+    """Cut a long text before blanks that follow a word, where the split pattern cuts it, too."""
     start = 0
     while len(text) - start > _PART_CHARS:
         word_end = _WORD_END.search(text, start + _PART_CHARS // 2, start + _PART_CHARS)
@@ -190,7 +177,5 @@ def _check_vocabulary(ranks, special_tokens, pattern):
     ids = sorted([*ranks.values(), *special_tokens.values()])
     if ids != list(range(len(ids))):
         raise UserError("the token ids are not 0, 1, 2, ... without a gap")
-    if not ranks.keys() >= {bytes([byte]) for byte in range(256)} or b"" in ranks:
-        raise UserError("one of the 256 single bytes has no token, or one token has no bytes")
-    if BOS not in special_tokens:
-        raise UserError(f"there is no token {BOS}")
+    if BOS not in special_tokens or not ranks.keys() >= {bytes([i]) for i in range(256)}:
+        raise UserError(f"there is no token {BOS}, or none for one of the 256 single bytes")

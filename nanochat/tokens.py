@@ -1,8 +1,7 @@
 """Token ids of shards, in files that are made once per shard and tokenizer. Does not need torch.
 
-A file holds one line of JSON padded to HEADER_BYTES, the token ids of all documents (each begins
-with BOS), zeros up to a multiple of 8 bytes, and the offsets of the documents. `sha256` in the line
-is over everything else. A file is renamed into place once it is complete.
+A file is an Arrow file with one column of lists, the token ids of the documents; each document
+begins with BOS. The metadata of the column hold a JSON header with a SHA-256 over everything else.
 """
 
 import hashlib
@@ -12,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from nanochat.common import (
     UserError,
@@ -22,14 +22,12 @@ from nanochat.common import (
     parse_json,
     print0,
     progress,
-    sha256_of,
     sha256_once,
 )
-from nanochat.dataset import read_documents
+from nanochat.dataset import read_documents, unreadable
 from nanochat.distributed import Ranks
 
-HEADER_BYTES = 4096
-GROUP_DOCUMENTS = 1024  # in memory at a time
+GROUP_DOCUMENTS = 1024  # tokenised at a time
 
 
 class TokenShard:
@@ -37,25 +35,23 @@ class TokenShard:
 
     tokens: (n_tokens,) uint16, or uint32 if the vocabulary has more than 65,536 entries.
     offsets: (n_docs + 1,) int64; document d is tokens[offsets[d]:offsets[d + 1]].
-    Raise UserError if the checksum, computed once per process, is not that of the file.
+    Raise UserError if the checksum is not that of the file.
     """
 
     def __init__(self, path):
         self.path = Path(path)
         try:
-            with open(path, "rb") as file:
-                self.header = header = parse_json(file.read(HEADER_BYTES))
-            if header["sha256"] != _digest(sha256_once(path, HEADER_BYTES), header):
+            file = pa.ipc.open_file(pa.py_buffer(np.memmap(path, mode="r")))
+            column = file.get_batch(0).column(0)
+            column.validate()
+            self.tokens, self.offsets = column.values.to_numpy(), column.offsets.to_numpy()
+            self.header = parse_json(file.schema.metadata[b"header"])
+            if self.header.pop("sha256") != _sha256(self.header, self.tokens, self.offsets):
                 raise ValueError("its SHA-256 is not that in its header")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot read {path} ({reason}); delete it: it is made again") from None
-        self.vocab_size, self.bos_id = header["vocab_size"], header["bos_id"]
-        self.n_docs, self.n_tokens = header["n_docs"], header["n_tokens"]
-        dtype = token_dtype(self.vocab_size)
-        raw = np.memmap(path, mode="r").view(np.ndarray)  # a memmap is slow to slice
-        self.tokens = raw[HEADER_BYTES : HEADER_BYTES + self.n_tokens * dtype.itemsize].view(dtype)
-        self.offsets = raw[_offsets_at(self.n_tokens, dtype) :].view(np.int64)
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            raise unreadable(path, error) from None
+        self.bos_id = self.header["bos_id"]
+        self.n_docs, self.n_tokens = len(self.offsets) - 1, len(self.tokens)
 
 
 def token_shards(dataset, tokenizer, split="train", max_shards=None):
@@ -102,7 +98,7 @@ def _version(source):
 def _make(path, source, tokenizer, pool):
     """Tokenise a shard and return its TokenShard. The encoder releases the GIL."""
     def encode(text):
-        return np.array([tokenizer.bos_id, *tokenizer.encode(text)], dtype)
+        return np.array([tokenizer.bos_id, *tokenizer.encode(text)], np.uint32)
 
     def groups():
         documents = read_documents(source)
@@ -112,16 +108,11 @@ def _make(path, source, tokenizer, pool):
 
     if path.exists():
         print0(f"tokenising again: {path} is damaged, or its text has changed")
-    dtype = token_dtype(tokenizer.vocab_size)
     header = {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
               "source": _version(source)}
-    try:
-        for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a killed process
-            left.unlink(missing_ok=True)
-        write_token_shard(path, groups(), header)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); make room there, or set "
-                        "NANOCHAT_BASE_DIR to another folder") from None
+    for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a killed process
+        left.unlink(missing_ok=True)
+    write_token_shard(path, groups(), header)
     return TokenShard(path)
 
 
@@ -130,33 +121,22 @@ def write_token_shard(path, groups, header):
 
     header: vocab_size, bos_id and whatever else identifies the tokens.
     """
-    dtype = token_dtype(header["vocab_size"])
-    lengths = []
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(bytes(HEADER_BYTES))
-        for group_lengths, tokens in groups:
-            lengths.extend(group_lengths)
-            file.write(np.ascontiguousarray(tokens, dtype))
-        n_tokens = sum(lengths)
-        file.write(bytes(_offsets_at(n_tokens, dtype) - file.tell()))
-        file.write(np.cumsum([0, *lengths], dtype=np.int64))
-        file.flush()
-        header = {**header, "n_docs": len(lengths), "n_tokens": n_tokens}
-        header["sha256"] = _digest(sha256_of(temporary, HEADER_BYTES), header)
-        file.seek(0)
-        file.write((json_bytes(header) + b"\n").ljust(HEADER_BYTES))
+    dtype = np.uint16 if header["vocab_size"] <= 1 << 16 else np.uint32
+    lengths, tokens = [], []
+    for group_lengths, group_tokens in groups:
+        lengths.extend(group_lengths)
+        tokens.append(np.asarray(group_tokens, dtype))
+    offsets, tokens = np.cumsum([0, *lengths], dtype=np.int64), np.concatenate(tokens)
+    header = {**header, "sha256": _sha256(header, tokens, offsets)}
+    column = pa.LargeListArray.from_arrays(offsets, tokens)
+    batch = pa.record_batch([column], ["tokens"], metadata={"header": json_bytes(header)})
+    with (atomic_path(path) as temporary, open(temporary, "wb") as file,
+          pa.ipc.new_file(file, batch.schema) as writer):
+        writer.write_batch(batch)
 
 
-def token_dtype(vocab_size):
-    """Return the smaller of uint16 and uint32 that holds every token id."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-
-
-def _digest(content_sha256, header):
-    """Return the hex SHA-256 over that of the content and the other values of the header."""
-    values = {name: value for name, value in header.items() if name != "sha256"}
-    return hashlib.sha256(content_sha256.encode() + json_bytes(values)).hexdigest()
-
-
-def _offsets_at(n_tokens, dtype):
-    return -(-(HEADER_BYTES + n_tokens * dtype.itemsize) // 8) * 8
+def _sha256(header, tokens, offsets):
+    digest = hashlib.sha256(json_bytes(header))
+    digest.update(tokens)
+    digest.update(offsets)
+    return digest.hexdigest()

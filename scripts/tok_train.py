@@ -6,7 +6,6 @@ python -m scripts.tok_train --dataset stdlib --vocab-size 8192
 import argparse
 import os
 import time
-from collections import Counter
 from pathlib import Path
 
 from nanochat.common import (
@@ -21,8 +20,6 @@ from nanochat.common import (
 )
 from nanochat.dataset import DATASET_HELP, open_dataset, sample_documents
 from nanochat.tokenizer import PICKLE_FILE, train_tokenizer
-
-_REPORT_CHARS = 1_000_000  # validation text on which compression is measured
 
 
 def parse_args(argv=None):
@@ -55,21 +52,12 @@ def main(argv=None):
 
     dataset = open_dataset(args.dataset)
     start = time.perf_counter()
-    counts = Counter()
-    texts = sample_documents(dataset.train_shards, args.max_chars, args.doc_cap, counts)
+    texts = sample_documents(dataset.train_shards, args.max_chars, args.doc_cap)
     tokenizer = train_tokenizer(progress(texts, desc="reading", unit="doc"), args.vocab_size)
     train_sec = time.perf_counter() - start
     tokenizer.save(folder)
-
-    read, seen = counts["read"], counts["seen"]
-    print(f"read {read:,} of {seen:,} characters ({read / seen:.1%}, --doc-cap {args.doc_cap:,})"
-          + (f"; stopped at --max-chars {args.max_chars:,}" if read >= args.max_chars else ""))
-    texts = list(sample_documents(dataset.val_shards, _REPORT_CHARS))
-    n_bytes = sum(len(text.encode()) for text in texts)
-    n_tokens = sum(len(tokenizer.encode(text)) for text in texts)
     print(f"tokenizer {tokenizer.tokenizer_id}: {tokenizer.vocab_size:,} tokens, trained in "
-          f"{train_sec:.1f} s on {dataset.dataset_id}, {n_bytes / n_tokens:.3f} bytes per token on "
-          f"validation text, saved in {folder}")
+          f"{train_sec:.1f} s on {dataset.dataset_id}, saved in {folder}")
 
 
 if __name__ == "__main__":
