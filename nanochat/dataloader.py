@@ -3,15 +3,16 @@
 RowPlanner decides from document lengths which part of which document fills each row. TokenLoader
 reads the rows and serves them in batches. The micro-batches of an optimizer step are dealt out
 to the ranks in turn, so a step has the same rows, and a checkpoint the same loader state, with any
-number of ranks. The rows of a validation are in loss_eval.SplitRows.
+number of ranks.
 """
 
 import hashlib
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict, deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import accumulate, cycle, repeat
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ GROUP_TOKENS, GROUP_BATCHES = 1 << 16, 32
 GROUPS_AHEAD = 3
 
 
-class TokenLoader:
+class TokenLoader(Iterator, AbstractContextManager):
     """Endless iterator over (inputs, targets), each (batch_rows, sequence_len) int64 on `device`.
 
     Targets are the inputs one position later. crop: see RowPlanner. step_batches: micro-batches
@@ -59,9 +60,6 @@ class TokenLoader:
         self._ready = deque()
         self._ahead = deque(self._thread.submit(self._make_group) for _ in range(GROUPS_AHEAD))
 
-    def __iter__(self):
-        return self
-
     def __next__(self):
         if not self._ready:
             self._ready.extend(self._ahead.popleft().result())
@@ -72,29 +70,19 @@ class TokenLoader:
     @property
     def distinct_tokens(self):
         """Return the number of tokens that the first pass over the text gave to all ranks."""
-        return self._delivered.distinct_tokens
+        return self._delivered["distinct_tokens"]
 
     @property
     def epochs(self):
         """Return tokens served / distinct tokens: 1.0 in the first pass, 0.0 before it begins."""
-        return self._delivered.served_tokens / max(1, self.distinct_tokens)
+        return self._delivered["served_tokens"] / max(1, self.distinct_tokens)
 
     def state_dict(self):
-        """Return the JSON-able `state` after the last batch; after a step all ranks have the same.
-        """
+        """Return the JSON-able state after the last batch, equal on all ranks after a step."""
         return self._planner.state_dict(self._delivered)
 
-    def close(self):
-        """Stop the thread."""
-        self._ready.clear()
-        self._ahead.clear()
-        self._thread.shutdown(cancel_futures=True)
-
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
-        self.close()
+        self._thread.shutdown(cancel_futures=True)
 
     def _make_group(self):
         return [self._make_batch() for _ in range(self._group_batches)]
@@ -130,16 +118,6 @@ def fill_rows(shards, plan, row_tokens):
                 row[at] = bos_id
             at += length
     return rows
-
-
-class Snapshot(NamedTuple):
-    """The state of a RowPlanner; buffer: its entries, the oldest first."""
-
-    epoch: int
-    position: int
-    buffer: list
-    served_tokens: int
-    distinct_tokens: int
 
 
 class RowPlanner:
@@ -205,14 +183,16 @@ class RowPlanner:
         return row
 
     def snapshot(self):
-        return Snapshot(self.order.epoch, self.order.position, list(self._by_age.values()),
-                        self._served_tokens, self._distinct_tokens)
-
-    def state_dict(self, snapshot):
-        """Return a Snapshot in JSON-able form."""
-        documents = [list(entry[2:]) for entry in snapshot.buffer]
+        """Return the state for state_dict(), cheap enough for every batch."""
         return {"documents": self.order.fingerprint, "crop": self.crop,
-                **snapshot._replace(buffer=documents)._asdict()}
+                "epoch": self.order.epoch, "position": self.order.position,
+                "buffer": list(self._by_age.values()),
+                "served_tokens": self._served_tokens, "distinct_tokens": self._distinct_tokens}
+
+    @staticmethod
+    def state_dict(snapshot):
+        """Return a snapshot in JSON-able form."""
+        return {**snapshot, "buffer": [list(entry[2:]) for entry in snapshot["buffer"]]}
 
     def _restore(self, state):
         same_rows = (state["documents"], state["crop"]) == (self.order.fingerprint, self.crop)
@@ -237,13 +217,11 @@ class RowPlanner:
         return bisect_right(self._buffer, (self._buffer[0][0], 1)) - 1
 
     def _refill(self):
-        while len(self._buffer) < self.buffer_size:
-            if self.order.position == self._pass_docs:
-                return
+        while len(self._buffer) < self.buffer_size and self.order.position != self._pass_docs:
             if self._carries and self._buffer and self.order.position == self.order.n_docs:
                 return
-            length, shard, document = self.order.draw()
-            self._put(length, shard, document, 0, self.order.epoch)
+            drawn = self.order.draw()
+            self._put(*drawn, 0, self.order.epoch)
 
     def _put(self, length, shard, document, start, epoch):
         entry = length, -self._n_arrivals, shard, document, start, epoch
@@ -260,8 +238,6 @@ class DocumentOrder:
     """
 
     def __init__(self, shards, seed, shuffle):
-        if seed < 0:
-            raise UserError(f"the seed is {seed}; use 0 or more")
         self._shards = shards
         self._seed = seed
         self._shuffle = shuffle

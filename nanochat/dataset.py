@@ -4,10 +4,10 @@ python -m nanochat.dataset -n 8                 download 8 training shards of cl
 python -m nanochat.dataset --dataset stdlib     prepare the standard library of this Python
 python -m nanochat.dataset --dataset my_folder  prepare a folder of text (see text_folder)
 
-Documents of stdlib and of folders are copied into shards in the cache, in the order of their
-hashes, which is as good as random and depends on the text only. The first 5 % are the validation
-split, unless the name of a file says that it is for validation. The validation split of a download
-is its last shard.
+Documents of stdlib and of folders are sorted in memory and copied into shards in the cache, in the
+order of their hashes, which is as good as random and depends on the text only. The first 5 % are
+the validation split, unless the name of a file says that it is for validation. The validation split
+of a download is its last shard.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import re
 import shutil
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -45,7 +45,7 @@ from nanochat.common import (
     write_checksums,
     write_json,
 )
-from nanochat.text_folder import SPLITS, VAL_SHARE, TextFolder, parquet_rows, unreadable
+from nanochat.text_folder import VAL_SHARE, TextFolder, parquet_rows, unreadable
 
 # Hugging Face repositories of shards 0 to last_shard; the last one is the validation split
 Download = namedtuple("Download", "repo last_shard")
@@ -61,7 +61,6 @@ _RULES = "5"  # raise it when the same files give other documents
 _VAL_MAX_BYTES = 20e6
 _SHARD_MIN_BYTES = 4e6  # small, so that small datasets have several shards too
 _SHARD_MAX_BYTES = 100e6
-_N_BUCKETS = 64  # one is sorted in memory at a time
 
 _IN_VALIDATION = "training documents left out, because validation has them too"
 _IN_TEST = "training documents left out, because test has them too"
@@ -92,14 +91,13 @@ def open_dataset(name):
         folder = base_dir() / f"base_data_{corpus}-{stdlib_corpus.RULES}"
         texts = stdlib_corpus.corpus_documents()
         documents = (("train", text.encode("utf-8", "replace")) for text in texts)
-        prepare_shards(folder, corpus, documents, stdlib_corpus.CORPUS_CHARS, distinct=True)
+        prepare_shards(folder, corpus, documents, distinct=True)
         return _open_prepared(folder)[0]
 
     path = Path(name if os.path.isdir(name) else os.path.expanduser(name))
     if not os.path.isdir(path):  # Path.is_dir raises an error if the name is too long
-        problem = "is a file" if os.path.exists(path) else "is not a folder"
-        names = ", ".join(NAMED_DATASETS)
-        raise UserError(f"--dataset {name!r} {problem}; give a folder of text or one of {names}")
+        raise UserError(f"--dataset {name!r} is not a folder; give a folder of text or one of "
+                        f"{', '.join(NAMED_DATASETS)}")
     return _open_folder(path, TextFolder(path))
 
 
@@ -114,8 +112,7 @@ def _open_folder(path, text):
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "folder"
     slug = slug[:NAME_LENGTH - len("-12345678")]
     folder = base_dir() / f"base_data_{slug}-{key}"
-    prepare_shards(folder, slug, text.documents(), text.expected_bytes,
-                   named_validation=bool(text.split("validation")))
+    prepare_shards(folder, slug, text.documents(), bool(text.split("validation")))
     dataset, manifest = _open_prepared(folder)
 
     size = sum(file.n_bytes for file in text.files) / 1e6
@@ -133,15 +130,17 @@ def _open_prepared(folder):
     shards = sorted(folder.glob("shard_*.parquet"))
     if not [path.name for path in shards] == sorted(checksums) == manifest.get("shards"):
         raise UserError(f"{folder} is damaged: its shards are not those of {MANIFEST}; {remedy}")
-    n_train = len(shards) - manifest["n_val_shards"]
-    checksums = {path: checksums[path.name] for path in shards}
-    splits = tuple(shards[:n_train]), tuple(shards[n_train:])
-    return Dataset(manifest["dataset_id"], *splits, checksums), manifest
+    return _dataset(manifest["dataset_id"], shards, manifest["n_val_shards"], checksums), manifest
+
+
+def _dataset(dataset_id, shards, n_val_shards, checksums):
+    return Dataset(dataset_id, tuple(shards[:-n_val_shards]), tuple(shards[-n_val_shards:]),
+                   {path: checksums[path.name] for path in shards})
 
 
 # --- preparing shards ----------------------------------------------------------------------------
 
-def prepare_shards(folder, name, documents, expected_bytes, named_validation=False, distinct=False):
+def prepare_shards(folder, name, documents, named_validation=False, distinct=False):
     """Write shards and dataset.json to `folder`, unless it exists. A failure leaves no files.
 
     documents: iterable of (split, UTF-8 bytes), read only if the folder does not exist.
@@ -155,10 +154,8 @@ def prepare_shards(folder, name, documents, expected_bytes, named_validation=Fal
             return
         shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
         try:
-            (temporary / "spill").mkdir(parents=True)
-            spilled = _spill(documents, temporary / "spill", name, expected_bytes)
-            manifest = _write_shards(temporary, name, *spilled, named_validation, distinct)
-            shutil.rmtree(temporary / "spill")
+            temporary.mkdir()
+            manifest = _write_shards(temporary, name, documents, named_validation, distinct)
             n_train, n_val = manifest["train_documents"], manifest["val_documents"]
             if not n_train or not n_val:
                 raise UserError(f"{name} has {n_train} training and {n_val} validation documents; "
@@ -170,70 +167,40 @@ def prepare_shards(folder, name, documents, expected_bytes, named_validation=Fal
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _spill(documents, folder, name, expected_bytes):
-    """Write documents to files by their hash, so that each file can be sorted in memory.
+def _write_shards(folder, name, documents, named_validation, distinct):
+    """Write documents in the order of their hashes to shards; return the manifest."""
+    documents = progress(documents, desc=f"preparing {name}", unit="doc")
+    records = sorted((hashlib.blake2b(data, digest_size=16).digest(), data, split)
+                     for split, data in documents)
+    n_bytes = sum(len(data) for _, data, split in records if split == "train")
+    if distinct:
+        records = sorted(set(records))
+    copies = [(digest, data, [split for *_, split in same])
+              for (digest, data), same in groupby(records, key=lambda record: record[:2])]
 
-    Return (paths, bytes of training text).
-    """
-    paths = [folder / str(i) for i in range(_N_BUCKETS)]
-    splits = list(SPLITS)
-    train_bytes = 0
-    with ExitStack() as stack:
-        files = [stack.enter_context(open(path, "wb")) for path in paths]
-        bar = stack.enter_context(progress(total=expected_bytes, unit="B", unit_scale=True,
-                                           desc=f"preparing {name}"))
-        for split, data in documents:
-            head = bytes([splits.index(split)]) + len(data).to_bytes(8, "little")
-            files[_digest(data)[0] * _N_BUCKETS // 256].write(head + data)
-            train_bytes += len(data) if split == "train" else 0
-            bar.update(len(data))
-    return paths, train_bytes
-
-
-def _in_hash_order(paths):
-    """Yield (hash, document, its number of copies per split) of each distinct document."""
-    for path in paths:
-        records = []
-        with open(path, "rb") as file:
-            while head := file.read(9):
-                data = file.read(int.from_bytes(head[1:], "little"))
-                records.append((_digest(data), data, head[0]))
-        records.sort()
-        for (digest, data), same in groupby(records, key=lambda record: record[:2]):
-            splits = [split for *_, split in same]
-            yield digest, data, [splits.count(split) for split in range(len(SPLITS))]
-
-
-def _digest(data):
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def _write_shards(folder, name, spilled, n_bytes, named_validation, distinct, limit=None):
-    """Write the spilled documents in hash order to shards; return the manifest.
-
-    limit: largest document of the validation split, in bytes; by default the size of the split.
-    """
     val_bytes = 0 if named_validation else min(VAL_SHARE * n_bytes, _VAL_MAX_BYTES)
     train_bytes = n_bytes - val_bytes
     shard_bytes = min(max(train_bytes / 64, _SHARD_MIN_BYTES), _SHARD_MAX_BYTES)
     shard_bytes = max(1, train_bytes / max(1, math.ceil(train_bytes / shard_bytes)))
     train = _ShardWriter(folder / "train", shard_bytes)
     val = _ShardWriter(folder / "val", _SHARD_MAX_BYTES)
+    # A document larger than the validation split is not taken, unless all are.
+    smallest = min((len(data) * len(splits) for _, data, splits in copies if {*splits} == {"train"}),
+                   default=0)
     counts = Counter()
     content = hashlib.sha256(bytes(named_validation))
-    smallest = n_bytes
     taken = 0  # bytes of training text in the validation split, with all copies
 
-    for digest, data, (n_train, n_val, n_test) in _in_hash_order(spilled):
-        n_train = min(n_train, 1) if distinct else n_train
+    for digest, data, splits in copies:
+        n_train = splits.count("train")
         weight = n_train * len(data)
-        if n_val:
+        if "validation" in splits:
             val.add(data)
             counts[_IN_VALIDATION] += n_train
-        elif n_test:
+        elif "test" in splits:
             counts[_IN_TEST] += n_train
             continue
-        elif taken < val_bytes and weight <= (limit or val_bytes):
+        elif taken < val_bytes and weight <= max(val_bytes, smallest):
             val.add(data)
             counts[_IN_VALIDATION] += n_train - 1
             taken += weight
@@ -242,15 +209,10 @@ def _write_shards(folder, name, spilled, n_bytes, named_validation, distinct, li
             for _ in range(n_train):
                 train.add(data)
             counts[_REPEATED] += n_train - 1
-            smallest = min(smallest, weight)
         content.update(digest * max(1, n_train))
 
-    if train.n_documents > 1 and not val.n_documents and not named_validation:
-        return _write_shards(folder, name, spilled, n_bytes, False, distinct, smallest)
     paths = [*train.close(), *val.close()]
-    shards = [shard_name(i) for i in range(len(paths))]
-    for path, shard in zip(paths, shards, strict=True):
-        path.rename(folder / shard)
+    shards = [path.rename(folder / shard_name(i)).name for i, path in enumerate(paths)]
     return {"dataset_id": f"{name}-{content.hexdigest()[:8]}", "shards": shards,
             "n_val_shards": len(val.paths), "train_documents": train.n_documents,
             "val_documents": val.n_documents, "counts": +counts}  # those above 0
@@ -342,9 +304,8 @@ def _open_download(name):
             known |= zip((shard.name for shard in new), pool.map(sha256_of, new), strict=True)
         with suppress(OSError):  # a read-only cache
             write_checksums(folder, known)
-    checksums = {shard: known[shard.name] for shard in shards}
-    dataset_id = f"{name}-{_short_hash(f'{s.name} {c}' for s, c in checksums.items())}"
-    return Dataset(dataset_id, tuple(shards[:-1]), tuple(shards[-1:]), checksums)
+    key = _short_hash(f"{shard.name} {known[shard.name]}" for shard in shards)
+    return _dataset(f"{name}-{key}", shards, 1, known)
 
 
 def download_shards(name, n_train_shards, num_workers=4):
@@ -353,42 +314,31 @@ def download_shards(name, n_train_shards, num_workers=4):
     The environment variable HF_ENDPOINT names another host. If a shard fails, raise UserError and
     keep the complete ones.
     """
+    from huggingface_hub import hf_hub_download
+
+    if name not in DOWNLOADS:
+        raise UserError(f"-n is only for the downloads {' and '.join(DOWNLOADS)}; leave it out")
     repo, last_shard = DOWNLOADS[name]
     n_train_shards = last_shard if n_train_shards == -1 else n_train_shards
     if not 1 <= n_train_shards <= last_shard:
         raise UserError(f"-n {n_train_shards}: {name} has 1 to {last_shard} training shards "
                         "(-1: all)")
     folder = base_dir() / f"base_data_{name}"
-    staging = folder / ".download"
+
+    def fetch(shard):
+        try:  # the hub resumes, retries, checks the size, and renames the complete file
+            hf_hub_download(repo, shard, repo_type="dataset", local_dir=folder,
+                            endpoint=os.environ.get("HF_ENDPOINT"))
+        except Exception as error:  # of the hub's library, its HTTP client or the disk
+            reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"could not download {shard} of {repo} ({reason}); run the same "
+                            "command again: complete shards are kept") from None
+
     names = [shard_name(i) for i in (*range(n_train_shards), last_shard)]
     with locked(folder), ThreadPoolExecutor(num_workers) as pool:
         missing = [shard for shard in names if not (folder / shard).exists()]
-        fetched = pool.map(lambda shard: _fetch(repo, shard, staging), missing)
-        for path, checksum in progress(fetched, desc=name, total=len(missing), unit="shard"):
-            write_checksums(folder, {path.name: checksum})
-            path.rename(folder / path.name)
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _fetch(repo, name, folder):
-    """Download a shard, check it and return (path, SHA-256). The hub resumes and retries."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    where = {"repo_type": "dataset", "endpoint": os.environ.get("HF_ENDPOINT")}
-    path = folder / name
-    try:
-        hf_hub_download(repo, name, local_dir=folder, **where)
-        checksum = sha256_of(path)
-        etag = get_hf_file_metadata(hf_hub_url(repo, name, **where)).etag  # of a large file
-        if re.fullmatch("[0-9a-f]{64}", etag or "") and checksum != etag:
-            raise ValueError("its SHA-256 is not that of the host")
-        next(parquet_rows(path))
-    except Exception as error:  # of the hub's library, its HTTP client, pyarrow or the disk
-        path.unlink(missing_ok=True)
-        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"could not download {name} of {repo} ({reason}); run the same command "
-                        "again: complete shards are kept") from None
-    return path, checksum
+        for _ in progress(pool.map(fetch, missing), desc=name, total=len(missing), unit="shard"):
+            pass
 
 
 # --- command -------------------------------------------------------------------------------------
@@ -399,10 +349,9 @@ def parse_args(argv=None):
                                      "text or Python's standard library (stdlib).")
     parser.add_argument("--dataset", default="climbmix", help=DATASET_HELP)
     parser.add_argument("-n", "--num-files", type=int,
-                        help="training shards to download, about 100 MB each (-1: all); required "
-                             f"for {' and '.join(DOWNLOADS)}")
-    parser.add_argument("-w", "--num-workers", type=int, default=4,
-                        help="parallel downloads (%(default)s)")
+                        help="training shards to download, about 100 MB each (-1: all)")
+    parser.add_argument("-w", "--num-workers", type=int, default=4, choices=range(1, 129),
+                        metavar="N", help="parallel downloads (%(default)s)")
     parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
     return parser.parse_args(argv)
 
@@ -411,14 +360,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     set_quiet(args.quiet)
-    if args.num_workers < 1:
-        raise UserError("-w must be at least 1")
-    if (args.dataset in DOWNLOADS) != (args.num_files is not None):
-        raise UserError(f"-n, the number of training shards to download, belongs to --dataset "
-                        f"{' and '.join(DOWNLOADS)}, for example -n 8; it is needed there only")
-    if args.dataset in DOWNLOADS:
+    if args.num_files is not None:
         download_shards(args.dataset, args.num_files, args.num_workers)
-
     dataset = open_dataset(args.dataset)
     shards = (*dataset.train_shards, *dataset.val_shards)
     size = sum(shard.stat().st_size for shard in shards) / 1e6

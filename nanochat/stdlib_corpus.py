@@ -51,7 +51,7 @@ def corpus_documents():
 
 
 def library_folder():
-    return Path(sysconfig.get_paths()["stdlib"])
+    return Path(sysconfig.get_path("stdlib"))
 
 
 def cut_code(text):
@@ -75,14 +75,9 @@ def cut_code(text):
 
 
 def topics(text):
-    """Return the entries of pydoc_data/topics.py, or [] if it is not a dictionary literal."""
-    try:
-        nodes = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
-        values = [ast.literal_eval(node.value) for node in nodes]
-    except (SyntaxError, ValueError):
-        return []
-    entries = [entry for value in values if isinstance(value, dict) for entry in value.values()]
-    return [entry for entry in entries if isinstance(entry, str)]
+    """Return the entries of pydoc_data/topics.py, which assigns a dictionary literal."""
+    [assignment] = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
+    return list(ast.literal_eval(assignment.value).values())
 
 
 def _files(root):

@@ -1,9 +1,9 @@
 """A folder of text: the split of each file, and the documents in it.
 
-Text files (.txt, .text, .md, .markdown, .rst), JSON lines (.jsonl, .ndjson), .json and .parquet are
-read, in subfolders, also as .gz, .bz2, .zst or .lz4. Every other file is counted as left out, and
-so is a link to a folder. Line ends become LF. Separator tokens of corpora end a document and are
-not text; `</s>` is text, because it is also an HTML tag. Long texts are cut into pieces.
+Text files (.txt, .text, .md, .markdown, .rst), JSON lines (.jsonl, .ndjson) and .parquet are read,
+in subfolders, also as .gz, .bz2, .zst or .lz4. Every other file is counted as left out, and so is a
+link to a folder. Line ends become LF. Separator tokens of corpora end a document and are not text;
+`</s>` is text, because it is also an HTML tag. Long texts are cut into pieces.
 """
 
 import codecs
@@ -28,7 +28,7 @@ SEPARATORS = ("<|endoftext|>", "<|startoftext|>", "<|begin_of_text|>", "<|end_of
               *SPECIAL_TOKENS)
 
 _COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "lz4": "lz4"}
-_NAME = re.compile(r"(.+)\.(parquet|(?:txt|text|md|markdown|rst|jsonl|ndjson|json)"
+_NAME = re.compile(r"(.+)\.(parquet|(?:txt|text|md|markdown|rst|jsonl|ndjson)"
                    rf"(?:\.({'|'.join(_COMPRESSIONS)}))?)", re.IGNORECASE | re.DOTALL)
 _SEPARATOR = re.compile(rf"\n*(?:{'|'.join(map(re.escape, SEPARATORS))})\n*")
 _CUTS = (  # where to cut a text, the best place first
@@ -61,8 +61,6 @@ class TextFolder:
                 problem = "hidden"
             elif not problem and not match:
                 problem = path.suffix.lower() or "without suffix"
-            elif not problem and name.lower().endswith(".json") and not _has_text(path):
-                problem = ".json without text"
             elif not problem and path.resolve() in read:
                 problem = "link to a file in the folder"
             if problem:
@@ -109,8 +107,7 @@ class TextFolder:
         """
         # A power of two, so that CRLF line ends, which make a file longer, do not change the cuts.
         row_chars = max(_MIN_PIECE_CHARS, 1 << (self.expected_bytes // 200).bit_length())
-        readers = {"parquet": _read_parquet, "json": _read_json, "jsonl": _read_json,
-                   "ndjson": _read_json}
+        readers = {"parquet": _read_parquet, "jsonl": _read_json, "ndjson": _read_json}
         for file in self.files:
             read = readers.get(file.kind, _read_text)
             piece_chars = row_chars if file.kind in readers else min(_PIECE_CHARS, row_chars)
@@ -123,7 +120,7 @@ class TextFolder:
                             yield file.split or "train", data
                     n_samples += 1
             except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
-                unit = {"json": "value", "parquet": "row"}.get(file.kind, "line")
+                unit = "row" if file.kind == "parquet" else "line"
                 where = f", {unit} {n_samples + 1}" if file.kind in readers else ""
                 raise unreadable(f"{file.path}{where}", error) from None
 
@@ -139,12 +136,6 @@ def _walk(folder):
             yield path, ""
         else:
             yield path, "broken link" if path.is_symlink() else "special file"
-
-
-def _has_text(path):
-    """Return whether a .json file begins as an array, a string or an object with "text"."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        return bool(re.match(r'\s*(\[|"|\{.*"text"\s*:)', file.read(1 << 16), re.DOTALL))
 
 
 def named_split(name):
@@ -221,24 +212,13 @@ def _read_text(file):
 
 
 def _read_json(file):
-    """Yield the text of each line, or of each value of a .json file, also within an array."""
     with _open_text(file) as stream:
-        lines = (json.loads(line) if line.strip() else None for line in stream)
-        for value in _json_values(stream.read()) if file.kind == "json" else lines:
+        for line in stream:
+            value = json.loads(line) if line.strip() else None
             text = value.get("text", value) if isinstance(value, dict) else value
             if not isinstance(text, str | None):
-                raise ValueError('no string under "text"; samples must be like {"text": "..."}')
+                raise ValueError('no string under "text"; lines must be like {"text": "..."}')
             yield [_clean(text or "")]
-
-
-def _json_values(text):
-    """Yield the values in a text, and those in an array. Raise ValueError if it is not JSON."""
-    between = re.compile(r"\s*")
-    at = between.match(text).end()
-    while at < len(text):
-        value, at = json.JSONDecoder().raw_decode(text, at)
-        yield from value if isinstance(value, list) else [value]
-        at = between.match(text, at).end()
 
 
 def _read_parquet(file):

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 from pathlib import Path
@@ -103,22 +104,19 @@ def load_tokenizer(folder=None):
     Raise UserError if the pickle needs anything but tiktoken.Encoding, or is damaged.
     """
     path = Path(folder or base_dir() / "tokenizer") / PICKLE_FILE
+    if not os.path.exists(path):
+        raise UserError(f"there is no {path}; give another --tokenizer-dir, or train a tokenizer "
+                        "with python -m scripts.tok_train and the same --dataset and "
+                        "--tokenizer-dir")
     try:
         state = _EncodingUnpickler(io.BytesIO(path.read_bytes())).load().state
         tokenizer = Tokenizer(state["mergeable_ranks"], state["special_tokens"], state["pat_str"])
         name = str(state["name"])
         if name.startswith(_ID_PREFIX) and name != _ID_PREFIX + tokenizer.tokenizer_id:
-            raise UserError(f"its content is not that of {name}")
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"there is no {path}; give another --tokenizer-dir, or train a tokenizer "
-                        "with python -m scripts.tok_train and the same --dataset and "
-                        "--tokenizer-dir") from None
-    except _RefusedError as refused:
-        raise UserError(f"{path} was refused: it asks for {refused}, which no tokenizer needs and "
-                        "could run any program; use a file from a source you trust") from None
+            raise ValueError(f"its content is not that of {name}")
     except Exception as error:  # a damaged pickle can raise any exception
-        raise UserError(f"{path} is damaged, or not a tokenizer ({type(error).__name__}: {error}); "
-                        "train the tokenizer again or copy the file again") from None
+        raise UserError(f"cannot read {path} ({type(error).__name__}: {error}); train the "
+                        "tokenizer again, or copy it from a source that you trust") from None
     return tokenizer
 
 
@@ -134,10 +132,6 @@ def _by_id(tokens):
     return sorted(tokens.items(), key=lambda item: item[1])
 
 
-class _RefusedError(Exception):
-    """A pickle asks for something other than a tiktoken.Encoding."""
-
-
 class _Encoding:
     """The stand-in for tiktoken.core.Encoding while a pickle is read."""
 
@@ -150,11 +144,8 @@ class _EncodingUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) != ("tiktoken.core", "Encoding"):
-            raise _RefusedError(f"{module}.{name}"[:200])
+            raise pickle.UnpicklingError(f"refused: it asks for {module}.{name}"[:200])
         return _Encoding
-
-    def persistent_load(self, pid):
-        raise _RefusedError("an object outside the file")
 
 
 def _parts(text):
