@@ -178,74 +178,58 @@ def _write_shards(folder, name, documents, named_validation, distinct):
     copies = [(digest, data, [split for *_, split in same])
               for (digest, data), same in groupby(records, key=lambda record: record[:2])]
 
+    # A document larger than the validation split is for training, unless all are.
     val_bytes = 0 if named_validation else min(VAL_SHARE * n_bytes, _VAL_MAX_BYTES)
-    train_bytes = n_bytes - val_bytes
-    shard_bytes = min(max(train_bytes / 64, _SHARD_MIN_BYTES), _SHARD_MAX_BYTES)
-    shard_bytes = max(1, train_bytes / max(1, math.ceil(train_bytes / shard_bytes)))
-    train = _ShardWriter(folder / "train", shard_bytes)
-    val = _ShardWriter(folder / "val", _SHARD_MAX_BYTES)
-    # A document larger than the validation split is not taken, unless all are.
-    smallest = min((len(data) * len(splits) for _, data, splits in copies if {*splits} == {"train"}),
-                   default=0)
+    sizes = [len(data) * len(splits) for _, data, splits in copies if {*splits} == {"train"}]
+    limit = max(val_bytes, min(sizes, default=0))
+    taken = 0  # bytes of training text in the validation split, with all copies
+    train, val = [], []
     counts = Counter()
     content = hashlib.sha256(bytes(named_validation))
-    taken = 0  # bytes of training text in the validation split, with all copies
-
     for digest, data, splits in copies:
         n_train = splits.count("train")
-        weight = n_train * len(data)
         if "validation" in splits:
-            val.add(data)
+            val.append(data)
             counts[_IN_VALIDATION] += n_train
         elif "test" in splits:
             counts[_IN_TEST] += n_train
             continue
-        elif taken < val_bytes and weight <= max(val_bytes, smallest):
-            val.add(data)
+        elif taken < val_bytes and n_train * len(data) <= limit:
+            val.append(data)
             counts[_IN_VALIDATION] += n_train - 1
-            taken += weight
-            train.n_bytes = taken - val_bytes  # this excess is missing in the first shard
+            taken += n_train * len(data)
         else:
-            for _ in range(n_train):
-                train.add(data)
+            train += [data] * n_train
             counts[_REPEATED] += n_train - 1
         content.update(digest * max(1, n_train))
 
-    paths = [*train.close(), *val.close()]
-    shards = [path.rename(folder / shard_name(i)).name for i, path in enumerate(paths)]
-    return {"dataset_id": f"{name}-{content.hexdigest()[:8]}", "shards": shards,
-            "n_val_shards": len(val.paths), "train_documents": train.n_documents,
-            "val_documents": val.n_documents, "counts": +counts}  # those above 0
+    train_bytes = n_bytes - val_bytes
+    shard_bytes = min(max(train_bytes / 64, _SHARD_MIN_BYTES), _SHARD_MAX_BYTES)
+    shard_bytes = max(1, train_bytes / max(1, math.ceil(train_bytes / shard_bytes)))
+    val_shards = _cut(val, _SHARD_MAX_BYTES)
+    shards = [*_cut(train, shard_bytes, taken - val_bytes), *val_shards]
+    for i, shard in enumerate(shards):
+        column = pa.array(shard, pa.binary()).cast(pa.string())
+        with open(folder / shard_name(i), "wb") as file:
+            pq.write_table(pa.table({"text": column}), file, row_group_size=1024,
+                           compression="zstd", write_statistics=False)
+    return {"dataset_id": f"{name}-{content.hexdigest()[:8]}",
+            "shards": [shard_name(i) for i in range(len(shards))],
+            "n_val_shards": len(val_shards), "train_documents": len(train),
+            "val_documents": len(val), "counts": +counts}  # those above 0
 
 
-class _ShardWriter:
-    """Write documents to shards <prefix>0, <prefix>1, ... of about `shard_bytes` of text."""
-
-    def __init__(self, prefix, shard_bytes):
-        self.prefix = prefix
-        self.shard_bytes = self.boundary = shard_bytes
-        self.paths, self.documents = [], []
-        self.n_documents = self.n_bytes = 0
-
-    def add(self, data):
-        if self.n_bytes >= self.boundary:
-            self.close()
-        self.documents.append(data)
-        self.n_documents += 1
-        self.n_bytes += len(data)
-
-    def close(self):
-        """Write the shard that is not complete yet; return the paths of all shards."""
-        if self.documents:
-            column = pa.array(self.documents, pa.binary()).cast(pa.string())
-            self.paths.append(Path(f"{self.prefix}{len(self.paths)}"))
-            with open(self.paths[-1], "wb") as file:
-                pq.write_table(pa.table({"text": column}), file, row_group_size=1024,
-                               compression="zstd", write_statistics=False)
-            self.documents = []
-        while self.boundary <= self.n_bytes:
-            self.boundary += self.shard_bytes
-        return self.paths
+def _cut(documents, shard_bytes, n_bytes=0):
+    """Return lists of documents of about `shard_bytes`; the first has `n_bytes` less."""
+    shards, boundary = [], shard_bytes
+    for data in documents:
+        if not shards or n_bytes >= boundary:
+            shards.append([])
+        while boundary <= n_bytes:
+            boundary += shard_bytes
+        shards[-1].append(data)
+        n_bytes += len(data)
+    return shards
 
 
 def shard_name(index):

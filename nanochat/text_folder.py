@@ -74,12 +74,6 @@ class TextFolder:
             self.files.append(file)
         self.files.sort(key=lambda file: file.name)
 
-    @property
-    def expected_bytes(self):
-        """Return the approximate size of the text, about three times that of a compressed file."""
-        return sum(file.n_bytes * (3 if file.compression or file.kind == "parquet" else 1)
-                   for file in self.files)
-
     def split(self, name):
         """Return the files of a split. Files without the name of a split are for training."""
         return [file for file in self.files if (file.split or "train") == name]
@@ -105,8 +99,10 @@ class TextFolder:
         Rows and lines longer than 2 % of the text are cut, too: otherwise one document could be the
         complete validation split. Raise UserError for a file or sample that is damaged or no text.
         """
+        n_bytes = sum(file.n_bytes * (3 if file.compression or file.kind == "parquet" else 1)
+                      for file in self.files)  # about
         # A power of two, so that CRLF line ends, which make a file longer, do not change the cuts.
-        row_chars = max(_MIN_PIECE_CHARS, 1 << (self.expected_bytes // 200).bit_length())
+        row_chars = max(_MIN_PIECE_CHARS, 1 << (n_bytes // 200).bit_length())
         readers = {"parquet": _read_parquet, "jsonl": _read_json, "ndjson": _read_json}
         for file in self.files:
             read = readers.get(file.kind, _read_text)

@@ -6,9 +6,11 @@ python -m scripts.tok_eval --dataset stdlib
 import argparse
 from pathlib import Path
 
-from nanochat.common import CACHE_HELP, UserError, command
+from nanochat.common import CACHE_HELP, command
 from nanochat.dataset import DATASET_HELP, open_dataset, sample_documents
 from nanochat.tokenizer import load_tokenizer
+
+MAX_CHARS = 2_000_000  # per split
 
 
 def parse_args(argv=None):
@@ -17,23 +19,19 @@ def parse_args(argv=None):
     parser.add_argument("--dataset", default="climbmix", help=DATASET_HELP)
     parser.add_argument("--tokenizer-dir", type=Path,
                         help=f"folder of the tokenizer (<cache>/tokenizer; {CACHE_HELP})")
-    parser.add_argument("--max-chars", type=int, default=2_000_000,
-                        help="read at most this many characters per split (%(default)s)")
     return parser.parse_args(argv)
 
 
 @command
 def main(argv=None):
     args = parse_args(argv)
-    if args.max_chars < 1:
-        raise UserError("--max-chars must be at least 1")
     dataset = open_dataset(args.dataset)
     tokenizer = load_tokenizer(args.tokenizer_dir)
     print(f"tokenizer {tokenizer.tokenizer_id}: {tokenizer.vocab_size:,} tokens, on "
           f"{dataset.dataset_id}")
     for split, shards in (("train", dataset.train_shards), ("val", dataset.val_shards)):
         n_bytes = n_tokens = 0
-        for text in sample_documents(shards, args.max_chars):
+        for text in sample_documents(shards, MAX_CHARS):
             ids = tokenizer.encode(text)
             assert tokenizer.decode(ids) == text
             n_bytes += len(text.encode())

@@ -5,7 +5,6 @@ python -m scripts.tok_train --dataset stdlib --vocab-size 8192
 
 import argparse
 import os
-import time
 from pathlib import Path
 
 from nanochat.common import (
@@ -51,13 +50,11 @@ def main(argv=None):
     check_output("--tokenizer-dir", parent / PICKLE_FILE)  # before the work
 
     dataset = open_dataset(args.dataset)
-    start = time.perf_counter()
     texts = sample_documents(dataset.train_shards, args.max_chars, args.doc_cap)
     tokenizer = train_tokenizer(progress(texts, desc="reading", unit="doc"), args.vocab_size)
-    train_sec = time.perf_counter() - start
     tokenizer.save(folder)
-    print(f"tokenizer {tokenizer.tokenizer_id}: {tokenizer.vocab_size:,} tokens, trained in "
-          f"{train_sec:.1f} s on {dataset.dataset_id}, saved in {folder}")
+    print(f"tokenizer {tokenizer.tokenizer_id}: {tokenizer.vocab_size:,} tokens, trained on "
+          f"{dataset.dataset_id}, saved in {folder}")
 
 
 if __name__ == "__main__":
