@@ -12,8 +12,6 @@ import sysconfig
 import textwrap
 from pathlib import Path
 
-from nanochat.common import UserError
-
 CORPUS_CHARS = 30_000_000
 _TOPICS = "pydoc_data/topics.py"
 _OTHER_FOLDERS = re.compile(r"site-packages|dist-packages|lib-dynload|__pycache__|config-.*"
@@ -45,9 +43,6 @@ def corpus_documents():
                 return
             n_chars += len(document)
             yield document
-    if n_chars == 0:
-        raise UserError(f"the library of this Python ({root}) has no source code; use another "
-                        "--dataset, or a Python that has its .py files")
 
 
 def library_folder():
