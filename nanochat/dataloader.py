@@ -69,7 +69,7 @@ class TokenLoader(Iterator, AbstractContextManager):
 
     @property
     def distinct_tokens(self):
-        """Return the number of tokens that the first pass over the text gave to all ranks."""
+        """Return the number of tokens that the first pass gave to all ranks."""
         return self._delivered["distinct_tokens"]
 
     @property
@@ -233,8 +233,7 @@ class RowPlanner:
 class DocumentOrder:
     """The endless order of documents: per epoch the shards shuffled, and the documents per shard.
 
-    It depends on (documents, seed) only, with every version of numpy: numpy keeps the raw draws
-    of a seeded generator stable but not its shuffles, so this class sorts raw draws.
+    It sorts raw draws of a seeded generator, which numpy keeps stable, unlike its shuffles.
     """
 
     def __init__(self, shards, seed, shuffle):

@@ -80,8 +80,7 @@ class Dataset:
 def open_dataset(name):
     """Return the Dataset of stdlib, of a download, or of a folder of text.
 
-    stdlib and folders are prepared on first use. A folder with a changed file is prepared again
-    and gets another dataset_id.
+    stdlib and folders are prepared on first use, a folder with a changed file again.
     """
     name = str(name)
     if name in DOWNLOADS:
@@ -295,8 +294,7 @@ def _open_download(name):
 def download_shards(name, n_train_shards, num_workers=4):
     """Download training shards (-1: all) and the validation shard, unless they exist.
 
-    The environment variable HF_ENDPOINT names another host. If a shard fails, raise UserError and
-    keep the complete ones.
+    The environment variable HF_ENDPOINT names another host. Raise UserError if a shard fails.
     """
     from huggingface_hub import hf_hub_download
 
@@ -347,10 +345,8 @@ def main(argv=None):
     if args.num_files is not None:
         download_shards(args.dataset, args.num_files, args.num_workers)
     dataset = open_dataset(args.dataset)
-    shards = (*dataset.train_shards, *dataset.val_shards)
-    size = sum(shard.stat().st_size for shard in shards) / 1e6
     print0(f"{dataset.dataset_id}: {len(dataset.train_shards):,} training and "
-           f"{len(dataset.val_shards):,} validation shards, {size:,.1f} MB, in {shards[0].parent}")
+           f"{len(dataset.val_shards):,} validation shards in {dataset.val_shards[0].parent}")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ _OTHER_FOLDERS = re.compile(r"site-packages|dist-packages|lib-dynload|__pycache_
 _OTHER_FILES = re.compile(r"_sysconfigdata.*|_sysconfig_vars.*|(site|user)customize\.py")
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 RULES = 1  # raise it when the same files give other documents
-# The start of a definition, with its comments and decorators: after a blank line, not indented or
-# in a class
+# The start of a definition with its comments and decorators, after a blank line
 _BLOCK = re.compile(r"\n(?=\n(?:[@#]|def |class |async def |if __name__|\w+ *=))")
 _METHOD = re.compile(r"\n(?=\n    (?:[@#]|def |class |async def ))")
 _MIN_CHARS, _MAX_CHARS = 800, 3_000
@@ -37,7 +36,8 @@ def corpus_documents():
             continue
         is_topics = path.relative_to(root).as_posix() == _TOPICS
         for document in topics(text) if is_topics else cut_code(text):
-            if not _is_prose_or_code(document):
+            letters = sum(map(str.isalpha, document)) + document.count(" ")
+            if letters <= 0.6 * len(document):  # a table of numbers, escapes or symbols
                 continue
             if n_chars + len(document) > CORPUS_CHARS:
                 return
@@ -86,9 +86,3 @@ def _files(root):
                  if name.endswith(suffixes) and not _OTHER_FILES.fullmatch(name)]
         (tests if is_test else modules).extend(paths)
     return sorted(modules) + sorted(tests)
-
-
-def _is_prose_or_code(document):
-    """Return False for tables of numbers, escapes or symbols."""
-    letters = sum(map(str.isalpha, document))
-    return letters + document.count(" ") > 0.6 * len(document)

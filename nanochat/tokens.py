@@ -86,13 +86,8 @@ def _valid_shard(path, source, dataset):
         shard = TokenShard(path)
     except UserError:
         return None
-    is_current = shard.header.get("source") == _version(source)
+    is_current = shard.header.get("modified") == os.stat(source).st_mtime_ns
     return shard if is_current or sha256_once(source) == dataset.checksums[source] else None
-
-
-def _version(source):
-    stat = os.stat(source)
-    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _make(path, source, tokenizer, pool):
@@ -109,7 +104,7 @@ def _make(path, source, tokenizer, pool):
     if path.exists():
         print0(f"tokenising again: {path} is damaged, or its text has changed")
     header = {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
-              "source": _version(source)}
+              "modified": os.stat(source).st_mtime_ns}
     for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a killed process
         left.unlink(missing_ok=True)
     write_token_shard(path, groups(), header)
@@ -119,7 +114,7 @@ def _make(path, source, tokenizer, pool):
 def write_token_shard(path, groups, header):
     """Write a file atomically from groups of documents: pairs (lengths, their tokens in a row).
 
-    header: vocab_size, bos_id and whatever else identifies the tokens.
+    header: vocab_size, bos_id and other values that identify the tokens.
     """
     dtype = np.uint16 if header["vocab_size"] <= 1 << 16 else np.uint32
     lengths, tokens = [], []

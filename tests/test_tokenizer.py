@@ -117,7 +117,7 @@ def test_trained_tokenizer_agrees_with_a_textbook_bpe():
 
 
 @pytest.mark.parametrize("vocab_size, message", [
-    (264, r"too small: choose 265 \(256 bytes and special tokens\) to 16777216"),
+    (264, r"not possible: choose 265 \(256 bytes and special tokens\) to 16777216"),
     (5000, "too large for this text, whose pairs make 269 tokens at most"),
 ])
 def test_impossible_vocabulary_sizes_are_refused(vocab_size, message):
