@@ -319,8 +319,10 @@ def download_shards(name, n_train_shards, num_workers=4):
     names = [shard_name(i) for i in (*range(n_train_shards), last_shard)]
     with locked(folder), ThreadPoolExecutor(num_workers) as pool:
         missing = [shard for shard in names if not (folder / shard).exists()]
-        for _ in progress(pool.map(fetch, missing), desc=name, total=len(missing), unit="shard"):
-            pass
+        for shard in missing[:1]:  # alone: threads would hide the error of a host without answer
+            fetch(shard)
+        fetched = pool.map(fetch, missing[1:])
+        list(progress(fetched, desc=name, total=len(missing[1:]), unit="shard"))
 
 
 # --- command -------------------------------------------------------------------------------------

@@ -216,14 +216,6 @@ def test_the_order_of_a_seed_never_changes(shards):
     assert draws(order, 6) == [(1, 26), (1, 29), (1, 13), (1, 3), (1, 10), (1, 36)]
 
 
-@pytest.mark.parametrize("position", [0, 1, 39, 40, 41, 119, 120])
-def test_seeking_continues_the_order_anywhere(shards, position):
-    straight, sought = (DocumentOrder(shards, seed=1, shuffle=True) for _ in range(2))
-    draws(straight, 120 + position)
-    sought.seek(1, position)
-    assert draws(sought, 200) == draws(straight, 200)
-
-
 # --- batches
 
 def rows_of(loader, n_batches):

@@ -47,7 +47,6 @@ READ_AS_ONE_TWO = {
     "row.jsonl": '{"text": "one<|endoftext|>two"}',
     "bom.txt": "one<|endoftext|>two".encode("utf-8-sig"),
     "utf-16.TXT": "one<|endoftext|>two".encode("utf-16"),
-    "utf-16-be.txt": b"\xfe\xff" + "one<|endoftext|>two".encode("utf-16-be"),
     "utf-32.txt": "one<|endoftext|>two".encode("utf-32"),
     "utf-16.jsonl": LINES.encode("utf-16"),
     "crlf.txt": "one\r\n<|endoftext|>\r\ntwo",

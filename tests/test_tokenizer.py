@@ -59,12 +59,7 @@ def test_decoding_what_was_encoded_gives_the_text(text):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert all(0 <= i < tokenizer.bos_id for i in ids), "no special token comes out of text"
-
-
-@given(any_text)
-@settings(deadline=None)
-def test_byte_lengths_of_tokens_add_up_to_the_text(text):
-    assert golden.token_bytes()[golden.encode(text)].sum() == len(text.encode())
+        assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
 
 @given(st.lists(any_text, max_size=8).map("".join), st.integers(4, 30))
@@ -86,14 +81,6 @@ def test_long_text_in_parts_has_the_same_tokens_where_words_end(text, part_chars
 def test_a_million_equal_characters_neither_fail_nor_take_long(text):
     assert golden.decode(golden.encode(text)) == text  # tiktoken alone panics on the first
     assert train_tokenizer([text + "word word word"], 270).vocab_size == 270
-
-
-def test_training_is_reproducible_and_merges_the_frequent_pairs():
-    texts = ["the cat and the hat and the bat " * 20, "then there they were " * 10]
-    first, second = train_tokenizer(texts, 280), train_tokenizer(iter(texts), 280)
-    assert first.tokenizer_id == second.tokenizer_id and first.vocab_size == 280
-    assert first.bos_id == 271
-    assert len(first.encode(" the")) == 1
 
 
 def test_trained_tokenizer_agrees_with_a_textbook_bpe():

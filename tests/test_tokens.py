@@ -102,7 +102,6 @@ def test_a_damaged_file_is_made_again(tmp_path, capsys, data):
         capsys.readouterr()
         assert documents(token_shards(dataset, tokenizer)[0], tokenizer) == KEPT
         assert capsys.readouterr().out.count("\n") == 1
-        assert path.read_bytes() == original
 
 
 def test_a_folder_changed_in_place_is_tokenised_again(tmp_path):
