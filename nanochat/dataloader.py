@@ -3,15 +3,16 @@
 RowPlanner decides from document lengths which part of which document fills each row. TokenLoader
 reads the rows and serves them in batches. The micro-batches of an optimizer step are dealt out
 to the ranks in turn, so a step has the same rows, and a checkpoint the same loader state, with any
-number of ranks. The rows of a validation are in loss_eval.SplitRows.
+number of ranks.
 """
 
 import hashlib
 from bisect import bisect_left, bisect_right, insort
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, cycle
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from itertools import accumulate, cycle, repeat
 
 import numpy as np
 import torch
@@ -25,13 +26,12 @@ GROUP_TOKENS, GROUP_BATCHES = 1 << 16, 32
 GROUPS_AHEAD = 3
 
 
-class TokenLoader:
+class TokenLoader(Iterator, AbstractContextManager):
     """Endless iterator over (inputs, targets), each (batch_rows, sequence_len) int64 on `device`.
 
     Targets are the inputs one position later. crop: see RowPlanner. step_batches: micro-batches
     per optimizer step of all ranks together (default: one per rank). Raises UserError if the
-    shards hold no documents or a token id outside the vocabulary, and if `state` belongs to other
-    documents, another seed or another crop rule.
+    shards hold no documents, and if `state` belongs to other documents, seed or crop rule.
     """
 
     def __init__(self, shards, batch_rows, sequence_len, seed=0, *, rank=0, world_size=1,
@@ -60,52 +60,29 @@ class TokenLoader:
         self._ready = deque()
         self._ahead = deque(self._thread.submit(self._make_group) for _ in range(GROUPS_AHEAD))
 
-    def __iter__(self):
-        return self
-
     def __next__(self):
         if not self._ready:
-            assert self._ahead, "the loader is closed"
-            try:
-                self._ready.extend(self._ahead.popleft().result())
-            except BaseException:
-                self.close()
-                raise
+            self._ready.extend(self._ahead.popleft().result())
             self._ahead.append(self._thread.submit(self._make_group))
         batch, self._delivered = self._ready.popleft()
         return batch.to(self._device, non_blocking=self._pinned).unbind(0)
 
     @property
     def distinct_tokens(self):
-        """Return the number of tokens that the first pass over the text gave to all ranks.
-
-        With "drop", later passes crop documents at other places and give some new tokens, which
-        are not counted.
-        """
-        return self._delivered.distinct_tokens
+        """Return the number of tokens that the first pass gave to all ranks."""
+        return self._delivered["distinct_tokens"]
 
     @property
     def epochs(self):
         """Return tokens served / distinct tokens: 1.0 in the first pass, 0.0 before it begins."""
-        return self._delivered.served_tokens / max(1, self.distinct_tokens)
+        return self._delivered["served_tokens"] / max(1, self.distinct_tokens)
 
     def state_dict(self):
-        """Return the state after the last delivered batch, to be saved as JSON and passed as
-        `state`. At the end of an optimizer step it is equal on all ranks.
-        """
+        """Return the JSON-able state after the last batch, equal on all ranks after a step."""
         return self._planner.state_dict(self._delivered)
 
-    def close(self):
-        """Stop the thread. Leaving a `with` block calls it."""
-        self._ready.clear()
-        self._ahead.clear()
-        self._thread.shutdown(cancel_futures=True)
-
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
-        self.close()
+        self._thread.shutdown(cancel_futures=True)
 
     def _make_group(self):
         return [self._make_batch() for _ in range(self._group_batches)]
@@ -129,7 +106,6 @@ def fill_rows(shards, plan, row_tokens):
     """Return the token ids of planned rows, (len(plan), row_tokens) in the shards' dtype.
 
     Every row begins with BOS; BOS also fills the rest of a row that is planned shorter.
-    Raises UserError for a token id outside the vocabulary; a GPU would fail without naming it.
     """
     bos_id = shards[0].bos_id
     rows = np.full((len(plan), row_tokens), bos_id, shards[0].tokens.dtype)
@@ -141,21 +117,7 @@ def fill_rows(shards, plan, row_tokens):
             if start:
                 row[at] = bos_id
             at += length
-    if rows.max() >= shards[0].vocab_size or (rows[:, 0] != bos_id).any():
-        folder = shards[0].path.parent.parent
-        raise UserError(f"the token files in {folder} hold ids outside the vocabulary or documents "
-                        "without BOS; delete the folder, and they are made again")
     return rows
-
-
-class Snapshot(NamedTuple):
-    """The state of a RowPlanner; buffer: its entries, sorted by length."""
-
-    epoch: int
-    position: int
-    buffer: list
-    served_tokens: int
-    distinct_tokens: int
 
 
 class RowPlanner:
@@ -185,7 +147,7 @@ class RowPlanner:
         self._distinct_tokens = 0
         # Sorted (length, -arrival, shard, document, start, epoch): of equal length, oldest last.
         self._buffer = []
-        self._by_age = deque()  # carry: entries by arrival; some have left the buffer since
+        self._by_age = OrderedDict()  # {-arrival: entry}, the oldest first
         self._n_arrivals = 0
         if state is not None:
             self._restore(state)
@@ -200,7 +162,9 @@ class RowPlanner:
         row = []
         space = self.row_tokens
         while space and self._buffer:
-            available, _, shard, document, start, epoch = self._buffer.pop(self._choose(space))
+            entry = self._buffer.pop(self._choose(space))
+            available, arrival, shard, document, start, epoch = entry
+            del self._by_age[arrival]
             length = min(available, space)
             row.append((shard, document, start, length))
             space -= length
@@ -219,29 +183,28 @@ class RowPlanner:
         return row
 
     def snapshot(self):
-        """Return the state, cheap enough for every batch."""
-        return Snapshot(self.order.epoch, self.order.position, self._buffer.copy(),
-                        self._served_tokens, self._distinct_tokens)
-
-    def state_dict(self, snapshot):
-        """Return a snapshot in JSON-able form."""
-        documents = [list(entry[2:]) for entry in _oldest_first(snapshot.buffer)]
+        """Return the state for state_dict(), cheap enough for every batch."""
         return {"documents": self.order.fingerprint, "crop": self.crop,
-                **snapshot._replace(buffer=documents)._asdict()}
+                "epoch": self.order.epoch, "position": self.order.position,
+                "buffer": list(self._by_age.values()),
+                "served_tokens": self._served_tokens, "distinct_tokens": self._distinct_tokens}
+
+    @staticmethod
+    def state_dict(snapshot):
+        """Return a snapshot in JSON-able form."""
+        return {**snapshot, "buffer": [list(entry[2:]) for entry in snapshot["buffer"]]}
 
     def _restore(self, state):
-        if (state["documents"], state["crop"]) != (self.order.fingerprint, self.crop):
-            raise UserError("the data loader's state belongs to other documents, another seed or "
-                            "another --crop; resume with the text, tokenizer and flags of the run")
-        if any(len(entry) != 4 for entry in state["buffer"]):
-            raise UserError("the checkpoint was saved by an earlier version of this program, whose "
-                            "data order cannot be continued; start the run again")
+        same_rows = (state["documents"], state["crop"]) == (self.order.fingerprint, self.crop)
+        if not same_rows or any(len(entry) != 4 for entry in state["buffer"]):
+            raise UserError("the data loader's state belongs to other documents, another seed, "
+                            "another --crop or an earlier version of this program; resume with "
+                            "the text, tokenizer and flags of the run, or start it again")
         self._served_tokens = state["served_tokens"]
         self._distinct_tokens = state["distinct_tokens"]
         self.order.seek(state["epoch"], state["position"])
         for shard, document, start, epoch in state["buffer"]:
-            length = self.order.length(shard, document) - start
-            self._put(length, shard, document, start, epoch)
+            self._put(self.order.length(shard, document) - start, shard, document, start, epoch)
 
     def _choose(self, space):
         """Return the buffer index of the entry that the packing rule takes next."""
@@ -250,49 +213,30 @@ class RowPlanner:
         if at >= 0:
             return at
         if self._carries:
-            return self._oldest()
+            return bisect_left(self._buffer, next(iter(self._by_age.values())))
         return bisect_right(self._buffer, (self._buffer[0][0], 1)) - 1
 
-    def _oldest(self):
-        while True:
-            entry = self._by_age.popleft()
-            at = bisect_left(self._buffer, entry)
-            if at < len(self._buffer) and self._buffer[at] == entry:
-                return at
-
     def _refill(self):
-        while len(self._buffer) < self.buffer_size:
-            if self.order.position == self._pass_docs:
-                return
+        while len(self._buffer) < self.buffer_size and self.order.position != self._pass_docs:
             if self._carries and self._buffer and self.order.position == self.order.n_docs:
                 return
-            length, shard, document = self.order.draw()
-            self._put(length, shard, document, 0, self.order.epoch)
+            drawn = self.order.draw()
+            self._put(*drawn, 0, self.order.epoch)
 
     def _put(self, length, shard, document, start, epoch):
         entry = length, -self._n_arrivals, shard, document, start, epoch
         self._n_arrivals += 1
         insort(self._buffer, entry)
-        if self._carries:
-            self._by_age.append(entry)
-            if len(self._by_age) > 4 * self.buffer_size:
-                self._by_age = deque(_oldest_first(self._buffer))
-
-
-def _oldest_first(buffer):
-    return sorted(buffer, key=lambda entry: -entry[1])
+        self._by_age[entry[1]] = entry
 
 
 class DocumentOrder:
     """The endless order of documents: per epoch the shards shuffled, and the documents per shard.
 
-    It depends on (documents, seed) only, with every version of numpy: numpy keeps the raw draws
-    of a seeded generator stable but not its shuffles, so this class sorts raw draws.
+    It sorts raw draws of a seeded generator, which numpy keeps stable, unlike its shuffles.
     """
 
     def __init__(self, shards, seed, shuffle):
-        if seed < 0:
-            raise UserError(f"the seed is {seed}; use 0 or more")
         self._shards = shards
         self._seed = seed
         self._shuffle = shuffle
@@ -307,38 +251,28 @@ class DocumentOrder:
 
     def draw(self):
         """Return (length, shard, document) of the next document."""
-        while self._next == len(self._documents):
-            if self._slot + 1 == len(self._shards):
-                self.seek(self.epoch + 1, 0)
-            else:
-                self._enter(self._slot + 1)
-        at = self._next
-        self._next += 1
+        drawn = next(self._rest, None)
+        if drawn is None:
+            self.seek(self.epoch + 1, 0)
+            drawn = next(self._rest)
         self.position += 1
-        return self._lengths[at], self._shard, self._documents[at]
+        return drawn
 
     def seek(self, epoch, position):
         """Continue after the first `position` documents of `epoch`."""
-        self.epoch = epoch
-        self.position = position
-        self._shard_order = self._permutation(len(self._shards), 0)
-        ends = np.cumsum([self._shards[shard].n_docs for shard in self._shard_order])
-        slot = int(np.searchsorted(ends, position, side="right"))
-        self._enter(min(slot, len(ends) - 1))
-        self._next = int(position - ends[self._slot] + len(self._documents))
+        self.epoch, self.position = epoch, position
+        self._rest = self._rest_of_epoch(position)
+
+    def _rest_of_epoch(self, position):
+        for shard in self._permutation(len(self._shards), 0).tolist():
+            n_docs, offsets = self._shards[shard].n_docs, self._shards[shard].offsets
+            documents = self._permutation(n_docs, 1 + shard)[position:]
+            position = max(0, position - n_docs)
+            yield from zip(np.diff(offsets)[documents].tolist(), repeat(shard), documents.tolist())
 
     def length(self, shard, document):
         start, end = self._shards[shard].offsets[document : document + 2]
         return int(end - start)
-
-    def _enter(self, slot):
-        self._slot = slot
-        self._next = 0
-        self._shard = int(self._shard_order[slot])
-        shard = self._shards[self._shard]
-        documents = self._permutation(shard.n_docs, 1 + self._shard)
-        self._documents = documents.tolist()
-        self._lengths = np.diff(shard.offsets)[documents].tolist()
 
     def _permutation(self, n, stream):
         if not self._shuffle:

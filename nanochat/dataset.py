@@ -4,21 +4,22 @@ python -m nanochat.dataset -n 8                 download 8 training shards of cl
 python -m nanochat.dataset --dataset stdlib     prepare the standard library of this Python
 python -m nanochat.dataset --dataset my_folder  prepare a folder of text (see text_folder)
 
-Documents of stdlib and of folders are copied into shards in the cache, in the order of their
-hashes, which is as good as random and depends on the text only. The first 5 % are the validation
-split, unless the name of a file says that it is for validation. The validation split of a download
-is its last shard.
+Documents of stdlib and of folders are sorted in memory and copied into shards in the cache, in the
+order of their hashes, which is as good as random and depends on the text only. The first 5 % are
+the validation split, unless the name of a file says that it is for validation. The validation split
+of a download is its last shard.
 """
 
 import argparse
 import hashlib
 import math
 import os
+import platform
 import re
 import shutil
-from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, suppress
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -26,7 +27,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat import stdlib_corpus, text_folder
+from nanochat import stdlib_corpus
 from nanochat.common import (
     DIGESTS,
     NAME_LENGTH,
@@ -44,6 +45,7 @@ from nanochat.common import (
     write_checksums,
     write_json,
 )
+from nanochat.text_folder import VAL_SHARE, TextFolder, parquet_rows, unreadable
 
 # Hugging Face repositories of shards 0 to last_shard; the last one is the validation split
 Download = namedtuple("Download", "repo last_shard")
@@ -54,15 +56,15 @@ DOWNLOADS = {
 NAMED_DATASETS = ("stdlib", *DOWNLOADS)
 DATASET_HELP = f"{', '.join(NAMED_DATASETS)}, or a folder of text (%(default)s)"
 MANIFEST = "dataset.json"
-SPLITS = ("train", "validation", "test")
 
-_RULES = "4"  # raise it when the same files give other documents
-_VAL_SHARE = 0.05
+_RULES = "5"  # raise it when the same files give other documents
 _VAL_MAX_BYTES = 20e6
 _SHARD_MIN_BYTES = 4e6  # small, so that small datasets have several shards too
 _SHARD_MAX_BYTES = 100e6
-_BUCKET_BYTES = 64e6  # sorted in memory at a time
-_MAX_BUCKETS = 256
+
+_IN_VALIDATION = "training documents left out, because validation has them too"
+_IN_TEST = "training documents left out, because test has them too"
+_REPEATED = "training documents are repetitions and are kept"
 
 
 @dataclass(frozen=True)
@@ -75,104 +77,73 @@ class Dataset:
     checksums: dict[Path, str]
 
 
-def open_dataset(name, skip_bad=text_folder.SKIP_BAD):
+def open_dataset(name):
     """Return the Dataset of stdlib, of a download, or of a folder of text.
 
-    stdlib and folders are prepared on first use. A folder with a changed file is prepared again
-    and gets another dataset_id. skip_bad: largest share of a folder's samples that may be unusable.
+    stdlib and folders are prepared on first use, a folder with a changed file again.
     """
     name = str(name)
     if name in DOWNLOADS:
         return _open_download(name)
     if name == "stdlib":
-        corpus = stdlib_corpus.corpus_name()
-        folder = base_dir() / f"base_data_{corpus}-{stdlib_corpus.corpus_key()}"
+        corpus = f"stdlib-{platform.python_version()}"
+        folder = base_dir() / f"base_data_{corpus}-{stdlib_corpus.RULES}"
         texts = stdlib_corpus.corpus_documents()
         documents = (("train", text.encode("utf-8", "replace")) for text in texts)
-        prepare_shards(folder, corpus, documents, stdlib_corpus.CORPUS_CHARS, distinct=True)
-        return _open_prepared(folder)
+        prepare_shards(folder, corpus, documents, distinct=True)
+        return _open_prepared(folder)[0]
 
     path = Path(name if os.path.isdir(name) else os.path.expanduser(name))
     if not os.path.isdir(path):  # Path.is_dir raises an error if the name is too long
-        problem = "is a file" if os.path.exists(path) else "is not a folder"
-        names = ", ".join(NAMED_DATASETS)
-        raise UserError(f"--dataset {name!r} {problem}; give a folder of text or one of {names}")
-    return _open_folder(path, skip_bad)
+        raise UserError(f"--dataset {name!r} is not a folder; give a folder of text or one of "
+                        f"{', '.join(NAMED_DATASETS)}")
+    return _open_folder(path, TextFolder(path))
 
 
-def _open_folder(path, skip_bad):
-    """Prepare a folder and print the split of each of its files."""
-    text = text_folder.TextFolder(path)
+def _open_folder(path, text):
+    """Prepare a TextFolder and print the split of each of its files."""
     if not text.split("train"):
-        reasons = "; ".join(_split_lines(text)) or "no files"
+        reasons = "; ".join(text.account()) or "no files"
         raise UserError(f"{path} has no text to train on; {reasons}")
     with ThreadPoolExecutor() as pool:
         checksums = list(pool.map(sha256_of, (file.path for file in text.files)))
     key = _short_hash([_RULES, *(file.name for file in text.files), *checksums])
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "folder"
     slug = slug[:NAME_LENGTH - len("-12345678")]
-
     folder = base_dir() / f"base_data_{slug}-{key}"
-    samples = text_folder.Samples(skip_bad)
-    documents = text_folder.folder_documents(text, samples)
-    prepare_shards(folder, slug, documents, text.expected_bytes, samples,
-                   named_validation=bool(text.split("validation")))
-    dataset = _open_prepared(folder)
+    prepare_shards(folder, slug, text.documents(), bool(text.split("validation")))
+    dataset, manifest = _open_prepared(folder)
 
-    notes = read_json(folder / MANIFEST, f"delete {folder}")
-    for problem, n_bytes in notes["textless"]:
-        text.leave_out(problem, n_bytes)
     size = sum(file.n_bytes for file in text.files) / 1e6
-    n_documents = notes["train_documents"] + notes["val_documents"]
-    lines = [f"{path}: {len(text.files):,} files, {size:,.1f} MB, {n_documents:,} documents",
-             *_split_lines(text)]
-    for name, line in (
-            ("also_in_validation", "training documents left out, because validation has them too"),
-            ("also_in_test", "training documents left out, because test has them too"),
-            ("repeated", "training documents are repetitions and are kept")):
-        if notes[name]:
-            lines.append(f"{notes[name]:,} {line}")
-    print0("\n".join(lines + notes["unusable"]))
+    n_documents = manifest["train_documents"] + manifest["val_documents"]
+    print0(f"{path}: {len(text.files):,} files, {size:,.1f} MB, {n_documents:,} documents")
+    counts = [f"{n:,} {line}" for line, n in manifest["counts"].items()]
+    print0("\n".join([*text.account(), *counts]))
     return dataset
 
 
-def _split_lines(text):
-    """Return lines that name the files of each split of a TextFolder."""
-    lines = []
-    for split, title in zip(SPLITS, ("training", "validation", "test, not used"), strict=True):
-        names = [file.name for file in text.split(split)]
-        more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-        if names:
-            lines.append(f"{title}: {', '.join(names[:3])}{more}")
-        elif split == "validation" and text.split("train"):
-            lines.append(f"validation: {_VAL_SHARE:.0%} of the training text, chosen by hash")
-    return lines + text.left_out_lines()
-
-
 def _open_prepared(folder):
+    """Return (Dataset, manifest) of a folder of shards that prepare_shards wrote."""
     remedy = f"delete {folder}; it will be prepared again"
     manifest, checksums = (read_json(folder / name, remedy) for name in (MANIFEST, DIGESTS))
-    try:
-        shards = {folder / shard: checksums[shard] for shard in manifest["shards"]}
-        n_train = len(shards) - manifest.get("n_val_shards", 1)
-        dataset_id = manifest["dataset_id"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / MANIFEST} has no {error}; {remedy}") from None
-    for path in shards:
-        if not path.exists():
-            raise UserError(f"{path} is missing; {remedy}")
-    return Dataset(dataset_id, tuple(shards)[:n_train], tuple(shards)[n_train:], shards)
+    shards = sorted(folder.glob("shard_*.parquet"))
+    if not [path.name for path in shards] == sorted(checksums) == manifest.get("shards"):
+        raise UserError(f"{folder} is damaged: its shards are not those of {MANIFEST}; {remedy}")
+    return _dataset(manifest["dataset_id"], shards, manifest["n_val_shards"], checksums), manifest
+
+
+def _dataset(dataset_id, shards, n_val_shards, checksums):
+    return Dataset(dataset_id, tuple(shards[:-n_val_shards]), tuple(shards[-n_val_shards:]),
+                   {path: checksums[path.name] for path in shards})
 
 
 # --- preparing shards ----------------------------------------------------------------------------
 
-def prepare_shards(folder, name, documents, expected_bytes, samples=None, named_validation=False,
-                   distinct=False):
+def prepare_shards(folder, name, documents, named_validation=False, distinct=False):
     """Write shards and dataset.json to `folder`, unless it exists. A failure leaves no files.
 
     documents: iterable of (split, UTF-8 bytes), read only if the folder does not exist.
-    samples: counted while the iterable is read. named_validation: whether it has a validation
-    split. distinct: keep one copy of each document.
+    named_validation: whether it has a validation split. distinct: keep one copy of each document.
     """
     if folder.exists():
         return
@@ -182,143 +153,82 @@ def prepare_shards(folder, name, documents, expected_bytes, samples=None, named_
             return
         shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
         try:
-            (temporary / "spill").mkdir(parents=True)
-            spilled = _spill(documents, temporary / "spill", name, expected_bytes)
-            notes = _write_shards(temporary, name, *spilled, named_validation, distinct)
-            shutil.rmtree(temporary / "spill")
-            samples = samples or text_folder.Samples()
-            n_train, n_val = notes["train_documents"], notes["val_documents"]
+            temporary.mkdir()
+            manifest = _write_shards(temporary, name, documents, named_validation, distinct)
+            n_train, n_val = manifest["train_documents"], manifest["val_documents"]
             if not n_train or not n_val:
-                problems = "".join(f"; a {problem}" for problem, _ in samples.textless[:3])
                 raise UserError(f"{name} has {n_train} training and {n_val} validation documents; "
-                                f"at least one of each is needed{problems}")
-            notes |= {"textless": samples.textless,
-                      "unusable": [samples.summary()] if samples.n_bad else []}
-            write_json(temporary / MANIFEST, notes)
-            write_checksums(temporary, {n: sha256_of(temporary / n) for n in notes["shards"]})
+                                "at least one of each is needed")
+            write_json(temporary / MANIFEST, manifest)
+            write_checksums(temporary, {n: sha256_of(temporary / n) for n in manifest["shards"]})
             os.rename(temporary, folder)
-        except OSError as error:
-            raise UserError(f"cannot prepare {folder} ({error.strerror or error}); make room "
-                            "there, or set NANOCHAT_BASE_DIR to another folder") from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _spill(documents, folder, name, expected_bytes):
-    """Write documents to files by the first bits of their hash.
+def _write_shards(folder, name, documents, named_validation, distinct):
+    """Write documents in the order of their hashes to shards; return the manifest."""
+    documents = progress(documents, desc=f"preparing {name}", unit="doc")
+    records = sorted((hashlib.blake2b(data, digest_size=16).digest(), data, split)
+                     for split, data in documents)
+    n_bytes = sum(len(data) for _, data, split in records if split == "train")
+    if distinct:
+        records = sorted(set(records))
+    copies = [(digest, data, [split for *_, split in same])
+              for (digest, data), same in groupby(records, key=lambda record: record[:2])]
 
-    Return (paths, bytes of training text). Each file is small enough to be sorted in memory.
-    """
-    n_buckets = min(max(math.ceil(expected_bytes / _BUCKET_BYTES), 1), _MAX_BUCKETS)
-    paths = [folder / str(i) for i in range(n_buckets)]
-    train_bytes = 0
-    with ExitStack() as stack:
-        files = [stack.enter_context(open(path, "wb")) for path in paths]
-        bar = stack.enter_context(progress(total=expected_bytes, unit="B", unit_scale=True,
-                                           desc=f"preparing {name}"))
-        for split, data in documents:
-            bucket = int.from_bytes(_digest(data)[:4], "big") * n_buckets >> 32
-            head = bytes([SPLITS.index(split)]) + len(data).to_bytes(8, "little")
-            files[bucket].write(head + data)
-            train_bytes += len(data) if split == "train" else 0
-            bar.update(len(data))
-    return paths, train_bytes
+    # A document larger than the validation split is for training, unless all are.
+    val_bytes = 0 if named_validation else min(VAL_SHARE * n_bytes, _VAL_MAX_BYTES)
+    sizes = [len(data) * len(splits) for _, data, splits in copies if {*splits} == {"train"}]
+    limit = max(val_bytes, min(sizes, default=0))
+    taken = 0  # bytes of training text in the validation split, with all copies
+    train, val = [], []
+    counts = Counter()
+    content = hashlib.sha256(bytes(named_validation))
+    for digest, data, splits in copies:
+        n_train = splits.count("train")
+        if "validation" in splits:
+            val.append(data)
+            counts[_IN_VALIDATION] += n_train
+        elif "test" in splits:
+            counts[_IN_TEST] += n_train
+            continue
+        elif taken < val_bytes and n_train * len(data) <= limit:
+            val.append(data)
+            counts[_IN_VALIDATION] += n_train - 1
+            taken += n_train * len(data)
+        else:
+            train += [data] * n_train
+            counts[_REPEATED] += n_train - 1
+        content.update(digest * max(1, n_train))
 
-
-def _in_hash_order(paths):
-    """Yield (hash, document, its number of copies per split) of each distinct document."""
-    for path in paths:
-        records = []
-        with open(path, "rb") as file:
-            while head := file.read(9):
-                data = file.read(int.from_bytes(head[1:], "little"))
-                records.append((_digest(data), data, head[0]))
-        records.sort()
-        for (digest, data), same in groupby(records, key=lambda record: record[:2]):
-            splits = [split for *_, split in same]
-            yield digest, data, [splits.count(split) for split in range(len(SPLITS))]
-
-
-def _digest(data):
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def _write_shards(folder, name, spilled, n_bytes, named_validation, distinct, limit=None):
-    """Write the spilled documents in hash order to shards; return the notes for the manifest.
-
-    limit: largest document of the validation split, in bytes; by default the size of the split.
-    """
-    val_bytes = 0 if named_validation else min(_VAL_SHARE * n_bytes, _VAL_MAX_BYTES)
     train_bytes = n_bytes - val_bytes
     shard_bytes = min(max(train_bytes / 64, _SHARD_MIN_BYTES), _SHARD_MAX_BYTES)
     shard_bytes = max(1, train_bytes / max(1, math.ceil(train_bytes / shard_bytes)))
-    train = _ShardWriter(folder / "train", shard_bytes)
-    val = _ShardWriter(folder / "val", _SHARD_MAX_BYTES)
-    notes = {"repeated": 0, "also_in_validation": 0, "also_in_test": 0}
-    content = hashlib.sha256(bytes(named_validation))
-    smallest = n_bytes
-    taken = 0  # bytes of training text in the validation split, with all copies
-
-    for digest, data, (n_train, n_val, n_test) in _in_hash_order(spilled):
-        n_train = min(n_train, 1) if distinct else n_train
-        weight = n_train * len(data)
-        if n_val:
-            val.add(data)
-            notes["also_in_validation"] += n_train
-        elif n_test:
-            notes["also_in_test"] += n_train
-            continue
-        elif taken < val_bytes and weight <= (limit or val_bytes):
-            val.add(data)
-            notes["also_in_validation"] += n_train - 1
-            taken += weight
-            train.n_bytes = taken - val_bytes  # this excess is missing in the first shard
-        else:
-            for _ in range(n_train):
-                train.add(data)
-            notes["repeated"] += n_train - 1
-            smallest = min(smallest, weight)
-        content.update(digest * max(1, n_train))
-
-    if train.n_documents > 1 and not val.n_documents and not named_validation:
-        return _write_shards(folder, name, spilled, n_bytes, False, distinct, smallest)
-    paths = [*train.close(), *val.close()]
-    shards = [shard_name(i) for i in range(len(paths))]
-    for path, shard in zip(paths, shards, strict=True):
-        path.rename(folder / shard)
-    return {"dataset_id": f"{name}-{content.hexdigest()[:8]}", "shards": shards,
-            "n_val_shards": len(val.paths), "train_documents": train.n_documents,
-            "val_documents": val.n_documents, **notes}
+    val_shards = _cut(val, _SHARD_MAX_BYTES)
+    shards = [*_cut(train, shard_bytes, taken - val_bytes), *val_shards]
+    for i, shard in enumerate(shards):
+        column = pa.array(shard, pa.binary()).cast(pa.string())
+        with open(folder / shard_name(i), "wb") as file:
+            pq.write_table(pa.table({"text": column}), file, row_group_size=1024,
+                           compression="zstd", write_statistics=False)
+    return {"dataset_id": f"{name}-{content.hexdigest()[:8]}",
+            "shards": [shard_name(i) for i in range(len(shards))],
+            "n_val_shards": len(val_shards), "train_documents": len(train),
+            "val_documents": len(val), "counts": +counts}  # those above 0
 
 
-class _ShardWriter:
-    """Write documents to shards <prefix>0, <prefix>1, ... of about `shard_bytes` of text."""
-
-    def __init__(self, prefix, shard_bytes):
-        self.prefix = prefix
-        self.shard_bytes = self.boundary = shard_bytes
-        self.paths, self.documents = [], []
-        self.n_documents = self.n_bytes = 0
-
-    def add(self, data):
-        if self.n_bytes >= self.boundary:
-            self.close()
-        self.documents.append(data)
-        self.n_documents += 1
-        self.n_bytes += len(data)
-
-    def close(self):
-        """Write the shard that is not complete yet; return the paths of all shards."""
-        if self.documents:
-            column = pa.array(self.documents, pa.binary()).cast(pa.string())
-            self.paths.append(Path(f"{self.prefix}{len(self.paths)}"))
-            with open(self.paths[-1], "wb") as file:
-                pq.write_table(pa.table({"text": column}), file, row_group_size=1024,
-                               compression="zstd", write_statistics=False)
-            self.documents = []
-        while self.boundary <= self.n_bytes:
-            self.boundary += self.shard_bytes
-        return self.paths
+def _cut(documents, shard_bytes, n_bytes=0):
+    """Return lists of documents of about `shard_bytes`; the first has `n_bytes` less."""
+    shards, boundary = [], shard_bytes
+    for data in documents:
+        if not shards or n_bytes >= boundary:
+            shards.append([])
+        while boundary <= n_bytes:
+            boundary += shard_bytes
+        shards[-1].append(data)
+        n_bytes += len(data)
+    return shards
 
 
 def shard_name(index):
@@ -333,23 +243,21 @@ def _short_hash(lines):
 # --- reading shards ------------------------------------------------------------------------------
 
 def read_documents(path):
-    """Yield the documents of a shard in order, without null and blank ones."""
-    if not matches_checksum(path):
-        raise text_folder.damaged(path, f"its SHA-256 is not that in {DIGESTS}")
+    """Yield the documents of a shard in order, without null and blank ones. Raise UserError."""
+    is_valid = matches_checksum(path)
     n_documents = 0
     try:
-        with text_folder.open_parquet(path) as parquet:
-            if problem := text_folder.text_column_problem(parquet):
-                raise UserError(f"{path} has {problem}; remove or convert it")
-            for data in text_folder.parquet_rows(parquet):
-                text = data.decode() if data else ""
-                if text and not text.isspace():
-                    n_documents += 1
-                    yield text
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise text_folder.damaged(path, error) from None
-    if not n_documents:
-        raise UserError(f"{path} has no document with text in it; remove or replace it")
+        if not is_valid:
+            raise ValueError(f"its SHA-256 is not that in {DIGESTS}")
+        for data in parquet_rows(path):
+            text = data.decode() if data else ""
+            if text and not text.isspace():
+                n_documents += 1
+                yield text
+        if not n_documents:
+            raise ValueError("it has no document with text in it")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise unreadable(path, error) from None
 
 
 def sample_documents(shards, max_chars, doc_cap=None):
@@ -373,70 +281,48 @@ def _open_download(name):
                         f"more; run: python -m nanochat.dataset --dataset {name} -n 8")
     path = folder / DIGESTS
     known = read_json(path, "delete it") if path.exists() else {}
-    with ThreadPoolExecutor() as pool:  # shards that another program downloaded are hashed once
-        found = pool.map(lambda shard: known.get(shard.name) or sha256_of(shard), shards)
-        checksums = dict(zip(shards, found, strict=True))
-    new = {shard.name: checksum for shard, checksum in checksums.items()} | known
-    if new != known:
+    new = [shard for shard in shards if shard.name not in known]  # from another program
+    if new:
+        with ThreadPoolExecutor() as pool:
+            known |= zip((shard.name for shard in new), pool.map(sha256_of, new), strict=True)
         with suppress(OSError):  # a read-only cache
-            write_checksums(folder, new)
-    dataset_id = f"{name}-{_short_hash(f'{s.name} {c}' for s, c in checksums.items())}"
-    return Dataset(dataset_id, tuple(shards[:-1]), tuple(shards[-1:]), checksums)
+            write_checksums(folder, known)
+    key = _short_hash(f"{shard.name} {known[shard.name]}" for shard in shards)
+    return _dataset(f"{name}-{key}", shards, 1, known)
 
 
 def download_shards(name, n_train_shards, num_workers=4):
     """Download training shards (-1: all) and the validation shard, unless they exist.
 
-    The environment variable HF_ENDPOINT names another host. If a shard fails, raise UserError and
-    keep the complete ones.
+    The environment variable HF_ENDPOINT names another host. Raise UserError if a shard fails.
     """
+    from huggingface_hub import hf_hub_download
+
+    if name not in DOWNLOADS:
+        raise UserError(f"-n is only for the downloads {' and '.join(DOWNLOADS)}; leave it out")
     repo, last_shard = DOWNLOADS[name]
     n_train_shards = last_shard if n_train_shards == -1 else n_train_shards
     if not 1 <= n_train_shards <= last_shard:
         raise UserError(f"-n {n_train_shards}: {name} has 1 to {last_shard} training shards "
                         "(-1: all)")
     folder = base_dir() / f"base_data_{name}"
-    staging = folder / ".download"
+
+    def fetch(shard):
+        try:  # the hub resumes, retries, checks the size, and renames the complete file
+            hf_hub_download(repo, shard, repo_type="dataset", local_dir=folder,
+                            endpoint=os.environ.get("HF_ENDPOINT"))
+        except Exception as error:  # of the hub's library, its HTTP client or the disk
+            reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"could not download {shard} of {repo} ({reason}); run the same "
+                            "command again: complete shards are kept") from None
+
     names = [shard_name(i) for i in (*range(n_train_shards), last_shard)]
     with locked(folder), ThreadPoolExecutor(num_workers) as pool:
-        staging.mkdir(parents=True, exist_ok=True)
         missing = [shard for shard in names if not (folder / shard).exists()]
-        fetches = [pool.submit(_fetch, repo, shard, staging) for shard in missing]
-        try:
-            for fetch in progress(as_completed(fetches), desc=name, total=len(missing),
-                                  unit="shard"):
-                path, checksum = fetch.result()
-                write_checksums(folder, {path.name: checksum})
-                path.rename(folder / path.name)
-        finally:
-            pool.shutdown(cancel_futures=True)
-        shutil.rmtree(staging)
-
-
-def _fetch(repo, name, folder):
-    """Download a shard, check it and return (path, SHA-256).
-
-    The hub's etag of a large file is its SHA-256.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    where = {"repo_type": "dataset", "endpoint": os.environ.get("HF_ENDPOINT")}
-    path = folder / name
-    try:
-        hf_hub_download(repo, name, local_dir=folder, **where)
-        checksum = sha256_of(path)
-        etag = get_hf_file_metadata(hf_hub_url(repo, name, **where)).etag or ""
-        if re.fullmatch("[0-9a-f]{64}", etag) and checksum != etag:
-            raise ValueError("its SHA-256 is not that of the host")
-        with text_folder.open_parquet(path) as parquet:
-            if problem := text_folder.text_column_problem(parquet):
-                raise ValueError(f"it has {problem}")
-    except Exception as error:  # of the hub's library, its HTTP client, pyarrow or the disk
-        path.unlink(missing_ok=True)
-        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"could not download {name} of {repo} ({reason}); run the same command "
-                        "again: complete shards are kept") from None
-    return path, checksum
+        for shard in missing[:1]:  # alone: threads would hide the error of a host without answer
+            fetch(shard)
+        fetched = pool.map(fetch, missing[1:])
+        list(progress(fetched, desc=name, total=len(missing[1:]), unit="shard"))
 
 
 # --- command -------------------------------------------------------------------------------------
@@ -447,13 +333,9 @@ def parse_args(argv=None):
                                      "text or Python's standard library (stdlib).")
     parser.add_argument("--dataset", default="climbmix", help=DATASET_HELP)
     parser.add_argument("-n", "--num-files", type=int,
-                        help="training shards to download, about 100 MB each (-1: all); required "
-                             f"for {' and '.join(DOWNLOADS)}")
-    parser.add_argument("-w", "--num-workers", type=int, default=4,
-                        help="parallel downloads (%(default)s)")
-    parser.add_argument("--skip-bad", type=float, default=text_folder.SKIP_BAD, metavar="SHARE",
-                        help="leave out unusable lines, rows and documents of a folder of text; "
-                             "fail if their share of all is larger than this (%(default)s)")
+                        help="training shards to download, about 100 MB each (-1: all)")
+    parser.add_argument("-w", "--num-workers", type=int, default=4, choices=range(1, 129),
+                        metavar="N", help="parallel downloads (%(default)s)")
     parser.add_argument("--quiet", action="store_true", help=QUIET_HELP)
     return parser.parse_args(argv)
 
@@ -462,21 +344,11 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     set_quiet(args.quiet)
-    if args.num_workers < 1 or not 0 <= args.skip_bad < 1:
-        raise UserError("-w must be at least 1, --skip-bad at least 0 and below 1")
-    if (args.dataset in DOWNLOADS) != (args.num_files is not None):
-        names = " and ".join(DOWNLOADS)
-        raise UserError(f"--dataset {args.dataset} needs -n, the number of training shards to "
-                        "download, for example -n 8" if args.dataset in DOWNLOADS else
-                        f"-n is only for the downloads {names}; leave it out")
-    if args.dataset in DOWNLOADS:
+    if args.num_files is not None:
         download_shards(args.dataset, args.num_files, args.num_workers)
-
-    dataset = open_dataset(args.dataset, args.skip_bad)
-    shards = (*dataset.train_shards, *dataset.val_shards)
-    size = sum(shard.stat().st_size for shard in shards) / 1e6
+    dataset = open_dataset(args.dataset)
     print0(f"{dataset.dataset_id}: {len(dataset.train_shards):,} training and "
-           f"{len(dataset.val_shards):,} validation shards, {size:,.1f} MB, in {shards[0].parent}")
+           f"{len(dataset.val_shards):,} validation shards in {dataset.val_shards[0].parent}")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,11 @@ is read: no installed packages, no build configuration.
 """
 
 import ast
-import hashlib
 import os
-import platform
 import re
 import sysconfig
 import textwrap
 from pathlib import Path
-
-from nanochat.common import UserError
 
 CORPUS_CHARS = 30_000_000
 _TOPICS = "pydoc_data/topics.py"
@@ -22,23 +18,11 @@ _OTHER_FOLDERS = re.compile(r"site-packages|dist-packages|lib-dynload|__pycache_
                             r"|encodings")  # tables of character codes
 _OTHER_FILES = re.compile(r"_sysconfigdata.*|_sysconfig_vars.*|(site|user)customize\.py")
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
-_RULES = "1"  # raise it when the same files give other documents
-# The start of a definition, with its comments and decorators: after a blank line, not indented or
-# in a class
+RULES = 1  # raise it when the same files give other documents
+# The start of a definition with its comments and decorators, after a blank line
 _BLOCK = re.compile(r"\n(?=\n(?:[@#]|def |class |async def |if __name__|\w+ *=))")
 _METHOD = re.compile(r"\n(?=\n    (?:[@#]|def |class |async def ))")
 _MIN_CHARS, _MAX_CHARS = 800, 3_000
-
-
-def corpus_name():
-    return f"stdlib-{platform.python_version()}"
-
-
-def corpus_key():
-    """Return 8 hex digits over the names and sizes of this installation's files, and our rules."""
-    root = library_folder()
-    files = [f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in _files(root)]
-    return hashlib.sha256("\n".join([_RULES, *files]).encode()).hexdigest()[:8]
 
 
 def corpus_documents():
@@ -52,19 +36,17 @@ def corpus_documents():
             continue
         is_topics = path.relative_to(root).as_posix() == _TOPICS
         for document in topics(text) if is_topics else cut_code(text):
-            if not _is_prose_or_code(document):
+            letters = sum(map(str.isalpha, document)) + document.count(" ")
+            if letters <= 0.6 * len(document):  # a table of numbers, escapes or symbols
                 continue
             if n_chars + len(document) > CORPUS_CHARS:
                 return
             n_chars += len(document)
             yield document
-    if n_chars == 0:
-        raise UserError(f"the library of this Python ({root}) has no source code; use another "
-                        "--dataset, or a Python that has its .py files")
 
 
 def library_folder():
-    return Path(sysconfig.get_paths()["stdlib"])
+    return Path(sysconfig.get_path("stdlib"))
 
 
 def cut_code(text):
@@ -88,14 +70,9 @@ def cut_code(text):
 
 
 def topics(text):
-    """Return the entries of pydoc_data/topics.py, or [] if it is not a dictionary literal."""
-    try:
-        nodes = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
-        values = [ast.literal_eval(node.value) for node in nodes]
-    except (SyntaxError, ValueError):
-        return []
-    entries = [entry for value in values if isinstance(value, dict) for entry in value.values()]
-    return [entry for entry in entries if isinstance(entry, str)]
+    """Return the entries of pydoc_data/topics.py, which assigns a dictionary literal."""
+    [assignment] = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
+    return list(ast.literal_eval(assignment.value).values())
 
 
 def _files(root):
@@ -109,9 +86,3 @@ def _files(root):
                  if name.endswith(suffixes) and not _OTHER_FILES.fullmatch(name)]
         (tests if is_test else modules).extend(paths)
     return sorted(modules) + sorted(tests)
-
-
-def _is_prose_or_code(document):
-    """Return False for tables of numbers, escapes or symbols."""
-    letters = sum(map(str.isalpha, document))
-    return letters + document.count(" ") > 0.6 * len(document)

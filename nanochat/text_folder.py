@@ -1,16 +1,14 @@
 """A folder of text: the split of each file, and the documents in it.
 
-Text files (.txt, .text, .md, .markdown, .rst), JSON lines (.jsonl, .ndjson), .json and .parquet are
-read, in subfolders and through links, also as .gz, .bz2, .zst or .lz4. Every other file is counted
-as left out. Line ends become LF. Separator tokens of corpora end a document and are not text;
+Text files (.txt, .text, .md, .markdown, .rst), JSON lines (.jsonl, .ndjson) and .parquet are read,
+in subfolders, also as .gz, .bz2, .zst or .lz4. Every other file is counted as left out, and so is a
+link to a folder. Line ends become LF. Separator tokens of corpora end a document and are not text;
 `</s>` is text, because it is also an HTML tag. Long texts are cut into pieces.
 """
 
 import codecs
-import contextlib
 import io
 import json
-import os
 import re
 from collections import Counter, namedtuple
 from pathlib import Path
@@ -21,16 +19,17 @@ import pyarrow.parquet as pq
 from nanochat.common import UserError, base_dir
 from nanochat.tokenizer import SPECIAL_TOKENS
 
-SKIP_BAD = 0.001  # one unusable sample in a thousand costs no training
-KINDS = {".txt": "text", ".text": "text", ".md": "text", ".markdown": "text", ".rst": "text",
-         ".jsonl": "line", ".ndjson": "line", ".json": "value", ".parquet": "row"}
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
+VAL_SHARE = 0.05
+SPLITS = {"train": "training", "validation": "validation", "test": "test, not used"}
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test",
                **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"),
                                "validation")}
 SEPARATORS = ("<|endoftext|>", "<|startoftext|>", "<|begin_of_text|>", "<|end_of_text|>",
               *SPECIAL_TOKENS)
 
+_COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "lz4": "lz4"}
+_NAME = re.compile(r"(.+)\.(parquet|(?:txt|text|md|markdown|rst|jsonl|ndjson)"
+                   rf"(?:\.({'|'.join(_COMPRESSIONS)}))?)", re.IGNORECASE | re.DOTALL)
 _SEPARATOR = re.compile(rf"\n*(?:{'|'.join(map(re.escape, SEPARATORS))})\n*")
 _CUTS = (  # where to cut a text, the best place first
     re.compile(r"\n[^\S\n]*\n+"),  # blank line
@@ -41,13 +40,10 @@ _CUTS = (  # where to cut a text, the best place first
 _PIECE_CHARS = 20_000
 _MIN_PIECE_CHARS = 1_000
 _BLOCK_CHARS = 1 << 20
-_MAX_SAMPLE_CHARS = 1 << 26
 _BOMS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",  # before its beginning,
          codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # which is that of UTF-16
-_TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view",
-               "null")
 
-# name: path relative to the folder; split: "" if no name gives one
+# name: path relative to the folder; kind: "jsonl", "txt", ...; split: "" if no name gives one
 TextFile = namedtuple("TextFile", "path name n_bytes kind compression split")
 
 
@@ -57,103 +53,85 @@ class TextFolder:
     def __init__(self, folder):
         self.files = []
         self.left_out = Counter()
-        self.left_out_bytes = 0
         read = set()  # resolved paths: a link to a file that is read already would double its text
-        links_last = sorted(_walk(Path(folder)), key=lambda item: item[0].is_symlink()
-                            or item[0].parent.resolve() != item[0].parent.absolute())
-        for path, problem in links_last:
+        for path, problem in sorted(_walk(Path(folder)), key=lambda item: item[0].is_symlink()):
             name = path.relative_to(folder).as_posix()
-            n_bytes = path.stat().st_size if path.is_file() else 0
-            stem, suffix = os.path.splitext(name)
-            compression = COMPRESSIONS.get(suffix.lower())
-            if compression:
-                stem, inner = os.path.splitext(stem)
-                suffix = inner + suffix
-            kind = KINDS.get((inner if compression else suffix).lower())
-            if "/." in f"/{name}":
+            match = _NAME.fullmatch(name)
+            if not problem and "/." in f"/{name}":
                 problem = "hidden"
-            elif not problem and (kind is None or (kind == "row" and compression)):
-                problem = suffix.lower() or "without suffix"
+            elif not problem and not match:
+                problem = path.suffix.lower() or "without suffix"
             elif not problem and path.resolve() in read:
                 problem = "link to a file in the folder"
             if problem:
-                self.leave_out(problem, n_bytes)
-            else:
-                read.add(path.resolve())
-                split = named_split(stem)
-                self.files.append(TextFile(path, name, n_bytes, kind, compression, split))
+                self.left_out[problem] += 1
+                continue
+            read.add(path.resolve())
+            stem, kind, compression = match.groups()
+            compression = _COMPRESSIONS.get((compression or "").lower())
+            kind = kind.lower().partition(".")[0]
+            file = TextFile(path, name, path.stat().st_size, kind, compression, named_split(stem))
+            self.files.append(file)
         self.files.sort(key=lambda file: file.name)
-
-    @property
-    def expected_bytes(self):
-        """Return the approximate size of the text, about three times that of a compressed file."""
-        return sum(file.n_bytes * (3 if file.compression or file.kind == "row" else 1)
-                   for file in self.files)
 
     def split(self, name):
         """Return the files of a split. Files without the name of a split are for training."""
         return [file for file in self.files if (file.split or "train") == name]
 
-    def leave_out(self, problem, n_bytes):
-        self.left_out[problem] += 1
-        self.left_out_bytes += n_bytes
+    def account(self):
+        """Return lines that name the files of each split and count those that are not read."""
+        lines = []
+        for split, title in SPLITS.items():
+            names = [file.name for file in self.split(split)]
+            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+            if names:
+                lines.append(f"{title}: {', '.join(names[:3])}{more}")
+            elif split == "validation" and self.split("train"):
+                lines.append(f"validation: {VAL_SHARE:.0%} of the training text, chosen by hash")
+        if self.left_out:
+            counts = ", ".join(f"{n:,} {problem}" for problem, n in self.left_out.most_common())
+            lines.append(f"left out: {counts}")
+        return lines
 
-    def left_out_lines(self):
-        """Return a line that counts the files that are not read, if there are any."""
-        if not self.left_out:
-            return []
-        counts = ", ".join(f"{n:,} {problem}" for problem, n in self.left_out.most_common())
-        n_bytes = self.left_out_bytes
-        share = n_bytes / max(1, n_bytes + sum(file.n_bytes for file in self.files))
-        return [f"left out: {counts} ({n_bytes / 1e6:.1f} MB, {share:.0%} of the folder)"]
+    def documents(self):
+        """Yield (split, UTF-8 bytes) of each document that has text in it.
 
-
-class Samples:
-    """A count of samples (lines, rows, documents of text files) and of unusable samples.
-
-    share: largest share that may be unusable.
-    """
-
-    def __init__(self, share=SKIP_BAD):
-        self.share = share
-        self.n = self.n_bad = 0
-        self.named = []
-        self.textless = []  # (problem, size) of files without any text
-
-    def bad(self, where, problem):
-        """Count an unusable sample. Raise UserError if they are at least 100 and half of all."""
-        self.n += 1
-        self.n_bad += 1
-        if len(self.named) < 3:
-            self.named.append(f"{where}: {problem}")
-        if self.n_bad >= 100 and 2 * self.n_bad > self.n:
-            self.check()
-
-    def check(self):
-        """Raise UserError if too many samples are unusable."""
-        if self.n_bad > self.share * self.n:
-            raise UserError(f"{self.summary()}; the limit is a share of {self.share:g}: correct or "
-                            "remove them, or run python -m nanochat.dataset with --skip-bad SHARE")
-
-    def summary(self):
-        return f"{self.n_bad:,} of {self.n:,} samples are unusable: {'; '.join(self.named)}"
+        Rows and lines longer than 2 % of the text are cut, too: otherwise one document could be the
+        complete validation split. Raise UserError for a file or sample that is damaged or no text.
+        """
+        n_bytes = sum(file.n_bytes * (3 if file.compression or file.kind == "parquet" else 1)
+                      for file in self.files)  # about
+        # A power of two, so that CRLF line ends, which make a file longer, do not change the cuts.
+        row_chars = max(_MIN_PIECE_CHARS, 1 << (n_bytes // 200).bit_length())
+        readers = {"parquet": _read_parquet, "jsonl": _read_json, "ndjson": _read_json}
+        for file in self.files:
+            read = readers.get(file.kind, _read_text)
+            piece_chars = row_chars if file.kind in readers else min(_PIECE_CHARS, row_chars)
+            n_samples = 0
+            try:
+                for blocks in read(file):
+                    for text in split_text(blocks, piece_chars):
+                        data = _encode(text)
+                        if text and not text.isspace():
+                            yield file.split or "train", data
+                    n_samples += 1
+            except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
+                unit = "row" if file.kind == "parquet" else "line"
+                where = f", {unit} {n_samples + 1}" if file.kind in readers else ""
+                raise unreadable(f"{file.path}{where}", error) from None
 
 
 def _walk(folder):
     """Yield (path, problem) per file below a folder; problem: "" if the file can be read."""
-    pending = [(folder, (base_dir().resolve(),))]
-    while pending:
-        current, parents = pending.pop()
-        parents = (*parents, current.resolve())
-        for path in current.iterdir():
-            if path.is_dir() and path.resolve() not in parents:
-                pending.append((path, parents))
-            elif path.is_dir():
-                yield path, "parent or cache folder"
-            elif path.is_file():
-                yield path, ""
-            else:
-                yield path, "broken link" if path.is_symlink() else "special file"
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and (path.is_symlink() or path.resolve() == base_dir().resolve()):
+            yield path, "link to a folder" if path.is_symlink() else "cache folder"
+        elif path.is_dir():
+            yield from _walk(path)
+        elif path.is_file():
+            yield path, ""
+        else:
+            yield path, "broken link" if path.is_symlink() else "special file"
 
 
 def named_split(name):
@@ -169,34 +147,6 @@ def named_split(name):
             if split in found:
                 return split
     return ""
-
-
-def folder_documents(folder, samples):
-    """Yield (split, UTF-8 bytes) of each document of a TextFolder that has text in it.
-
-    Rows and lines longer than 2 % of the text are cut, too: otherwise one document could be the
-    complete validation split. Raise UserError for damaged files and for too many unusable samples.
-    """
-    # A power of two, so that CRLF line ends, which make a file longer, do not change the cuts.
-    row_chars = max(_MIN_PIECE_CHARS, 1 << (folder.expected_bytes // 200).bit_length())
-    text_chars = min(_PIECE_CHARS, row_chars)
-    for file in folder.files:
-        read = {"text": _read_text, "row": _read_parquet}.get(file.kind, _read_json)
-        piece_chars = text_chars if file.kind == "text" else min(row_chars, _MAX_SAMPLE_CHARS)
-        try:
-            for where, blocks in read(file, samples):
-                for text in split_text(blocks, piece_chars):
-                    try:
-                        data = _encode(text)
-                    except ValueError as error:
-                        samples.bad(where, error)
-                        continue
-                    samples.n += 1
-                    if text and not text.isspace():
-                        yield file.split or "train", data
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise damaged(file.path, error) from None
-    samples.check()
 
 
 def split_text(blocks, piece_chars):
@@ -230,18 +180,6 @@ def _cut_place(text, start, end):
     return end
 
 
-def _encode(text):
-    """Return a text's UTF-8 bytes. Raise ValueError if it is damaged or not text."""
-    if 10 * text.count("\0") > len(text):
-        raise ValueError("NUL characters: damaged, binary, or UTF-16 without a byte order mark")
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        if "\udc80" <= text[error.start] <= "\udcff":  # a byte that surrogateescape let through
-            raise ValueError("not UTF-8") from None
-        return text.encode("utf-8", "replace")  # half of a character, written as a JSON escape
-
-
 def _open_text(file):
     """Return a stream of characters, decompressed, with LF line ends."""
     stream = open(file.path, "rb")  # noqa: SIM115 (the wrapper closes it)
@@ -252,76 +190,36 @@ def _open_text(file):
     return io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline=None)
 
 
-def _read_text(file, samples):
-    with _open_text(file) as stream:
-        yield file.path, iter(lambda: stream.read(_BLOCK_CHARS), "")
+def _encode(text):
+    """Return the UTF-8 bytes of a text. Raise ValueError if it is damaged or not text."""
+    if 10 * text.count("\0") > len(text):
+        raise ValueError("NUL characters: damaged, binary, or UTF-16 without a byte order mark")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        if "\udc80" <= text[error.start] <= "\udcff":  # a byte that surrogateescape let through
+            raise ValueError(f"not UTF-8 after {text[:error.start][-40:]!r}") from None
+        return text.encode("utf-8", "replace")  # half of a character, from a JSON escape
 
 
-def _read_json(file, samples):
-    """Yield the text of each JSON value. A .json file whose first value has none is metadata."""
+def _read_text(file):
     with _open_text(file) as stream:
-        values = (_json_lines if file.kind == "line" else _json_values)(stream)
-        for number, value in enumerate(values, start=1):
-            where = f"{file.path}, {file.kind} {number}"
+        yield iter(lambda: stream.read(_BLOCK_CHARS), "")
+
+
+def _read_json(file):
+    with _open_text(file) as stream:
+        for line in stream:
+            value = json.loads(line) if line.strip() else None
             text = value.get("text", value) if isinstance(value, dict) else value
-            if isinstance(text, str):
-                yield where, [_clean(text)]
-            elif isinstance(value, ValueError):
-                samples.bad(where, f"not JSON ({value})")
-            elif number == 1 and file.kind == "value":
-                samples.textless.append((".json without text", file.n_bytes))
-                return
-            elif text is not None:
-                samples.bad(where, 'no string under "text"; samples must be like {"text": "..."}')
+            if not isinstance(text, str | None):
+                raise ValueError('no string under "text"; lines must be like {"text": "..."}')
+            yield [_clean(text or "")]
 
 
-def _json_lines(stream):
-    """Yield the value of each line: None if it is blank, a ValueError if it is not JSON."""
-    while line := stream.readline(_MAX_SAMPLE_CHARS):
-        is_long = len(line) == _MAX_SAMPLE_CHARS
-        while is_long and line and not line.endswith("\n"):
-            line = stream.readline(_MAX_SAMPLE_CHARS)
-        try:
-            if is_long:
-                raise ValueError(f"longer than {_MAX_SAMPLE_CHARS:,} characters")
-            yield json.loads(line) if line.strip() else None
-        except ValueError as error:
-            yield error
-        except RecursionError:
-            yield ValueError("nested too deeply")
-
-
-def _json_values(stream):
-    """Yield the elements of a JSON array, or values that follow one another."""
-    decoder = json.JSONDecoder()
-    between = re.compile(r"[\s,]*")
-    text = stream.read(_BLOCK_CHARS).lstrip()
-    end = "]" if text.startswith("[") else ""
-    at = len(end)
-    while True:
-        at = between.match(text, at).end()
-        try:
-            value, at = decoder.raw_decode(text, at)
-            yield value
-        except (ValueError, RecursionError):
-            more = stream.read(max(_BLOCK_CHARS, len(text) - at))  # all is decoded about twice
-            if not more:
-                break
-            text = text[at:] + more
-            at = 0
-    if text[at:].strip() != end:
-        raise OSError(f"not JSON at {text[at:at + 30]!r}")
-
-
-def _read_parquet(file, samples):
-    with open_parquet(file.path) as parquet:
-        if problem := text_column_problem(parquet):
-            samples.textless.append((f".parquet with {problem}", file.n_bytes))
-            return
-        for number, data in enumerate(parquet_rows(parquet), start=1):
-            if data:
-                text = data.decode("utf-8", "surrogateescape")
-                yield f"{file.path}, row {number}", [_clean(text)]
+def _read_parquet(file):
+    for data in parquet_rows(file.path):
+        yield [_clean((data or b"").decode("utf-8", "surrogateescape"))]
 
 
 def _clean(text):
@@ -329,31 +227,18 @@ def _clean(text):
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-@contextlib.contextmanager
-def open_parquet(path):
-    """Open a parquet file through a handle, because pyarrow takes some paths for URLs."""
+def parquet_rows(path):
+    """Yield the UTF-8 bytes, or None, of each row of the column `text` of a parquet file."""
+    # through a handle, because pyarrow takes some paths for URLs
     with open(path, "rb") as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-        yield parquet
+        names = parquet.schema_arrow.names
+        if "text" not in names:
+            raise ValueError(f"it has no column `text`, but {', '.join(names) or 'none'}")
+        for batch in parquet.iter_batches(batch_size=1024, columns=["text"]):
+            yield from batch.column(0).cast(pa.large_binary()).to_pylist()
 
 
-def text_column_problem(parquet):
-    """Return why a parquet file has no column of documents, or ""."""
-    schema = parquet.schema_arrow
-    if "text" not in schema.names:
-        return f"no column `text` (its columns: {', '.join(schema.names) or 'none'})"
-    column_type = schema.field("text").type
-    if str(getattr(column_type, "value_type", column_type)) in _TEXT_TYPES:  # of a dictionary
-        return ""
-    return f"a column `text` of type {column_type}"
-
-
-def parquet_rows(parquet):
-    """Yield the UTF-8 bytes, or None, of each row of the column `text`."""
-    for batch in parquet.iter_batches(batch_size=1024, columns=["text"]):
-        yield from batch.column(0).cast(pa.large_binary()).to_pylist()
-
-
-def damaged(path, error):
+def unreadable(path, error):
     """Return the UserError for a file that cannot be read."""
     reason = (str(getattr(error, "strerror", None) or error) or type(error).__name__).splitlines()
-    return UserError(f"{path} is damaged or unreadable ({reason[0]}); replace or remove it")
+    return UserError(f"cannot read {path} ({reason[0]}); repair or remove it")

@@ -1,10 +1,9 @@
-"""Byte-level BPE: trained with rustbpe, run with tiktoken, saved in files that other programs read.
+"""Byte-level BPE: trained with rustbpe, run with tiktoken, saved in upstream's files.
 
 A vocabulary is three things: ranks {token bytes: id}, special tokens {name: id}, split pattern.
 """
 
 import base64
-import concurrent.futures
 import hashlib
 import io
 import json
@@ -17,7 +16,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from nanochat.common import UserError, atomic_path, base_dir, read_json, write_json, write_text
+from nanochat.common import UserError, atomic_path, base_dir
 
 # GPT-4's split pattern, but digits form groups of one or two instead of up to three
 SPLIT_PATTERN = (
@@ -31,12 +30,9 @@ SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in (
 BOS = SPECIAL_TOKENS[0]
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 MAX_VOCAB_SIZE = 1 << 24
+PICKLE_FILE, TOKEN_BYTES_FILE = "tokenizer.pkl", "token_bytes.pt"
 
-BPE_FILE = "tokenizer.tiktoken"  # tiktoken's format: base64 of a token and its id per line
-JSON_FILE = "vocabulary.json"  # the special tokens, the split pattern and the tokenizer_id
-PICKLE_FILE, TOKEN_BYTES_FILE = "tokenizer.pkl", "token_bytes.pt"  # upstream's
-_REMEDY = "train the tokenizer again or copy the file again"
-
+_ID_PREFIX = "nanochat-"  # the tokenizer_id, in the name of a saved encoding, detects damage
 _PART_CHARS = 100_000  # rustbpe and tiktoken panic on a million blanks in a row
 _PROBE = "".join(map(chr, range(1, 256))) + " Straße, 漢字; x² = 12345 \t\n\r\n  🚆 "
 _WORD_END = re.compile(r"\S(?= )")
@@ -47,17 +43,15 @@ class Tokenizer:
 
     def __init__(self, ranks, special_tokens, pattern=SPLIT_PATTERN):
         _check_vocabulary(ranks, special_tokens, pattern)
-        try:
-            self._encoding = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks,
-                                               special_tokens=special_tokens)
-        except ValueError as error:
-            raise UserError(f"the split pattern is not a regular expression ({error})") from None
+        self.vocabulary = (ranks, special_tokens, pattern)
+        self.tokenizer_id = vocabulary_id(*self.vocabulary)
+        self._encoding = tiktoken.Encoding(
+            _ID_PREFIX + self.tokenizer_id, pat_str=pattern, mergeable_ranks=ranks,
+            special_tokens=special_tokens)
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise UserError(f"the split pattern {pattern[:80]!r} leaves out text")
-        self.vocabulary = (ranks, special_tokens, pattern)
         self.vocab_size = len(ranks) + len(special_tokens)
         self.bos_id = special_tokens[BOS]
-        self.tokenizer_id = vocabulary_id(*self.vocabulary)
 
     def encode(self, text):
         """Return the token ids of a text, without BOS. Special tokens in it are ordinary text."""
@@ -65,16 +59,8 @@ class Tokenizer:
             return self._encoding.encode_ordinary(text)
         return [token for part in _parts(text) for token in self._encoding.encode_ordinary(part)]
 
-    def encode_batch(self, texts, num_threads=None):
-        """Return the token ids of each text, encoded in threads (default: one per core)."""
-        with concurrent.futures.ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-            return list(pool.map(self.encode, texts))
-
     def decode(self, ids):
-        """Return the text of token ids, with U+FFFD for bytes that are not UTF-8.
-
-        Raise KeyError for an unknown id.
-        """
+        """Return the text of token ids. U+FFFD stands for bytes that are not UTF-8."""
         return self._encoding.decode(ids)
 
     def token_bytes(self):
@@ -85,30 +71,21 @@ class Tokenizer:
         return lengths
 
     def save(self, folder):
-        """Write our two files and, for upstream's programs, a pickle and token_bytes.pt."""
+        """Write a pickled tiktoken.Encoding and, for upstream's programs, token_bytes.pt."""
         import torch
 
-        folder = Path(folder)
-        ranks, special_tokens, pattern = self.vocabulary
-        try:
-            with atomic_path(folder / PICKLE_FILE) as temporary:
-                temporary.write_bytes(pickle.dumps(self._encoding))
-            with atomic_path(folder / TOKEN_BYTES_FILE) as temporary, open(temporary, "wb") as file:
-                torch.save(torch.from_numpy(self.token_bytes()), file)
-            write_text(folder / BPE_FILE, _bpe_text(ranks))
-            write_json(folder / JSON_FILE, {"tokenizer_id": self.tokenizer_id, "pattern": pattern,
-                                            "special_tokens": special_tokens})
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            reason = str(error).splitlines()[0]
-            raise UserError(f"the tokenizer cannot be saved in {folder} ({reason}); make room "
-                            "there, or give another --tokenizer-dir") from None
+        token_bytes = io.BytesIO()  # to a full disk, torch.save raises a RuntimeError
+        torch.save(torch.from_numpy(self.token_bytes()), token_bytes)
+        with atomic_path(Path(folder) / TOKEN_BYTES_FILE) as temporary:
+            temporary.write_bytes(token_bytes.getvalue())
+        with atomic_path(Path(folder) / PICKLE_FILE) as temporary:
+            temporary.write_bytes(pickle.dumps(self._encoding))
 
 
 def train_tokenizer(texts, vocab_size):
     """Return a Tokenizer of `vocab_size` tokens, nine of them special, trained on texts."""
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
-        problem = "small" if vocab_size < MIN_VOCAB_SIZE else "large"
-        raise UserError(f"a vocabulary of {vocab_size} is too {problem}: choose {MIN_VOCAB_SIZE} "
+        raise UserError(f"a vocabulary of {vocab_size} is not possible: choose {MIN_VOCAB_SIZE} "
                         f"(256 bytes and special tokens) to {MAX_VOCAB_SIZE}")
     trainer = rustbpe.Tokenizer()
     parts = (part for text in texts for part in _parts(text))
@@ -122,79 +99,41 @@ def train_tokenizer(texts, vocab_size):
 
 
 def load_tokenizer(folder=None):
-    """Return the Tokenizer in a folder, ours or upstream's; by default that of the cache."""
-    folder = Path(folder or base_dir() / "tokenizer")
-    readers = {JSON_FILE: read_tokenizer_files, PICKLE_FILE: read_pickle_file}
-    paths = [folder / name for name in readers if os.path.exists(folder / name)]
-    if not paths:
-        raise UserError(f"{folder} has no tokenizer (neither {JSON_FILE} nor {PICKLE_FILE}); give "
-                        "another --tokenizer-dir, or train one with python -m scripts.tok_train "
-                        "and the same --dataset and --tokenizer-dir")
-    vocabularies = [readers[path.name](path) for path in paths]
-    if vocabularies[0] != vocabularies[-1]:
-        raise UserError(f"{paths[0]} and {paths[-1].name} are different tokenizers; delete the one "
-                        "that you do not want")
+    """Return the Tokenizer in a folder, ours or upstream's; by default that of the cache.
+
+    Raise UserError if the pickle needs anything but tiktoken.Encoding, or is damaged.
+    """
+    path = Path(folder or base_dir() / "tokenizer") / PICKLE_FILE
+    if not os.path.exists(path):
+        raise UserError(f"there is no {path}; give another --tokenizer-dir, or train a tokenizer "
+                        "with python -m scripts.tok_train and the same --dataset and "
+                        "--tokenizer-dir")
     try:
-        return Tokenizer(*vocabularies[0])
-    except UserError as error:
-        raise UserError(f"{paths[0]}: {error}; {_REMEDY}") from None
+        state = _EncodingUnpickler(io.BytesIO(path.read_bytes())).load().state
+        tokenizer = Tokenizer(state["mergeable_ranks"], state["special_tokens"], state["pat_str"])
+        name = str(state["name"])
+        if name.startswith(_ID_PREFIX) and name != _ID_PREFIX + tokenizer.tokenizer_id:
+            raise ValueError(f"its content is not that of {name}")
+    except Exception as error:  # a damaged pickle can raise any exception
+        raise UserError(f"cannot read {path} ({type(error).__name__}: {error}); train the "
+                        "tokenizer again, or copy it from a source that you trust") from None
+    return tokenizer
 
 
 def vocabulary_id(ranks, special_tokens, pattern):
     """Return 12 hex digits of a SHA-256 over everything that decides how a text is encoded."""
     lines = [f"pattern {json.dumps(pattern)}"]
     lines += [f"special {json.dumps(name)} {i}" for name, i in _by_id(special_tokens)]
-    body = "\n".join(lines) + "\n" + _bpe_text(ranks)
-    return hashlib.sha256(body.encode()).hexdigest()[:12]
-
-
-def _bpe_text(ranks):
-    return "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in _by_id(ranks))
+    lines += [f"{base64.b64encode(token).decode()} {i}" for token, i in _by_id(ranks)]
+    return hashlib.sha256(("\n".join(lines) + "\n").encode()).hexdigest()[:12]
 
 
 def _by_id(tokens):
     return sorted(tokens.items(), key=lambda item: item[1])
 
 
-def read_tokenizer_files(path):
-    """Return the vocabulary in our JSON file and the BPE file beside it."""
-    rest = read_json(path, _REMEDY)
-    bpe_path = path.with_name(BPE_FILE)
-    try:
-        lines = [line.split() for line in bpe_path.read_bytes().splitlines()]
-        ranks = {base64.b64decode(token, validate=True): int(i) for token, i in lines}
-        vocabulary = ranks, rest["special_tokens"], rest["pattern"]
-        if vocabulary_id(*vocabulary) != rest["tokenizer_id"]:
-            raise ValueError(f"it does not have the tokenizer_id of {JSON_FILE}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{bpe_path} is damaged ({reason}); {_REMEDY}") from None
-    return vocabulary
-
-
-def read_pickle_file(path):
-    """Return the vocabulary in upstream's tokenizer.pkl, a pickled tiktoken.Encoding.
-
-    Raise UserError if the pickle needs anything but that class, or is damaged.
-    """
-    try:
-        state = _EncodingUnpickler(io.BytesIO(path.read_bytes())).load().state
-        return state["mergeable_ranks"], state["special_tokens"], state["pat_str"]
-    except _RefusedError as refused:
-        raise UserError(f"{path} was refused: it asks for {refused}, which no tokenizer needs and "
-                        "could run any program; use a file from a source you trust") from None
-    except Exception as error:  # a damaged pickle can raise any exception
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} is damaged, or not a tiktoken.Encoding ({reason}); "
-                        f"{_REMEDY}") from None
-
-
-class _RefusedError(Exception):
-    pass
-
-
 class _Encoding:
-    """Stands for tiktoken.core.Encoding while a pickle is read."""
+    """The stand-in for tiktoken.core.Encoding while a pickle is read."""
 
     def __setstate__(self, state):
         self.state = state
@@ -205,18 +144,12 @@ class _EncodingUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) != ("tiktoken.core", "Encoding"):
-            raise _RefusedError(f"{module}.{name}"[:200])
+            raise pickle.UnpicklingError(f"refused: it asks for {module}.{name}"[:200])
         return _Encoding
-
-    def persistent_load(self, pid):
-        raise _RefusedError("an object outside the file")
 
 
 def _parts(text):
-    """Cut a long text before blanks that follow a word, where the split pattern cuts it, too.
-
-    A stretch of `_PART_CHARS` without such a place is cut anyway, and still decodes to itself.
-    """
+    """Cut a long text before blanks that follow a word, where the split pattern cuts it, too."""
     start = 0
     while len(text) - start > _PART_CHARS:
         word_end = _WORD_END.search(text, start + _PART_CHARS // 2, start + _PART_CHARS)
@@ -235,7 +168,5 @@ def _check_vocabulary(ranks, special_tokens, pattern):
     ids = sorted([*ranks.values(), *special_tokens.values()])
     if ids != list(range(len(ids))):
         raise UserError("the token ids are not 0, 1, 2, ... without a gap")
-    if missing := sum(bytes([byte]) not in ranks for byte in range(256)):
-        raise UserError(f"{missing} of the 256 single bytes have no token")
-    if b"" in ranks or BOS not in special_tokens:
-        raise UserError("one token has no bytes" if b"" in ranks else f"there is no token {BOS}")
+    if BOS not in special_tokens or not ranks.keys() >= {bytes([i]) for i in range(256)}:
+        raise UserError(f"there is no token {BOS}, or none for one of the 256 single bytes")

@@ -1,18 +1,17 @@
 """Token ids of shards, in files that are made once per shard and tokenizer. Does not need torch.
 
-A file holds one line of JSON padded to HEADER_BYTES, the token ids of all documents (each begins
-with BOS), zeros up to a multiple of 8 bytes, and the offsets of the documents. `sha256` in the line
-is over everything else. A file is renamed into place once it is complete.
+A file is an Arrow file with one column of lists, the token ids of the documents; each document
+begins with BOS. The metadata of the column hold a JSON header with a SHA-256 over everything else.
 """
 
 import hashlib
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from nanochat.common import (
     UserError,
@@ -23,15 +22,12 @@ from nanochat.common import (
     parse_json,
     print0,
     progress,
-    sha256_of,
     sha256_once,
 )
-from nanochat.dataset import read_documents
+from nanochat.dataset import read_documents, unreadable
 from nanochat.distributed import Ranks
 
-FORMAT = "nanochat tokens 2"
-HEADER_BYTES = 4096
-GROUP_DOCUMENTS = 1024  # in memory at a time
+GROUP_DOCUMENTS = 1024  # tokenised at a time
 
 
 class TokenShard:
@@ -39,148 +35,103 @@ class TokenShard:
 
     tokens: (n_tokens,) uint16, or uint32 if the vocabulary has more than 65,536 entries.
     offsets: (n_docs + 1,) int64; document d is tokens[offsets[d]:offsets[d + 1]].
-    verify: compare the checksum, once per process. Raise UserError if the file is damaged.
+    Raise UserError if the checksum is not that of the file.
     """
 
-    def __init__(self, path, verify=True):
+    def __init__(self, path):
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as file:
-                self.header = header = parse_json(file.read(HEADER_BYTES))
-            if header["format"] != FORMAT:
-                raise ValueError(f"its format is not {FORMAT!r}")
-            self.vocab_size, self.bos_id = header["vocab_size"], header["bos_id"]
-            self.n_docs, self.n_tokens = header["n_docs"], header["n_tokens"]
-            dtype = token_dtype(self.vocab_size)
-            offsets_at = _offsets_at(self.n_tokens, dtype)
-            raw = np.memmap(self.path, mode="r").view(np.ndarray)  # a memmap is slow to slice
-            if len(raw) != offsets_at + 8 * (self.n_docs + 1):
-                raise ValueError(f"it has {len(raw):,} bytes")
-            tokens_end = HEADER_BYTES + self.n_tokens * dtype.itemsize
-            self.tokens = raw[HEADER_BYTES:tokens_end].view(dtype)
-            self.offsets = raw[offsets_at:].view(np.int64)
-            if verify and header["sha256"] != _digest(sha256_once(path, HEADER_BYTES), header):
+            file = pa.ipc.open_file(pa.py_buffer(np.memmap(path, mode="r")))
+            column = file.get_batch(0).column(0)
+            column.validate()
+            self.tokens, self.offsets = column.values.to_numpy(), column.offsets.to_numpy()
+            self.header = parse_json(file.schema.metadata[b"header"])
+            if self.header.pop("sha256") != _sha256(self.header, self.tokens, self.offsets):
                 raise ValueError("its SHA-256 is not that in its header")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise damaged(path, getattr(error, "strerror", None) or error) from None
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            raise unreadable(path, error) from None
+        self.bos_id = self.header["bos_id"]
+        self.n_docs, self.n_tokens = len(self.offsets) - 1, len(self.tokens)
 
 
-def token_shards(dataset, tokenizer, split="train", max_shards=None, num_threads=None):
+def token_shards(dataset, tokenizer, split="train", max_shards=None):
     """Return the TokenShards of a split ("train" or "val"); make those that the cache lacks.
 
-    The name of a file has the SHA-256 of its shard. The ranks of a node share the verification of
-    the files, and all ranks share the work of making them, so every rank calls this.
+    The name of a file has the SHA-256 of its shard. Ranks that call this at the same time share
+    the work.
     """
+    def path_of(source):
+        return folder / dataset.checksums[source][:16] / f"{source.stem}.bin"
+
     sources = {"train": dataset.train_shards, "val": dataset.val_shards}[split][:max_shards]
     folder = base_dir() / "tokens" / tokenizer.tokenizer_id
-    paths = {source: folder / dataset.checksums[source][:16] / f"{source.stem}.bin"
-             for source in sources}
     ranks = Ranks.from_environment()
     n_local = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks.world_size)
-    dist = sys.modules.get("torch.distributed")
-    has_group = ranks.world_size > 1 and dist and dist.is_initialized()
-
-    with ThreadPoolExecutor(num_threads or max(1, os.cpu_count() // n_local)) as pool:
-        own = sources[ranks.local_rank::n_local] if has_group else sources
-        list(pool.map(lambda source: _remove_invalid(paths[source], source, dataset), own))
-        if has_group:
-            dist.barrier()  # files that exist now are valid
-
-        missing = [source for source in sources if not paths[source].exists()]
-        order = []  # the share of this rank, then those of the next ones, which may be late
-        for rank in range(ranks.rank, ranks.rank + ranks.world_size):
-            order += missing[rank % ranks.world_size::ranks.world_size]
-        for source in progress(order, desc=f"tokenising {split}", unit="shard",
-                               shown=bool(missing) and ranks.is_main):
-            _make(paths[source], source, tokenizer, pool)
-    return [TokenShard(path, verify=False) for path in paths.values()]
+    with ThreadPoolExecutor(max(1, os.cpu_count() // n_local)) as pool:
+        found = pool.map(lambda source: _valid_shard(path_of(source), source, dataset), sources)
+        shards = dict(zip(sources, found, strict=True))
+        missing = [source for source in sources if shards[source] is None]
+        first = len(missing) * ranks.rank // ranks.world_size  # each rank begins at another one
+        for source in progress(missing[first:] + missing[:first], desc=f"tokenising {split}",
+                               unit="shard", shown=bool(missing) and ranks.is_main):
+            with locked(path_of(source)):
+                shards[source] = (_valid_shard(path_of(source), source, dataset)
+                                  or _make(path_of(source), source, tokenizer, pool))
+    return list(shards.values())
 
 
-def _remove_invalid(path, source, dataset):
-    """Remove a file that is damaged, or whose shard has been changed since."""
-    if not path.exists():
-        return
-    problem = f"{source} has changed"
+def _valid_shard(path, source, dataset):
+    """Return a TokenShard, or None if it is missing, damaged, or its text has changed since."""
     try:
-        is_same = TokenShard(path).header.get("source") == _version(source)
-        if is_same or sha256_once(source) == dataset.checksums[source]:
-            return
-    except UserError as error:
-        problem = str(error).partition(";")[0]
-    print0(f"tokenising again: {problem}")
-    path.unlink(missing_ok=True)
-
-
-def _version(source):
-    stat = os.stat(source)
-    return [stat.st_size, stat.st_mtime_ns]
+        shard = TokenShard(path)
+    except UserError:
+        return None
+    is_current = shard.header.get("modified") == os.stat(source).st_mtime_ns
+    return shard if is_current or sha256_once(source) == dataset.checksums[source] else None
 
 
 def _make(path, source, tokenizer, pool):
-    """Tokenise a shard, unless another process does it while this one waits for the lock."""
-    try:
-        with locked(path):
-            if path.exists():
-                return
-            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a killed process
-                left.unlink(missing_ok=True)
-            header = {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
-                      "tokenizer_id": tokenizer.tokenizer_id, "source": _version(source)}
-            write_token_shard(path, _encoded(source, tokenizer, pool), header)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); make room there, or set "
-                        "NANOCHAT_BASE_DIR to another folder") from None
-
-
-def _encoded(source, tokenizer, pool):
-    """Yield (lengths, tokens) of groups of documents, in order. The encoder releases the GIL."""
+    """Tokenise a shard and return its TokenShard. The encoder releases the GIL."""
     def encode(text):
-        return np.array([tokenizer.bos_id, *tokenizer.encode(text)], dtype)
+        return np.array([tokenizer.bos_id, *tokenizer.encode(text)], np.uint32)
 
-    dtype = token_dtype(tokenizer.vocab_size)
-    documents = read_documents(source)
-    while group := list(islice(documents, GROUP_DOCUMENTS)):
-        tokens = list(pool.map(encode, group))
-        yield list(map(len, tokens)), np.concatenate(tokens)
+    def groups():
+        documents = read_documents(source)
+        while group := list(islice(documents, GROUP_DOCUMENTS)):
+            tokens = list(pool.map(encode, group))
+            yield list(map(len, tokens)), np.concatenate(tokens)
+
+    if path.exists():
+        print0(f"tokenising again: {path} is damaged, or its text has changed")
+    header = {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id,
+              "modified": os.stat(source).st_mtime_ns}
+    for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a killed process
+        left.unlink(missing_ok=True)
+    write_token_shard(path, groups(), header)
+    return TokenShard(path)
 
 
 def write_token_shard(path, groups, header):
     """Write a file atomically from groups of documents: pairs (lengths, their tokens in a row).
 
-    header: vocab_size, bos_id and whatever else identifies the tokens.
+    header: vocab_size, bos_id and other values that identify the tokens.
     """
-    dtype = token_dtype(header["vocab_size"])
-    lengths = []
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(bytes(HEADER_BYTES))
-        for group_lengths, tokens in groups:
-            lengths.extend(group_lengths)
-            file.write(np.ascontiguousarray(tokens, dtype))
-        n_tokens = sum(lengths)
-        file.write(bytes(_offsets_at(n_tokens, dtype) - file.tell()))
-        file.write(np.cumsum([0, *lengths], dtype=np.int64))
-        file.flush()
-        header = {"format": FORMAT, **header, "n_docs": len(lengths), "n_tokens": n_tokens}
-        header["sha256"] = _digest(sha256_of(temporary, HEADER_BYTES), header)
-        file.seek(0)
-        file.write((json_bytes(header) + b"\n").ljust(HEADER_BYTES))
+    dtype = np.uint16 if header["vocab_size"] <= 1 << 16 else np.uint32
+    lengths, tokens = [], []
+    for group_lengths, group_tokens in groups:
+        lengths.extend(group_lengths)
+        tokens.append(np.asarray(group_tokens, dtype))
+    offsets, tokens = np.cumsum([0, *lengths], dtype=np.int64), np.concatenate(tokens)
+    header = {**header, "sha256": _sha256(header, tokens, offsets)}
+    column = pa.LargeListArray.from_arrays(offsets, tokens)
+    batch = pa.record_batch([column], ["tokens"], metadata={"header": json_bytes(header)})
+    with (atomic_path(path) as temporary, open(temporary, "wb") as file,
+          pa.ipc.new_file(file, batch.schema) as writer):
+        writer.write_batch(batch)
 
 
-def token_dtype(vocab_size):
-    """Return the smaller of uint16 and uint32 that holds every token id."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-
-
-def damaged(path, reason):
-    """Return the UserError for a file whose content has changed since it was written."""
-    return UserError(f"{path} is damaged ({reason}); delete it, and it is made again")
-
-
-def _digest(content_sha256, header):
-    """Return the hex SHA-256 over that of the content and the other values of the header."""
-    values = {name: value for name, value in header.items() if name != "sha256"}
-    return hashlib.sha256(content_sha256.encode() + json_bytes(values)).hexdigest()
-
-
-def _offsets_at(n_tokens, dtype):
-    return -(-(HEADER_BYTES + n_tokens * dtype.itemsize) // 8) * 8
+def _sha256(header, tokens, offsets):
+    digest = hashlib.sha256(json_bytes(header))
+    digest.update(tokens)
+    digest.update(offsets)
+    return digest.hexdigest()

@@ -5,8 +5,6 @@ python -m scripts.tok_train --dataset stdlib --vocab-size 8192
 
 import argparse
 import os
-import time
-from collections import Counter
 from pathlib import Path
 
 from nanochat.common import (
@@ -19,10 +17,8 @@ from nanochat.common import (
     progress,
     set_quiet,
 )
-from nanochat.dataset import DATASET_HELP, open_dataset, read_documents, sample_documents
-from nanochat.tokenizer import BPE_FILE, train_tokenizer
-
-_REPORT_CHARS = 1_000_000  # validation text on which compression is measured
+from nanochat.dataset import DATASET_HELP, open_dataset, sample_documents
+from nanochat.tokenizer import PICKLE_FILE, train_tokenizer
 
 
 def parse_args(argv=None):
@@ -43,20 +39,6 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def sample_training_text(shards, max_chars, doc_cap, counts):
-    """Yield the beginnings of documents until `max_chars` characters are read.
-
-    counts: a Counter to update. `read`: characters yielded; `seen`: characters of these documents.
-    """
-    for shard in shards:
-        for document in progress(read_documents(shard), unit="doc", desc=f"reading {shard.name}"):
-            start = document[:doc_cap]
-            counts.update(read=len(start), seen=len(document))
-            yield start
-            if counts["read"] >= max_chars:
-                return
-
-
 @command
 def main(argv=None):
     args = parse_args(argv)
@@ -65,25 +47,14 @@ def main(argv=None):
         raise UserError("--max-chars and --doc-cap must be at least 1")
     folder = args.tokenizer_dir or base_dir() / "tokenizer"
     parent = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    check_output("--tokenizer-dir", parent / BPE_FILE)  # before the work
+    check_output("--tokenizer-dir", parent / PICKLE_FILE)  # before the work
 
     dataset = open_dataset(args.dataset)
-    start = time.perf_counter()
-    counts = Counter()
-    texts = sample_training_text(dataset.train_shards, args.max_chars, args.doc_cap, counts)
-    tokenizer = train_tokenizer(texts, args.vocab_size)
-    train_sec = time.perf_counter() - start
+    texts = sample_documents(dataset.train_shards, args.max_chars, args.doc_cap)
+    tokenizer = train_tokenizer(progress(texts, desc="reading", unit="doc"), args.vocab_size)
     tokenizer.save(folder)
-
-    read, seen = counts["read"], counts["seen"]
-    print(f"read {read:,} of {seen:,} characters ({read / seen:.1%}, --doc-cap {args.doc_cap:,})"
-          + (f"; stopped at --max-chars {args.max_chars:,}" if read >= args.max_chars else ""))
-    texts = list(sample_documents(dataset.val_shards, _REPORT_CHARS))
-    n_bytes = sum(len(text.encode()) for text in texts)
-    n_tokens = sum(map(len, tokenizer.encode_batch(texts)))
-    print(f"tokenizer {tokenizer.tokenizer_id}: {tokenizer.vocab_size:,} tokens, trained in "
-          f"{train_sec:.1f} s on {dataset.dataset_id}, {n_bytes / n_tokens:.3f} bytes per token on "
-          f"validation text, saved in {folder}")
+    print(f"tokenizer {tokenizer.tokenizer_id}: {tokenizer.vocab_size:,} tokens, trained on "
+          f"{dataset.dataset_id}, saved in {folder}")
 
 
 if __name__ == "__main__":

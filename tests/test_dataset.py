@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 import time
@@ -24,7 +23,6 @@ from nanochat.dataset import (
     open_dataset,
     prepare_shards,
     read_documents,
-    sample_documents,
 )
 
 
@@ -66,7 +64,6 @@ def test_without_named_splits_a_twentieth_of_the_text_validates(tmp_path, capsys
 
 
 @pytest.mark.parametrize("files, n_train, n_val", [
-    ({"train.jsonl": "a", "validation.jsonl": "b", "test.jsonl": "c"}, 40, 40),
     ({"train-00000-of-00002.jsonl": "a", "train-00001-of-00002.jsonl": "b", "dev.jsonl": "c"},
      80, 40),
     ({"Train/x.jsonl": "a", "VALID/x.jsonl": "b", "test/x.jsonl": "c"}, 40, 40),
@@ -88,9 +85,8 @@ def test_named_splits_are_respected_and_printed(tmp_path, capsys, files, n_train
 
 
 @pytest.mark.parametrize("names, message", [
-    (["test.txt"], "no text to train on; test, not used: test.txt"),
     (["dev.txt", "test.txt"], "no text to train on; validation: dev.txt; test, not used: test.txt"),
-    (["a.pdf", "b.PDF"], r"no text to train on; left out: 2 .pdf \(0.0 MB, 100% of the folder\)"),
+    (["a.pdf", "b.PDF"], r"no text to train on; left out: 2 \.pdf"),
     ([], "no text to train on; no files"),
     (["train.txt", "validation.md"], "has 1 training and 0 validation documents"),
 ])
@@ -100,12 +96,6 @@ def test_a_folder_without_text_for_training_is_refused(tmp_path, names, message)
         (tmp_path / "own" / name).write_text("  " if name.endswith(".md") else "some text")
     with pytest.raises(UserError, match=message):
         open_dataset(tmp_path / "own")
-
-
-def test_a_folder_of_parquet_without_text_says_why(tmp_path):
-    pq.write_table(pa.table({"content": ["a", "b"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"has 0 training .*; a \.parquet with no column `text`"):
-        open_dataset(tmp_path)
 
 
 def test_training_documents_of_other_splits_are_left_out_and_repetitions_are_kept(tmp_path, capsys):
@@ -169,47 +159,11 @@ def test_id_follows_the_documents_and_not_their_files(tmp_path):
     assert ids[0] == ids[1] != ids[2] and ids[0].startswith("my-corpus-")
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_a_file_changed_in_place_gives_another_id(tmp_path, name):
-    """Of the same length, with the old time stamp."""
-    (tmp_path / "own").mkdir()
-    path = tmp_path / "own" / name
-
-    def write(word):
-        texts = [f"{word} {i}\n\n" + "text " * 300 for i in range(50)]
-        if name == "a.parquet":
-            write_parquet(path, texts, compression="none", use_dictionary=False,
-                          write_statistics=False)
-        elif name == "a.jsonl":
-            write_lines(path, texts)
-        else:
-            path.write_text("".join(texts))
-        os.utime(path, (1e9, 1e9))
-        return path.stat().st_size
-
-    size = write("one")
-    first = open_dataset(tmp_path / "own")
-    assert open_dataset(tmp_path / "own") == first
-    assert write("two") == size
-    second = open_dataset(tmp_path / "own")
-    assert second.dataset_id != first.dataset_id
-    assert set(second.checksums.values()).isdisjoint(first.checksums.values())
-
-
-def test_a_read_only_cache_with_the_dataset_needs_no_lock(tmp_path, base_dir, monkeypatch):
-    write_lines(tmp_path / "own" / "a.jsonl", numbered("x", 50))
-    dataset = open_dataset(tmp_path / "own")
-    monkeypatch.setattr(dataset_module, "locked", lambda *_: pytest.fail("a lock was taken"))
-    before = {path: path.stat().st_mtime_ns for path in base_dir.rglob("*")}
-    assert open_dataset(tmp_path / "own") == dataset
-    assert {path: path.stat().st_mtime_ns for path in base_dir.rglob("*")} == before
-
-
 def test_a_failed_conversion_leaves_nothing(tmp_path, base_dir, monkeypatch):
     write_lines(tmp_path / "own" / "a.jsonl", numbered("x", 5))
     with monkeypatch.context() as patch:
         patch.setattr(dataset_module.pq, "write_table", full_disk)
-        with pytest.raises(UserError, match=r"cannot prepare .*No space left on device"):
+        with pytest.raises(OSError, match="No space left on device"):
             open_dataset(tmp_path / "own")
     assert [path for path in base_dir.iterdir() if path.is_dir()] == []
     ready = open_dataset(tmp_path / "own").train_shards[0].parent
@@ -228,27 +182,26 @@ def test_processes_that_start_together_share_one_conversion(tmp_path):
         yield from [("train", b"one document"), ("train", b"another")]
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: prepare_shards(tmp_path / "d", "x", documents(), 20), range(4)))
+        list(pool.map(lambda _: prepare_shards(tmp_path / "d", "x", documents()), range(4)))
     assert len(calls) == 1 and len(list((tmp_path / "d").glob("*.parquet"))) == 2
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda folder: (folder / "dataset.json").write_text('{"dataset_id": "x", "sha'), "not JSON"),
-    (lambda folder: (folder / "dataset.json").write_text("{}"), "has no 'shards'"),
-    (lambda folder: (folder / "shard_00000.parquet").unlink(), r"shard_00000\.parquet is missing"),
+@pytest.mark.parametrize("damage", [
+    lambda folder: (folder / "dataset.json").write_text('{"dataset_id": "x", "sha'),
+    lambda folder: (folder / "dataset.json").write_text("{}"),
+    lambda folder: (folder / "shard_00000.parquet").unlink(),
 ])
-def test_a_damaged_prepared_folder_is_one_line(tmp_path, damage, message):
+def test_a_damaged_prepared_folder_is_one_line(tmp_path, damage):
     write_lines(tmp_path / "own" / "a.jsonl", numbered("x", 5))
     damage(open_dataset(tmp_path / "own").train_shards[0].parent)
-    with pytest.raises(UserError, match=rf"{message}.*delete"):
+    with pytest.raises(UserError, match=r"delete .*; it will be prepared again"):
         open_dataset(tmp_path / "own")
 
 
 # --- shards
 
 def prepared(folder, texts):
-    documents = (("train", text.encode()) for text in texts)
-    prepare_shards(folder, "x", documents, sum(map(len, texts)), distinct=True)
+    prepare_shards(folder, "x", (("train", text.encode()) for text in texts), distinct=True)
     manifest = json.loads((folder / "dataset.json").read_text())
     return manifest["dataset_id"], [list(read_documents(folder / n)) for n in manifest["shards"]]
 
@@ -257,7 +210,6 @@ def test_order_and_shards_depend_on_the_set_of_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_module, "_SHARD_MIN_BYTES", 300)
     texts = [f"{i} " * (1 + i % 7) for i in range(400)]
     dataset_id, shards = prepared(tmp_path / "one", texts)
-    monkeypatch.setattr(dataset_module, "_BUCKET_BYTES", 500)  # sorted in several files
     assert prepared(tmp_path / "two", texts[::-1]) == (dataset_id, shards)
     assert prepared(tmp_path / "three", texts + texts[:50])[0] == dataset_id
     assert sorted(text for shard in shards for text in shard) == sorted(texts)
@@ -279,32 +231,22 @@ def damaged_pages(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda path: os.truncate(path, 100), "damaged"),
-    (lambda path: os.truncate(path, path.stat().st_size - 1), "damaged"),
-    (damaged_pages, "damaged"),
-    (lambda path: write_parquet(path, pa.array([1])), "a column `text` of type int64"),
-    (lambda path: write_parquet(path, pa.array([["a"]])), "Unsupported cast"),
-    (lambda path: write_parquet(path, pa.array(["", None])), "no document"),
-    (lambda path: write_parquet(path, pa.array([b"\xff"])), "damaged"),
-    (lambda path: pq.write_table(pa.table({"b": ["a"]}), path), r"no column `text` \(its"),
+@pytest.mark.parametrize("damage", [
+    lambda path: os.truncate(path, path.stat().st_size - 1),
+    damaged_pages,
+    lambda path: write_parquet(path, pa.array([1])),
+    lambda path: write_parquet(path, pa.array(["", None])),
+    lambda path: write_parquet(path, pa.array([b"\xff"])),
+    lambda path: pq.write_table(pa.table({"b": ["a"]}), path),
 ])
-def test_a_shard_that_cannot_be_read_is_named(tmp_path, damage, message):
+def test_a_shard_that_cannot_be_read_is_named(tmp_path, damage):
     path = write_parquet(tmp_path / "shard_00003.parquet", numbered("x", 1000))
     damage(path)
-    with pytest.raises(UserError, match=rf"shard_00003\.parquet .*{message}"):
+    with pytest.raises(UserError, match=r"cannot read .*shard_00003\.parquet \(.*\); repair"):
         list(read_documents(path))
 
 
-def test_sample_stops_at_the_character_limit_and_cuts_long_documents(tmp_path):
-    shards = [write_parquet(tmp_path / f"{i}.parquet", texts)
-              for i, texts in enumerate((["aaaa", "bbbbbbbb"], ["cc", "dd"]))]
-    assert list(sample_documents(shards, max_chars=9, doc_cap=5)) == ["aaaa", "bbbbb"]
-    assert list(sample_documents(shards, max_chars=13)) == ["aaaa", "bbbbbbbb", "cc"]
-    assert list(sample_documents(shards, max_chars=10**9)) == ["aaaa", "bbbbbbbb", "cc", "dd"]
-
-
-# --- named datasets
+# --- named datasets and the command
 
 def test_stdlib_is_prepared_once_with_version_and_content_in_its_id(base_dir):
     dataset = open_dataset("stdlib")
@@ -316,66 +258,29 @@ def test_stdlib_is_prepared_once_with_version_and_content_in_its_id(base_dir):
     assert open_dataset("stdlib") == dataset and str(base_dir) not in "".join(found)
 
 
-@pytest.fixture
-def download(monkeypatch, base_dir):
-    """A downloaded dataset of 3 training shards; the last shard validates."""
-    monkeypatch.setitem(dataset_module.DOWNLOADS, "climbmix", Download("owner/repository", 4))
-    folder = base_dir / "base_data_climbmix"
-    for i in (0, 1, 4):
-        write_parquet(folder / f"shard_{i:05d}.parquet", numbered(i, 50), write_statistics=False,
-                      compression="none", use_dictionary=False)
-    return folder
-
-
-def test_a_download_validates_on_its_last_shard_and_is_used_where_it_is(download):
-    dataset = open_dataset("climbmix")
-    assert dataset.val_shards == (download / "shard_00004.parquet",)
-    assert [path.name[6:11] for path in dataset.train_shards] == ["00000", "00001"]
-    assert dataset.dataset_id.startswith("climbmix-") and open_dataset("climbmix") == dataset
-
-
-def test_a_download_without_its_validation_shard_names_the_command(download):
-    (download / "shard_00004.parquet").unlink()
-    with pytest.raises(UserError, match=r"needs shard_00004\.parquet, .*dataset climbmix -n 8"):
-        open_dataset("climbmix")
-
-
-# --- the command
-
 @pytest.mark.parametrize("arguments, message", [
-    ([], "--dataset climbmix needs -n"),
-    (["-n", "0"], "has 1 to 4 training shards"),
+    ([], "needs shard_00004.parquet, the validation shard of climbmix"),
     (["-n", "5"], "has 1 to 4 training shards"),
-    (["-n", "2", "-w", "0"], "-w must be at least 1"),
+    (["-n", "2", "-w", "0"], "-w"),
     (["--dataset", "stdlib", "-n", "2"], "-n is only for the downloads climbmix and fineweb-edu"),
     (["--dataset", "nowhere"], "give a folder of text or one of stdlib, climbmix, fineweb-edu"),
     (["--dataset", "~nobody/x"], "is not a folder"),
     (["--dataset", "x" * 5000], "is not a folder"),
-    (["--dataset", __file__], "is a file; give a folder of text"),
+    (["--dataset", __file__], "is not a folder"),
 ])
-def test_wrong_arguments_are_one_line_and_exit_code_2(download, arguments, message, refusal):
-    error = refusal(main, arguments)
-    assert message in error and error.count("\n") == 1
+def test_wrong_arguments_are_one_line_and_exit_code_2(monkeypatch, arguments, message, refusal):
+    monkeypatch.setitem(dataset_module.DOWNLOADS, "climbmix", Download("owner/repository", 4))
+    assert message in refusal(main, arguments).splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["corpus", "~corpus", "cor:pus", b"caf\xe9", "..corpus"])
 def test_module_runs_as_a_command_on_folders_of_any_name(tmp_path, name):
     folder = tmp_path / os.fsdecode(name)
     folder.mkdir()
-    texts = random.Random(0).sample(numbered("x", 50), 50)
-    (folder / os.fsdecode(b"fil\xe9: ~.txt")).write_text("<|endoftext|>".join(texts))
+    (folder / os.fsdecode(b"fil\xe9: ~.txt")).write_text("<|endoftext|>".join(numbered("x", 50)))
     run = subprocess.run([sys.executable, "-m", "nanochat.dataset", "--dataset", folder.name],
                          capture_output=True, timeout=60, cwd=tmp_path,
                          env={**os.environ, "PYTHONPATH": os.getcwd()})
     assert run.returncode == 0, run.stderr
     assert b"1 files, 0.0 MB, 50 documents" in run.stdout
     assert b"1 training and 1 validation shards" in run.stdout
-
-
-def test_skip_bad_allows_more_unusable_samples(tmp_path, capsys, refusal):
-    write_lines(tmp_path / "a.jsonl", numbered("x", 40))
-    with open(tmp_path / "a.jsonl", "a") as file:
-        file.write("{\n")
-    assert "1 of 41 samples are unusable" in refusal(main, ["--dataset", str(tmp_path)])
-    main(["--dataset", str(tmp_path), "--skip-bad", "0.05"])
-    assert "1 of 41 samples are unusable: " in capsys.readouterr().out

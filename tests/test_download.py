@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import json
 import logging
 import re
 import threading
@@ -27,12 +26,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self):
-        self.respond()
-
-    def do_GET(self):
-        self.respond()
-
-    def respond(self):
         name = self.path.removeprefix(f"/datasets/{REPO}/resolve/main/")
         is_get = self.command == "GET"
         start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
@@ -54,10 +47,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", "0" * 40)
         self.end_headers()
         if is_get:
-            if fault == "flip":
-                data = data[:4] + bytes([data[4] ^ 1]) + data[5:]
             self.wfile.write(data[start:start + 100_000] if fault == "drop" else data[start:])
         self.close_connection = fault == "drop"
+
+    do_GET = do_HEAD
 
     def log_message(self, *_):
         pass
@@ -108,7 +101,7 @@ def n_gets(server, name):
 def test_shards_arrive_complete_with_the_validation_shard_and_nothing_else(server, folder):
     download_shards("climbmix", 2, num_workers=2)
     names = [FIRST, "shard_00001.parquet", LAST]
-    assert sorted(path.name for path in folder.iterdir()) == ["sha256.json", *names]
+    assert sorted(path.name for path in folder.glob("*.parquet")) == names
     assert all((folder / name).read_bytes() == server.files[name] for name in names)
     dataset = open_dataset("climbmix")
     assert [path.name for path in (*dataset.train_shards, *dataset.val_shards)] == names
@@ -127,17 +120,12 @@ def test_passing_faults_end_with_the_right_bytes(server, folder, faults):
     assert max(starts) == 100_000 * faults.count("drop"), "it continues where the line broke"
 
 
-@pytest.mark.parametrize("content, fault, message", [
-    (b"<html>please log in</html>", None, "Parquet magic bytes not found|file size"),
-    (None, None, "404 Not Found"),
-    ("shard", 503, "503 Service Unavailable"),
-    ("shard", "flip", "its SHA-256 is not that of the host"),
-])
+@pytest.mark.parametrize("fault, message", [
+    (None, "404 Not Found"), (503, "503 Service Unavailable")])
 def test_a_shard_that_fails_never_gets_the_name_and_the_others_are_kept(
-        server, folder, shard_bytes, content, fault, message):
-    server.files[LAST] = shard_bytes if content == "shard" else content
+        server, folder, shard_bytes, fault, message):
     server.faults[LAST] = [fault] if fault else []
-    if content is None:
+    if not fault:
         del server.files[LAST]
     with pytest.raises(UserError, match=rf"not download {LAST} of {REPO} \(.*({message}).*; run"):
         download_shards("climbmix", 1, num_workers=1)
@@ -145,16 +133,8 @@ def test_a_shard_that_fails_never_gets_the_name_and_the_others_are_kept(
     server.files[LAST] = shard_bytes
     download_shards("climbmix", 1)
     checksum = hashlib.sha256(shard_bytes).hexdigest()
-    assert json.loads((folder / "sha256.json").read_text()) == {FIRST: checksum, LAST: checksum}
+    assert set(open_dataset("climbmix").checksums.values()) == {checksum}
     assert n_gets(server, FIRST) == 1
-
-
-def test_after_a_failure_no_other_download_starts(server, folder, monkeypatch):
-    monkeypatch.setitem(dataset_module.DOWNLOADS, "climbmix", Download(REPO, 40))
-    del server.files[FIRST]
-    with pytest.raises(UserError, match="shard_00000"):
-        download_shards("climbmix", 40, num_workers=1)
-    assert len(server.requests) < 10
 
 
 def test_a_server_that_does_not_answer_is_one_error(server, folder, monkeypatch):

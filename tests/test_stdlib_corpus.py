@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat import stdlib_corpus
-from nanochat.common import UserError
-from nanochat.stdlib_corpus import corpus_documents, corpus_key, cut_code, topics
+from nanochat.stdlib_corpus import corpus_documents, cut_code, topics
 
 SENTENCE = "A sentence that is long enough to be a document of its own.\n"
 
@@ -52,22 +51,6 @@ def test_corpus_ends_at_its_size(library, monkeypatch):
     assert 1000 - len(SENTENCE) < sum(map(len, corpus_documents())) <= 1000
 
 
-def test_library_without_sources_is_an_error(library):
-    library("zlib.pyc", b"\x00")
-    with pytest.raises(UserError, match="has no source code"):
-        list(corpus_documents())
-
-
-def test_key_follows_names_and_sizes(library):
-    library("a.py", SENTENCE)
-    key = corpus_key()
-    assert corpus_key() == key
-    library("a.py", SENTENCE * 2)
-    longer = corpus_key()
-    library("b.py", SENTENCE)
-    assert len({key, longer, corpus_key()}) == 3
-
-
 def test_code_is_cut_at_definitions():
     body = "    x = x + 1\n" * 60 + "    return x\n"
     functions = [f"@cache\ndef f{i}(x):\n{body}" for i in range(40)]
@@ -96,5 +79,3 @@ def test_cutting_loses_nothing_but_blank_space(text):
 
 def test_topics_are_entries_of_the_dictionary():
     assert topics("topics = {'a': 'One.\\n', 'b': 'Two.'}\n") == ["One.\n", "Two."]
-    assert topics("topics = build()\n") == [] == topics("topics = {")
-    assert topics("topics = 3\n") == []

@@ -19,7 +19,7 @@ from nanochat import dataset as dataset_module
 from nanochat.common import UserError
 from nanochat.dataset import Dataset, Download, open_dataset
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
-from nanochat.tokens import HEADER_BYTES, TokenShard, token_shards, write_token_shard
+from nanochat.tokens import TokenShard, token_shards, write_token_shard
 
 TEXTS = ["one fish", "two <|bos|> fish", "", "rød fisk, blå fisk", "   ", "x" * 3000]
 KEPT = [text for text in TEXTS if text.strip()]
@@ -55,7 +55,7 @@ def test_tokens_are_the_documents_of_each_split_each_after_bos(tmp_path):
     assert documents(val, tokenizer) == ["held out"]
     assert train[0].tokens.dtype == np.uint16 and train[0].offsets.dtype == np.int64
     assert (train[0].n_docs, train[0].n_tokens) == (len(KEPT), len(train[0].tokens))
-    assert (train[0].vocab_size, train[0].bos_id) == (tokenizer.vocab_size, tokenizer.bos_id)
+    assert train[0].bos_id == tokenizer.bos_id
     assert len(token_shards(dataset, tokenizer, max_shards=1)) == 1
 
 
@@ -67,7 +67,7 @@ def test_any_text_comes_back_in_order_through_small_groups(tmp_path, monkeypatch
     kept = [text for text in texts if text and not text.isspace()]
     dataset = make_dataset(tmp_path / "d", [*texts, "end"], ["val"])
     tokenizer = bytes_tokenizer()
-    [shard] = token_shards(dataset, tokenizer, num_threads=2)
+    [shard] = token_shards(dataset, tokenizer)
     assert documents(shard, tokenizer) == [*kept, "end"]
 
 
@@ -83,42 +83,25 @@ def test_a_prepared_read_only_cache_is_enough(tmp_path, base_dir, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in base_dir.rglob("*")} == before
 
 
-def replace(old, new):
-    return lambda data: data.replace(old, new)
-
-
-def flip(at):
-    return lambda data: data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
-
-
-@pytest.mark.parametrize("damage", [
-    lambda data: data[:-1],
-    lambda data: b"",
-    lambda data: b"{" * HEADER_BYTES + data[HEADER_BYTES:],
-    lambda data: b"[1]".ljust(HEADER_BYTES) + data[HEADER_BYTES:],
-    lambda data: data[:-16] + bytes(16),
-    replace(b'"n_docs": 4', b'"n_docs":-4'),
-    replace(b'"tokenizer_id": "', b'"tokenizer_id": "0'),
-    flip(HEADER_BYTES + 2),  # another valid token
-])
-def test_a_damaged_file_is_named_and_made_again(tmp_path, capsys, damage):
+@settings(max_examples=60, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_damaged_file_is_made_again(tmp_path, capsys, data):
     dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
     path = token_shards(dataset, tokenizer)[0].path
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match="damaged"):
-        TokenShard(path)
-    capsys.readouterr()
-    assert documents(token_shards(dataset, tokenizer)[0], tokenizer) == KEPT
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and str(path) in printed and "damaged" in printed
-
-
-def test_bytes_are_read_once_per_process(tmp_path, monkeypatch):
-    dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
-    token_shards(dataset, tokenizer)
-    token_shards(dataset, tokenizer)
-    monkeypatch.setattr("nanochat.common.sha256_of", lambda *_: pytest.fail("hashed again"))
-    token_shards(dataset, tokenizer)
+    original = path.read_bytes()
+    damaged = bytearray(original)
+    damaged[data.draw(st.integers(0, len(original) - 1))] ^= data.draw(st.sampled_from([0, 1, 128]))
+    damaged = damaged[:data.draw(st.sampled_from([0, 100, len(original) // 2, len(original)]))]
+    path.unlink()  # another process may have mapped it
+    path.write_bytes(damaged)
+    try:
+        assert documents(TokenShard(path), tokenizer) == KEPT  # the damage is in unused bytes
+    except UserError as error:
+        assert str(path) in str(error)
+        capsys.readouterr()
+        assert documents(token_shards(dataset, tokenizer)[0], tokenizer) == KEPT
+        assert capsys.readouterr().out.count("\n") == 1
 
 
 def test_a_folder_changed_in_place_is_tokenised_again(tmp_path):
@@ -133,22 +116,16 @@ def test_a_folder_changed_in_place_is_tokenised_again(tmp_path):
         assert {text[:3] for shard in found for text in documents(shard, tokenizer)} == {word}
 
 
-def test_a_downloaded_shard_changed_in_place_never_gives_old_tokens(base_dir, monkeypatch, capsys):
-    """Its parquet footer and its size stay the same, so that only the content tells."""
+def test_a_downloaded_shard_changed_in_place_never_gives_old_tokens(base_dir, monkeypatch):
     monkeypatch.setitem(dataset_module.DOWNLOADS, "climbmix", Download("owner/repository", 1))
     folder, tokenizer = base_dir / "base_data_climbmix", bytes_tokenizer()
     make_dataset(folder, ["one text"], ["val"])
-    for path in folder.glob("*.parquet"):
-        pq.write_table(pq.read_table(path), path, compression="none", write_statistics=False,
-                       use_dictionary=False)
     first = open_dataset("climbmix")
     token_shards(first, tokenizer)
     path = folder / "shard_00000.parquet"
-    path.write_bytes(path.read_bytes().replace(b"one text", b"two text"))
-    os.utime(path, (1e9, 1e9))
-    with pytest.raises(UserError, match=r"shard_00000\.parquet is damaged .*its SHA-256 is not"):
+    pq.write_table(pa.table({"text": ["two text"]}), path)
+    with pytest.raises(UserError, match=r"shard_00000\.parquet \(its SHA-256 is not"):
         token_shards(open_dataset("climbmix"), tokenizer)
-    assert "tokenising again: " in capsys.readouterr().out
     (folder / "sha256.json").unlink()  # the change is meant
     second = open_dataset("climbmix")
     assert second.dataset_id != first.dataset_id
@@ -165,12 +142,6 @@ def test_a_download_that_grew_keeps_its_tokens(tmp_path, monkeypatch):
     assert found == [["a"], ["b"], ["c"]] and sorted(encoded) == ["a", "b", "c"]
 
 
-def test_another_tokenizer_has_its_own_files(tmp_path):
-    dataset = make_dataset(tmp_path / "d", ["abab"], ["val"])
-    for merges, n_tokens in (((), 5), ([b"ab"], 3), ((), 5)):
-        assert token_shards(dataset, bytes_tokenizer(merges))[0].n_tokens == n_tokens
-
-
 def test_a_failure_half_way_leaves_no_file(tmp_path, base_dir, monkeypatch):
     dataset, tokenizer = make_dataset(tmp_path / "d", TEXTS, ["val"]), bytes_tokenizer()
     monkeypatch.setattr("nanochat.tokens.GROUP_DOCUMENTS", 1)
@@ -179,9 +150,9 @@ def test_a_failure_half_way_leaves_no_file(tmp_path, base_dir, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         token_shards(dataset, tokenizer)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (HEADER_BYTES + 100, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
     try:
-        with pytest.raises(UserError, match=r"cannot write .*make room"):
+        with pytest.raises(OSError, match="File too large"):
             token_shards(dataset, bytes_tokenizer())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -202,49 +173,41 @@ def test_ids_above_16_bits_are_stored_in_32(tmp_path):
 
 
 RANK = """
-    import os, sys, time
-    import torch.distributed as dist
-    from nanochat import common, tokens
+    import sys, time
+    from nanochat import tokens
     from nanochat.dataset import open_dataset
     from nanochat.tokenizer import load_tokenizer
 
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", world_size=2,
-                            rank=int(os.environ["RANK"]))
-    write, digest, made, hashed = tokens.write_token_shard, common.sha256_of, [], []
+    write, made = tokens.write_token_shard, []
     def slow_write(path, groups, header):
         time.sleep(0.2)
         made.append(path.stem)
         write(path, groups, header)
-    def count(path, start=0):
-        hashed.append(path)
-        return digest(path, start)
-    tokens.write_token_shard, common.sha256_of = slow_write, count
-    shards = tokens.token_shards(open_dataset(sys.argv[1]), load_tokenizer(sys.argv[2]))
-    print(*made, len(hashed), sum(shard.n_docs for shard in shards), sep=";")
+    tokens.write_token_shard = slow_write
+    dataset, tokenizer = open_dataset(sys.argv[1]), load_tokenizer(sys.argv[2])
+    print("ready", flush=True)
+    sys.stdin.readline()
+    shards = tokens.token_shards(dataset, tokenizer)
+    print(*made, sum(shard.n_docs for shard in shards), sep=";")
 """
 
 
-def test_ranks_of_a_node_share_the_making_and_the_verification(tmp_path, base_dir, monkeypatch):
+def test_ranks_share_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_module, "_SHARD_MIN_BYTES", 20_000)
     (tmp_path / "own").mkdir()
     text = "<|endoftext|>".join(f"text {i} " + "x" * 1000 for i in range(120))
     (tmp_path / "own" / "a.txt").write_text(text)
     n_shards = len(open_dataset(tmp_path / "own").train_shards)
     bytes_tokenizer().save(tmp_path / "tokenizer")
-    (tmp_path / "rank.py").write_text(textwrap.dedent(RANK))
-    found = []
-    for start in ("first", "second"):
-        ranks = [subprocess.Popen(
-            [sys.executable, tmp_path / "rank.py", tmp_path / "own", tmp_path / "tokenizer",
-             tmp_path / start], stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "RANK": str(rank),
-                 "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}) for rank in range(2)]
-        outputs = [rank.communicate(timeout=60)[0].splitlines()[-1].split(";") for rank in ranks]
-        found.append([(output[:-2], int(output[-2]), int(output[-1])) for output in outputs])
-    (made, *_), (made_by_other, *_) = found[0]
+    ranks = [subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(RANK), tmp_path / "own", tmp_path / "tokenizer"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "RANK": str(rank),
+             "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": "1"}) for rank in range(2)]
+    for rank in ranks:
+        assert any(line == "ready\n" for line in rank.stdout)
+    outputs = [rank.communicate("\n", timeout=60)[0].splitlines()[-1].split(";") for rank in ranks]
+    (*made, n_docs), (*made_by_other, n_docs_other) = outputs
     assert sorted(made + made_by_other) == [f"shard_{i:05d}" for i in range(n_shards)]
-    assert made and made_by_other and n_shards >= 5
-    (again, n_hashed, n_docs), (again_other, n_hashed_by_other, n_docs_other) = found[1]
-    assert again == again_other == [] and n_docs == n_docs_other > 100
-    assert n_hashed + n_hashed_by_other == n_shards and abs(n_hashed - n_hashed_by_other) <= 1
+    assert n_shards >= 5 and n_docs == n_docs_other
