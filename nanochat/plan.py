@@ -1,8 +1,8 @@
 """The plan of a run before it starts: memory and time from the flags of base_train.
 
 Memory is counted from the program's tensors, plus the activations that its compiled graphs keep.
-Time is a roofline per kind of work plus an alpha-beta model of the collectives; nothing overlaps.
-dev/plan_records.csv compares the plan with published records.
+Time is a roofline per kind of work plus an alpha-beta model of the collectives of one node; nothing
+overlaps. dev/plan_records.csv compares the plan with published records.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from nanochat.optim import SMALL_NUMEL, parameter_groups, polar_express_flops
 
 
 class Gpu(NamedTuple):
-    """Datasheet of one GPU: dense FLOP/s; links and network in one direction, per GPU."""
+    """Datasheet of one GPU: dense FLOP/s; links in one direction, per GPU."""
 
     name: str  # part of the name that the device reports
     bf16_flop_per_sec: float
@@ -33,11 +33,10 @@ class Gpu(NamedTuple):
     memory_bytes: float
     memory_bytes_per_sec: float
     link_bytes_per_sec: float = 32e9  # PCIe 4.0 x16
-    network_bytes_per_sec: float = 50e9
 
 
 GPUS = {
-    "a100": Gpu("A100", 312e12, None, 80e9, 2.04e12, 300e9, 25e9),  # SXM 80 GB, NVLink 3
+    "a100": Gpu("A100", 312e12, None, 80e9, 2.04e12, 300e9),  # SXM 80 GB, NVLink 3
     "h100": Gpu("H100", 989e12, 1979e12, 80e9, 3.35e12, 450e9),  # SXM, NVLink 4
     "h200": Gpu("H200", 989e12, 1979e12, 141e9, 4.8e12, 450e9),  # SXM, NVLink 4
     "b200": Gpu("B200", 2250e12, 4500e12, 180e9, 8.0e12, 900e9),  # SXM, NVLink 5
@@ -49,11 +48,11 @@ MATMUL_SHARE = 0.66  # of the peak of the matmul's dtype: 574 TFLOP in 880 ms
 ATTENTION_SHARE = 0.47  # of bf16's peak, T keys per query in full layers: 51.9 TFLOP in 112 ms
 POLAR_SHARE = 0.50  # of bf16's peak, in Muon's orthogonalisation: 1.63 TFLOP in 3.3 ms
 BANDWIDTH_SHARE = 0.81  # of the memory's bandwidth: 16.8 GB in 6.2 ms
-LINK_SHARE = 0.82  # of links and network: 370 of 450 GB/s
+LINK_SHARE = 0.82  # of the links: 370 of 450 GB/s
 USABLE_SHARE = 0.90  # of the memory; the assumed rest is for CUDA, NCCL's buffers and fragments
 
 GAP_SEC = 2e-3 / 12  # between kernels, per layer and micro-batch: 2 ms at depth 12
-LINK_ALPHA_SEC, NETWORK_ALPHA_SEC = 3.4e-6, 14e-6  # per hop of a ring, from NCCL's tuning table
+LINK_ALPHA_SEC = 3.4e-6  # per hop of a ring, from NCCL's tuning table
 
 # Activations that a compiled graph keeps for its backward pass, counted at 2 and 4 layers.
 KEPT_PER_LAYER = 18.5  # elements per token and channel: q, k, v, the MLP's two, the residual's
@@ -178,12 +177,12 @@ def _logits_bytes(config, model, dtype, device):
 
 # --- time -----------------------------------------------------------------------------------------
 
-def step_time(config, model, dtype, gpu, step_tokens, accumulation, nodes, gpus_per_node):
-    """Return {kind of work: seconds per step} of `nodes` x `gpus_per_node` GPUs.
+def step_time(config, model, dtype, gpu, step_tokens, accumulation, world_size):
+    """Return {kind of work: seconds per step} of `world_size` GPUs in one node.
 
     step_tokens: of all ranks. accumulation: micro-batches of the rank that has the most.
     """
-    parts, _ = model_parts(model, dtype, nodes * gpus_per_node)
+    parts, _ = model_parts(model, dtype, world_size)
     micro_batches = max(1, round(step_tokens / config.device_batch_size / config.max_seq_len))
     tokens = step_tokens * accumulation / micro_batches
     bandwidth = gpu.memory_bytes_per_sec * BANDWIDTH_SHARE
@@ -200,7 +199,6 @@ def step_time(config, model, dtype, gpu, step_tokens, accumulation, nodes, gpus_
                       for p in parts if p.matrix)
     moved = BYTES_PER_LAYER_CHANNEL * channels + BYTES_PER_LOGIT * model.padded_vocab_size
     embedding_bytes = BYTES_PER_EMBEDDING_ELEMENT * (counts["wte"] + counts["value_embeds"])
-    sizes = collective_bytes(parts, accumulation) if nodes * gpus_per_node > 1 else []
     return {
         "matmul": tokens * matmul_sec / MATMUL_SHARE,
         "attention": tokens * attention_flops / (gpu.bf16_flop_per_sec * ATTENTION_SHARE),
@@ -209,7 +207,7 @@ def step_time(config, model, dtype, gpu, step_tokens, accumulation, nodes, gpus_
         "gaps": accumulation * model.n_layer * GAP_SEC,
         "orthogonalisation": polar_flops / (gpu.bf16_flop_per_sec * POLAR_SHARE),
         "update": sum(_update_bytes(part, accumulation) for part in parts) / bandwidth,
-        "communication": sum(collective_sec(gpu, size, nodes, gpus_per_node) for size in sizes),
+        "communication": communication_sec(gpu, parts, accumulation, world_size),
     }
 
 
@@ -223,8 +221,11 @@ def _update_bytes(part, accumulation):
     return moved
 
 
-def collective_bytes(parts, accumulation):
-    """Return the bytes of each collective of a step: gradients scattered, weights gathered."""
+def communication_sec(gpu, parts, accumulation, world_size):
+    """Return the seconds of a step's collectives: bytes over the links, and a latency per hop.
+
+    Gradients are scattered and weights gathered; small parameters are reduced on all ranks.
+    """
     sizes, replicated = [], 0
     for part in parts:
         if part.share < part.padded_numel:
@@ -232,20 +233,9 @@ def collective_bytes(parts, accumulation):
             sizes.append(part.padded_numel * part.compute_itemsize)
         else:
             replicated += part.numel
-    return [*sizes, 2 * 4 * replicated]  # an all-reduce moves its bytes twice
-
-
-def collective_sec(gpu, size_bytes, nodes, gpus_per_node):
-    """Return the seconds of one collective: the slower of links and network, and a time per hop.
-
-    S bytes over W ranks: S (W - 1)/W / bandwidth + (W - nodes) alpha_link + nodes alpha_network.
-    """
-    world_size = nodes * gpus_per_node
-    links = gpu.link_bytes_per_sec if gpus_per_node > 1 else math.inf
-    networks = gpus_per_node * gpu.network_bytes_per_sec if nodes > 1 else math.inf
-    network_hops = nodes if nodes > 1 else 0
-    hops_sec = (world_size - nodes) * LINK_ALPHA_SEC + network_hops * NETWORK_ALPHA_SEC
-    return size_bytes * (1 - 1 / world_size) / (min(links, networks) * LINK_SHARE) + hops_sec
+    sizes.append(2 * 4 * replicated)  # an all-reduce moves its bytes twice
+    links_sec = sum(sizes) * (1 - 1 / world_size) / (gpu.link_bytes_per_sec * LINK_SHARE)
+    return links_sec + len(sizes) * (world_size - 1) * LINK_ALPHA_SEC
 
 
 # --- estimates ------------------------------------------------------------------------------------
@@ -291,27 +281,31 @@ class Estimate:
                 f"{self.train_hours:.2f} hours of training, {self.gpu_hours:,.1f} GPU hours")
 
 
-def estimate(config, vocab_size, gpu, *, gpus_per_node=8, nodes=1):
+def estimate(config, vocab_size, gpu, n_gpus=8):
     """Return the Estimate of a TrainingConfig in bf16 at its own device batch size.
 
     Raise UserError for sizes that do not divide, and for fp8 on a GPU that has none.
     """
-    if gpus_per_node < 1 or nodes < 1:
-        raise UserError(f"--gpus {gpus_per_node} and --nodes {nodes} must be at least 1")
+    if n_gpus < 1:
+        raise UserError(f"--gpus {n_gpus} must be at least 1")
     if config.fp8 and gpu.fp8_flop_per_sec is None:
         raise UserError(f"--fp8: the {gpu.name} has no fp8; leave the flag out")
     model = model_config(config, vocab_size)
     horizon = run_horizon(config, model)
-    world_size, dtype, device = nodes * gpus_per_node, torch.bfloat16, torch.device("cuda")
-    tokens = horizon.total_batch_size_tokens
-    accumulation = math.ceil(schedule.count_micro_batches(
-        tokens, config.device_batch_size, config.max_seq_len, world_size) / world_size)
-    memory, peak = memory_of(config, model, dtype, device, accumulation, world_size)
-    time = step_time(config, model, dtype, gpu, tokens, accumulation, nodes, gpus_per_node)
-    return Estimate(model, horizon, config.device_batch_size, world_size, gpu, memory, peak, time)
+    micro_batches = schedule.count_micro_batches(
+        horizon.total_batch_size_tokens, config.device_batch_size, config.max_seq_len, n_gpus)
+    return _estimate(config, model, horizon, micro_batches, gpu, n_gpus)
 
 
-def largest_fitting(config, vocab_size, gpu, **where):
+def _estimate(config, model, horizon, micro_batches, gpu, n_gpus):
+    accumulation, dtype = math.ceil(micro_batches / n_gpus), torch.bfloat16
+    memory, peak = memory_of(config, model, dtype, torch.device("cuda"), accumulation, n_gpus)
+    time = step_time(
+        config, model, dtype, gpu, horizon.total_batch_size_tokens, accumulation, n_gpus)
+    return Estimate(model, horizon, config.device_batch_size, n_gpus, gpu, memory, peak, time)
+
+
+def largest_fitting(config, vocab_size, gpu, n_gpus=8):
     """Return the Estimate at the largest device batch size, a power of two, that fits and divides.
 
     Raise UserError as `estimate` does, and when not even one row per GPU fits.
@@ -319,7 +313,7 @@ def largest_fitting(config, vocab_size, gpu, **where):
     for rows in (256, 128, 64, 32, 16, 8, 4, 2, 1):
         sized = dataclasses.replace(config, device_batch_size=rows)
         try:
-            found = estimate(sized, vocab_size, gpu, **where)
+            found = estimate(sized, vocab_size, gpu, n_gpus)
         except UserError:
             if rows == 1:
                 raise
@@ -361,12 +355,9 @@ def at_start(config, shape, horizon, micro_batches, device_name, world_size, dev
     bound = "at least " if config.no_compile else ""
     lines = [f"plan: memory {bound}{in_gb(peak)} per rank: {memory_in_words(memory)}"]
     gpu = gpu_of_device(device_name)
-    if gpu and dtype == torch.bfloat16 and not config.no_compile:
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        time = step_time(config, shape, dtype, gpu, horizon.total_batch_size_tokens, accumulation,
-                         math.ceil(world_size / per_node), per_node)
-        found = Estimate(
-            shape, horizon, config.device_batch_size, world_size, gpu, memory, peak, time)
+    is_one_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size
+    if gpu and is_one_node and dtype == torch.bfloat16 and not config.no_compile:
+        found = _estimate(config, shape, horizon, micro_batches, gpu, world_size)
         lines.append(f"plan: {found.speed()}")
     return "\n".join(lines)
 
