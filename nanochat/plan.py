@@ -7,7 +7,6 @@ overlaps. dev/plan_records.csv compares the plan with published records.
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -18,7 +17,6 @@ from nanochat import schedule
 from nanochat.attention import BLOCK_QUERIES, choose_backend
 from nanochat.common import UserError
 from nanochat.config import model_config, run_horizon
-from nanochat.device import peak_bf16_flops
 from nanochat.gpt import GPT, GPTConfig, flops_per_token, parameter_counts, scaling_params
 from nanochat.kernels.linear_cross_entropy import default_chunk_bytes
 from nanochat.optim import SMALL_NUMEL, parameter_groups, polar_express_flops
@@ -27,7 +25,7 @@ from nanochat.optim import SMALL_NUMEL, parameter_groups, polar_express_flops
 class Gpu(NamedTuple):
     """Datasheet of one GPU: dense FLOP/s; links in one direction, per GPU."""
 
-    name: str  # part of the name that the device reports
+    name: str
     bf16_flop_per_sec: float
     fp8_flop_per_sec: float | None  # None: no fp8
     memory_bytes: float
@@ -68,13 +66,6 @@ MUON_BYTES = 38  # per matrix element that a rank updates
 ADAMW_BYTES = {2: 14, 4: 30}  # per element of that many bytes
 QUANTISED_BYTES = 7  # per fp8 operand element: read twice, written, and transposed for dW
 QUANTISED_CHANNELS = 16  # per layer and channel: 7 widths of inputs, 9 of output gradients
-
-
-def gpu_of_device(device_name):
-    """Return the Gpu of a device's name, or None if the table lacks it or only has a variant."""
-    rate = peak_bf16_flops(device_name)
-    return next((gpu for gpu in GPUS.values()
-                 if gpu.name in device_name and gpu.bf16_flop_per_sec == rate), None)
 
 
 class Part(NamedTuple):
@@ -291,17 +282,12 @@ def estimate(config, vocab_size, gpu, n_gpus=8):
     if config.fp8 and gpu.fp8_flop_per_sec is None:
         raise UserError(f"--fp8: the {gpu.name} has no fp8; leave the flag out")
     model = model_config(config, vocab_size)
-    horizon = run_horizon(config, model)
-    micro_batches = schedule.count_micro_batches(
-        horizon.total_batch_size_tokens, config.device_batch_size, config.max_seq_len, n_gpus)
-    return _estimate(config, model, horizon, micro_batches, gpu, n_gpus)
-
-
-def _estimate(config, model, horizon, micro_batches, gpu, n_gpus):
-    accumulation, dtype = math.ceil(micro_batches / n_gpus), torch.bfloat16
+    horizon, dtype = run_horizon(config, model), torch.bfloat16
+    tokens = horizon.total_batch_size_tokens
+    accumulation = math.ceil(schedule.count_micro_batches(
+        tokens, config.device_batch_size, config.max_seq_len, n_gpus) / n_gpus)
     memory, peak = memory_of(config, model, dtype, torch.device("cuda"), accumulation, n_gpus)
-    time = step_time(
-        config, model, dtype, gpu, horizon.total_batch_size_tokens, accumulation, n_gpus)
+    time = step_time(config, model, dtype, gpu, tokens, accumulation, n_gpus)
     return Estimate(model, horizon, config.device_batch_size, n_gpus, gpu, memory, peak, time)
 
 
@@ -345,21 +331,15 @@ def describe(found):
         f"({', '.join(kinds)})"]
 
 
-def at_start(config, shape, horizon, micro_batches, device_name, world_size, device, dtype):
-    """Return the lines that base_train prints: memory, and time if the device is in the table.
+def at_start(config, shape, micro_batches, world_size, device, dtype):
+    """Return the line about memory that base_train prints.
 
     shape: the run's GPTConfig. micro_batches: of all ranks, per step.
     """
     accumulation = math.ceil(micro_batches / world_size)
     memory, peak = memory_of(config, shape, dtype, device, accumulation, world_size)
     bound = "at least " if config.no_compile else ""
-    lines = [f"plan: memory {bound}{in_gb(peak)} per rank: {memory_in_words(memory)}"]
-    gpu = gpu_of_device(device_name)
-    is_one_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) == world_size
-    if gpu and is_one_node and dtype == torch.bfloat16 and not config.no_compile:
-        found = _estimate(config, shape, horizon, micro_batches, gpu, world_size)
-        lines.append(f"plan: {found.speed()}")
-    return "\n".join(lines)
+    return f"plan: memory {bound}{in_gb(peak)} per rank: {memory_in_words(memory)}"
 
 
 def memory_in_words(memory):

@@ -113,8 +113,7 @@ def judge(candidate, table, series=None, probe=None):
     """Return the Verdict on a candidate of an experiment_table at one depth.
 
     series: experiment_table of gate 4's miniseries; probe: the candidate's Probe; None: not run.
-    Raise UserError for a missing candidate or baseline, several depths, and runs of different
-    datasets, devices, targets or horizons.
+    Raise UserError for runs that cannot be judged or compared.
     """
     names = list(table.candidate.unique())
     if candidate not in names or candidate == BASELINE or BASELINE not in names:
@@ -410,18 +409,18 @@ def _outcome(faults, gaps, notes=()):
 
 
 def _failed(tried):
-    return [f"{_label(row)}: {row.status}" for row in tried[~tried.ok].itertuples()]
+    return (tried.label + ": " + tried.status)[~tried.ok].tolist()
 
 
 def _missed(runs):
-    rows = runs[(runs.candidate != BASELINE) & runs.ok & runs.target_metric_threshold.notna()
-                & runs.time_to_target_sec_measured.isna()]
-    return _about("target not reached:", map(_label, rows.itertuples()))
+    missed = runs.target_metric_threshold.notna() & runs.time_to_target_sec_measured.isna()
+    return _about("target not reached:",
+                  runs.label[missed & runs.ok & (runs.candidate != BASELINE)])
 
 
 def _without_target(runs):
-    rows = runs[runs.target_metric_threshold.isna()]
-    return _about("give an independent target, none is recorded of", map(_label, rows.itertuples()))
+    return _about("give an independent target, none is recorded of",
+                  runs.label[runs.target_metric_threshold.isna()])
 
 
 def _fewer(what, n, least):
@@ -431,10 +430,6 @@ def _fewer(what, n, least):
 def _about(words, values):
     listed = _listed(values)
     return [f"{words} {listed}"] if listed else []
-
-
-def _label(row):
-    return f"{row.candidate} depth {row.depth} seed {row.seed}"
 
 
 def _listed(values):

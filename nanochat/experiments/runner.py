@@ -44,11 +44,6 @@ class Experiment:
     def __post_init__(self):
         if len(self.seeds) < self.profile.min_seeds:
             raise UserError(f"this protocol needs {self.profile.min_seeds} seeds; give --seeds 0 1")
-        known = [*CANDIDATES.items(), *self.candidates.items()]
-        for (name, flags), (other, others) in product(self.candidates.items(), known):
-            if (name == other) != (flags == others):
-                raise UserError(f"candidate {name!r} has the flags {flags!r} and {other!r} has "
-                                f"{others!r}; give each set of flags one name")
 
 
 class TrainingRun(NamedTuple):

@@ -33,7 +33,7 @@ _NOT_IN_RECIPE = {  # flags in which repeats of a recipe may differ
 def experiment_table(ledger, experiment_name, runs_dir):
     """Return the table of an experiment, in the ledger's order.
 
-    Columns: the ledger's, NUMBERS, candidate, ok, own_horizon, horizon_only, crossing_step,
+    Columns: the ledger's, NUMBERS, candidate, label, ok, own_horizon, horizon_only, crossing_step,
     time_to_target_sec, is_extrapolated, tokenizer_id, state and record (a RunRecord, or None where
     it is not on this machine). Raise UserError for an unreadable ledger, an unknown experiment, and
     candidates that are not one set of flags with one run per depth and seed.
@@ -161,6 +161,9 @@ def _table(cells, records, candidates):
     table["state"] = [state_of(record) if record else "" for record in records]
     table["record"] = pd.Series(records, dtype=object)
     table["ok"] = table.status == "ok"
+
+    table["label"] = [f"{row.candidate} depth {row.depth} seed {row.seed}"
+                      for row in table.itertuples()]
 
     flags = [{word.partition("=")[0] for word in flags.split() if word.startswith("--")}
              for flags in table.candidate_flags]
