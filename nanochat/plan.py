@@ -7,7 +7,6 @@ overlaps. dev/plan_records.csv compares the plan with published records.
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from nanochat import schedule
 from nanochat.attention import BLOCK_QUERIES, choose_backend
 from nanochat.common import UserError
 from nanochat.config import model_config, run_horizon
-from nanochat.gpt import GPT, GPTConfig, flops_per_token, parameter_counts, scaling_params
+from nanochat.gpt import GPT, flops_per_token, parameter_counts, scaling_params
 from nanochat.kernels.linear_cross_entropy import default_chunk_bytes
 from nanochat.optim import SMALL_NUMEL, parameter_groups, polar_express_flops
 
@@ -231,104 +230,80 @@ def communication_sec(gpu, parts, accumulation, world_size):
 
 # --- estimates ------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
 class Estimate:
-    """Requirements of a run: bytes per rank and seconds per step, both by part."""
+    """Requirements of a run in bf16: bytes per rank and seconds per step, both by part.
 
-    model: GPTConfig
-    horizon: schedule.Horizon
-    device_batch_size: int
-    world_size: int
-    gpu: Gpu
-    memory: dict
-    peak_bytes: int
-    time: dict
+    Raise UserError for sizes that do not divide, and for fp8 on a GPU that has none.
+    """
 
-    @property
-    def step_sec(self):
-        return sum(self.time.values())
-
-    @property
-    def train_hours(self):
-        """Return the hours of all steps, without evaluation, checkpoints and compilation."""
-        return self.step_sec * self.horizon.num_iterations / 3600
-
-    @property
-    def gpu_hours(self):
-        return self.train_hours * self.world_size
-
-    @property
-    def fits(self):
-        return self.peak_bytes <= USABLE_SHARE * self.gpu.memory_bytes
+    def __init__(self, config, vocab_size, gpu, n_gpus=8):
+        if n_gpus < 1:
+            raise UserError(f"--gpus {n_gpus} must be at least 1")
+        if config.fp8 and gpu.fp8_flop_per_sec is None:
+            raise UserError(f"--fp8: the {gpu.name} has no fp8; leave the flag out")
+        self.gpu, self.n_gpus, self.device_batch_size = gpu, n_gpus, config.device_batch_size
+        self.model = model_config(config, vocab_size)
+        self.horizon = run_horizon(config, self.model)
+        tokens, dtype = self.horizon.total_batch_size_tokens, torch.bfloat16
+        accumulation = math.ceil(schedule.count_micro_batches(
+            tokens, config.device_batch_size, config.max_seq_len, n_gpus) / n_gpus)
+        self.memory, self.peak_bytes = memory_of(
+            config, self.model, dtype, torch.device("cuda"), accumulation, n_gpus)
+        self.fits = self.peak_bytes <= USABLE_SHARE * gpu.memory_bytes
+        self.time = step_time(config, self.model, dtype, gpu, tokens, accumulation, n_gpus)
+        self.step_sec = sum(self.time.values())
+        # of all steps, without evaluation, checkpoints and compilation
+        self.train_hours = self.step_sec * self.horizon.num_iterations / 3600
+        self.gpu_hours = self.train_hours * n_gpus
 
     def speed(self):
         """Return one line: device batch, time per step, share of bf16's peak, hours."""
         tok_per_sec = self.horizon.total_batch_size_tokens / self.step_sec
-        peak_flops = self.gpu.bf16_flop_per_sec * self.world_size
+        peak_flops = self.gpu.bf16_flop_per_sec * self.n_gpus
         return (f"{self.device_batch_size} rows, {1e3 * self.step_sec:,.0f} ms per step "
                 f"(communication {self.time['communication'] / self.step_sec:.0%}), "
                 f"{tok_per_sec:,.0f} tok/s, "
                 f"MFU {tok_per_sec * flops_per_token(self.model) / peak_flops:.0%}, "
                 f"{self.train_hours:.2f} hours of training, {self.gpu_hours:,.1f} GPU hours")
 
-
-def estimate(config, vocab_size, gpu, n_gpus=8):
-    """Return the Estimate of a TrainingConfig in bf16 at its own device batch size.
-
-    Raise UserError for sizes that do not divide, and for fp8 on a GPU that has none.
-    """
-    if n_gpus < 1:
-        raise UserError(f"--gpus {n_gpus} must be at least 1")
-    if config.fp8 and gpu.fp8_flop_per_sec is None:
-        raise UserError(f"--fp8: the {gpu.name} has no fp8; leave the flag out")
-    model = model_config(config, vocab_size)
-    horizon, dtype = run_horizon(config, model), torch.bfloat16
-    tokens = horizon.total_batch_size_tokens
-    accumulation = math.ceil(schedule.count_micro_batches(
-        tokens, config.device_batch_size, config.max_seq_len, n_gpus) / n_gpus)
-    memory, peak = memory_of(config, model, dtype, torch.device("cuda"), accumulation, n_gpus)
-    time = step_time(config, model, dtype, gpu, tokens, accumulation, n_gpus)
-    return Estimate(model, horizon, config.device_batch_size, n_gpus, gpu, memory, peak, time)
+    def describe(self):
+        """Return lines: model, horizon, memory and time by part."""
+        model, horizon, n_scaling = self.model, self.horizon, scaling_params(self.model)
+        tokens, usable = horizon.target_tokens, USABLE_SHARE * self.gpu.memory_bytes
+        kinds = (f"{kind} {1e3 * seconds:.0f}" for kind, seconds in self.time.items() if seconds)
+        return [
+            f"model: {model.n_layer} layers, width {model.n_embd}, "
+            f"{parameter_counts(model)['total'] / 1e6:.1f}M parameters, {n_scaling / 1e6:.1f}M of "
+            f"them scaling parameters, {flops_per_token(model) / 1e9:.3f} GFLOP per token",
+            f"horizon: {horizon.num_iterations} steps of {horizon.total_batch_size_tokens} tokens, "
+            f"{tokens / 1e9:.3f}B tokens, {tokens / n_scaling:.2f} per scaling parameter, "
+            f"{tokens * flops_per_token(model):.3g} FLOPs",
+            f"memory per GPU: {in_gb(self.peak_bytes)} with --device-batch-size "
+            f"{self.device_batch_size}, {in_gb(usable)} of {in_gb(self.gpu.memory_bytes)} are "
+            f"usable: {'fits' if self.fits else 'DOES NOT FIT'}",
+            f"  {memory_in_words(self.memory)}",
+            f"step on {self.n_gpus} x {self.gpu.name}: {1e3 * self.step_sec:.0f} ms "
+            f"({', '.join(kinds)})"]
 
 
 def largest_fitting(config, vocab_size, gpu, n_gpus=8):
     """Return the Estimate at the largest device batch size, a power of two, that fits and divides.
 
-    Raise UserError as `estimate` does, and when not even one row per GPU fits.
+    Raise UserError as Estimate does, and when not even one row per GPU fits.
     """
     for rows in (256, 128, 64, 32, 16, 8, 4, 2, 1):
         sized = dataclasses.replace(config, device_batch_size=rows)
         try:
-            found = estimate(sized, vocab_size, gpu, n_gpus)
+            found = Estimate(sized, vocab_size, gpu, n_gpus)
         except UserError:
             if rows == 1:
                 raise
             continue
         if found.fits:
             return found
-    usable = USABLE_SHARE * gpu.memory_bytes
-    raise UserError(f"one row needs {in_gb(found.peak_bytes)}, and {in_gb(usable)} of a {gpu.name} "
-                    "are usable; lower --depth or --max-seq-len")
-
-
-def describe(found):
-    """Return the lines of an Estimate: model, horizon, memory and time by part."""
-    model, horizon, n_scaling = found.model, found.horizon, scaling_params(found.model)
-    tokens, usable = horizon.target_tokens, USABLE_SHARE * found.gpu.memory_bytes
-    kinds = (f"{kind} {1e3 * seconds:.0f}" for kind, seconds in found.time.items() if seconds)
-    return [
-        f"model: {model.n_layer} layers, width {model.n_embd}, "
-        f"{parameter_counts(model)['total'] / 1e6:.1f}M parameters, {n_scaling / 1e6:.1f}M of them "
-        f"scaling parameters, {flops_per_token(model) / 1e9:.3f} GFLOP per token",
-        f"horizon: {horizon.num_iterations} steps of {horizon.total_batch_size_tokens} tokens, "
-        f"{tokens / 1e9:.3f}B tokens, {tokens / n_scaling:.2f} per scaling parameter, "
-        f"{tokens * flops_per_token(model):.3g} FLOPs",
-        f"memory per GPU: {in_gb(found.peak_bytes)} with --device-batch-size "
-        f"{found.device_batch_size}, {in_gb(usable)} of {in_gb(found.gpu.memory_bytes)} are "
-        f"usable: {'fits' if found.fits else 'DOES NOT FIT'}",
-        f"  {memory_in_words(found.memory)}",
-        f"step on {found.world_size} x {found.gpu.name}: {1e3 * found.step_sec:.0f} ms "
-        f"({', '.join(kinds)})"]
+    raise UserError(f"one row needs {in_gb(found.peak_bytes)}, and "
+                    f"{in_gb(USABLE_SHARE * gpu.memory_bytes)} of a {gpu.name} are usable; lower "
+                    "--depth or --max-seq-len")
 
 
 def at_start(config, shape, micro_batches, world_size, device, dtype):

@@ -11,7 +11,7 @@ import shlex
 
 from nanochat.common import UserError, command, read_json
 from nanochat.config import parse_config
-from nanochat.plan import GPUS, Gpu, describe, estimate, largest_fitting
+from nanochat.plan import GPUS, Estimate, Gpu, largest_fitting
 
 
 def parse_args(argv=None):
@@ -63,12 +63,12 @@ def main(argv=None):
                         f"{config.depth}; give that depth, or infer with --depth {config.depth}")
 
     has_batch = any(flag.startswith("--device-batch-size") for flag in flags)
-    plan = estimate if has_batch else largest_fitting
+    plan = Estimate if has_batch else largest_fitting
     found = plan(config, args.vocab_size, gpu, args.gpus)
     if args.as_flags:
         print(shlex.join([*flags, f"--device-batch-size={found.device_batch_size}"]))
         return
-    print(*describe(found), sep="\n")
+    print(*found.describe(), sep="\n")
     for n_gpus in sorted({1, args.gpus}):
         try:
             found = plan(config, args.vocab_size, gpu, n_gpus)

@@ -18,10 +18,10 @@ from nanochat.optim import MuonAdamW, parameter_groups, polar_express, polar_exp
 from nanochat.plan import (
     GPUS,
     LINK_SHARE,
+    Estimate,
     Part,
     at_start,
     communication_sec,
-    estimate,
     largest_fitting,
     memory_of,
     model_parts,
@@ -108,7 +108,7 @@ def test_records_are_within_ten_percent_and_the_kept_table_is_true():
 def test_the_device_batch_is_the_largest_that_fits():
     found = largest_fitting(D24, 32768, GPUS["h100"])
     doubled = dataclasses.replace(D24, device_batch_size=2 * found.device_batch_size)
-    assert found.fits and not estimate(doubled, 32768, GPUS["h100"]).fits
+    assert found.fits and not Estimate(doubled, 32768, GPUS["h100"]).fits
     on_h200 = largest_fitting(D24, 32768, GPUS["h200"])
     assert on_h200.device_batch_size == 2 * found.device_batch_size
     small_batch = TrainingConfig(depth=4, total_batch_size=2**17, num_iterations=1)

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import jinja2
-import numpy as np
 import pandas as pd
 from markupsafe import Markup
 from scipy import stats
@@ -215,27 +214,14 @@ def _curve_figures(table, styles):
 
 def _curves_figure(curves, styles, name, x, targets):
     """Draw the curves of the seeds against `x`, and their mean at the steps that all have."""
-    figure, axes = _new_axes(X_AXES[x], name)
+    lines = []
     for (candidate, _), group in curves.groupby(["candidate", "depth"], sort=False):
-        runs = group.groupby("run_id", sort=False)
-        for _, run in runs:
-            width = 0.6 if runs.ngroups > 1 else 1.5
-            _plot(axes, run[x], run.value, lw=width, **styles[candidate])
-        if runs.ngroups > 1:
-            steps = group.groupby("step")
-            mean = steps[[x, "value"]].mean()[steps.size() == runs.ngroups]
-            _plot(axes, mean[x], mean.value, lw=1.8, **styles[candidate])
-    for target in targets:
-        axes.axhline(target, color=MUTED, lw=1, ls="--")
-    is_late = curves.step >= 0.1 * curves.groupby("run_id").step.transform("max")
-    _set_limits(axes, [*curves.value[is_late], *targets])
-    axes.set_xlim(left=0)
-    return _to_svg(figure, f"{name} against {X_AXES[x]}")
-
-
-def _plot(axes, x, y, **style):
-    every = len(x) // 200 + 1
-    axes.plot(x[::-every], y[::-every], marker="o" if len(x) <= 20 else "", ms=2.5, **style)
+        runs = [run.set_index(x).value for _, run in group.groupby("run_id", sort=False)]
+        lines += [(candidate, run, 0.6 if len(runs) > 1 else 1.5) for run in runs]
+        steps = group.groupby("step")
+        mean = steps[[x, "value"]].mean()[steps.size() == len(runs)]
+        lines += [(candidate, mean.set_index(x).value, 1.8)] if len(runs) > 1 else []
+    return _lines_figure(lines, styles, X_AXES[x], name, targets)
 
 
 # --- other figures -----------------------------------------------------
@@ -277,43 +263,52 @@ def _quality_figures(table, styles):
     both["excess"] = both.value - both.value_of_baseline
     excess = both.pivot(index="step", columns=["candidate", "run_id"], values="excess")
     margin = quality_margin(table) or 0.0
-    figure = _lines_figure(excess, styles, "val_bpb minus the baseline's", margin)
+    lines = [(name, values, 1.4) for (name, _), values in excess.items()]
+    figure = _lines_figure(lines, styles, "step", "val_bpb minus the baseline's", margin=margin)
     return [("Quality", "same seed, same step; band: margin of gate 2", figure)]
 
 
 def _depth_figures(series, styles):
     """Return (caption, note, figure) against depth, as changes where there is a baseline."""
     figures = []
-    for column, name in (("min_val_bpb", "min val_bpb"), ("dt_median_ms", "step time in ms")):
+    for column, caption in (("min_val_bpb", "min val_bpb"), ("dt_median_ms", "step time in ms")):
         means = series[series.ok].pivot_table(index="depth", columns="candidate", values=column)
         if len(means) < 2:
             continue
-        label, note, margin = name, "", None
+        label, note, margin = caption, "", None
         if BASELINE in means and len(means.columns) > 1:
             means = 100 * (means.div(means[BASELINE], axis=0) - 1)
-            label, note, margin = f"{name}: change, %", "change from the baseline", 0.0
-        figures.append((name, note, _lines_figure(means, styles, label, margin)))
+            label, note, margin = f"{caption}: change, %", "change from the baseline", 0.0
+        lines = [(name, values, 1.4) for name, values in means.items()]
+        figure = _lines_figure(lines, styles, "depth", label, margin=margin)
+        figures.append((caption, note, figure))
     return figures
 
 
-def _lines_figure(table, styles, y_label, margin=None):
-    """Draw the columns of a table, named by candidate or (candidate, run id), against its index.
+def _lines_figure(lines, styles, x_label, y_label, targets=(), margin=None):
+    """Draw lines (candidate, values by x, width).
 
-    margin: half the height of a grey band about 0; None if the values are no differences.
+    targets: heights of dashed lines. margin: half the height of a grey band about 0; None: the
+    values are no differences.
     """
-    figure, axes = _new_axes(table.index.name, y_label)
-    for name, values in table.items():
-        candidate = name if isinstance(name, str) else name[0]
+    figure, axes = _new_axes(x_label, y_label)
+    shown = [*targets] if margin is None else [-margin, margin]
+    for candidate, values, width in lines:
         values = values.dropna()
-        axes.plot(values.index, values, lw=1.4, marker="o", ms=3, **styles[candidate])
-    shown = [*table[table.index >= 0.1 * table.index.max()].to_numpy().ravel()]
+        shown += [*values[values.index >= 0.1 * values.index.max()]]
+        values = values[::-(len(values) // 200 + 1)]
+        axes.plot(values.index, values, lw=width, marker="o" if len(values) <= 20 else "", ms=2.5,
+                  **styles[candidate])
+    for target in targets:
+        axes.axhline(target, color=MUTED, lw=1, ls="--")
     if margin is not None:
         axes.axhline(0, color=MUTED, lw=1)
         axes.axhspan(-margin, margin, color=MUTED, alpha=0.15, lw=0)
-        shown += [-margin, margin]
-    _set_limits(axes, shown)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    return _to_svg(figure, f"{y_label} against {table.index.name}")
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
+    edge = max(0.05 * (high - low), 1e-3 * abs(high), 1e-3 * (low == high))
+    axes.set_ylim(low - edge, high + edge)
+    axes.xaxis.get_major_locator().set_params(integer=x_label in ("step", "depth"))
+    return _to_svg(figure, f"{y_label} against {x_label}")
 
 
 def _new_axes(x_label, y_label="", height=2.9):
@@ -328,13 +323,6 @@ def _new_axes(x_label, y_label="", height=2.9):
         axes = figure.add_subplot(facecolor="none", xlabel=x_label, ylabel=y_label)
     axes.locator_params(nbins=6)  # the page's font may be wider than matplotlib's
     return figure, axes
-
-
-def _set_limits(axes, values):
-    """Set the vertical limits a little beyond the values."""
-    low, high = np.nanmin(values), np.nanmax(values)
-    edge = max(0.05 * (high - low), 1e-3 * abs(high), 1e-3 * (low == high))
-    axes.set_ylim(low - edge, high + edge)
 
 
 def _to_svg(figure, alt):
