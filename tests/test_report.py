@@ -1,5 +1,6 @@
 """The report: its content, the safety of its text, and the live page."""
 
+import base64
 import html
 import json
 import re
@@ -8,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
@@ -90,7 +90,7 @@ def test_page_shows_the_verdicts_every_section_figure_and_run(matrix):
     assert text.index("chunked-ce promote") < text.index("both reject") < text.index("Curves")
     headings = re.findall("<h2>(.*)</h2>", matrix.page)
     assert headings == ["Overview", "Curves", "Depths", "Gates", "Runs", "Reproduce"]
-    assert matrix.page.count('<svg role="img"') == 2 + 2 * 3 + 2
+    assert matrix.page.count("<img ") == 2 + 2 * 3 + 2
     assert all(f"lane_c.{name}.d4.s{seed}" in rows for name in ("baseline", "chunked-ce", "both")
                for seed in (0, 1))
     assert re.search(r'<tr class="failed"><th>lane_c\.both\.d4\.s1<', matrix.page)
@@ -195,28 +195,12 @@ def test_script_writes_the_page_of_an_experiment_in_the_cache(tmp_path, base_dir
 
 # --- safety ------------------------------------------------------------
 
-class Links(HTMLParser):
-    """Collects whatever a browser would load or follow."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def handle_starttag(self, tag, attributes):
-        assert tag not in ("script", "iframe", "object", "embed", "base")
-        names = ("src", "href", "xlink:href", "srcset", "data", "action")
-        self.found += [value for name, value in attributes if name in names]
-
-
 def test_page_refers_only_to_itself_and_its_ids_are_unique(matrix):
-    links = Links()
-    links.feed(matrix.page)
-    targets = {*links.found, *re.findall(r"url\(([^)]*)\)", matrix.page)}
+    links = re.findall(r'\b(?:src|href|srcset|data|action)="([^"]*)"', matrix.page)
     ids = re.findall(r'\bid="([^"]+)"', matrix.page)
     assert sorted(ids) == sorted(set(ids))
-    outside = {target for target in targets if not target.startswith("data:")}
-    assert len(outside) > 10 and outside <= {f"#{name}" for name in ids}
-    assert matrix.page.count("@import") == 0
+    assert len(links) > 10 and all(link.startswith("data:") for link in links)
+    assert not re.search(r"@import|url\(|<(script|iframe|object|embed|base)\b", matrix.page)
 
 
 def test_hostile_text_is_escaped_everywhere(ledger):
@@ -227,9 +211,8 @@ def test_hostile_text_is_escaped_everywhere(ledger):
     edit_config("x.baseline.d4.s0", versions={HOSTILE: HOSTILE}, flags={"depth": 4, "x": HOSTILE})
     page = experiment_page(ledger, HOSTILE, runs_dir())
     assert "<script" not in page and "alert(1)</" not in page
-    Links().feed(page)
-    for svg in re.findall("<svg.*?</svg>", page, re.DOTALL):
-        ElementTree.fromstring(svg.replace("xlink:", ""))
+    for data in re.findall('src="data:image/svg[^,]*,([^"]*)"', page):
+        ElementTree.fromstring(base64.b64decode(data))
 
 
 # --- live page ---------------------------------------------------------

@@ -4,9 +4,8 @@ The numbers come from table.py and the verdicts from gates.py; report.html.jinja
 matplotlib draws the figures as SVG, which the page's style sheet inverts on a dark background.
 """
 
-import html
+import base64
 import io
-import re
 import shlex
 import time
 from pathlib import Path
@@ -249,7 +248,7 @@ def _time_figures(table, styles):
     short = [name if len(name) <= 26 else f"{name[:12]}…{name[-13:]}" for name in names]
     axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in short])  # no formulas
     axes.set(xlim=(0, None), ylim=(len(names) - 0.4, -0.6))
-    return [("Training time to target", note, _to_svg(figure, "training time to target"))]
+    return [("Training time to target", note, _to_image(figure, "training time to target"))]
 
 
 def _quality_figures(table, styles):
@@ -308,7 +307,7 @@ def _lines_figure(lines, styles, x_label, y_label, targets=(), margin=None):
     edge = max(0.05 * (high - low), 1e-3 * abs(high), 1e-3 * (low == high))
     axes.set_ylim(low - edge, high + edge)
     axes.xaxis.get_major_locator().set_params(integer=x_label in ("step", "depth"))
-    return _to_svg(figure, f"{y_label} against {x_label}")
+    return _to_image(figure, f"{y_label} against {x_label}")
 
 
 def _new_axes(x_label, y_label="", height=2.9):
@@ -325,16 +324,13 @@ def _new_axes(x_label, y_label="", height=2.9):
     return figure, axes
 
 
-def _to_svg(figure, alt):
-    """Return the figure as an <svg> element."""
+def _to_image(figure, alt):
+    """Return the figure as an <img> element that contains an SVG."""
     import matplotlib
 
-    buffer = io.StringIO()
+    buffer = io.BytesIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt}):
         figure.savefig(buffer, format="svg", metadata=metadata)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") + 4:]
-    svg = re.sub('<g id="[^"]*"', "<g", svg)  # these ids repeat in every figure
-    svg = re.sub(' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
-    return Markup(f'<svg role="img" aria-label="{html.escape(alt)}"{svg}')
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return Markup('<img alt="{}" src="data:image/svg+xml;base64,{}">').format(alt, data)
