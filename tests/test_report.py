@@ -103,8 +103,8 @@ def test_table_of_runs_has_mean_and_sd_standard_errors_and_says_what_was_not_mea
     for seed, cells in enumerate(times):
         row = cells | {"min_val_bpb": 1.5 + 0.01 * seed**2}
         make_trial(ledger, "x", seed=seed, row=row, **SMALL)
-    path = runs_dir() / "x.baseline.d4.s0" / "metrics.jsonl"
-    path.write_text(path.read_text().replace('"val_bpb":', '"val_bpb_se": 0.0123, "val_bpb":'))
+    path = runs_dir() / "x.baseline.d4.s0" / "summary.json"
+    write_json(path, json.loads(path.read_text()) | {"final_val_bpb_se": 0.0123})
     rows = table_of(experiment_page(ledger, "x", runs_dir()))
     bpb = np.array([1.5, 1.51, 1.54])
     mean_sd = f"{bpb.mean():.5f} ± {bpb.std(ddof=1):.5f}"

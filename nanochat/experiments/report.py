@@ -25,7 +25,7 @@ from nanochat.target import BEFORE_THE_CLOCK
 X_AXES = {"step": "step", "tokens": "tokens, millions", "train_time_sec": "training time, s"}
 COLUMNS = [  # heading, column of the table of runs, digits
     ("min val_bpb", "min_val_bpb", 5),
-    ("standard error over documents", "val_bpb_se", 5),
+    ("standard error over documents", "final_val_bpb_se", 5),
     ("time to target, s", "time_to_target_sec", 1),
     ("tokens/s", "tok_per_sec_median", 0),
     ("step, ms", "dt_median_ms", 1),
@@ -117,14 +117,11 @@ def _facts_of(table):
 
 def _rows_of(table):
     """Return the headings and (name, state, CSS class, cells) per group of seeds and per run."""
-    last = [record.of("val")[-1:] if record else [] for record in table.record]
-    errors = [tables.number(events[0].get("val_bpb_se")) if events else None for events in last]
-    table = table.assign(val_bpb_se=pd.Series(errors, table.index, dtype=float))
     columns = [column for column in COLUMNS if table[column[1]].notna().any()]
     rows = []
     for (candidate, depth), group in table.groupby(["candidate", "depth"], sort=False):
         if len(group) > 1:
-            means = ["" if name == "val_bpb_se" else _mean_sd(group[name][group.ok], digits)
+            means = ["" if name == "final_val_bpb_se" else _mean_sd(group[name][group.ok], digits)
                      for _, name, digits in columns]
             state = f"mean ± sd of {group.ok.sum()}"
             rows.append((f"{candidate}, depth {depth}", state, "mean", means))
