@@ -87,10 +87,9 @@ def logged_runs(experiment_name, ledger):
 def run_experiment(experiment, ledger, runs_dir, command=training_command, report=print0):
     """Train every run that the ledger does not have, one row each; return the number trained.
 
-    command(flags) returns the argv of the training process, which prints on this console. A run
-    that crashes or diverges gets a row with its status. Raise UserError before anything runs if a
-    record is missing or was made with other flags, and when a training does not start or is stopped
-    by a signal.
+    command(flags) returns the argv of the training process. A run that crashes or diverges gets a
+    row with its status. Raise UserError before anything runs if a record is missing or was made
+    with other flags, and when a training does not start or is stopped by a signal.
     """
     n_trained = 0
     with experiment_lock(runs_dir, experiment.name, report) as lock:
