@@ -1,14 +1,12 @@
 """The plan of a run before it starts: memory and time from the flags of base_train.
 
 Memory is counted from the program's tensors, plus the activations that its compiled graphs keep.
-Time is a roofline per kind of work plus an alpha-beta model of the collectives; nothing overlaps.
-dev/plan_records.csv compares the plan with published records.
+Time is a roofline per kind of work plus an alpha-beta model of the collectives of one node; nothing
+overlaps. dev/plan_records.csv compares the plan with published records.
 """
 
 import dataclasses
 import math
-import os
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -18,26 +16,24 @@ from nanochat import schedule
 from nanochat.attention import BLOCK_QUERIES, choose_backend
 from nanochat.common import UserError
 from nanochat.config import model_config, run_horizon
-from nanochat.device import peak_bf16_flops
-from nanochat.gpt import GPT, GPTConfig, flops_per_token, parameter_counts, scaling_params
+from nanochat.gpt import GPT, flops_per_token, parameter_counts, scaling_params
 from nanochat.kernels.linear_cross_entropy import default_chunk_bytes
 from nanochat.optim import SMALL_NUMEL, parameter_groups, polar_express_flops
 
 
 class Gpu(NamedTuple):
-    """Datasheet of one GPU: dense FLOP/s; links and network in one direction, per GPU."""
+    """Datasheet of one GPU: dense FLOP/s; links in one direction, per GPU."""
 
-    name: str  # part of the name that the device reports
+    name: str
     bf16_flop_per_sec: float
     fp8_flop_per_sec: float | None  # None: no fp8
     memory_bytes: float
     memory_bytes_per_sec: float
     link_bytes_per_sec: float = 32e9  # PCIe 4.0 x16
-    network_bytes_per_sec: float = 50e9
 
 
 GPUS = {
-    "a100": Gpu("A100", 312e12, None, 80e9, 2.04e12, 300e9, 25e9),  # SXM 80 GB, NVLink 3
+    "a100": Gpu("A100", 312e12, None, 80e9, 2.04e12, 300e9),  # SXM 80 GB, NVLink 3
     "h100": Gpu("H100", 989e12, 1979e12, 80e9, 3.35e12, 450e9),  # SXM, NVLink 4
     "h200": Gpu("H200", 989e12, 1979e12, 141e9, 4.8e12, 450e9),  # SXM, NVLink 4
     "b200": Gpu("B200", 2250e12, 4500e12, 180e9, 8.0e12, 900e9),  # SXM, NVLink 5
@@ -49,11 +45,11 @@ MATMUL_SHARE = 0.66  # of the peak of the matmul's dtype: 574 TFLOP in 880 ms
 ATTENTION_SHARE = 0.47  # of bf16's peak, T keys per query in full layers: 51.9 TFLOP in 112 ms
 POLAR_SHARE = 0.50  # of bf16's peak, in Muon's orthogonalisation: 1.63 TFLOP in 3.3 ms
 BANDWIDTH_SHARE = 0.81  # of the memory's bandwidth: 16.8 GB in 6.2 ms
-LINK_SHARE = 0.82  # of links and network: 370 of 450 GB/s
+LINK_SHARE = 0.82  # of the links: 370 of 450 GB/s
 USABLE_SHARE = 0.90  # of the memory; the assumed rest is for CUDA, NCCL's buffers and fragments
 
 GAP_SEC = 2e-3 / 12  # between kernels, per layer and micro-batch: 2 ms at depth 12
-LINK_ALPHA_SEC, NETWORK_ALPHA_SEC = 3.4e-6, 14e-6  # per hop of a ring, from NCCL's tuning table
+LINK_ALPHA_SEC = 3.4e-6  # per hop of a ring, from NCCL's tuning table
 
 # Activations that a compiled graph keeps for its backward pass, counted at 2 and 4 layers.
 KEPT_PER_LAYER = 18.5  # elements per token and channel: q, k, v, the MLP's two, the residual's
@@ -69,13 +65,6 @@ MUON_BYTES = 38  # per matrix element that a rank updates
 ADAMW_BYTES = {2: 14, 4: 30}  # per element of that many bytes
 QUANTISED_BYTES = 7  # per fp8 operand element: read twice, written, and transposed for dW
 QUANTISED_CHANNELS = 16  # per layer and channel: 7 widths of inputs, 9 of output gradients
-
-
-def gpu_of_device(device_name):
-    """Return the Gpu of a device's name, or None if the table lacks it or only has a variant."""
-    rate = peak_bf16_flops(device_name)
-    return next((gpu for gpu in GPUS.values()
-                 if gpu.name in device_name and gpu.bf16_flop_per_sec == rate), None)
 
 
 class Part(NamedTuple):
@@ -178,12 +167,12 @@ def _logits_bytes(config, model, dtype, device):
 
 # --- time -----------------------------------------------------------------------------------------
 
-def step_time(config, model, dtype, gpu, step_tokens, accumulation, nodes, gpus_per_node):
-    """Return {kind of work: seconds per step} of `nodes` x `gpus_per_node` GPUs.
+def step_time(config, model, dtype, gpu, step_tokens, accumulation, world_size):
+    """Return {kind of work: seconds per step} of `world_size` GPUs in one node.
 
     step_tokens: of all ranks. accumulation: micro-batches of the rank that has the most.
     """
-    parts, _ = model_parts(model, dtype, nodes * gpus_per_node)
+    parts, _ = model_parts(model, dtype, world_size)
     micro_batches = max(1, round(step_tokens / config.device_batch_size / config.max_seq_len))
     tokens = step_tokens * accumulation / micro_batches
     bandwidth = gpu.memory_bytes_per_sec * BANDWIDTH_SHARE
@@ -200,7 +189,6 @@ def step_time(config, model, dtype, gpu, step_tokens, accumulation, nodes, gpus_
                       for p in parts if p.matrix)
     moved = BYTES_PER_LAYER_CHANNEL * channels + BYTES_PER_LOGIT * model.padded_vocab_size
     embedding_bytes = BYTES_PER_EMBEDDING_ELEMENT * (counts["wte"] + counts["value_embeds"])
-    sizes = collective_bytes(parts, accumulation) if nodes * gpus_per_node > 1 else []
     return {
         "matmul": tokens * matmul_sec / MATMUL_SHARE,
         "attention": tokens * attention_flops / (gpu.bf16_flop_per_sec * ATTENTION_SHARE),
@@ -209,7 +197,7 @@ def step_time(config, model, dtype, gpu, step_tokens, accumulation, nodes, gpus_
         "gaps": accumulation * model.n_layer * GAP_SEC,
         "orthogonalisation": polar_flops / (gpu.bf16_flop_per_sec * POLAR_SHARE),
         "update": sum(_update_bytes(part, accumulation) for part in parts) / bandwidth,
-        "communication": sum(collective_sec(gpu, size, nodes, gpus_per_node) for size in sizes),
+        "communication": communication_sec(gpu, parts, accumulation, world_size),
     }
 
 
@@ -223,8 +211,11 @@ def _update_bytes(part, accumulation):
     return moved
 
 
-def collective_bytes(parts, accumulation):
-    """Return the bytes of each collective of a step: gradients scattered, weights gathered."""
+def communication_sec(gpu, parts, accumulation, world_size):
+    """Return the seconds of a step's collectives: bytes over the links, and a latency per hop.
+
+    Gradients are scattered and weights gathered; small parameters are reduced on all ranks.
+    """
     sizes, replicated = [], 0
     for part in parts:
         if part.share < part.padded_numel:
@@ -232,143 +223,98 @@ def collective_bytes(parts, accumulation):
             sizes.append(part.padded_numel * part.compute_itemsize)
         else:
             replicated += part.numel
-    return [*sizes, 2 * 4 * replicated]  # an all-reduce moves its bytes twice
-
-
-def collective_sec(gpu, size_bytes, nodes, gpus_per_node):
-    """Return the seconds of one collective: the slower of links and network, and a time per hop.
-
-    S bytes over W ranks: S (W - 1)/W / bandwidth + (W - nodes) alpha_link + nodes alpha_network.
-    """
-    world_size = nodes * gpus_per_node
-    links = gpu.link_bytes_per_sec if gpus_per_node > 1 else math.inf
-    networks = gpus_per_node * gpu.network_bytes_per_sec if nodes > 1 else math.inf
-    network_hops = nodes if nodes > 1 else 0
-    hops_sec = (world_size - nodes) * LINK_ALPHA_SEC + network_hops * NETWORK_ALPHA_SEC
-    return size_bytes * (1 - 1 / world_size) / (min(links, networks) * LINK_SHARE) + hops_sec
+    sizes.append(2 * 4 * replicated)  # an all-reduce moves its bytes twice
+    links_sec = sum(sizes) * (1 - 1 / world_size) / (gpu.link_bytes_per_sec * LINK_SHARE)
+    return links_sec + len(sizes) * (world_size - 1) * LINK_ALPHA_SEC
 
 
 # --- estimates ------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
 class Estimate:
-    """Requirements of a run: bytes per rank and seconds per step, both by part."""
+    """Requirements of a run in bf16: bytes per rank and seconds per step, both by part.
 
-    model: GPTConfig
-    horizon: schedule.Horizon
-    device_batch_size: int
-    world_size: int
-    gpu: Gpu
-    memory: dict
-    peak_bytes: int
-    time: dict
+    Raise UserError for sizes that do not divide, and for fp8 on a GPU that has none.
+    """
 
-    @property
-    def step_sec(self):
-        return sum(self.time.values())
-
-    @property
-    def train_hours(self):
-        """Return the hours of all steps, without evaluation, checkpoints and compilation."""
-        return self.step_sec * self.horizon.num_iterations / 3600
-
-    @property
-    def gpu_hours(self):
-        return self.train_hours * self.world_size
-
-    @property
-    def fits(self):
-        return self.peak_bytes <= USABLE_SHARE * self.gpu.memory_bytes
+    def __init__(self, config, vocab_size, gpu, n_gpus=8):
+        if n_gpus < 1:
+            raise UserError(f"--gpus {n_gpus} must be at least 1")
+        if config.fp8 and gpu.fp8_flop_per_sec is None:
+            raise UserError(f"--fp8: the {gpu.name} has no fp8; leave the flag out")
+        self.gpu, self.n_gpus, self.device_batch_size = gpu, n_gpus, config.device_batch_size
+        self.model = model_config(config, vocab_size)
+        self.horizon = run_horizon(config, self.model)
+        tokens, dtype = self.horizon.total_batch_size_tokens, torch.bfloat16
+        accumulation = math.ceil(schedule.count_micro_batches(
+            tokens, config.device_batch_size, config.max_seq_len, n_gpus) / n_gpus)
+        self.memory, self.peak_bytes = memory_of(
+            config, self.model, dtype, torch.device("cuda"), accumulation, n_gpus)
+        self.fits = self.peak_bytes <= USABLE_SHARE * gpu.memory_bytes
+        self.time = step_time(config, self.model, dtype, gpu, tokens, accumulation, n_gpus)
+        self.step_sec = sum(self.time.values())
+        # of all steps, without evaluation, checkpoints and compilation
+        self.train_hours = self.step_sec * self.horizon.num_iterations / 3600
+        self.gpu_hours = self.train_hours * n_gpus
 
     def speed(self):
         """Return one line: device batch, time per step, share of bf16's peak, hours."""
         tok_per_sec = self.horizon.total_batch_size_tokens / self.step_sec
-        peak_flops = self.gpu.bf16_flop_per_sec * self.world_size
+        peak_flops = self.gpu.bf16_flop_per_sec * self.n_gpus
         return (f"{self.device_batch_size} rows, {1e3 * self.step_sec:,.0f} ms per step "
                 f"(communication {self.time['communication'] / self.step_sec:.0%}), "
                 f"{tok_per_sec:,.0f} tok/s, "
                 f"MFU {tok_per_sec * flops_per_token(self.model) / peak_flops:.0%}, "
                 f"{self.train_hours:.2f} hours of training, {self.gpu_hours:,.1f} GPU hours")
 
+    def describe(self):
+        """Return lines: model, horizon, memory and time by part."""
+        model, horizon, n_scaling = self.model, self.horizon, scaling_params(self.model)
+        tokens, usable = horizon.target_tokens, USABLE_SHARE * self.gpu.memory_bytes
+        kinds = (f"{kind} {1e3 * seconds:.0f}" for kind, seconds in self.time.items() if seconds)
+        return [
+            f"model: {model.n_layer} layers, width {model.n_embd}, "
+            f"{parameter_counts(model)['total'] / 1e6:.1f}M parameters, {n_scaling / 1e6:.1f}M of "
+            f"them scaling parameters, {flops_per_token(model) / 1e9:.3f} GFLOP per token",
+            f"horizon: {horizon.num_iterations} steps of {horizon.total_batch_size_tokens} tokens, "
+            f"{tokens / 1e9:.3f}B tokens, {tokens / n_scaling:.2f} per scaling parameter, "
+            f"{tokens * flops_per_token(model):.3g} FLOPs",
+            f"memory per GPU: {in_gb(self.peak_bytes)} with --device-batch-size "
+            f"{self.device_batch_size}, {in_gb(usable)} of {in_gb(self.gpu.memory_bytes)} are "
+            f"usable: {'fits' if self.fits else 'DOES NOT FIT'}",
+            f"  {memory_in_words(self.memory)}",
+            f"step on {self.n_gpus} x {self.gpu.name}: {1e3 * self.step_sec:.0f} ms "
+            f"({', '.join(kinds)})"]
 
-def estimate(config, vocab_size, gpu, *, gpus_per_node=8, nodes=1):
-    """Return the Estimate of a TrainingConfig in bf16 at its own device batch size.
 
-    Raise UserError for sizes that do not divide, and for fp8 on a GPU that has none.
-    """
-    if gpus_per_node < 1 or nodes < 1:
-        raise UserError(f"--gpus {gpus_per_node} and --nodes {nodes} must be at least 1")
-    if config.fp8 and gpu.fp8_flop_per_sec is None:
-        raise UserError(f"--fp8: the {gpu.name} has no fp8; leave the flag out")
-    model = model_config(config, vocab_size)
-    horizon = run_horizon(config, model)
-    world_size, dtype, device = nodes * gpus_per_node, torch.bfloat16, torch.device("cuda")
-    tokens = horizon.total_batch_size_tokens
-    accumulation = math.ceil(schedule.count_micro_batches(
-        tokens, config.device_batch_size, config.max_seq_len, world_size) / world_size)
-    memory, peak = memory_of(config, model, dtype, device, accumulation, world_size)
-    time = step_time(config, model, dtype, gpu, tokens, accumulation, nodes, gpus_per_node)
-    return Estimate(model, horizon, config.device_batch_size, world_size, gpu, memory, peak, time)
-
-
-def largest_fitting(config, vocab_size, gpu, **where):
+def largest_fitting(config, vocab_size, gpu, n_gpus=8):
     """Return the Estimate at the largest device batch size, a power of two, that fits and divides.
 
-    Raise UserError as `estimate` does, and when not even one row per GPU fits.
+    Raise UserError as Estimate does, and when not even one row per GPU fits.
     """
     for rows in (256, 128, 64, 32, 16, 8, 4, 2, 1):
         sized = dataclasses.replace(config, device_batch_size=rows)
         try:
-            found = estimate(sized, vocab_size, gpu, **where)
+            found = Estimate(sized, vocab_size, gpu, n_gpus)
         except UserError:
             if rows == 1:
                 raise
             continue
         if found.fits:
             return found
-    usable = USABLE_SHARE * gpu.memory_bytes
-    raise UserError(f"one row needs {in_gb(found.peak_bytes)}, and {in_gb(usable)} of a {gpu.name} "
-                    "are usable; lower --depth or --max-seq-len")
+    raise UserError(f"one row needs {in_gb(found.peak_bytes)}, and "
+                    f"{in_gb(USABLE_SHARE * gpu.memory_bytes)} of a {gpu.name} are usable; lower "
+                    "--depth or --max-seq-len")
 
 
-def describe(found):
-    """Return the lines of an Estimate: model, horizon, memory and time by part."""
-    model, horizon, n_scaling = found.model, found.horizon, scaling_params(found.model)
-    tokens, usable = horizon.target_tokens, USABLE_SHARE * found.gpu.memory_bytes
-    kinds = (f"{kind} {1e3 * seconds:.0f}" for kind, seconds in found.time.items() if seconds)
-    return [
-        f"model: {model.n_layer} layers, width {model.n_embd}, "
-        f"{parameter_counts(model)['total'] / 1e6:.1f}M parameters, {n_scaling / 1e6:.1f}M of them "
-        f"scaling parameters, {flops_per_token(model) / 1e9:.3f} GFLOP per token",
-        f"horizon: {horizon.num_iterations} steps of {horizon.total_batch_size_tokens} tokens, "
-        f"{tokens / 1e9:.3f}B tokens, {tokens / n_scaling:.2f} per scaling parameter, "
-        f"{tokens * flops_per_token(model):.3g} FLOPs",
-        f"memory per GPU: {in_gb(found.peak_bytes)} with --device-batch-size "
-        f"{found.device_batch_size}, {in_gb(usable)} of {in_gb(found.gpu.memory_bytes)} are "
-        f"usable: {'fits' if found.fits else 'DOES NOT FIT'}",
-        f"  {memory_in_words(found.memory)}",
-        f"step on {found.world_size} x {found.gpu.name}: {1e3 * found.step_sec:.0f} ms "
-        f"({', '.join(kinds)})"]
-
-
-def at_start(config, shape, horizon, micro_batches, device_name, world_size, device, dtype):
-    """Return the lines that base_train prints: memory, and time if the device is in the table.
+def at_start(config, shape, micro_batches, world_size, device, dtype):
+    """Return the line about memory that base_train prints.
 
     shape: the run's GPTConfig. micro_batches: of all ranks, per step.
     """
     accumulation = math.ceil(micro_batches / world_size)
     memory, peak = memory_of(config, shape, dtype, device, accumulation, world_size)
     bound = "at least " if config.no_compile else ""
-    lines = [f"plan: memory {bound}{in_gb(peak)} per rank: {memory_in_words(memory)}"]
-    gpu = gpu_of_device(device_name)
-    if gpu and dtype == torch.bfloat16 and not config.no_compile:
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        time = step_time(config, shape, dtype, gpu, horizon.total_batch_size_tokens, accumulation,
-                         math.ceil(world_size / per_node), per_node)
-        found = Estimate(
-            shape, horizon, config.device_batch_size, world_size, gpu, memory, peak, time)
-        lines.append(f"plan: {found.speed()}")
-    return "\n".join(lines)
+    return f"plan: memory {bound}{in_gb(peak)} per rank: {memory_in_words(memory)}"
 
 
 def memory_in_words(memory):

@@ -153,7 +153,7 @@ def train(config, device, ranks, started_sec):
         build.restore(model, optimizer, folder, step, resumed, device, ranks)
     print0(build.describe(
         shape, horizon, micro_batches, ranks, dataset, tokenizer, n_train_tokens))
-    print0(at_start(config, shape, horizon, micro_batches, name, ranks.world_size, device, dtype))
+    print0(at_start(config, shape, micro_batches, ranks.world_size, device, dtype))
     compiled = build.compile_model(config, model, optimizer)
 
     # Record and loop.

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train the baseline of a protocol without a target. Its losses are the target of other experiments
 # (scripts.experiment --target-from).
-#   bash runs/baseline.sh [cpu | cpu-short | d12] ["seeds"]      for example: d12 "0 1 2"
+#   bash runs/baseline.sh [cpu | cpu-short | d12-protocol] ["seeds"]
+# For example: d12-protocol "0 1 2".
 # TAG=_2 appends _2 to the experiment's name, to repeat an experiment that has rows in the ledger.
 # This applies to all scripts in this folder that run experiments.
 set -euo pipefail

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Run lane C up to a verdict: train the baseline, fused-rmsnorm, chunked-ce and both at one depth,
 # then at several depths (miniseries), print the verdict of the gates, and write a report to out/.
-#   bash runs/lane_c.sh [cpu-short | cpu | d12] ["seeds"]      repeat the command to continue
+#   bash runs/lane_c.sh [cpu-short | cpu | d12-protocol] ["seeds"]   repeat the command to continue
+# cpu-short is a smoke test: it shows that the programs work and gives no verdict.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh

@@ -4,7 +4,9 @@ python -m scripts.experiment --name my_test --profile cpu --candidates baseline 
 
 A candidate is a set of flags that is compared with the baseline. Each run adds one row to the
 ledger, a CSV file that scripts.verdict and scripts.report read. Repeat the command to continue an
-interrupted experiment. Flags after `--` are passed to every scripts.base_train.
+interrupted experiment. Flags after `--` are passed to every scripts.base_train; for another text
+give -- --dataset NAME --tokenizer-dir FOLDER. Profiles:
+
 """
 
 import argparse
@@ -12,7 +14,8 @@ import shlex
 import sys
 from functools import partial
 
-from nanochat.common import QUIET_HELP, UserError, check_output, command, runs_dir, set_quiet
+from nanochat.common import QUIET_HELP, check_output, command, runs_dir, set_quiet
+from nanochat.config import model_config, parse_config, run_horizon
 from nanochat.dataset import download_shards
 from nanochat.experiments import runner
 from nanochat.experiments.gates import RULES
@@ -23,69 +26,73 @@ from nanochat.experiments.profiles import (
     candidate_flags,
     find_profile,
 )
+from nanochat.gpt import parameter_counts, scaling_params
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m scripts.experiment", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    profiles = "".join(f"  {name:<13} {one.description}\n" for name, one in PROFILES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.experiment", description=__doc__ + profiles,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--name", required=True, help="name of the experiment, used in the ledger and in run ids")
-    add("--profile", required=True, help=f"fixed training flags and dataset: {', '.join(PROFILES)}")
+    add("--profile", required=True, help="fixed training flags and dataset (see above)")
     add("--candidates", nargs="+", default=[BASELINE], metavar="NAME",
         help=f"candidates: {', '.join(CANDIDATES)}, or NAME='--its-flags ...' ({BASELINE})")
     add("--seeds", nargs="+", type=int, default=[0, 1],
         help="seeds to train every candidate with (0 1)")
     add("--depths", nargs="+", type=int, help="depths to train (default: those of the profile)")
-    add("--series", action="store_true", help="train at the several depths of the profile's "
-        "miniseries, which gate 4 needs")
-    add("--dataset", default="", help="train on another dataset; give its tokenizer by adding "
-        "-- --tokenizer-dir FOLDER (default: dataset and tokenizer of the profile, which are "
-        "prepared if they are missing)")
-    add("--target-metric-name", default="val_bpb", metavar="METRIC",
-        help="metric whose time to target is measured: val_bpb or core (%(default)s)")
-    add("--target-metric-threshold", type=float, metavar="VALUE",
-        help="value of that metric that is the target (default: no target)")
-    add("--target-from", metavar="EXPERIMENT", help="use as target the worst min val_bpb of the "
-        f"baseline seeds of this finished experiment plus {runner.SLACK_BPB:g}")
+    target = parser.add_mutually_exclusive_group().add_argument
+    target("--target-metric-threshold", type=float, metavar="VALUE",
+           help="val_bpb whose time to target is measured (default: no target)")
+    target("--target-from", metavar="EXPERIMENT", help="use as target the worst min val_bpb of the "
+           f"baseline seeds of this finished experiment plus {runner.SLACK_BPB:g}")
     add("--nproc-per-node", type=int, default=1, metavar="N",
         help="train each run on N devices with torchrun (1)")
     add("--probe", action="store_true", help="also run the stability probe of each candidate, "
         "which gate 3 needs: a short run that is resumed from its middle")
-    add("--ledger", default="dev/experiments.csv", help="path of the ledger (%(default)s)")
+    add("--ledger", help="path of the ledger (default: dev/experiments.csv, which people commit; "
+        "for the profiles cpu and cpu-short experiments.csv in the cache folder)")
     add("--quiet", action="store_true", help=QUIET_HELP)
     add("--dry-run", action="store_true", help="print the rules and the commands; run nothing")
     given = list(sys.argv[1:] if argv is None else argv)
-    own, extra = given, []
-    if "--" in given:
-        own, extra = given[:given.index("--")], given[given.index("--") + 1:]
-    args = parser.parse_args(own)
-    args.extra_flags = extra
+    at = given.index("--") if "--" in given else len(given)
+    args = parser.parse_args(given[:at])
+    args.extra_flags = given[at + 1:]
+    args.ledger = args.ledger or find_profile(args.profile).ledger()
     return args
 
 
 def experiment_of(args):
     """Return the Experiment that the flags ask for."""
     profile = find_profile(args.profile)
-    depths = [profile.depth]
-    if args.series:
-        profile, depths = find_profile(profile.series), profile.series_depths
     threshold = args.target_metric_threshold
     if args.target_from:
-        if threshold is not None or args.target_metric_name != "val_bpb":
-            raise UserError("--target-from sets a val_bpb threshold; leave out --target-metric-...")
         threshold = runner.threshold_from(args.ledger, args.target_from, args.name)
-    candidates = dict(map(candidate_flags, args.candidates))
     return runner.Experiment(
-        args.name, profile, candidates, tuple(args.seeds), tuple(args.depths or depths),
-        args.target_metric_name, threshold, args.dataset, tuple(args.extra_flags))
+        args.name, profile, dict(map(candidate_flags, args.candidates)),
+        tuple(dict.fromkeys(args.seeds)), tuple(dict.fromkeys(args.depths or [profile.depth])),
+        threshold, tuple(args.extra_flags))
+
+
+def size_of(run, vocab_size):
+    """Return the size of a run as text. Raise UserError for flags that base_train refuses."""
+    config = parse_config(run.flags)
+    model = model_config(config, vocab_size)
+    horizon = run_horizon(config, model)
+    ratio = horizon.target_tokens / scaling_params(model)
+    return (f"depth {run.depth}: {parameter_counts(model)['total'] / 1e6:.1f}M parameters with "
+            f"{vocab_size} tokens in the vocabulary; {horizon.num_iterations} steps of "
+            f"{horizon.total_batch_size_tokens} tokens, {horizon.target_tokens / 1e6:.4g}M tokens, "
+            f"{ratio:.2g} per scaling parameter")
 
 
 def prepare(experiment):
     """Download the profile's dataset and train its tokenizer if they are missing."""
     profile = experiment.profile
-    if experiment.has_own_data and profile.n_train_files:
+    if profile.n_train_files:
         download_shards(profile.dataset, profile.n_train_files)
-    if experiment.has_own_data and not profile.tokenizer_dir().exists():
+    if not profile.tokenizer_dir().exists():
         runner.run_module("scripts.tok_train", [
             "--dataset", profile.dataset, "--vocab-size", profile.vocab_size,
             "--tokenizer-dir", profile.tokenizer_dir()])
@@ -98,19 +105,20 @@ def main(argv=None):
     experiment = experiment_of(args)
     training = partial(runner.training_command, nproc_per_node=args.nproc_per_node)
     runs = runner.training_runs(experiment)
-    finished = runner.finished_runs(experiment, args.ledger)
-    print(f"{experiment.name}: profile {args.profile} ({experiment.profile.description}); depths "
-          f"{', '.join(map(str, experiment.depths))}; additional flags: "
-          f"{shlex.join(experiment.extra_flags) or 'none'}; {len(runs)} runs, {len(finished)} of "
-          "them finished", flush=True)
-    print("Rules of the verdict, fixed before the runs:", *RULES.describe(), sep="\n  ", flush=True)
+    logged = {row.run_id for row in runner.logged_runs(experiment.name, args.ledger)}
+    finished = [run for run in runs if run.run_id in logged]
+    sizes = [size_of(run, experiment.profile.vocab_size) for run in runs]
+    print(f"{experiment.name}: profile {args.profile}: {experiment.profile.description}; "
+          f"{len(runs)} runs, {len(finished)} of them finished; additional flags: "
+          f"{shlex.join(experiment.extra_flags) or 'none'}", *dict.fromkeys(sizes), sep="\n  ")
+    print("Rules of the verdict, fixed before the runs:", *RULES, sep="\n  ", flush=True)
     if args.dry_run:
         for run in runs:
-            done = "# finished: " if run.run_id in finished else ""
-            print(done + shlex.join(training(run.flags)))
+            print("# finished: " * (run in finished) + shlex.join(training(run.flags)))
         return
     check_output("--ledger", args.ledger)
-    if len(finished) < len(runs):
+    own_data = any(flag.startswith("--dataset") for flag in experiment.extra_flags)
+    if len(finished) < len(runs) and not own_data:
         prepare(experiment)
     n_trained = runner.run_experiment(experiment, args.ledger, runs_dir(), training)
     if args.probe:

@@ -11,7 +11,7 @@ import shlex
 
 from nanochat.common import UserError, command, read_json
 from nanochat.config import parse_config
-from nanochat.plan import GPUS, Gpu, describe, estimate, largest_fitting
+from nanochat.plan import GPUS, Estimate, Gpu, largest_fitting
 
 
 def parse_args(argv=None):
@@ -27,10 +27,8 @@ def parse_args(argv=None):
     add("--gpu-tflops", type=float, help="dense bf16 TFLOP/s of a GPU that --gpu does not know; "
         "its fp8 is assumed to be twice as fast, and its memory bandwidth to have the same ratio "
         "to TFLOP/s as an H100's; needs --gpu-memory-gb, too")
-    add("--gpus", type=int, default=8, help="GPUs per node (%(default)s); a run on one GPU is also "
-        "estimated")
-    add("--nodes", type=int, default=1, help="also estimate runs on 2, 4, ... up to this many "
-        "nodes (%(default)s)")
+    add("--gpus", type=int, default=8, help="GPUs in one node (%(default)s); a run on one GPU is "
+        "also estimated")
     add("--vocab-size", type=int, default=32768, help="number of tokens in the vocabulary "
         "(%(default)s)")
     add("--price-per-gpu-hour", type=float, default=0.0, help="price of one GPU hour in any "
@@ -64,26 +62,21 @@ def main(argv=None):
         raise UserError(f"{args.inference_json} is for --depth {inferred['chosen_depth']}, not "
                         f"{config.depth}; give that depth, or infer with --depth {config.depth}")
 
-    def plan(nodes, gpus):
-        if any(flag.startswith("--device-batch-size") for flag in flags):
-            return estimate(config, args.vocab_size, gpu, gpus_per_node=gpus, nodes=nodes)
-        return largest_fitting(config, args.vocab_size, gpu, gpus_per_node=gpus, nodes=nodes)
-
-    found = plan(1, args.gpus)
+    has_batch = any(flag.startswith("--device-batch-size") for flag in flags)
+    plan = Estimate if has_batch else largest_fitting
+    found = plan(config, args.vocab_size, gpu, args.gpus)
     if args.as_flags:
-        rows = f"--device-batch-size={found.device_batch_size}"
-        print(shlex.join([*flags, rows]))
+        print(shlex.join([*flags, f"--device-batch-size={found.device_batch_size}"]))
         return
-    print(*describe(found), sep="\n")
-    sizes = [(2**power, args.gpus) for power in range(args.nodes.bit_length())]
-    for nodes, gpus in dict.fromkeys([(1, 1), *sizes]):
+    print(*found.describe(), sep="\n")
+    for n_gpus in sorted({1, args.gpus}):
         try:
-            found = plan(nodes, gpus)
+            found = plan(config, args.vocab_size, gpu, n_gpus)
         except UserError as error:
-            print(f"{nodes * gpus} GPU(s): {error}")
+            print(f"{n_gpus} GPU(s): {error}")
             continue
         price = args.price_per_gpu_hour * found.gpu_hours
-        print(f"{nodes * gpus} GPU(s): {found.speed()}" + (f", cost {price:,.2f}" if price else ""))
+        print(f"{n_gpus} GPU(s): {found.speed()}" + (f", cost {price:,.2f}" if price else ""))
 
 
 if __name__ == "__main__":

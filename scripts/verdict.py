@@ -7,6 +7,7 @@ import argparse
 
 from nanochat.common import command, runs_dir
 from nanochat.experiments.gates import RULES, judge_all
+from nanochat.experiments.ledger import LEDGER_HELP, find_ledger
 from nanochat.experiments.table import experiment_table
 
 
@@ -19,22 +20,23 @@ def parse_args(argv=None):
                         help="name of the experiment with several depths, for gate 4")
     parser.add_argument("--candidates", nargs="+", metavar="NAME",
                         help="candidates to judge (default: all in the experiment)")
-    parser.add_argument("--ledger", default="dev/experiments.csv",
-                        help="path of the ledger (default: %(default)s)")
+    parser.add_argument("--ledger", help=LEDGER_HELP)
     return parser.parse_args(argv)
 
 
 @command
 def main(argv=None):
     args = parse_args(argv)
-    table = experiment_table(args.ledger, args.experiment, runs_dir())
-    series = None
-    if args.miniseries:
-        series = experiment_table(args.ledger, args.miniseries, runs_dir())
+    ledger = args.ledger or find_ledger(args.experiment)
+    table = experiment_table(ledger, args.experiment, runs_dir())
+    series = experiment_table(ledger, args.miniseries, runs_dir()) if args.miniseries else None
     verdicts = judge_all(table, series, runs_dir(), args.candidates)
-    print("\n".join(RULES.describe()), end="\n\n")
+    print("\n".join(RULES), end="\n\n")
     for verdict in verdicts:
-        print("\n".join(verdict.describe()), end="\n\n")
+        print(f"{verdict.candidate}: {verdict.decision.upper()} ({verdict.decided_by})")
+        for name, (outcome, sentence) in verdict.gates.items():
+            print(f"  {name:<16} {outcome:<13} {sentence}")
+        print()
 
 
 if __name__ == "__main__":

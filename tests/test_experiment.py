@@ -10,6 +10,8 @@ from synthetic_runs import make_trial
 
 from nanochat import core_eval, dataset
 from nanochat.config import parse_config
+from nanochat.experiments.ledger import find_ledger
+from nanochat.experiments.profiles import PROFILES
 from nanochat.experiments.runner import training_runs
 from scripts import (
     base_eval,
@@ -39,32 +41,15 @@ def dry_run(ledger, capsys):
     return dry_run
 
 
-def test_a_dry_run_prints_rules_and_commands(ledger, dry_run):
+def test_a_dry_run_prints_rules_sizes_and_commands(ledger, dry_run):
+    make_trial(ledger, "x", seed=0)
     printed, commands = dry_run("--name", "x", "--profile", "cpu", "--candidates", "baseline",
-                                "both", "--seeds", "0", "1", "--", "--device-type=cpu")
+                                "both", "--seeds", "0", "1", "0", "--", "--device-type=cpu")
     assert [line.split("--run-id=")[1].split()[0] for line in commands] == [
         f"x.{name}.d4.s{seed}" for seed in (0, 1) for name in ("baseline", "both")]
+    assert [line.startswith("# finished: ") for line in commands] == [True, False, False, False]
     assert all("--device-type=cpu" in line for line in commands)
-    assert "gate 4, generalisation" in printed
-    assert not ledger.exists()
-
-
-def test_a_dry_run_marks_finished_runs(ledger, dry_run):
-    make_trial(ledger, "lane_c", seed=0)
-    _, commands = dry_run("--name", "lane_c", "--profile", "cpu", "--seeds", "0", "9")
-    assert [line.startswith("# finished: ") for line in commands] == [True, False]
-
-
-def test_the_target_is_that_of_the_baseline_and_rows_keep_theirs(ledger, dry_run):
-    for seed, shift in ((0, 0.0), (1, 0.0), (2, 0.1)):
-        make_trial(ledger, "base", seed=seed, bpb_shift=shift)
-    make_trial(ledger, "lane_c", seed=0)
-    thresholds = []
-    for name in ("new", "lane_c"):
-        _, commands = dry_run("--name", name, "--profile", "cpu", "--target-from", "base")
-        flags = commands[-1].split("scripts.base_train ")[1].split()
-        thresholds.append(parse_config(flags).target_metric_threshold)
-    assert thresholds[0] > 1.1 and thresholds[1] == 1.5
+    assert "gate 4, generalisation" in printed and "depth 4: 11.5M parameters" in printed
 
 
 PROTOCOL = """
@@ -74,49 +59,49 @@ PROTOCOL = """
 """
 
 
-def test_the_d12_profile_is_the_protocol_to_the_letter(base_dir, dry_run):
-    _, commands = dry_run("--name", "b", "--profile", "d12")
-    assert len(commands) == 2
+def test_the_d12_profile_is_the_protocol_to_the_letter_and_prints_its_size(base_dir, dry_run):
+    printed, commands = dry_run("--name", "b", "--profile", "d12-protocol")
     for seed, line in enumerate(commands):
         run_id = f"b.baseline.d12.s{seed}"
         assert line.split("scripts.base_train ")[1].split() == [
             *PROTOCOL.split(), f"--tokenizer-dir={base_dir}/tokenizer_climbmix",
             "--dataset=climbmix", f"--seed={seed}", f"--run-id={run_id}", f"--model-tag={run_id}"]
+    assert len(commands) == 2 and "depth 12: 286.3M parameters" in printed
+    assert "24.58M tokens, 0.22 per scaling parameter" in printed
 
 
-@pytest.mark.parametrize(("argv", "depths"), [
-    (["d12", "--series"], [8, 10, 12, 14]), (["cpu", "--series"], [2, 3, 4]),
-    (["cpu", "--series", "--depths", "3"], [3]), (["cpu"], [4])])
-def test_a_series_has_the_depths_of_the_profile_or_those_given(dry_run, argv, depths):
-    _, commands = dry_run("--name", "x", "--seeds", "0", "--profile", *argv)
-    assert [int(line.split("--depth=")[1].split()[0]) for line in commands] == depths
-    assert ("--target-param-data-ratio=12" in commands[0]) == (argv[0] == "d12")
+def test_only_protocols_write_to_the_tracked_ledger(base_dir):
+    ledgers = {name: str(profile.ledger()) for name, profile in PROFILES.items()}
+    tracked, own = "dev/experiments.csv", f"{base_dir}/experiments.csv"
+    assert ledgers == {"d12-protocol": tracked, "miniseries": tracked, "cpu": own,
+                       "cpu-short": own}
+    assert str(find_ledger("x")) == tracked
+    make_trial(base_dir / "experiments.csv", "x", steps=20)
+    assert str(find_ledger("x")) == own and str(find_ledger("y")) == tracked
 
 
-@pytest.mark.parametrize("has_tokenizer", [True, False])
-def test_missing_data_of_a_profile_is_prepared(ledger, base_dir, monkeypatch, has_tokenizer):
+def test_missing_data_of_a_profile_is_prepared(ledger, base_dir, monkeypatch):
     calls = []
     monkeypatch.setattr(experiment, "download_shards", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(experiment.runner, "run_module",
                         lambda module, flags: calls.append((module, *map(str, flags))))
     monkeypatch.setattr(experiment.runner, "run_experiment", lambda *_: calls.append("trained"))
-    folder = base_dir / "tokenizer_climbmix"
-    if has_tokenizer:
-        folder.mkdir()
-    argv = ["--name", "x", "--profile", "d12", "--ledger", str(ledger)]
+    argv = ["--name", "x", "--profile", "d12-protocol", "--ledger", str(ledger)]
     experiment.main(argv)
+    folder = base_dir / "tokenizer_climbmix"
     tokenizer = ("scripts.tok_train", "--dataset", "climbmix", "--vocab-size", "32768",
                  "--tokenizer-dir", str(folder))
-    assert calls == [("climbmix", 8), *([] if has_tokenizer else [tokenizer]), "trained"]
-    calls.clear()
-    experiment.main([*argv, "--dataset", "books"])
-    assert calls == ["trained"]
+    folder.mkdir()
+    experiment.main(argv)
+    experiment.main([*argv, "--", "--dataset", "books"])
+    assert calls == [("climbmix", 8), tokenizer, "trained", ("climbmix", 8), "trained", "trained"]
 
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["--profile", "d99"], "no profile 'd99'"),
     (["--profile", "cpu", "--candidates", "magic"], "no candidate 'magic'"),
     (["--profile", "cpu", "--target-metric-threshold", "-1"], "above 0"),
+    (["--profile", "cpu", "--depths", "0", "--dry-run"], "--depth 0 must be at least 1"),
     (["--profile", "cpu", "--target-from", "nothing"], "two baseline seeds of 'nothing'"),
 ])
 def test_experiment_refuses_in_one_line(ledger, refusal, argv, message):
@@ -131,10 +116,10 @@ PARSERS["scripts.base_train"] = parse_config
 
 
 @pytest.mark.parametrize(("script", "argv"), [
-    ("baseline.sh", []), ("baseline.sh", ["d12", "0 1 2"]),
-    ("miniseries.sh", ["d12", "chunked-ce", "8 12"]), ("lane_c.sh", ["d12", "0 1 2"]),
-    ("lane_c.sh", []), ("scaling_laws.sh", ["1e17", "4 6", "8"]), ("lane_b.sh", ["1.62", "books"]),
-    ("speedrun.sh", ["8", "dummy", "1"]), ("speedrun.sh", []),
+    ("baseline.sh", []), ("miniseries.sh", ["d12-protocol", "chunked-ce", "8 12"]),
+    ("lane_c.sh", ["d12-protocol", "0 1 2"]), ("lane_c.sh", []),
+    ("scaling_laws.sh", ["1e17", "4 6", "8"]), ("lane_b.sh", ["1.62", "books"]),
+    ("speedrun.sh", []),
 ])
 def test_every_command_of_the_shell_scripts_parses(tmp_path, script, argv):
     """The scripts run with a stand-in `python` that writes down its arguments."""

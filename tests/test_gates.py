@@ -26,7 +26,6 @@ from nanochat.experiments.table import experiment_table, on_one_clock
 
 KERNEL, HORIZON = "fused-rmsnorm", "shorter"
 INTERPRETED = {"device": "CPU, Triton interpreted"}
-UNTIMED = {"row": {"time_to_target_sec_measured": 0.0, "time_to_target_sec_extrapolated": None}}
 
 
 class Bench:
@@ -34,7 +33,7 @@ class Bench:
 
     def __init__(self, tmp_path):
         self.ledger = tmp_path / "experiments.csv"
-        self.probe = Probe(graph_breaks=0, resume_difference_nats=0.0, steps_compared=10)
+        self.probe = Probe(graph_breaks=0, resume_difference_nats=0.0)
         self.candidate = KERNEL
 
     def run(self, candidate="baseline", seed=0, experiment="own", **run):
@@ -90,57 +89,120 @@ def bench(tmp_path):
 
 
 def outcomes(verdict):
-    return [gate.outcome for gate in verdict.gates]
+    return [outcome for outcome, _ in verdict.gates.values()]
 
 
-def test_a_real_gain_is_promoted(bench):
-    verdict = bench.pairs().series().verdict()
-    assert (verdict.decision, verdict.decided_by) == ("promote", "all four gates")
-    assert outcomes(verdict) == ["pass"] * 4 and verdict.flags == "--fused-rmsnorm"
-    assert verdict.gates[0].sentence.startswith("gain n=3, mean +5")
-    assert "two-sided p=" in verdict.gates[0].sentence
-    assert "1 time           pass          gain" in "\n".join(verdict.describe())
+def sentence(verdict, number):
+    return list(verdict.gates.values())[number - 1][1]
 
 
-FAILURES = {  # (runs, failing gate's number, words)
-    "slower": ({"gain": -0.02}, 1, "not lower in seed 0, 1, 2"),
-    "equal": ({"step_ms": 100.0}, 1, "seed 0, 1, 2; gain n=3, mean +0 % (no interval)"),
-    "worse end": ({"bpb_shift": 0.0028, "threshold": 2.5, "baseline": {"threshold": 2.5}}, 2,
-                  "margin 0.00"),
-    "spike": ({"spike_at": 150}, 3, "seed 0 has a loss spike at step 150"),
+def ends(seeds=range(3)):
+    """Return the final losses of the baseline's seeds."""
+    return [1.45 + 1.5 * math.exp(-6) + 0.001 * math.sin(seed) for seed in seeds]
+
+
+def different(bench, runs):
+    for seed, run in enumerate(runs):
+        bench.pair(seed, **run)
+    return bench
+
+
+def failed_baseline(bench):
+    bench.pair(0), bench.pair(1, baseline={"finished": False})
+    return bench
+
+
+EASY = {"threshold": 2.5, "baseline": {"threshold": 2.5}}  # reached although the losses are worse
+NO_TIME = {"time_to_target_sec_measured": None, "time_to_target_sec_extrapolated": None}
+BEFORE = {"row": NO_TIME | {"time_to_target_sec_measured": 0.0}}  # the clock starts
+NO_TARGET = {"row": {"target_metric_threshold": None}}
+LATER = [{"row": NO_TIME | {"time_to_target_sec_extrapolated": 8 + 0.01 * s}} for s in range(3)]
+
+CASES = {  # runs of the experiment, gate, its outcome, words of its sentence
+    "slower": (lambda b: b.pairs(gain=-0.02), 1, "fail", "not lower in seed 0, 1, 2"),
+    "equal": (lambda b: b.pairs(step_ms=100.0), 1, "fail", "gain n=3, mean +0 % (no interval)"),
+    "one slower, one misses": (
+        lambda b: different(b, [{}, {"gain": -0.02}, {"gain": -0.05, "bpb_shift": 0.2}]),
+        1, "fail", "not lower in seed 1, 2;"),
+    "worse end": (lambda b: b.pairs(bpb_shift=0.0028, **EASY), 2, "fail", "margin 0.00"),
+    "spike": (lambda b: b.pairs(spike_at=150), 3, "fail", "0 has a loss spike at step 150"),
+    "spike of the data": (lambda b: b.pairs(spike_at=150, baseline={"spike_at": 150}), 3, "pass",
+                          "without NaN"),
+    "nan": (lambda b: different(b, [{}, {"nan_at": 99}]), 3, "fail", "depth 4 seed 1: nan"),
+    "crash": (lambda b: different(b, [{}, {"finished": False}]), 3, "fail", "seed 1: failed"),
+    "no interval": (lambda b: b.pairs(step_ms=95.0), 1, "not shown", "the gain has no interval"),
+    "wide interval": (lambda b: different(b, [{"gain": gain} for gain in (0.001, 0.03, 0.002)]),
+                      1, "not shown", "the gain's interval reaches zero"),
+    "extrapolated": (lambda b: different(b, LATER), 1, "not shown", "extrapolated, not measured"),
+    "one seed": (lambda b: b.pairs(1), 1, "insufficient", "1 of 2 seeds"),
+    "no candidate": (lambda b: b.pairs(2).run(seed=2), 1, "insufficient", "seed 2: was not run"),
+    "no baseline": (failed_baseline, 1, "insufficient", "baseline depth 4 seed 1: failed"),
+    "no val_bpb": (lambda b: different(b, [{"row": {"min_val_bpb": None}}, {}]), 2, "insufficient",
+                   "1 of 2 seeds; min val_bpb n=1"),
+    "before the clock": (lambda b: different(b, [{}, BEFORE | {"baseline": BEFORE}]), 1,
+                         "insufficient", "or before the clock starts, in seed 1"),
+    "no series": (lambda b: b.pairs(), 4, "insufficient", "no miniseries"),
+    "slower series": (lambda b: b.pairs().series(gain=-0.05), 4, "fail", "time to target n=3"),
+    "worse series": (lambda b: b.pairs().series(bpb_shift=0.02, **EASY), 4, "fail", "val_bpb n=3"),
+    "failed series": (lambda b: b.pairs().series(nan_at=120), 4, "fail", "depth 2 seed 0: nan"),
+    "no end in series": (lambda b: b.pairs().series(row={"min_val_bpb": None}), 4, "insufficient",
+                         "a run has no val_bpb"),
+    "horizon and a flag": (
+        lambda b: b.horizons(row={"min_val_bpb": 1.49}, flags="--num-iterations 9 --chunked-ce"),
+        2, "fail", "margin"),
+    "two seeds of a horizon": (lambda b: b.horizons(2), 1, "insufficient", "2 of 3 seeds"),
+    "horizon misses": (lambda b: b.horizons(2).horizon(2, steps=190, bpb_shift=0.1), 2, "fail",
+                       "target not reached: shorter depth 4 seed 2"),
+    "horizon misses late": (lambda b: b.horizons(2).horizon(2, steps=190, bpb_shift=0.1), 1,
+                            "fail", "not lower in seed 2"),  # past the baseline's crossing
+    "horizon without target": (lambda b: b.horizons(**NO_TARGET, baseline=NO_TARGET), 2,
+                               "insufficient", "none is recorded of baseline depth 4 seed 0"),
+    **{f"target derived, {at}": (
+        lambda b, target=target: b.horizons(threshold=float(target), bpb_shift=-0.01),
+        1, "insufficient", "derived from the baseline runs")
+       for at, target in enumerate((ends()[0], np.median(ends()), np.mean(ends()),
+                                    max(ends()) + SLACK_BPB))},
+    "slower horizons": (lambda b: b.horizons().horizon_series((220,) * 3), 4, "fail",
+                        "worse at 3 of 3 depths"),
+    "one slower horizon": (lambda b: b.horizons().horizon_series((150, 170, 220)), 4, "pass",
+                           "worse at 1 of 3 depths"),
+    "horizons miss": (lambda b: b.horizons().horizon_series(bpb_shift=0.2), 4, "fail",
+                      "target not reached: shorter depth 2 seed 0"),
+    "series' target derived": (
+        lambda b: b.horizons().horizon_series(
+            thresholds=(1.55 + 1.5 * math.exp(-6), 1.55, 1.5), bpb_shift=-0.01),
+        4, "insufficient", "at depth 2 was derived"),
 }
 
 
-@pytest.mark.parametrize("case", FAILURES)
-def test_a_fault_fails_its_gate_only(bench, case):
-    runs, number, words = FAILURES[case]
-    verdict = bench.pairs(**runs).series().verdict()
-    assert outcomes(verdict) == ["fail" if at == number else "pass" for at in (1, 2, 3, 4)]
-    assert verdict.decision == "reject" and words in verdict.gates[number - 1].sentence
-    assert verdict.decided_by == f"gate {verdict.gates[number - 1].name}"
+@pytest.mark.parametrize("case", CASES)
+def test_each_fault_and_each_lack_shows_in_its_gate(bench, case):
+    runs, number, outcome, words = CASES[case]
+    runs(bench)
+    verdict = bench.verdict()
+    assert outcomes(verdict)[number - 1] == outcome and words in sentence(verdict, number)
+    decisions = {"fail": "reject", "insufficient": "insufficient", "pass": "promote"}
+    assert verdict.decision == next(decisions[o] for o in decisions if o in outcomes(verdict))
+    if outcome == "fail":
+        assert list(verdict.gates)[number - 1] in verdict.decided_by
 
 
-def test_one_slower_seed_fails_gate_1(bench):
-    bench.pair(0), bench.pair(1, gain=-0.02), bench.pair(2)
-    assert "not lower in seed 1;" in bench.verdict().gates[0].sentence
+@pytest.mark.parametrize("runs", [
+    lambda b: b.pairs().series(),
+    # each depth has a ratio and a target of its own, and a shorter run ends worse
+    lambda b: b.horizons(row={"min_val_bpb": 1.49}).horizon_series()])
+def test_a_real_gain_is_promoted(bench, runs):
+    runs(bench)
+    verdict = bench.verdict()
+    assert (verdict.decision, verdict.decided_by) == ("promote", "all four gates")
+    assert outcomes(verdict) == ["pass"] * 4 and "two-sided p=" in sentence(verdict, 1)
 
 
-def test_a_target_that_only_the_baseline_reached_fails_gate_1(bench):
-    bench.pairs(2, gain=-0.05, bpb_shift=0.2)
-    assert bench.verdict().gates[0].outcome == "fail"
-
-
-def test_a_spike_of_the_baseline_too_comes_from_the_data(bench):
-    bench.pairs(spike_at=150, baseline={"spike_at": 150})
-    assert bench.verdict().gates[2].outcome == "pass"
-
-
-def test_an_excess_below_the_floor_passes_when_repeats_are_equal(bench):
-    for seed in (0, 1):
-        own = -0.001 * math.sin(seed)
-        bench.pair(seed, bpb_shift=0.00045 + own, baseline={"bpb_shift": own})
-    gate = bench.verdict().gates[1]
-    assert gate.outcome == "pass" and "margin 0.00050" in gate.sentence
+def test_a_gain_in_doubt_is_optional(bench):
+    verdict = bench.pairs(step_ms=95.0).series().verdict()
+    assert outcomes(verdict) == ["not shown", "pass", "pass", "pass"]
+    assert (verdict.decision, verdict.decided_by) == (
+        "optional", "gate 1 time: the gain has no interval")
 
 
 @pytest.mark.parametrize(("noisy_step", "bad_step", "outcome"), [
@@ -159,80 +221,26 @@ def test_an_excess_in_mid_run_is_judged_by_the_noise_of_its_step(
         bench.run(seed=seed)
         monkeypatch.setattr(synthetic_runs, "_bpb", bad)
         bench.run(KERNEL, seed, step_ms=95 + 0.1 * seed)
-    gate = bench.verdict().gates[1]
-    assert gate.outcome == outcome
-    assert outcome == "pass" or f"at step {bad_step}" in gate.sentence
+    verdict = bench.verdict()
+    assert outcomes(verdict)[1] == outcome
+    assert outcome == "pass" or f"at step {bad_step}" in sentence(verdict, 2)
 
 
 @pytest.mark.parametrize(("probe", "outcome", "words"), [
-    (Probe(0, 0.1, 10), "fail", "differ by 0.1 nats"), (Probe(0, None, 10), "fail", "not end well"),
-    (Probe(2, 0.0, 10), "fail", "2 graph breaks"), (Probe(None, 0.0, 10), "insufficient", "uncomp"),
+    (Probe(0, 0.1), "fail", "differ by 0.1 nats"), (Probe(0, None), "fail", "not end well"),
+    (Probe(None, 0.0), "insufficient", "uncompiled"),
     (None, "insufficient", "no save/resume probe")])
 def test_the_probe_decides_gate_3(bench, probe, outcome, words):
     bench.pairs(2).probe = probe
-    gate = bench.verdict().gates[2]
-    assert gate.outcome == outcome and words in gate.sentence
-
-
-@pytest.mark.parametrize(("steps", "outcome"), [(50, "insufficient"), (60, "pass")])
-def test_runs_too_short_to_look_for_a_spike_are_not_called_stable(bench, steps, outcome):
-    short = {"steps": steps, "eval_every": 5}
-    assert bench.pairs(2, baseline=short, **short).verdict().gates[2].outcome == outcome
-
-
-@pytest.mark.parametrize(("ends", "words"), [({"nan_at": 99}, "nan"), ({"finished": False}, "fa")])
-def test_a_run_that_did_not_end_well_is_rejected_by_gate_3(bench, ends, words):
-    bench.pair(0), bench.pair(1, **ends), bench.pair(2)
-    verdict = bench.series().verdict()
-    assert (verdict.decision, verdict.decided_by) == ("reject", "gate 3 stability")
-    assert f"depth 4 seed 1: {words}" in verdict.gates[2].sentence
-    assert outcomes(verdict)[0] == "insufficient"
-
-
-DOUBTS = {
-    "the gain has no interval": [{"step_ms": 95.0}] * 3,
-    "the gain's interval reaches zero": [{"gain": gain} for gain in (0.001, 0.03, 0.002)],
-    "a time to target was extrapolated, not measured": [
-        {"row": {"time_to_target_sec_measured": None, "time_to_target_sec_extrapolated": 8 + seed}}
-        for seed in (0.0, 0.01, 0.02)],
-}
-
-
-@pytest.mark.parametrize("doubt", DOUBTS)
-def test_a_gain_in_doubt_is_optional(bench, doubt):
-    for seed, run in enumerate(DOUBTS[doubt]):
-        bench.pair(seed, **run)
-    verdict = bench.series().verdict()
-    assert outcomes(verdict) == ["not shown", "pass", "pass", "pass"]
-    assert (verdict.decision, verdict.decided_by) == ("optional", f"gate 1 time: {doubt}")
-
-
-@pytest.mark.parametrize("lack", ["candidate seed", "baseline seed", "one seed", "failed baseline",
-                                  "series", "depths", "val_bpb", "before the clock"])
-def test_missing_runs_are_insufficient_never_a_pass(bench, lack):
-    bench.pair(0, **({"row": {"min_val_bpb": None}} if lack == "val_bpb" else {}))
-    if lack != "one seed":
-        untimed = UNTIMED if lack == "before the clock" else {}
-        bench.pair(1, **untimed, baseline={"finished": lack != "failed baseline"} | untimed)
-    if lack == "candidate seed":
-        bench.run(seed=2)
-    if lack == "baseline seed":
-        bench.run(KERNEL, seed=2, step_ms=95.0)
-    if lack == "depths":
-        bench.pair(0, depth=2, experiment="series"), bench.pair(0, depth=3, experiment="series")
-    elif lack != "series":
-        bench.series()
     verdict = bench.verdict()
-    number, words = {"series": (3, "no miniseries"), "depths": (3, "2 of 3 depths"),
-                     "val_bpb": (1, "1 of 2 seeds; min val_bpb n=1"),
-                     "one seed": (0, "1 of 2 seeds"),
-                     "candidate seed": (0, "fused-rmsnorm depth 4 seed 2: was not run"),
-                     "baseline seed": (0, "baseline depth 4 seed 2: was not run"),
-                     "before the clock": (0, "reached before the clock starts in seed 1"),
-                     "failed baseline": (0, "baseline depth 4 seed 1: failed")}[lack]
-    assert verdict.decision == "insufficient" and "fail" not in outcomes(verdict)
-    assert outcomes(verdict)[number] == "insufficient"
-    assert words in verdict.gates[number].sentence
+    assert outcomes(verdict)[2] == outcome and words in sentence(verdict, 3)
+
+
+def test_a_smoke_test_shows_stability_and_gets_no_verdict(bench):
+    bench.pairs(2, steps=60, nan_at=20, baseline={"steps": 60})
+    verdict = bench.verdict()
+    assert verdict.decision == "not judged" and verdict.decided_by.startswith("smoke test: ")
+    assert list(verdict.gates) == ["3 stability"] and outcomes(verdict) == ["fail"]
 
 
 def test_missing_records_are_said_and_contradict_no_verdict(bench, tmp_path):
@@ -249,28 +257,10 @@ def test_missing_records_are_said_and_contradict_no_verdict(bench, tmp_path):
 def test_an_interpreters_times_are_not_judged_but_its_losses_are(bench, worse, decision):
     bench.pairs(step_ms=600.0, baseline=INTERPRETED, **INTERPRETED, **worse)
     verdict = bench.series(step_ms=600.0, baseline=INTERPRETED, **INTERPRETED).verdict()
-    assert verdict.decision == decision and verdict.gates[0].outcome == "not judged"
+    assert verdict.decision == decision and outcomes(verdict)[0] == "not judged"
     if not worse:
         assert outcomes(verdict) == ["not judged", "pass", "pass", "not judged"]
         assert "run it on a GPU" in verdict.decided_by
-
-
-@pytest.mark.parametrize(("series", "outcome", "words"), [
-    ({"gain": -0.05}, "fail", "time to target n=3, mean +5"),
-    ({"bpb_shift": 0.02, "threshold": 2.5, "baseline": {"threshold": 2.5}}, "fail", "val_bpb n=3"),
-    ({}, "pass", "worse at 0 of 3 depths"),
-    ({"nan_at": 120}, "fail", "fused-rmsnorm depth 2 seed 0: nan"),
-    ({"row": {"min_val_bpb": None}}, "insufficient", "a run has no val_bpb"),
-])
-def test_gate_4_asks_for_systematic_regressions(bench, series, outcome, words):
-    gate = bench.pairs().series(**series).verdict().gates[3]
-    assert gate.outcome == outcome and words in gate.sentence
-
-
-def test_a_regression_at_one_of_four_depths_is_not_systematic(bench):
-    bench.pairs().series().pair(0, gain=-0.03, depth=6, experiment="series")
-    gate = bench.verdict().gates[3]
-    assert gate.outcome == "pass" and "worse at 1 of 4 depths" in gate.sentence
 
 
 @pytest.mark.parametrize(("change", "word"), [
@@ -279,12 +269,6 @@ def test_a_regression_at_one_of_four_depths_is_not_systematic(bench):
 def test_runs_of_different_worlds_are_not_compared(bench, change, word):
     bench.pair(0), bench.pair(1, **change)
     with pytest.raises(UserError, match=rf"another {word}.*s1"):
-        bench.verdict()
-
-
-def test_a_miniseries_of_another_world_is_not_compared(bench):
-    bench.pairs(2).series(baseline={"device": "H200"}, device="H200")
-    with pytest.raises(UserError, match=r"another device.*series"):
         bench.verdict()
 
 
@@ -299,19 +283,11 @@ def test_wrong_tables_are_refused_by_name(bench):
         bench.verdict()
 
 
-# --- horizons ---------------------------------------------------------------------------------
-
-def test_a_horizon_that_reaches_the_target_sooner_is_promoted(bench):
-    """Though each depth has a ratio and a target of its own, and a shorter run ends worse."""
-    verdict = bench.horizons(row={"min_val_bpb": 1.49}).horizon_series().verdict()
-    assert (verdict.decision, verdict.decided_by) == ("promote", "all four gates")
-    assert "target reached in all 3 seeds" in verdict.gates[1].sentence
-
-
-def test_another_flag_beside_the_horizon_leaves_the_kernels_rules(bench):
-    bench.horizons(row={"min_val_bpb": 1.49}, flags="--num-iterations 9 --fused-rmsnorm")
-    gate = bench.verdict().gates[1]
-    assert gate.outcome == "fail" and "margin" in gate.sentence
+def test_horizons_of_different_batches_are_not_compared(bench):
+    config = bench.horizons() and runs_dir() / "own.shorter.d4.s1" / "config.json"
+    config.write_text(config.read_text().replace('tokens": 2048', 'tokens": 4096'))
+    with pytest.raises(UserError, match=r"another batch size.*2048.*4096"):
+        bench.verdict()
 
 
 def test_times_are_interpolated_steps_whatever_the_load_of_the_machine(bench):
@@ -323,64 +299,7 @@ def test_times_are_interpolated_steps_whatever_the_load_of_the_machine(bench):
     crossing = table.crossing_step[table.candidate == "baseline"].iloc[0]
     assert timed["baseline"].iloc[0] == pytest.approx(crossing * 0.15)  # the median of 0.1 and 0.2
     assert (table.time_to_target_sec[table.candidate == HORIZON] > 20).all()  # by their own clocks
-    assert bench.verdict().gates[0].sentence.startswith("gain n=3, mean +1.")
-
-
-def test_two_seeds_are_not_enough_for_a_horizon(bench):
-    verdict = bench.horizons(2).horizon_series().verdict()
-    assert outcomes(verdict) == ["insufficient", "insufficient", "pass", "pass"]
-    assert "2 of 3 seeds" in verdict.gates[0].sentence
-
-
-def test_a_seed_that_misses_the_target_fails_gate_2(bench):
-    bench.horizons(2).horizon(2, bpb_shift=0.1)
-    gate = bench.verdict().gates[1]
-    assert gate == ("2 quality", "fail", "target not reached: shorter depth 4 seed 2")
-    bench.horizon(3, nan_at=20)
-    assert "seed 3" not in bench.verdict().gates[1].sentence.partition(";")[0]
-
-
-def test_a_run_past_the_baselines_crossing_is_slower_in_steps(bench):
-    bench.horizons(2).horizon(2, steps=100, step_ms=900.0, bpb_shift=0.1)
-    assert "not lower" not in bench.verdict().gates[0].sentence
-    bench.horizon(3, steps=190, bpb_shift=0.1)
-    assert "not lower in seed 3" in bench.verdict().gates[0].sentence
-
-
-@pytest.mark.parametrize("derived", [lambda ends: ends[0], np.median, np.mean,
-                                     lambda ends: max(ends) + SLACK_BPB])
-def test_a_target_derived_from_the_baselines_ends_is_refused(bench, derived):
-    ends = [1.45 + 1.5 * math.exp(-6) + 0.001 * math.sin(seed) for seed in range(3)]
-    bench.horizons(threshold=float(derived(ends)), bpb_shift=-0.01)
-    gate = bench.verdict().gates[0]
-    assert gate.outcome == "insufficient" and "derived from the baseline runs" in gate.sentence
-
-
-def test_a_target_must_be_recorded_and_batches_equal(bench):
-    bench.horizons(row={"target_metric_threshold": None},
-                   baseline={"row": {"target_metric_threshold": None}})
-    assert [gate.outcome for gate in bench.verdict().gates[:2]] == ["insufficient"] * 2
-    assert "none is recorded of baseline depth 4 seed 0" in bench.verdict().gates[0].sentence
-    config = runs_dir() / "own.shorter.d4.s1" / "config.json"
-    config.write_text(config.read_text().replace('tokens": 2048', 'tokens": 4096'))
-    assert "batches of 2048, 4096 tokens" in bench.verdict().gates[0].sentence
-
-
-@pytest.mark.parametrize(("series", "outcome", "words"), [
-    ({"steps": (220, 220, 220)}, "fail", "worse at 3 of 3 depths"),
-    ({"bpb_shift": 0.2}, "fail", "target not reached: shorter depth 2 seed 0"),
-    ({"steps": (150, 170, 220)}, "pass", "worse at 1 of 3 depths"),
-    ({"thresholds": (1.55 + 1.5 * math.exp(-6), 1.55, 1.5), "bpb_shift": -0.01}, "insufficient",
-     "at depth 2 was derived"),
-])
-def test_gate_4_takes_each_depths_own_horizon(bench, series, outcome, words):
-    gate = bench.horizons().horizon_series(**series).verdict().gates[3]
-    assert gate.outcome == outcome and words in gate.sentence and "val_bpb" not in gate.sentence
-
-
-def test_a_horizon_is_judged_where_triton_is_interpreted(bench):
-    bench.horizons(**INTERPRETED, baseline=INTERPRETED)
-    assert outcomes(bench.verdict())[:3] == ["pass"] * 3
+    assert sentence(bench.verdict(), 1).startswith("gain n=3, mean +1.")
 
 
 # --- against plain loops ----------------------------------------------------------------------
@@ -402,7 +321,7 @@ def test_gate_1_against_a_loop(seeds):
         if status == "ok":
             pairs.append((before, after, is_extrapolated))
     table = pd.DataFrame(rows).astype({"time_to_target_sec": float})
-    outcome, sentence = time_gate(table)
+    outcome, words = time_gate(table)
 
     timed = [(before, after, is_extrapolated) for before, after, is_extrapolated in pairs
              if before and after]
@@ -419,20 +338,19 @@ def test_gate_1_against_a_loop(seeds):
         is_equal = sd <= 1e-12 * max(map(abs, gains))
         is_shown = not is_equal and np.mean(gains) - half > 0 and not any(x for *_, x in timed)
         expected = "pass" if is_shown else "not shown"
-        assert f"gain n={len(gains)}, mean {np.mean(gains):+.4g} %" in sentence
+        assert f"gain n={len(gains)}, mean {np.mean(gains):+.4g} %" in words
     assert outcome == expected
 
 
-@given(st.lists(st.floats(-10, 10).filter(lambda x: abs(x) > 1e-3), min_size=2, max_size=6))
-def test_paired_statistics_are_students(differences):
-    found = paired(differences, 0.9)
+@pytest.mark.parametrize(("differences", "has_interval"), [
+    ([1.0, 2.0, 4.0], True), ([0.1 + 0.2, 0.3], False), ([1.0], False)])
+def test_equal_differences_and_one_have_no_interval(differences, has_interval):
+    found = paired(differences)
     assert found.mean == pytest.approx(np.mean(differences))
-    if np.std(differences) > 1e-6:
-        test = stats.ttest_rel(differences, np.zeros(len(differences)))
-        assert (found.lo, found.hi) == pytest.approx(tuple(test.confidence_interval(0.9)), rel=1e-6)
-        assert found.p == pytest.approx(test.pvalue) and (found.lo > 0) <= (found.p < 0.1)
-    if len(set(differences)) == 1:
-        assert math.isnan(found.lo) and math.isnan(found.p)
+    assert (found.lo < found.hi) == has_interval
+    if has_interval:
+        half = stats.t.ppf(0.975, 2) * np.std(differences, ddof=1) / math.sqrt(3)
+        assert (found.hi - found.lo) / 2 == pytest.approx(half)
 
 
 @given(st.lists(st.floats(0, 5), min_size=SPIKE_WINDOW, max_size=120))
@@ -445,19 +363,14 @@ def test_spikes_against_a_loop(losses):
 
 
 def test_the_margin_is_two_standard_deviations_or_the_floor(bench):
-    bench.pairs()
-    ends = [1.45 + 1.5 * math.exp(-6) + 0.001 * math.sin(seed) for seed in range(3)]
-    table, _ = bench.tables()
-    assert quality_margin(table) == pytest.approx(2 * np.std(ends, ddof=1))
+    table, _ = bench.pairs().tables()
+    assert quality_margin(table) == pytest.approx(2 * np.std(ends(), ddof=1))
     assert quality_margin(table[table.seed < 1]) is None
     assert quality_margin(table.assign(min_val_bpb=1.0)) == 0.0005
 
 
 def test_documents_add_their_paired_standard_error(bench):
     """Two seeds of 64 documents with known differences in nats."""
-    loss_eval = pytest.importorskip("nanochat.loss_eval")
-    if not hasattr(loss_eval, "paired_difference"):
-        pytest.skip("the final validation does not store losses per document yet")
     bench.pairs(2)
     rng = np.random.default_rng(0)
     n_bytes, before = rng.integers(50, 500, 64), rng.uniform(50, 500, 64)
@@ -469,4 +382,4 @@ def test_documents_add_their_paired_standard_error(bench):
                      n_bytes=n_bytes)
     mean = change.sum() / n_bytes.sum() / math.log(2)
     words = f"final val_bpb {mean:+.5f} with standard error 0.00"
-    assert words in bench.verdict().gates[1].sentence
+    assert words in sentence(bench.verdict(), 2)

@@ -1,7 +1,6 @@
-"""The CSV ledgers: what people and spreadsheets do to them, and what tools append."""
+"""The CSV ledgers: edits by people and spreadsheets, and rows that programs append."""
 
 import csv
-import io
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -48,22 +47,6 @@ row_lists = st.lists(rows, max_size=4, unique_by=lambda row: row.run_id.strip())
 
 
 @settings(deadline=None)
-@given(row_lists)
-def test_rows_read_back_exactly_here_and_in_pandas(tmp_path_factory, written):
-    path = tmp_path_factory.mktemp("ledger") / "ledger.csv"
-    path.write_text(HEADER)
-    for row in written:
-        before = path.read_bytes()
-        append_row(path, row)
-        assert path.read_bytes().startswith(before)
-    assert read_rows(path, Row) == written
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    assert list(frame.run_id) == [row.run_id for row in written]
-    assert list(frame.notes) == [row.notes for row in written]
-    assert list(map(float, frame.loss)) == [row.loss for row in written]
-
-
-@settings(deadline=None)
 @given(existing=row_lists, bom=st.booleans(), end=st.sampled_from(["\n", "\r\n", "\r"]),
        blank=st.sampled_from(["", "   ", ",,,,"]), final_end=st.booleans(),
        names=st.permutations([*HEADER.strip().split(","), "remark"]))
@@ -89,13 +72,20 @@ def test_appending_keeps_every_byte_that_people_wrote(
 
 
 @settings(deadline=None)
-@given(row_lists, st.booleans())
-def test_what_pandas_and_csv_write_is_read(tmp_path_factory, written, use_pandas):
+@given(row_lists, st.sampled_from(["append_row", "pandas", "csv"]))
+def test_rows_of_every_writer_are_read_here_and_in_pandas(tmp_path_factory, written, writer):
     """pandas writes integers beside missing ones as floats: 7.0. It does not quote a lone CR."""
-    assume(all(abs(row.seed or 0) < 1e15 and "\r" not in row.run_id + row.notes
-               for row in written))
     path = tmp_path_factory.mktemp("ledger") / "ledger.csv"
-    if use_pandas:
+    if writer == "append_row":
+        path.write_text(HEADER)
+        for row in written:
+            append_row(path, row)
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        assert list(frame.notes) == [row.notes for row in written]
+        assert list(map(float, frame.loss)) == [row.loss for row in written]
+    elif writer == "pandas":
+        assume(all(abs(row.seed or 0) < 1e15 and "\r" not in row.run_id + row.notes
+                   for row in written))
         frame = pd.DataFrame(list(map(vars, written)), columns=columns(Row))
         frame.astype({"seed": float}).to_csv(path, index=False)
     else:
@@ -104,64 +94,36 @@ def test_what_pandas_and_csv_write_is_read(tmp_path_factory, written, use_pandas
     assert read_rows(path, Row) == written
 
 
-@pytest.mark.parametrize("cell", [
-    "1.966", "15.000", "1.966080", "1.966.080", "1,966,080", "1 966", "1'966", "1\u00a0966",
-    "1966\u00a0", "1966%", "1_966", "2.026", "1,5", "1e3", "0x10", "١", "12,0", "seven", "1966.00"])
-def test_an_integer_has_digits_only(tmp_path, cell):
+@pytest.mark.parametrize(("column", "cell"), [
+    *(("seed", cell) for cell in ("1.966", "1.966.080", "1,966,080", "1 966", "1'966", "1\u00a0966",
+                                  "1966%", "1_966", "1,5", "1e3", "0x10", "١", "seven", "1966.00",
+                                  "9" * 400)),
+    *(("loss", cell) for cell in ("0,5", "15.565,8", "15,565.8", "1.234.567", "1 234", "1'234.5",
+                                  "0.5\u00a0", "50%", "1_0.5", "\u22120.5", "nan", "inf", "",
+                                  "1.5 ms", "0.5\t", "1e999"))])
+def test_a_number_has_no_separators_units_and_decimal_commas(tmp_path, column, cell):
     path = tmp_path / "ledger.csv"
-    path.write_text(HEADER + "b,1,0.5,\n" + f'c,"{cell}",0.5,\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"line 3: seed is .* not a whole number"):
+    cells = {"run_id": "b", "seed": "1", "loss": "0.5", "notes": "", column: cell}
+    path.write_text(HEADER + ",".join(f'"{value}"' for value in cells.values()) + "\n", "utf-8")
+    with pytest.raises(UserError, match=rf"line 2: {column} is .*, not a .*number"):
         read_rows(path, Row)
-
-
-@pytest.mark.parametrize("cell", [
-    "0,5", "15.565,8", "15,565.8", "1.234.567", "1 234", "1 234,5", "1'234.5", "1\u202f234.5",
-    "0.5\u00a0", "50%", "50 %", "1_0.5", "\u22120.5", "nan", "inf", "", "1.5 ms", "0.5\t"])
-def test_a_number_has_a_decimal_point_and_no_separators(tmp_path, cell):
-    path = tmp_path / "ledger.csv"
-    path.write_text(HEADER + f'c,1,"{cell}",\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"line 2: loss is .* not a number with a decimal point"):
-        read_rows(path, Row)
-
-
-@pytest.mark.parametrize("separator", [";", "\t", "|"])
-@pytest.mark.parametrize("number", ["0.5", "0,5", "15.565"])
-def test_other_separators_than_commas_are_refused_by_line(tmp_path, separator, number):
-    path = tmp_path / "ledger.csv"
-    text = HEADER.replace(",", separator) + separator.join(["b", "1", number, ""]) + "\n"
-    path.write_text("\ufeff" + text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"line 1: the header must have .* between commas"):
-        read_rows(path, Row)
-    path.write_text(HEADER + text.splitlines()[1] + "\n")
-    with pytest.raises(UserError, match=r"line 2: [12] cells where the header has 4"):
-        read_rows(path, Row)
-
-
-GERMAN = "2026-11-23T21:48:22Z;8a0e316;lane_b;0;2;val_bpb;;;;15.565;131,58;213,6;1,5138;ok;;stdlib"
-
-
-def test_a_german_export_is_refused(tmp_path):
-    path = tmp_path / "experiments.csv"
-    path.write_text("\ufeff" + ";".join(columns(ExperimentRow)) + "\r\n" + GERMAN
-                    + ";1966080;EPYC;838,7;r\r\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"line 1: the header must have"):
-        read_experiments(path)
 
 
 @pytest.mark.parametrize("text, fault", [
     ("run_id,seed,loss\n", r"line 1: the header must have .* it has not: notes"),
     ("sep=,\nrun_id,seed,loss,notes\n", r"line 1: the header must have"),
     ("seed,run_id,loss,notes,seed\n", r"line 1: .* it has not: seed"),
-    ('"run_id,seed\n', r"line 1: not CSV"), ("\n", r"line 1: the header must have"),
+    ("\ufeffrun_id;seed;loss;notes\r\nb;1;0,5;\r\n", r"line 1: .* between commas"),
+    (HEADER + "b\t1\t0.5\t\n", r"line 2: 1 cells where the header has 4"),
+    ('"run_id,seed\n', r"line 1: unexpected end"), ("\n", r"the header must have"),
     (HEADER + "b,1,0.5\n", r"line 2: 3 cells where the header has 4"),
     (HEADER + "b,1,0,5,\n", r"line 2: 5 cells where the header has 4 \(a comma inside a text"),
     (HEADER + "b,1,0.5,\r\r\n# a comment\n", r"line 4: 1 cells"),
-    (HEADER + "b,1,1e999,\n", r"line 2: loss is '1e999', beyond"),
     (HEADER + " ,1,0.5,\n", r"line 2: run_id is empty"),
     (HEADER + "b,1,0.5,\nc,1,0.5,\nb ,2,0.6,\n", r"line 4: run_id 'b' is also on line 2"),
     (HEADER + 'b,1,0.5,"two\nlines"\nc,1,x,\n', r"line 4: loss"),
-    (HEADER + 'b,1,0.5,"x" y\n', r"line 2: not CSV"),
-    (HEADER + 'b,1,0.5,\nc,1,0.5,"never closed\n', r"line 3: not CSV"),
+    (HEADER + 'b,1,0.5,"x" y\n', r"line 2: "),
+    (HEADER + 'b,1,0.5,\nc,1,0.5,"never closed\n', r"line 3: unexpected end"),
     (HEADER + "b,1,0.5,forbidden\n", r"line 2: notes must not be"),
     (HEADER.encode() + b"b,1,0.5,\nc,1,0.5,caf\xe9\n", r"line 3: not UTF-8"),
     (HEADER.encode("utf-16"), r"line 1: not UTF-8"),
@@ -170,23 +132,21 @@ def test_mistakes_are_named_by_line_and_nothing_is_written(tmp_path, text, fault
     path = tmp_path / "ledger.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     before = path.read_bytes()
-    with pytest.raises(UserError, match=fault):
-        read_rows(path, Row)
-    with pytest.raises(UserError, match=fault):
-        append_row(path, ROW)
+    for call in (lambda: read_rows(path, Row), lambda: append_row(path, ROW)):
+        with pytest.raises(UserError, match=fault):
+            call()
     assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("row, fault", [
     (replace(ROW, loss=float("nan")), "loss is 'nan'"), (replace(ROW, loss=None), "loss is ''"),
-    (replace(ROW, seed=1.5), "seed is '1.5'"), (replace(ROW, notes=None), "would read back as"),
-    (replace(ROW, notes="\ud800"), "surrogates"), (replace(ROW, run_id=" "), "run_id is empty"),
+    (replace(ROW, seed=1.5), "seed is '1.5'"), (replace(ROW, run_id=" "), "run_id is empty"),
     (replace(ROW, notes="x" * 200_000), "field larger than"),
 ])
-def test_a_row_that_csv_cannot_hold_is_refused(tmp_path, row, fault):
+def test_a_row_that_would_not_read_back_is_refused(tmp_path, row, fault):
     with pytest.raises(UserError, match=fault):
-        append_row(tmp_path / "new" / "ledger.csv", row)
-    assert not (tmp_path / "new").exists()
+        append_row(tmp_path / "ledger.csv", row)
+    assert not (tmp_path / "ledger.csv").exists()
 
 
 def test_a_full_disk_and_a_missing_folder_leave_the_ledger_as_it_was(tmp_path, monkeypatch):
@@ -224,7 +184,6 @@ def test_a_last_line_without_its_end_is_warned_of(tmp_path, capsys):
 
 APPEND_AT_ONCE = """
 import os, sys
-from pathlib import Path
 sys.path.insert(0, "tests")
 from nanochat.experiments.ledger import append_row
 from test_ledger import Row
@@ -262,46 +221,32 @@ EXPERIMENT = ExperimentRow(
 
 def test_the_committed_ledger_has_the_plans_columns_and_reads_in_pandas():
     path = Path(__file__).parents[1] / "dev" / "experiments.csv"
-    assert columns(ExperimentRow) == [
-        "timestamp", "git_commit", "experiment_name", "seed", "depth", "target_metric_name",
-        "target_metric_threshold", "time_to_target_sec_measured", "time_to_target_sec_extrapolated",
-        "tok_per_sec_median", "dt_median_ms", "wall_time_sec", "min_val_bpb", "status",
-        "candidate_flags", "dataset_id", "total_tokens", "device", "peak_memory_mib", "run_id"]
-    frame = pd.read_csv(path).fillna({"candidate_flags": ""})
-    rows = read_experiments(path)
+    assert ",".join(columns(ExperimentRow)) == (
+        "timestamp,git_commit,experiment_name,seed,depth,target_metric_name,"
+        "target_metric_threshold,time_to_target_sec_measured,time_to_target_sec_extrapolated,"
+        "tok_per_sec_median,dt_median_ms,wall_time_sec,min_val_bpb,status,candidate_flags,"
+        "dataset_id,total_tokens,device,peak_memory_mib,run_id")
+    frame, rows = pd.read_csv(path), read_experiments(path)
     assert list(frame.columns) == columns(ExperimentRow) and len(rows) > 40
-    for name in columns(ExperimentRow):
-        values = [getattr(row, name) for row in rows]
-        if isinstance(values[0], str):
-            assert list(frame[name]) == values
-        else:  # pandas rounds the last digit
-            assert list(frame[name]) == pytest.approx(
-                [float("nan") if value is None else value for value in values], nan_ok=True)
-
-
-def test_flags_are_written_as_they_are(tmp_path):
-    append_row(tmp_path / "e.csv", EXPERIMENT)
-    assert pd.read_csv(tmp_path / "e.csv").candidate_flags[0] == "--chunked-ce --fused-rmsnorm"
+    assert list(frame.run_id) == [row.run_id for row in rows]
+    assert list(frame.min_val_bpb) == pytest.approx([row.min_val_bpb for row in rows])
 
 
 @pytest.mark.parametrize(("cells", "message"), [
     ({"seed": None}, "seed is empty"), ({"depth": 0}, "depth is 0, which no run can have"),
-    ({"dataset_id": ""}, "dataset_id is empty"), ({"device": " "}, "device is empty"),
-    ({"status": "fine"}, "status is 'fine', not one of ok"),
+    ({"dataset_id": ""}, "dataset_id is empty"), ({"status": "fine"}, "'fine', not one of ok"),
     ({"target_metric_name": "loss"}, "not one of val_bpb"),
     ({"target_metric_threshold": -1.0}, "above 0"), ({"min_val_bpb": 0.0}, "min_val_bpb is 0.0"),
-    ({"time_to_target_sec_measured": -1.0}, "time_to_target_sec_measured is -1.0"),
 ])
 def test_values_that_no_run_can_have_are_refused(cells, message):
     with pytest.raises(UserError, match=message):
         replace(EXPERIMENT, **cells)
 
 
-@pytest.mark.parametrize("date", ["23.11.2026 21:48", "11/23/26", "23.11.26"])
+@pytest.mark.parametrize("date", ["23.11.2026 21:48", "11/23/26"])
 def test_a_date_that_a_spreadsheet_rewrote_is_named_by_line(tmp_path, date):
     path = tmp_path / "experiments.csv"
     append_row(path, EXPERIMENT)
-    sheet = io.StringIO(path.read_text().replace(EXPERIMENT.timestamp, date))
-    path.write_text(sheet.read())
+    path.write_text(path.read_text().replace(EXPERIMENT.timestamp, date))
     with pytest.raises(UserError, match=r"line 2: timestamp is .*; write the date as 2026-"):
         read_experiments(path)

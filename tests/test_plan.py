@@ -4,8 +4,6 @@ import csv
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,18 +11,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dev.bench.plan import CPU, SHAPES, planned_peak_mb, record_rows
-from nanochat.config import TrainingConfig, model_config, parse_config, run_horizon
+from nanochat.config import TrainingConfig, model_config, parse_config
 from nanochat.device import choose_compute_dtype
 from nanochat.gpt import GPT, GPTConfig, parameter_counts
 from nanochat.optim import MuonAdamW, parameter_groups, polar_express, polar_express_flops
 from nanochat.plan import (
     GPUS,
     LINK_SHARE,
+    Estimate,
+    Part,
     at_start,
-    collective_bytes,
-    collective_sec,
-    estimate,
-    gpu_of_device,
+    communication_sec,
     largest_fitting,
     memory_of,
     model_parts,
@@ -70,30 +67,18 @@ def test_ranks_share_all_parameters(world_size):
         assert part.numel <= part.padded_numel
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(8, 8), (32, 8), (8, 32)])
-def test_flops_of_the_orthogonalisation_are_those_that_torch_counts(rows, cols):
-    with FlopCounterMode(display=False) as counter:
-        polar_express(torch.zeros(1, rows, cols))
-    assert polar_express_flops(rows, cols) == counter.get_total_flops()
-
-
-def test_a_collective_takes_the_slower_link_and_a_latency_per_hop():
-    gpu = GPUS["h100"]._replace(link_bytes_per_sec=100.0, network_bytes_per_sec=10.0)
-    assert collective_sec(gpu, 800, 1, 8) == pytest.approx(700 / (100 * LINK_SHARE) + 7 * 3.4e-6)
-    assert collective_sec(gpu, 1600, 2, 8) == pytest.approx(
-        1500 / (80 * LINK_SHARE) + 14 * 3.4e-6 + 2 * 14e-6)
-    assert collective_sec(gpu, 1600, 2, 1) == pytest.approx(800 / (10 * LINK_SHARE) + 2 * 14e-6)
-
-
-def test_collectives_move_gradients_there_and_weights_back():
+def test_communication_moves_gradients_there_and_weights_back():
+    """Bytes by hand, and a latency per hop of each collective."""
     four_layers = GPTConfig(64, 512, 4, 2, 2, 64, "SL")
     counts = parameter_counts(four_layers)
     matrices, scalars = counts["transformer_matrices"], counts["scalars"]
     tables = counts["lm_head"] + counts["wte"] + counts["value_embeds"]
+    gpu = GPUS["h100"]._replace(link_bytes_per_sec=1e-6)  # latencies do not count
 
     def moved(world_size, accumulation=1):
         parts, _ = model_parts(four_layers, torch.bfloat16, world_size)
-        return sum(collective_bytes(parts, accumulation))
+        seconds = communication_sec(gpu, parts, accumulation, world_size)
+        return round(seconds * 1e-6 * LINK_SHARE / (1 - 1 / world_size))
 
     assert moved(2) == (2 + 2) * (matrices + tables) + 8 * scalars
     # several micro-batches: the gradients of weights with a copy are fp32
@@ -101,6 +86,16 @@ def test_collectives_move_gradients_there_and_weights_back():
     # three ranks: stacks of 16, 4, 4 and 2 matrices are padded, and 512 rows are not divided
     padded = 18 * 64 * 64 + 2 * 6 * 4 * 64 * 64 + 3 * 2 * 12
     assert moved(3) == (2 + 2) * padded + 8 * (scalars + tables)
+    part = Part(80, 80, 10, 4, 2, None)
+    hops_sec = communication_sec(gpu._replace(link_bytes_per_sec=1e99), [part], 1, 8)
+    assert hops_sec == pytest.approx(3 * 7 * 3.4e-6)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(8, 8), (32, 8), (8, 32)])
+def test_flops_of_the_orthogonalisation_are_those_that_torch_counts(rows, cols):
+    with FlopCounterMode(display=False) as counter:
+        polar_express(torch.zeros(1, rows, cols))
+    assert polar_express_flops(rows, cols) == counter.get_total_flops()
 
 
 def test_records_are_within_ten_percent_and_the_kept_table_is_true():
@@ -110,16 +105,10 @@ def test_records_are_within_ten_percent_and_the_kept_table_is_true():
         assert abs(float(planned) / float(minutes) - 1) <= 0.10, name
 
 
-def test_the_horizon_is_that_of_the_training_program():
-    found = estimate(D24, 32768, GPUS["h100"])
-    assert found.horizon == run_horizon(D24, model_config(D24, 32768))
-    assert "MFU 59%, 1.67 hours" in found.speed()
-
-
 def test_the_device_batch_is_the_largest_that_fits():
     found = largest_fitting(D24, 32768, GPUS["h100"])
     doubled = dataclasses.replace(D24, device_batch_size=2 * found.device_batch_size)
-    assert found.fits and not estimate(doubled, 32768, GPUS["h100"]).fits
+    assert found.fits and not Estimate(doubled, 32768, GPUS["h100"]).fits
     on_h200 = largest_fitting(D24, 32768, GPUS["h200"])
     assert on_h200.device_batch_size == 2 * found.device_batch_size
     small_batch = TrainingConfig(depth=4, total_batch_size=2**17, num_iterations=1)
@@ -127,17 +116,9 @@ def test_the_device_batch_is_the_largest_that_fits():
     assert largest_fitting(small_batch, 32768, GPUS["h100"]).device_batch_size == rows_per_gpu
 
 
-@pytest.mark.parametrize(("name", "known"), [
-    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", None), ("NVIDIA H200", "h200"),
-    ("AMD EPYC x2", None)])
-def test_at_start_time_is_planned_if_the_device_is_in_the_table(name, known):
-    assert gpu_of_device(name) == GPUS.get(known)
-    model = model_config(D24, 32768)
-    lines = at_start(D24, model, run_horizon(D24, model), 32, name, 8, torch.device("cuda"),
-                     torch.bfloat16).splitlines()
-    assert lines[0].startswith("plan: memory 59.3 GB per rank: weights 4.2 GB, ")
-    expected = [f"plan: {estimate(D24, 32768, GPUS[known]).speed()}"] if known else []
-    assert lines[1:] == expected
+def test_at_start_memory_is_that_of_the_plan():
+    line = at_start(D24, model_config(D24, 32768), 32, 8, torch.device("cuda"), torch.bfloat16)
+    assert line.startswith("plan: memory 59.3 GB per rank: weights 4.2 GB, ")
 
 
 @pytest.mark.skipif(choose_compute_dtype(CPU)[0] != torch.bfloat16, reason="measured in bf16")
@@ -149,26 +130,13 @@ def test_memory_is_within_fifteen_percent_of_the_recorded_peaks():
         assert planned_peak_mb(shape) == pytest.approx(peak_mb, rel=0.15), shape
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
-@pytest.mark.parametrize("shape", SHAPES)
-def test_memory_is_within_fifteen_percent_of_the_measured_peak(shape):
-    command = [sys.executable, "-m", "dev.bench.plan", "memory", "--shape", shape]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr
-    _, planned, measured, _ = next(csv.reader(done.stdout.splitlines()[-1:]))
-    assert float(planned) == pytest.approx(float(measured), rel=0.15)
-
-
 # --- scripts.plan ---------------------------------------------------------------------------------
 
-def test_the_printed_plan_has_one_gpu_and_every_number_of_nodes(capsys):
-    plan_script.main(["--depth=24", "--fp8", "--price-per-gpu-hour=3", "--nodes=128"])
+def test_the_printed_plan_has_one_gpu_and_all(capsys):
+    plan_script.main(["--depth=24", "--fp8", "--price-per-gpu-hour=3"])
     printed = capsys.readouterr().out
-    gpus = [int(n) for n in re.findall(r"^(\d+) GPU\(s\)", printed, re.MULTILINE)]
-    shares = [int(n) for n in re.findall(r"communication (\d+)%", printed)]
-    assert gpus == [1, 8, 16, 32, 64, 128, 256, 512, 1024]
-    assert shares == sorted(shares) and shares[1] < 5 and shares[-1] > 50
+    assert re.findall(r"^(\d+) GPU\(s\)", printed, re.MULTILINE) == ["1", "8"]
+    assert re.findall(r"communication (\d+)%", printed) == ["0", "2"]
     assert "weights 4.2 GB" in printed and "cost " in printed and "fits" in printed
 
 

@@ -61,7 +61,7 @@ else
     D12="" # the protocol's
     D12_WINDOWS="--seq-len 2048 --window-pattern SSSL"
     D24="--depth 24 --seq-len 2048 --window-pattern SSSL"
-    PROFILE=d12 EXPERIMENT=""
+    PROFILE=d12-protocol EXPERIMENT=""
 fi
 
 # shellcheck disable=SC2086  (flags are words)
@@ -78,7 +78,8 @@ fi
         [[ $name == baseline ]] || more="--candidates baseline fused-rmsnorm chunked-ce both"
         [[ $name == baseline || -n $EXPERIMENT ]] || more="$more --target-from gpu_baseline"
         piece "protocol_$name" "$PYTHON" -m scripts.experiment --name "gpu_$name" --profile $PROFILE --seeds 0 1 \
-            --ledger "$OUT/experiments.csv" $more ${DATASET:+--dataset "$DATASET"} $EXPERIMENT
+            --ledger "$OUT/experiments.csv" $more $EXPERIMENT \
+            ${DATASET:+-- --dataset "$DATASET" --tokenizer-dir=}
     done
 }
 

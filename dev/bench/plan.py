@@ -21,7 +21,7 @@ from nanochat.common import command
 from nanochat.config import TrainingConfig, model_config, run_horizon
 from nanochat.device import choose_compute_dtype
 from nanochat.distributed import Ranks
-from nanochat.plan import GPUS, estimate, memory_of
+from nanochat.plan import GPUS, Estimate, memory_of
 
 CPU = torch.device("cpu")
 
@@ -73,7 +73,7 @@ def record_rows():
     """Yield the rows of dev/plan_records.csv, with a header; minutes are published and planned."""
     yield "record", "minutes", "planned", "deviation", "assumed"
     for record in RECORDS:
-        found = estimate(TrainingConfig(**record.flags), record.vocab_size, GPUS["h100"])
+        found = Estimate(TrainingConfig(**record.flags), record.vocab_size, GPUS["h100"])
         minutes = 60 * found.train_hours
         deviation = f"{minutes / record.minutes - 1:+.1%}"
         yield record.name, str(record.minutes), f"{minutes:.1f}", deviation, record.assumed

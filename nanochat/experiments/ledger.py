@@ -1,9 +1,8 @@
-"""CSV ledgers: one row per run, appended by tools and edited by people.
+"""CSV ledgers: one row per run, appended by programs and edited by people.
 
-A ledger is the plain CSV that Python's csv module and pandas write: commas, decimal points, UTF-8
-with or without a byte-order mark, any line ends. Semicolons, decimal commas, thousands separators
-and local dates are refused with their line. A dataclass with a `run_id` names and types the
-columns. People may add and reorder columns; appending keeps every byte that is there.
+A ledger is the plain CSV of Python's csv module and pandas: commas, decimal points, UTF-8, any line
+ends. Semicolons, decimal commas, thousands separators and local dates are refused with their line.
+A dataclass with a `run_id` names and types the columns; people may add and reorder columns.
 """
 
 import csv
@@ -16,9 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from nanochat.common import UserError, atomic_path, locked, warn
+from nanochat.common import UserError, atomic_path, base_dir, locked, warn
 from nanochat.target import METRICS, check_target
 
+TRACKED_LEDGER = Path("dev/experiments.csv")
+LEDGER_HELP = ("path of the ledger, the CSV file of runs (default: experiments.csv in the cache "
+               f"folder if it has the experiment, otherwise {TRACKED_LEDGER})")
 STATUSES = ("ok", "nan", "interrupted", "error", "failed")
 # A target may be reached before the clock starts; a run may end without a step.
 _MAY_BE_ZERO = ("seed", "time_to_target_sec_measured", "time_to_target_sec_extrapolated",
@@ -31,7 +33,7 @@ _LOCAL_DATE = re.compile(r" *\d+[./]\d+[./]\d+.*")
 
 @dataclass(frozen=True)
 class ExperimentRow:
-    """One run in dev/experiments.csv. None (an empty cell): not measured.
+    """One run of an experiment. None (an empty cell): not measured.
 
     `candidate_flags` are the flags that the baseline does not have (empty: the baseline itself).
     Raise UserError for values that no run can have.
@@ -79,13 +81,29 @@ def columns(row_type):
     return [field.name for field in dataclasses.fields(row_type)]
 
 
+def demonstration_ledger():
+    """Return the path of the ledger of demonstrations, in the cache folder."""
+    return base_dir() / "experiments.csv"
+
+
+def find_ledger(experiment_name):
+    """Return the ledger that has the experiment: that of demonstrations or the tracked one."""
+    own = demonstration_ledger()
+    names = {row.experiment_name for row in read_experiments(own)} if own.exists() else ()
+    return own if experiment_name in names else TRACKED_LEDGER
+
+
 def read_rows(path, row_type):
     """Return every row as a `row_type`, in the file's order.
 
     Raise UserError with file and line for a missing column, a cell or row that does not parse or
     that the dataclass refuses, and a `run_id` that is empty or repeated.
     """
-    _, rows = _parse(path, _read(path), row_type)
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the ledger {path} ({error.strerror})") from None
+    _, rows = _parse(path, data, row_type)
     return [row for _, row in rows.values()]
 
 
@@ -95,26 +113,26 @@ read_experiments = partial(read_rows, row_type=ExperimentRow)
 def append_row(path, row):
     """Append `row` (a dataclass), atomically and under a file lock; a new file gets the header.
 
-    Raise UserError as read_rows, for a `run_id` that is already there, and for a row that CSV
-    cannot hold (NaN, text that is not UTF-8). The file is then unchanged.
+    Every byte that is there is kept. Raise UserError as read_rows, for a `run_id` that is already
+    there, and for a row that would not read back; the file is then unchanged.
     """
     path = Path(path).resolve()  # a symlink stays a symlink
-    names, rows = columns(type(row)), {}
-    header = ",".join(names).encode() + b"\n"
-    _line(row, names)  # refuse a bad row before a file is made
+    cells = {name: repr(float(value)) if isinstance(value, float) else str(value)
+             for name, value in vars(row).items() if value is not None}
     try:
         with locked(path), atomic_path(path) as temporary:
-            data = _read(path) if path.exists() else b""
-            if data:
-                names, rows = _parse(path, data, type(row))
+            data = path.read_bytes() if path.exists() else b""
+            data = data or ",".join(columns(type(row))).encode() + b"\n"
+            names, rows = _parse(path, data, type(row))
             if row.run_id.strip() in rows:
                 number, _ = rows[row.run_id.strip()]
                 raise UserError(f"{path}, line {number}: run_id {row.run_id.strip()!r} is already "
                                 "there; remove that line to log the run again")
-            data = data or header
+            line = _line(cells.get(name, "") for name in names)
+            _parse("the new row", _line(names) + b"\n" + line + b"\n", type(row))
             end = re.search(rb"\r\n|\n|\r|$", data).group() or b"\n"
             joint = b"" if data.endswith((b"\n", b"\r")) else end
-            temporary.write_bytes(data + joint + _line(row, names).encode() + end)
+            temporary.write_bytes(data + joint + line + end)
     except OSError as error:
         raise UserError(f"cannot write the ledger {path} ({error.strerror})") from None
 
@@ -132,20 +150,10 @@ def parse_cell(cell, field):
     if optional and not cell.strip(" "):
         return None
     match = (_INTEGER if kind is int else _FLOAT).fullmatch(cell)
-    if not match:
+    if not match or not math.isfinite(float(match[1])):
         what = "a whole number" if kind is int else "a number with a decimal point"
         raise UserError(f"{field.name} is {cell!r}, not {what} and nothing else")
-    value = kind(match[1])
-    if not math.isfinite(value):
-        raise UserError(f"{field.name} is {cell!r}, beyond the range of a float")
-    return value
-
-
-def _read(path):
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the ledger {path} ({error.strerror})") from None
+    return kind(match[1])
 
 
 def _parse(path, data, row_type):
@@ -157,37 +165,31 @@ def _parse(path, data, row_type):
         raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
     if text and not text.endswith(("\n", "\r")):
         warn(f"{path}: the last line has no line end; check that its last cell is complete")
-    records = _records(path, text)
-    line, header = next(records, (1, []))
-    names, wanted = [name.strip() for name in header], columns(row_type)
-    faults = [name for name in wanted if names.count(name) != 1]
-    if faults:
-        raise UserError(f"{path}, line {line}: the header must have each of the ledger's columns "
-                        f"once, between commas; it has not: {','.join(faults)}")
-    rows = {}
-    for line, cells in records:
-        try:
-            row = _typed(cells, row_type, names)
-            run_id = row.run_id.strip()
-            if run_id in rows:
-                raise ValueError(f"run_id {run_id!r} is also on line {rows[run_id][0]}")
-        except ValueError as error:  # a UserError is one, too
-            raise UserError(f"{path}, line {line}: {error}; fix or remove that line") from None
-        rows[run_id] = line, row
+    line, names, rows = 1, [], {}
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for cells in reader:
+            is_blank = not any(map(str.strip, cells))
+            if not names and not is_blank:
+                names = [name.strip() for name in cells]
+                _check_header(names, row_type)
+            elif not is_blank:
+                row = _typed(cells, row_type, names)
+                first, _ = rows.setdefault(row.run_id.strip(), (line, row))
+                if first != line:
+                    raise ValueError(f"run_id {row.run_id.strip()!r} is also on line {first}")
+            line = reader.line_num + 1
+        _check_header(names, row_type)
+    except (csv.Error, ValueError) as error:  # a UserError is a ValueError
+        raise UserError(f"{path}, line {line}: {error}; fix or remove that line") from None
     return names, rows
 
 
-def _records(path, text):
-    """Yield (number of its first line, cells) per record; skip records without any text."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    first = 1
-    try:
-        for cells in reader:
-            if any(map(str.strip, cells)):
-                yield first, cells
-            first = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}, line {first}: not CSV ({error}); fix or remove it") from None
+def _check_header(names, row_type):
+    faults = [name for name in columns(row_type) if names.count(name) != 1]
+    if faults:
+        raise ValueError("the header must have each of the ledger's columns once, between commas; "
+                         f"it has not: {','.join(faults)}")
 
 
 def _typed(cells, row_type, names):
@@ -201,19 +203,8 @@ def _typed(cells, row_type, names):
     return row
 
 
-def _line(row, names):
-    """Return the row as a line of CSV. Raise UserError if it would not read back as it is."""
-    cells = {name: repr(float(value)) if isinstance(value, float) else str(value)
-             for name, value in vars(row).items() if value is not None}
+def _line(cells):
+    """Return the cells as a line of CSV, without its end."""
     buffer = io.StringIO(newline="")
-    # The line end quotes cells that have one of its characters.
-    csv.writer(buffer, lineterminator="\r\n").writerow([cells.get(name, "") for name in names])
-    line = buffer.getvalue().removesuffix("\r\n")
-    try:
-        line.encode()
-        back = [_typed(cells, type(row), names) for _, cells in _records("the row", line)]
-    except ValueError as error:
-        raise UserError(f"the ledger cannot hold this row: {error}") from None
-    if back != [row]:
-        raise UserError(f"the ledger cannot hold this row: {row} would read back as {back}")
-    return line
+    csv.writer(buffer, lineterminator="\r\n").writerow(cells)  # quotes cells with \r or \n
+    return buffer.getvalue().removesuffix("\r\n").encode(errors="backslashreplace")

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import dataclass
 
 from nanochat.common import UserError, base_dir
+from nanochat.experiments.ledger import TRACKED_LEDGER, demonstration_ledger
 
 BASELINE = "baseline"
 
@@ -15,12 +16,13 @@ CANDIDATES = {
     "both": "--fused-rmsnorm --chunked-ce",
 }
 
+
 @dataclass(frozen=True)
 class Profile:
     """A training protocol. It fixes all but the candidate, seed, depth and target.
 
-    n_train_files: training shards to download (None: the dataset is made on this machine).
-    series, series_depths: the profile and depths of the miniseries that gate 4 judges by.
+    n_train_files: training shards to download (None: a demonstration, whose text is made on this
+    machine).
     """
 
     description: str
@@ -30,15 +32,18 @@ class Profile:
     vocab_size: int = 8192
     n_train_files: int | None = None
     min_seeds: int = 1
-    series: str = ""
-    series_depths: tuple[int, ...] = (2, 3, 4)
 
     def command_flags(self, depth):
         """Return the base_train flags of a run at `depth`, in the order of the protocol."""
-        return [f"--depth={depth}", *shlex.split(self.flags), "--run=dummy"]
+        return [f"--depth={depth}", *shlex.split(self.flags), "--run=dummy",
+                f"--tokenizer-dir={self.tokenizer_dir()}", f"--dataset={self.dataset}"]
 
     def tokenizer_dir(self):
         return base_dir() / f"tokenizer_{self.dataset}"
+
+    def ledger(self):
+        """Return the ledger of its runs: the tracked one, or that of demonstrations."""
+        return TRACKED_LEDGER if self.n_train_files else demonstration_ledger()
 
 
 _CPU = "--device-type=cpu --aspect-ratio=64 --head-dim=64 --window-pattern=L "
@@ -47,28 +52,27 @@ _EVALUATE_ONLY = "--core-metric-every=-1 --sample-every=-1 --save-every=0"
 _LEARNING_RATES_2048 = "--matrix-lr=0.32 --embedding-lr=4.8 --unembedding-lr=0.128 "
 
 PROFILES = {
-    "d12": Profile(
-        "d12 baseline protocol: 1500 steps of 16384 tokens on one GPU", 12, "climbmix",
+    "d12-protocol": Profile(
+        "compares step times and early losses on one GPU in 24.6M tokens; nanochat's d12 is "
+        "trained on 1.3B tokens", 12, "climbmix",
         "--head-dim=128 --window-pattern=L --max-seq-len=512 --device-batch-size=16 "
         "--total-batch-size=16384 --eval-every=100 --eval-tokens=524288 --core-metric-every=-1 "
         "--sample-every=-1 --save-every=-1 --num-iterations=1500",
-        vocab_size=32768, n_train_files=8, min_seeds=2, series="miniseries",
-        series_depths=(8, 10, 12, 14)),
+        vocab_size=32768, n_train_files=8, min_seeds=2),
+    "miniseries": Profile(
+        "complete schedules on GPUs: horizon and batch follow from the depth", 12, "climbmix",
+        "--target-param-data-ratio=12 --eval-every=250 " + _EVALUATE_ONLY,
+        vocab_size=32768, n_train_files=8),
     "cpu": Profile(
-        "the d12 protocol scaled to a CPU: d4, 300 steps of 2048 tokens", 4, "stdlib",
+        "demonstration: d12-protocol scaled to a CPU", 4, "stdlib",
         _CPU + "--max-seq-len=256 --device-batch-size=8 --total-batch-size=2048 "
         "--num-iterations=300 --eval-every=50 --eval-tokens=65536 "
-        + _LEARNING_RATES_2048 + _EVALUATE_ONLY, series="cpu"),
+        + _LEARNING_RATES_2048 + _EVALUATE_ONLY),
     "cpu-short": Profile(
-        "the d12 protocol in miniature: d2, 60 steps of 512 tokens, short enough for kernels in "
-        "the Triton interpreter", 2, "stdlib",
+        "smoke test: 60 steps, short enough for kernels in the Triton interpreter; no verdict",
+        2, "stdlib",
         _CPU + "--max-seq-len=128 --device-batch-size=4 --total-batch-size=512 "
-        "--num-iterations=60 --eval-every=10 --eval-tokens=8192 " + _EVALUATE_ONLY,
-        series="cpu-short"),
-    "miniseries": Profile(
-        "complete schedules: horizon and batch follow from the depth", 12, "climbmix",
-        "--target-param-data-ratio=12 --eval-every=250 " + _EVALUATE_ONLY,
-        vocab_size=32768, n_train_files=8, series="miniseries", series_depths=(8, 10, 12, 14)),
+        "--num-iterations=60 --eval-every=10 --eval-tokens=8192 " + _EVALUATE_ONLY),
 }
 
 

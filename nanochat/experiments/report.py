@@ -5,16 +5,12 @@ matplotlib draws the figures as SVG, which the page's style sheet inverts on a d
 """
 
 import base64
-import html
 import io
-import mimetypes
-import re
 import shlex
-from itertools import pairwise
+import time
 from pathlib import Path
 
 import jinja2
-import numpy as np
 import pandas as pd
 from markupsafe import Markup
 from scipy import stats
@@ -23,13 +19,13 @@ from nanochat.common import UserError
 from nanochat.experiments import table as tables
 from nanochat.experiments.gates import RULES, judge_all, quality_margin
 from nanochat.experiments.profiles import BASELINE
-from nanochat.runlog import find_run
+from nanochat.runlog import find_run, in_words, part_of
 from nanochat.target import BEFORE_THE_CLOCK
 
 X_AXES = {"step": "step", "tokens": "tokens, millions", "train_time_sec": "training time, s"}
 COLUMNS = [  # heading, column of the table of runs, digits
     ("min val_bpb", "min_val_bpb", 5),
-    ("standard error over documents", "val_bpb_se", 5),
+    ("standard error over documents", "final_val_bpb_se", 5),
     ("time to target, s", "time_to_target_sec", 1),
     ("tokens/s", "tok_per_sec_median", 0),
     ("step, ms", "dt_median_ms", 1),
@@ -52,22 +48,21 @@ CACHE = '"${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"/'  # the cache folder in 
 
 # --- pages -------------------------------------------------------------
 
-def experiment_page(ledger, experiment_name, runs_dir, miniseries=None, images=(), live=""):
+def experiment_page(ledger, experiment_name, runs_dir, miniseries=None, reload_sec=None):
     """Return the page of an experiment.
 
-    miniseries: name of the experiment over depths that gate 4 judges by. images: image files of the
-    lane B tools. live: time to show at the top. Raise UserError for runs that cannot be compared.
+    miniseries: name of the experiment over depths that gate 4 judges by. reload_sec: the browser
+    reloads the page after this time. Raise UserError for runs that cannot be compared.
     """
     table = tables.experiment_table(ledger, experiment_name, runs_dir)
     series = tables.experiment_table(ledger, miniseries, runs_dir) if miniseries else None
-    tables.check_same_world(pd.concat([table, series]))
     candidates = set(table.candidate)
     can_judge = BASELINE in candidates and len(candidates) > 1 and table.depth.nunique() == 1
     verdicts = judge_all(table, series, runs_dir) if can_judge else []
-    return render(experiment_name, table, series, verdicts, images, live)
+    return _render(experiment_name, table, series, verdicts, reload_sec)
 
 
-def runs_page(names, runs_dir, images=(), live=""):
+def runs_page(names, runs_dir, reload_sec=None):
     """Return the page of runs named by id or folder; runs that differ only in the seed are a group.
 
     Raise UserError for a missing run, two runs with one id, and runs that cannot be compared.
@@ -75,72 +70,69 @@ def runs_page(names, runs_dir, images=(), live=""):
     table = tables.runs_table(find_run(name, runs_dir) for name in names)
     for run_id in table.run_id[table.run_id.duplicated()]:
         raise UserError(f"two of the runs have the id {run_id!r}; name one of them")
-    tables.check_same_world(table)
     groups = list(table.candidate.unique())
     others = f" and {len(groups) - 1} more" if len(groups) > 1 else ""
-    return render(f"{groups[0]}{others}", table, None, [], images, live)
+    return _render(f"{groups[0]}{others}", table, None, [], reload_sec)
 
 
-def render(title, table, series, verdicts, images, live):
+def _render(title, table, series, verdicts, reload_sec):
     """Return the page of a table of runs; series: runs over depths, None for those of the table."""
-    candidates = pd.concat([table, series]).candidate.unique()
+    every_run = pd.concat([table, series])
+    tables.check_same_world(every_run)
     styles = {
         name: {"color": COLOURS[at % len(COLOURS)], "linestyle": (0, DASHES[at % len(DASHES)])}
-        for at, name in enumerate(candidates)
+        for at, name in enumerate(every_run.candidate.unique())
     }
     sections = {
-        "Overview": time_figures(table, styles) + quality_figures(table, styles),
-        "Curves": curve_figures(table, styles),
-        "Depths": depth_figures(table if series is None else series, styles),
-        "Lane B": [embed(path) for path in images],
+        "Overview": _time_figures(table, styles) + _quality_figures(table, styles),
+        "Curves": _curve_figures(table, styles),
+        "Depths": _depth_figures(table if series is None else series, styles),
     }
-    headings, rows = rows_of(table)
+    headings, rows = _rows_of(table)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined,
                                      autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("report.html.jinja").render(
-        title=title, live=live, facts=tables.facts_of(table), verdicts=verdicts,
-        rules=RULES.describe(), styles=styles, axes=X_AXES, sections=sections, headings=headings,
-        rows=rows, versions=versions_of(table), commands=commands_of(table))
-
-
-def embed(path):
-    """Return (caption, note, <img> element) of an image file. Raise UserError for other files."""
-    path = Path(path)
-    kind = mimetypes.guess_type(path.name)[0] or "unknown"
-    if not kind.startswith("image/"):
-        raise UserError(f"{path} is not an image, its type is {kind}; give a .png or .svg file")
-    try:
-        data = base64.b64encode(path.read_bytes()).decode()
-    except OSError as error:
-        raise UserError(f"cannot read the image {path} ({error.strerror})") from None
-    image = Markup('<img alt="{}" src="data:{};base64,{}">').format(path.stem, kind, data)
-    return path.stem.replace("_", " "), "", image
+        title=title, reload_sec=reload_sec, written=time.strftime("%H:%M:%S"),
+        facts=_facts_of(table), verdicts=verdicts, rules=RULES, styles=styles, axes=X_AXES,
+        sections=sections, headings=headings, rows=rows, versions=_versions_of(table),
+        commands=_commands_of(table))
 
 
 # --- tables and commands -----------------------------------------------
 
-def rows_of(table):
+def _facts_of(table):
+    """Return (name, value) pairs that describe the runs: number, target, dataset, device, ..."""
+    n_running = (table.state == "running").sum()
+    n_failed = (~table.ok).sum() - n_running
+    counts = f"{len(table)}" + (f", {n_running} running" if n_running else "")
+    thresholds = table.target_metric_threshold
+    targets = table.target_metric_name + thresholds.map(" {:.5g}".format)
+    named = {"target": targets.where(thresholds.notna(), "none"), "dataset": table.dataset_id,
+             "device": table.device, "seeds": table.seed, "depths": table.depth}
+    return [("runs", counts + (f", {n_failed} failed" if n_failed else "")), *(
+        (name, ", ".join(map(str, sorted(values.dropna().unique()))))
+        for name, values in named.items())]
+
+
+def _rows_of(table):
     """Return the headings and (name, state, CSS class, cells) per group of seeds and per run."""
-    last = [record.of("val")[-1:] if record else [] for record in table.record]
-    errors = [tables.number(events[0].get("val_bpb_se")) if events else None for events in last]
-    table = table.assign(val_bpb_se=pd.Series(errors, table.index, dtype=float))
     columns = [column for column in COLUMNS if table[column[1]].notna().any()]
     rows = []
     for (candidate, depth), group in table.groupby(["candidate", "depth"], sort=False):
         if len(group) > 1:
-            means = ["" if name == "val_bpb_se" else mean_sd(group[name][group.ok], digits)
+            means = ["" if name == "final_val_bpb_se" else _mean_sd(group[name][group.ok], digits)
                      for _, name, digits in columns]
             state = f"mean ± sd of {group.ok.sum()}"
             rows.append((f"{candidate}, depth {depth}", state, "mean", means))
         for at, run in group.iterrows():
             kind = "" if run.ok or run.state == "running" else "failed"
-            cells = [mean_sd(group[name][[at]], digits) for _, name, digits in columns]
-            rows.append((run.run_id, state_of(run), kind, cells))
+            cells = [_mean_sd(group[name][[at]], digits) for _, name, digits in columns]
+            rows.append((run.run_id, _state_of(run), kind, cells))
     return [heading for heading, _, _ in columns], rows
 
 
-def state_of(run):
+def _state_of(run):
     """Return how a run ended or how far it is, and where it was resumed."""
     words = [run.status]
     if run.state == "running":
@@ -149,11 +141,11 @@ def state_of(run):
         words.append("target not reached: time extrapolated")
     for event in run.record.of("resume") if run.record else ():
         words.append(f"resumed at step {event['step']}")
-        words += [f"{name} was {old}, is {new}" for name, old, new in event.get("changed") or ()]
+        words += [in_words([change]) for change in event.get("changed") or ()]
     return "; ".join(words)
 
 
-def mean_sd(values, digits):
+def _mean_sd(values, digits):
     """Return the mean ± standard deviation as text."""
     values = values.dropna()
     if values.empty:
@@ -164,128 +156,73 @@ def mean_sd(values, digits):
     return f"{values.mean():,.{digits}f}{sd}"
 
 
-def versions_of(table):
+def _versions_of(table):
     """Return the commits and the package versions that occur among the runs, as text."""
     words = {f"commit {commit[:12]}" for commit in table.git_commit if commit}
     for config in (record.config for record in table.record if record):
         words |= {"uncommitted changes"} if config.get("git_dirty") else set()
-        words |= {f"{name} {version}" for name, version in config.get("versions", {}).items()}
+        words |= {f"{name} {version}" for name, version in part_of(config, "versions").items()}
     return ", ".join(sorted(words))
 
 
-def commands_of(table):
-    """Return the shell commands of the runs: the shared flags, then each run's own."""
-    flags = [flags_of(record) for record in table.record if record and record.config.get("flags")]
-    if not flags:
-        return []
-    shared = [flag for flag in flags[0] if all(flag in others for others in flags)]
-    lines = [f"COMMON=({' '.join(shared)})"]
+def _commands_of(table):
+    """Return the shell commands of the runs. The cache folder becomes that of the reader."""
+    lines = []
     if table.device.str.contains(tables.INTERPRETED).any():
-        lines.insert(0, "export TRITON_INTERPRET=1")
-    for run_flags in flags:
-        own = [flag for flag in run_flags if flag not in shared]
-        lines.append(" ".join(['python -m scripts.base_train "${COMMON[@]}"', *own]))
+        lines.append("export TRITON_INTERPRET=1")
+    for record in table.record.dropna():
+        cache = f"{record.folder.resolve().parent.parent}/"
+        words = ["python -m scripts.base_train"]
+        for name, value in part_of(record.config, "flags").items():
+            flag, path = f"--{name.replace('_', '-')}", str(value).removeprefix(cache)
+            if value is True:
+                words.append(flag)
+            elif value is not None and value is not False and value != "":
+                own_cache = CACHE if path != str(value) else ""
+                words.append(f"{flag}={own_cache}{shlex.quote(path)}")
+        lines.append(" ".join(words))
     return lines
-
-
-def flags_of(record):
-    """Return a run's flags as shell words; its cache folder becomes that of the reader."""
-    cache = f"{record.folder.resolve().parent.parent}/"
-    words = []
-    for name, value in record.config["flags"].items():
-        flag = f"--{name.replace('_', '-')}"
-        path = str(value).removeprefix(cache)
-        if value is True:
-            words.append(flag)
-        elif value is not None and value is not False and value != "":
-            words.append(f"{flag}={CACHE if path != str(value) else ''}{shlex.quote(path)}")
-    return words
 
 
 # --- curves ------------------------------------------------------------
 
-def curve_figures(table, styles):
-    """Return (caption, note, figure, CSS class) of the curves against every x-axis."""
-    val, loss = curves_of(table, "val", "val_bpb"), curves_of(table, "train", "loss")
-    loss["value"] = loss.groupby("run_id").value.transform(
-        lambda values: values.rolling(len(values) // 50 + 1, min_periods=1).mean())
-    is_bpb = table.target_metric_name == "val_bpb"
-    targets = [*table.target_metric_threshold[is_bpb].dropna().unique()]
-    shown = [("val_bpb, bits per byte", bands_of(val), targets),
-             ("training loss, nats per token", bands_of(loss), [])]
-    return [(name, "", curves_figure(bands, styles, name, x, lines), f"curve {x}")
-            for x in X_AXES for name, bands, lines in shown if len(bands)]
-
-
-def curves_of(table, kind, value):
-    """Return the curves of all runs in one table."""
+def _curves_of(table, kind, value):
+    """Return the curves of all runs in one table; tokens in millions."""
     curves = pd.concat([
-        tables.curve(run.record, kind, value).drop_duplicates("step", keep="last").assign(
+        tables.curve(run.record, kind, value).assign(
             run_id=run.run_id, candidate=run.candidate, depth=run.depth, seed=run.seed)
         for run in table.itertuples()
     ], ignore_index=True)
     return curves.assign(tokens=curves.tokens / 1e6)
 
 
-def bands_of(curves):
-    """Return a table of lines: per candidate and depth the part "mean" and one part per seed.
-
-    "mean" has the mean, low and high of the seeds at the steps that all of them have. The other
-    parts have the remaining points of the seeds.
-    """
-    group = ["candidate", "depth"]
-    n_seeds = curves.groupby(group).run_id.transform("nunique")
-    is_shared = curves.groupby([*group, "step"]).run_id.transform("size") == n_seeds
-    mean = curves[is_shared].groupby([*group, "step"], sort=False, as_index=False).agg(
-        tokens=("tokens", "mean"), train_time_sec=("train_time_sec", "mean"),
-        value=("value", "mean"), low=("value", "min"), high=("value", "max"))
-    rest = curves[~is_shared]
-    return pd.concat([mean.assign(part="mean"),
-                      rest.assign(part=rest.run_id, low=rest.value, high=rest.value)])
+def _curve_figures(table, styles):
+    """Return (caption, note, figure, CSS class) of the curves against every x-axis."""
+    val, loss = _curves_of(table, "val", "val_bpb"), _curves_of(table, "train", "loss")
+    loss["value"] = loss.groupby("run_id").value.transform(
+        lambda values: values.rolling(len(values) // 50 + 1, min_periods=1).mean())
+    is_bpb = table.target_metric_name == "val_bpb"
+    targets = [*table.target_metric_threshold[is_bpb].dropna().unique()]
+    shown = [("val_bpb, bits per byte", val, targets), ("training loss, nats per token", loss, [])]
+    return [(name, "", _curves_figure(curves, styles, name, x, lines), f"curve {x}")
+            for x in X_AXES for name, curves, lines in shown if len(curves)]
 
 
-def curves_figure(bands, styles, name, x, targets):
-    """Draw the curves against `x`; the pointer shows their values."""
-    figure, axes = new_axes(X_AXES[x], name)
-    lines = bands.groupby(["candidate", "depth", "part"], sort=False)
-    for (candidate, _, part), line in lines:
-        line = line.iloc[thin(range(len(line)), 200)]
-        marker = "o" if len(line) <= 20 else ""
-        width = 1.5 if part == "mean" else 0.8
-        axes.plot(line[x], line.value, lw=width, marker=marker, ms=2.5, **styles[candidate])
-        colour = styles[candidate]["color"]
-        axes.fill_between(line[x], line.low, line.high, color=colour, alpha=0.25, lw=0)
-    for target in targets:
-        axes.axhline(target, color=MUTED, lw=1, ls="--")
-    set_limits(axes, [*bands.value[bands.step >= 0.1 * lines.step.transform("max")], *targets])
-    axes.set_xlim(left=0)
-    return to_svg(figure, f"{name} against {X_AXES[x]}", add_strips(axes, bands, x))
-
-
-def add_strips(axes, bands, x):
-    """Cover the axes with up to 40 invisible strips and return the mean values in each as text."""
-    mean = bands[bands.part == "mean"]
-    if mean.empty:
-        return []
-    xs = thin(sorted(mean[x].unique()), 40)
-    left, right = axes.get_xlim()
-    edges = [left, *((a + b) / 2 for a, b in pairwise(xs)), right]
-    texts = []
-    for at, (start, end) in zip(xs, pairwise(edges), strict=True):
-        axes.axvspan(start, end, color=INK, lw=0, gid="strip")
-        inside = mean[mean[x].between(start, end)]
-        inside = inside.drop_duplicates(["candidate", "depth"], keep="last")
-        lines = [f"{X_AXES[x]}: {at:,.6g}"]
-        for line in inside.itertuples():
-            spread = f"({line.low:.4f} to {line.high:.4f})"
-            lines.append(f"{line.candidate}, depth {line.depth}: {line.value:.4f} {spread}")
-        texts.append("\n".join(lines))
-    return texts
+def _curves_figure(curves, styles, name, x, targets):
+    """Draw the curves of the seeds against `x`, and their mean at the steps that all have."""
+    lines = []
+    for (candidate, _), group in curves.groupby(["candidate", "depth"], sort=False):
+        runs = [run.set_index(x).value for _, run in group.groupby("run_id", sort=False)]
+        lines += [(candidate, run, 0.6 if len(runs) > 1 else 1.5) for run in runs]
+        steps = group.groupby("step")
+        mean = steps[[x, "value"]].mean()[steps.size() == len(runs)]
+        lines += [(candidate, mean.set_index(x).value, 1.8)] if len(runs) > 1 else []
+    return _lines_figure(lines, styles, X_AXES[x], name, targets)
 
 
 # --- other figures -----------------------------------------------------
 
-def time_figures(table, styles):
+def _time_figures(table, styles):
     """Return [(caption, note, figure)] of the time to target: means, intervals and seeds."""
     note = "bar: mean; line: 95 % interval; dots: seeds, hollow if extrapolated"
     is_tried = table.candidate != BASELINE
@@ -295,7 +232,7 @@ def time_figures(table, styles):
     if table.time_to_target_sec.isna().all():
         return []
     names = table.candidate.unique()
-    figure, axes = new_axes("training time to target, s", height=0.9 + 0.5 * len(names))
+    figure, axes = _new_axes("training time to target, s", height=0.9 + 0.5 * len(names))
     for row, name in enumerate(names):
         own = table[(table.candidate == name) & table.time_to_target_sec.notna()]
         seconds, colour = own.time_to_target_sec, styles[name]["color"]
@@ -304,17 +241,16 @@ def time_figures(table, styles):
             half = stats.sem(seconds) * stats.t.ppf(0.975, len(own) - 1)
             axes.errorbar(seconds.mean(), row, xerr=half, ecolor=INK, elinewidth=1.6)
         faces = ["none" if is_hollow else colour for is_hollow in own.is_extrapolated]
-        heights = row + np.linspace(-0.16, 0.16, len(own))
-        axes.scatter(seconds, heights, 26, facecolors=faces, edgecolors=colour, zorder=3)
+        axes.scatter(seconds, [row] * len(own), 26, facecolors=faces, edgecolors=colour, zorder=3)
     short = [name if len(name) <= 26 else f"{name[:12]}…{name[-13:]}" for name in names]
     axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in short])  # no formulas
     axes.set(xlim=(0, None), ylim=(len(names) - 0.4, -0.6))
-    return [("Training time to target", note, to_svg(figure, "training time to target"))]
+    return [("Training time to target", note, _to_image(figure, "training time to target"))]
 
 
-def quality_figures(table, styles):
+def _quality_figures(table, styles):
     """Return [(caption, note, figure)] of val_bpb minus the baseline's, per seed and step."""
-    val, keys = curves_of(table, "val", "val_bpb"), ["depth", "seed", "step"]
+    val, keys = _curves_of(table, "val", "val_bpb"), ["depth", "seed", "step"]
     val = val[val.step > 0]
     baseline = val[val.candidate == BASELINE][[*keys, "value"]]
     both = val[val.candidate != BASELINE].merge(baseline, on=keys, suffixes=("", "_of_baseline"))
@@ -323,46 +259,55 @@ def quality_figures(table, styles):
     both["excess"] = both.value - both.value_of_baseline
     excess = both.pivot(index="step", columns=["candidate", "run_id"], values="excess")
     margin = quality_margin(table) or 0.0
-    figure = lines_figure(excess, styles, "val_bpb minus the baseline's", margin)
+    lines = [(name, values, 1.4) for (name, _), values in excess.items()]
+    figure = _lines_figure(lines, styles, "step", "val_bpb minus the baseline's", margin=margin)
     return [("Quality", "same seed, same step; band: margin of gate 2", figure)]
 
 
-def depth_figures(series, styles):
+def _depth_figures(series, styles):
     """Return (caption, note, figure) against depth, as changes where there is a baseline."""
     figures = []
-    for column, name in (("min_val_bpb", "min val_bpb"), ("dt_median_ms", "step time in ms")):
+    for column, caption in (("min_val_bpb", "min val_bpb"), ("dt_median_ms", "step time in ms")):
         means = series[series.ok].pivot_table(index="depth", columns="candidate", values=column)
         if len(means) < 2:
             continue
-        label, note, margin = name, "", None
+        label, note, margin = caption, "", None
         if BASELINE in means and len(means.columns) > 1:
             means = 100 * (means.div(means[BASELINE], axis=0) - 1)
-            label, note, margin = f"{name}: change, %", "change from the baseline", 0.0
-        figures.append((name, note, lines_figure(means, styles, label, margin)))
+            label, note, margin = f"{caption}: change, %", "change from the baseline", 0.0
+        lines = [(name, values, 1.4) for name, values in means.items()]
+        figure = _lines_figure(lines, styles, "depth", label, margin=margin)
+        figures.append((caption, note, figure))
     return figures
 
 
-def lines_figure(table, styles, y_label, margin=None):
-    """Draw the columns of a table, named by candidate or (candidate, run id), against its index.
+def _lines_figure(lines, styles, x_label, y_label, targets=(), margin=None):
+    """Draw lines (candidate, values by x, width).
 
-    margin: half the height of a grey band about 0; None if the values are no differences.
+    targets: heights of dashed lines. margin: half the height of a grey band about 0; None: the
+    values are no differences.
     """
-    figure, axes = new_axes(table.index.name, y_label)
-    for name, values in table.items():
-        candidate = name if isinstance(name, str) else name[0]
+    figure, axes = _new_axes(x_label, y_label)
+    shown = [*targets] if margin is None else [-margin, margin]
+    for candidate, values, width in lines:
         values = values.dropna()
-        axes.plot(values.index, values, lw=1.4, marker="o", ms=3, **styles[candidate])
-    shown = [*table[table.index >= 0.1 * table.index.max()].to_numpy().ravel()]
+        shown += [*values[values.index >= 0.1 * values.index.max()]]
+        values = values[::-(len(values) // 200 + 1)]
+        axes.plot(values.index, values, lw=width, marker="o" if len(values) <= 20 else "", ms=2.5,
+                  **styles[candidate])
+    for target in targets:
+        axes.axhline(target, color=MUTED, lw=1, ls="--")
     if margin is not None:
         axes.axhline(0, color=MUTED, lw=1)
         axes.axhspan(-margin, margin, color=MUTED, alpha=0.15, lw=0)
-        shown += [-margin, margin]
-    set_limits(axes, shown)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    return to_svg(figure, f"{y_label} against {table.index.name}")
+    low, high = min(shown, default=0.0), max(shown, default=0.0)
+    edge = max(0.05 * (high - low), 1e-3 * abs(high), 1e-3 * (low == high))
+    axes.set_ylim(low - edge, high + edge)
+    axes.xaxis.get_major_locator().set_params(integer=x_label in ("step", "depth"))
+    return _to_image(figure, f"{y_label} against {x_label}")
 
 
-def new_axes(x_label, y_label="", height=2.9):
+def _new_axes(x_label, y_label="", height=2.9):
     """Return (figure, axes) of that height in inches. Raise UserError without matplotlib."""
     try:
         import matplotlib
@@ -376,30 +321,13 @@ def new_axes(x_label, y_label="", height=2.9):
     return figure, axes
 
 
-def set_limits(axes, values):
-    """Set the vertical limits a little beyond the values."""
-    low, high = np.nanmin(values), np.nanmax(values)
-    edge = max(0.05 * (high - low), 1e-3 * abs(high), 1e-3 * (low == high))
-    axes.set_ylim(low - edge, high + edge)
-
-
-def thin(items, n):
-    """Return at most n of the items, evenly spaced, with the first and the last."""
-    return [items[at] for at in np.unique(np.linspace(0, len(items) - 1, n).astype(int))]
-
-
-def to_svg(figure, alt, texts=()):
-    """Return the figure as an <svg> element. texts: what its strips show under the pointer."""
+def _to_image(figure, alt):
+    """Return the figure as an <img> element that contains an SVG."""
     import matplotlib
 
-    buffer = io.StringIO()
+    buffer = io.BytesIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt}):
         figure.savefig(buffer, format="svg", metadata=metadata)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") + 4:]
-    titles = (f'<g class="strip"><title>{html.escape(text)}</title>' for text in texts)
-    svg = re.sub('<g id="strip">', lambda _: next(titles), svg)
-    svg = re.sub('<g id="[^"]*"', "<g", svg)  # these ids repeat in every figure
-    svg = re.sub(' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
-    return Markup(f'<svg role="img" aria-label="{html.escape(alt)}"{svg}')
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return Markup('<img alt="{}" src="data:image/svg+xml;base64,{}">').format(alt, data)

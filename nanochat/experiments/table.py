@@ -5,6 +5,7 @@ NaN. The gates, `scripts.runs` and the report read these tables.
 """
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pandas as pd
 from nanochat.common import UserError, is_owned, locks_dir
 from nanochat.experiments.ledger import ExperimentRow, columns, read_experiments
 from nanochat.experiments.profiles import candidate_name
-from nanochat.runlog import CONFIG, SUMMARY, figures_of, numbers_of, read_run
+from nanochat.runlog import CONFIG, SUMMARY, figures_of, numbers_of, part_of, read_run
 from nanochat.target import METRICS, evaluations_of, time_to_target
 
 INTERPRETED = "Triton interpreted"  # part of the device's name: such times say nothing about a GPU
@@ -32,18 +33,19 @@ _NOT_IN_RECIPE = {  # flags in which repeats of a recipe may differ
 def experiment_table(ledger, experiment_name, runs_dir):
     """Return the table of an experiment, in the ledger's order.
 
-    Columns: the ledger's, NUMBERS, candidate, ok, own_horizon, horizon_only, crossing_step,
+    Columns: the ledger's, NUMBERS, candidate, label, ok, own_horizon, horizon_only, crossing_step,
     time_to_target_sec, is_extrapolated, tokenizer_id, state and record (a RunRecord, or None where
     it is not on this machine). Raise UserError for an unreadable ledger, an unknown experiment, and
     candidates that are not one set of flags with one run per depth and seed.
     """
     rows = read_experiments(ledger)
     names = dict.fromkeys(row.experiment_name for row in rows)
-    if experiment_name not in names:
+    rows = [row for row in rows if row.experiment_name == experiment_name]
+    if not rows:
         raise UserError(f"no experiment {experiment_name!r} in {ledger}; it has "
                         f"{', '.join(names) or 'no rows yet'}")
-    rows = [row for row in rows if row.experiment_name == experiment_name]
-    records = [_record_of(runs_dir, row.run_id) for row in rows]
+    folders = [Path(runs_dir) / row.run_id for row in rows]
+    records = [read_run(folder) if (folder / CONFIG).exists() else None for folder in folders]
     cells = [{**(_cells_of(record) if record else {}), **vars(row)}
              for row, record in zip(rows, records, strict=True)]
     table = _table(cells, records, [_candidate_of(row) for row in rows])
@@ -68,11 +70,12 @@ def runs_table(records):
     Runs that differ only in their seed are one candidate, named after their ids: mine-s{0,1}.
     """
     records = list(records)
+    recipes = [str(recipe_of(record)) for record in records]
     groups = {}
-    for record in records:
-        groups.setdefault(str(recipe_of(record)), []).append(record.run_id)
-    candidates = [seeds_label(groups[str(recipe_of(record))]) for record in records]
-    return _table(list(map(_cells_of, records)), records, candidates)
+    for recipe, record in zip(recipes, records, strict=True):
+        groups.setdefault(recipe, []).append(record.run_id)
+    return _table(list(map(_cells_of, records)), records,
+                  [_seeds_label(groups[recipe]) for recipe in recipes])
 
 
 def curve(record, kind, value):
@@ -83,9 +86,8 @@ def curve(record, kind, value):
     """
     names = ("step", "tokens", "train_time_sec", value)
     points = numbers_of(record.events, kind, *names) if record else []
-    points = [point for point in points if point[-1] is not None]
     points = pd.DataFrame(points, columns=[*names[:3], "value"], dtype=float)
-    return points.drop_duplicates("step", keep="last").reset_index(drop=True)
+    return points.dropna(subset="value").drop_duplicates("step", keep="last", ignore_index=True)
 
 
 def on_one_clock(table):
@@ -109,49 +111,25 @@ def check_same_world(table):
 
 def check_same(what, table, column):
     """Raise UserError when the known values of a column differ, naming two runs."""
-    known = table[table[column].notna() & (table[column] != "")]
-    others = known[known[column] != known[column].iloc[0]] if len(known) else known
-    if len(others):
-        first, other = known.iloc[0], others.iloc[0]
+    known = table[table[column].notna() & (table[column] != "")].drop_duplicates(column)
+    if len(known) > 1:
+        first, other = known.iloc[0], known.iloc[1]
         raise UserError(f"not comparable, another {what}: {first.run_id} has {first[column]}, "
                         f"{other.run_id} has {other[column]}; compare runs of one {what}")
 
 
-def facts_of(table):
-    """Return (name, value) pairs that describe the runs: number, target, dataset, device, ..."""
-    n_running = int((table.state == "running").sum())
-    n_failed = int((~table.ok).sum()) - n_running
-    counts = [f"{len(table)}", *([f"{n_running} running"] if n_running else []),
-              *([f"{n_failed} failed"] if n_failed else [])]
-    thresholds = table.target_metric_threshold
-    targets = table.target_metric_name + thresholds.map(" {:.5g}".format)
-    named = {"target": targets.where(thresholds.notna(), "none"), "dataset": table.dataset_id,
-             "device": table.device, "seeds": table.seed, "depths": table.depth}
-    return [("runs", ", ".join(counts)), *(
-        (name, ", ".join(map(str, sorted(values.dropna().unique())))) for name, values
-        in named.items())]
-
-
 def row_of(record, **cells):
     """Return the ledger row of a RunRecord; `cells` replace values of the record."""
-    own = {**_cells_of(record, record.summary or {}), "candidate_flags": record.run_id, **cells}
+    own = {**_cells_of(record), "candidate_flags": record.run_id, **cells}
     return ExperimentRow(**{name: own[name] for name in columns(ExperimentRow)})
 
 
 def recipe_of(record):
     """Return {name: value} of flags, dataset, tokenizer and device, equal for all seeds."""
-    config = record.config
-    flags = {name: value for name, value in _flags(record).items() if name not in _NOT_IN_RECIPE}
+    config, flags = record.config, part_of(record.config, "flags")
+    flags = {name: value for name, value in flags.items() if name not in _NOT_IN_RECIPE}
     return {**flags, "dataset_id": config.get("dataset_id"),
             "tokenizer_id": config.get("tokenizer_id"), "device": _device_of(config)}
-
-
-def seeds_label(run_ids):
-    """Return one name for the runs of one recipe: books-r8-s{0,1}."""
-    if len(run_ids) == 1:
-        return run_ids[0]
-    shared = len(os.path.commonprefix(run_ids))  # noqa: RUF071 (of characters)
-    return f"{run_ids[0][:shared]}{{{','.join(run_id[shared:] for run_id in run_ids)}}}"
 
 
 def number(value):
@@ -177,13 +155,15 @@ def age_sec(record):
 
 def _table(cells, records, candidates):
     """Return the table of cells (a dict per run), records and candidate names."""
-    table = pd.DataFrame(cells, columns=[*dict.fromkeys([*columns(ExperimentRow), *NUMBERS])])
-    table = table.astype(dict.fromkeys(NUMBERS, float))
+    names = dict.fromkeys([*columns(ExperimentRow), *NUMBERS, "tokenizer_id"])
+    table = pd.DataFrame(cells, columns=[*names]).astype(dict.fromkeys(NUMBERS, float))
     table.insert(0, "candidate", candidates)
-    table["tokenizer_id"] = [record and record.config.get("tokenizer_id") for record in records]
     table["state"] = [state_of(record) if record else "" for record in records]
     table["record"] = pd.Series(records, dtype=object)
     table["ok"] = table.status == "ok"
+
+    table["label"] = [f"{row.candidate} depth {row.depth} seed {row.seed}"
+                      for row in table.itertuples()]
 
     flags = [{word.partition("=")[0] for word in flags.split() if word.startswith("--")}
              for flags in table.candidate_flags]
@@ -194,33 +174,21 @@ def _table(cells, records, candidates):
     seconds = measured.fillna(table.time_to_target_sec_extrapolated)
     table["time_to_target_sec"] = seconds.where(table.ok)
     table["is_extrapolated"] = table.time_to_target_sec.notna() & measured.isna()
-    table["crossing_step"] = [_crossing_step(row) for row in table.itertuples()]
+    crossings = [_crossing_step(row) for row in table.itertuples()]
+    table["crossing_step"] = pd.Series(crossings, dtype=float)
     return table
 
 
-def _record_of(runs_dir, run_id):
-    folder = Path(runs_dir) / run_id
-    if not (folder / CONFIG).exists():
-        return None
-    record = read_run(folder)
-    if record.run_id != run_id:
-        raise UserError(f"{folder}: its config.json says run_id {record.run_id!r}; one of two runs "
-                        "has the id of the other")
-    return record
-
-
-def _cells_of(record, summary=None):
+def _cells_of(record):
     """Return the cells of a record, from its config and its summary (or the metrics so far)."""
-    config, flags = record.config, _flags(record)
-    if summary is None:
-        summary = record.summary
+    config, flags, summary = record.config, part_of(record.config, "flags"), record.summary
     if summary is None:
         threshold = number(flags.get("target_metric_threshold"))
         summary = figures_of(record.events, _metric_of(flags), threshold)
     known = {**config, **summary, "total_tokens": summary.get("tokens"),
              "training_sec": summary.get("train_time_sec")}
-    texts = {"timestamp": config.get("created_utc"), "git_commit": config.get("git_commit"),
-             "dataset_id": config.get("dataset_id"), "status": summary.get("status", "failed")}
+    texts = {name: config.get(name) for name in ("git_commit", "dataset_id", "tokenizer_id")}
+    texts |= {"timestamp": config.get("created_utc"), "status": summary.get("status", "failed")}
     return {
         **{name: number(known.get(name)) for name in NUMBERS},
         **{name: value if isinstance(value, str) else "" for name, value in texts.items()},
@@ -234,35 +202,35 @@ def _metric_of(fields):
     return name if isinstance(name, str) and name in METRICS else "val_bpb"
 
 
-def _flags(record):
-    flags = record.config.get("flags")
-    return flags if isinstance(flags, dict) else {}
-
-
 def _device_of(config):
     """Return the device's name, the number of ranks if several, and INTERPRETED if so."""
-    device = config.get("device")
-    if not isinstance(device, dict) or not isinstance(device.get("name"), str):
+    device = part_of(config, "device")
+    if not isinstance(device.get("name"), str):
         return ""
     ranks = number(device.get("world_size")) or 1
     return (device["name"] + (f" ({ranks} ranks)" if ranks > 1 else "")
             + (f", {INTERPRETED}" if device.get("triton_interpreted") else ""))
 
 
+def _seeds_label(run_ids):
+    """Return one name for the runs of one recipe: books-r8-s{0,1}."""
+    if len(run_ids) == 1:
+        return run_ids[0]
+    shared = len(os.path.commonprefix(run_ids))  # noqa: RUF071 (of characters)
+    return f"{run_ids[0][:shared]}{{{','.join(run_id[shared:] for run_id in run_ids)}}}"
+
+
 def _candidate_of(row):
-    """Return the name known for the flags, else that in the runner's run id, else the flags."""
-    name, flags = candidate_name(row.candidate_flags), row.candidate_flags
-    head, tail = f"{row.experiment_name}.", f".d{row.depth}.s{row.seed}"
-    if name == flags and row.run_id.startswith(head) and row.run_id.endswith(tail):
-        return row.run_id[len(head):-len(tail)]
-    return name
+    """Return the candidate in the runner's run id, else the name of the flags."""
+    run_id = re.escape(row.experiment_name) + r"\.(.+)\.d\d+\.s\d+"
+    match = re.fullmatch(run_id, row.run_id)
+    return match[1] if match else candidate_name(row.candidate_flags)
 
 
 def _crossing_step(row):
-    """Return the interpolated step at which a run first reaches its target, or NaN."""
+    """Return the interpolated step at which a run first reaches its target; None: unknown."""
     if row.record is None or not row.ok or pd.isna(row.target_metric_threshold):
-        return float("nan")
+        return None
     evaluations = evaluations_of(row.record.events, row.target_metric_name)
-    step = time_to_target(evaluations, row.target_metric_name,
+    return time_to_target(evaluations, row.target_metric_name,
                           row.target_metric_threshold).step_interpolated
-    return float("nan") if step is None else step
