@@ -77,7 +77,7 @@ def show(args, trained, prompt, seed):
 
     def new_tokens():
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-        for [token] in stream(trained.model, ids, args.max_new_tokens, stop_ids=special, seed=seed,
+        for token in stream(trained.model, ids, args.max_new_tokens, stop_ids=special, seed=seed,
                               temperature=args.temperature, top_k=args.top_k or None):
             new.append(token)
             yield token

@@ -18,7 +18,7 @@ from nanochat.checkpoint import checkpoint_folder, save_checkpoint
 from nanochat.common import runs_dir
 from nanochat.core_eval import bundle_folder
 from nanochat.dataset import open_dataset
-from nanochat.engine import generate
+from nanochat.engine import stream
 from nanochat.loss_eval import SplitRows
 from nanochat.runlog import read_run
 from nanochat.tokens import token_shards
@@ -134,8 +134,8 @@ def test_samples_continue_validation_documents(corpus, tmp_path, capsys):
     printed = capsys.readouterr().out
     for i, sample in enumerate(found["samples"]):
         prompt = shard.tokens[shard.offsets[i] : shard.offsets[i + 1]][:17].tolist()
-        [new] = generate(model, prompt, 96, temperature=0.8, top_k=50, seed=i,
-                         stop_ids=(tokenizer.bos_id,))
+        new = list(stream(model, prompt, 96, temperature=0.8, top_k=50, seed=i,
+                          stop_ids=(tokenizer.bos_id,)))
         assert sample == {"prompt": tokenizer.decode(prompt[1:]), "text": tokenizer.decode(new)}
         assert f"{sample['prompt']}[...]{sample['text']}" in printed
     assert len(found["samples"]) == 2 and "val_bpb" not in found

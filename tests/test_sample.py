@@ -8,7 +8,7 @@ import pytest
 from checkpoints import write_model
 from corpus import GOLDEN_TOKENIZER, golden_tokenizer
 
-from nanochat.engine import generate
+from nanochat.engine import stream
 from scripts.sample import main
 
 MODEL = ["--model-tag", "tiny", "--tokenizer-dir", GOLDEN_TOKENIZER]
@@ -25,10 +25,10 @@ def model(monkeypatch):
 
 def expected(model, prompt, seed=42, n=128, top_k=50, temperature=0.8):
     tokenizer = golden_tokenizer()
-    [new] = generate(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], n, seed=seed,
-                     temperature=temperature, top_k=top_k,
-                     stop_ids=range(tokenizer.vocab_size - 9, tokenizer.vocab_size))
-    return prompt + tokenizer.decode(new) + "\n"
+    new = stream(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], n, seed=seed,
+                 temperature=temperature, top_k=top_k,
+                 stop_ids=range(tokenizer.vocab_size - 9, tokenizer.vocab_size))
+    return prompt + tokenizer.decode(list(new)) + "\n"
 
 
 def sampled(capsys, *arguments):

@@ -47,23 +47,18 @@ def wrap_triton(kernel):
 
 def require_kernels(flag, device):
     """Raise UserError unless `device` runs Triton kernels: CUDA, or a CPU with the interpreter."""
-    kind = torch.device(device).type
     if triton is None:
         raise UserError(f"{flag} needs Triton, which is not installed; omit the flag")
-    if INTERPRETED and kind != "cpu":
-        raise UserError(f"{flag} on {kind} cannot run in Triton's interpreter; unset "
-                        "TRITON_INTERPRET, or add --device-type cpu")
-    if kind != "cuda" and not INTERPRETED:
-        raise UserError(f"{flag} needs a CUDA device, and this run is on {kind}; omit the flag "
-                        "(tests on a CPU: set TRITON_INTERPRET=1 before Python starts)")
+    if device.type != ("cpu" if INTERPRETED else "cuda"):
+        raise UserError(f"{flag} needs a CUDA device, or for tests a CPU and TRITON_INTERPRET=1 "
+                        "set before Python starts (never both); omit the flag")
 
 
 def require_dtype(flag, dtype, supported):
     """Raise UserError unless the compute dtype is one of `supported`."""
     if dtype not in supported:
-        names = " or ".join(str(each).removeprefix("torch.") for each in supported)
-        raise UserError(f"{flag} needs {names} as the compute dtype, not "
-                        f"{str(dtype).removeprefix('torch.')}; set NANOCHAT_DTYPE or omit the flag")
+        raise UserError(f"{flag} cannot run in {dtype}; set NANOCHAT_DTYPE=bfloat16 or omit the "
+                        "flag")
 
 
 @jit
