@@ -47,7 +47,7 @@ def stream(model, prompt_ids, max_new_tokens, *, temperature=1.0, top_k=None, se
     capacity = len(prompt_ids) + max_new_tokens
     if max_new_tokens < 0 or capacity > model.cos.size(1):
         raise UserError(f"the prompt has {len(prompt_ids)} tokens and the model takes "
-                        f"{model.cos.size(1)}: it cannot add {max_new_tokens}")
+                        f"{model.cos.size(1)}: it cannot add {max_new_tokens}; ask for fewer")
     if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
         raise UserError("temperature must be finite and at least 0, and top_k at least 1")
     generator = torch.Generator(model.device).manual_seed(seed)

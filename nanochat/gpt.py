@@ -1,8 +1,7 @@
 """The model: a decoder-only transformer with rotary attention, value embeddings, smear and backout.
 
-Master weights are fp32; matmuls use copies in the compute dtype. Embeddings are stored in the
-compute dtype. State-dict names are those of upstream nanochat. The `plain_*` functions run by
-default, compiled; lane C's kernels replace two of them.
+Master weights are fp32; matmuls use copies in the compute dtype, in which embeddings are stored.
+State-dict names are those of upstream nanochat. Lane C's kernels can replace `plain_*` functions.
 """
 
 import itertools
@@ -144,8 +143,8 @@ def plain_cross_entropy(logits, targets, vocab_size, reduction="mean"):
     """Return the fp32 cross-entropy (mean or none) of logits (..., Vpad) after the softcap.
 
     targets (...) int64: -1 is ignored, another target out of range gives NaN. This form compiles to
-    one pass over the columns forward and one backward: the softcap stands in for the maximum, and
-    the target's logit is a sum over the columns. int64 column numbers would halve the vector width.
+    one pass over the columns forward and one backward: the softcap stands in for the maximum.
+    int64 column numbers would halve the vector width.
     """
     def below_cap(x):  # softcap * (tanh(x / softcap) - 1)
         return 2 * SOFTCAP * (torch.sigmoid(2 / SOFTCAP * x) - 1)
@@ -280,10 +279,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Draw every parameter from its own CPU generator, seeded by `seed` and its name.
-
-        The values are the same on every device and for every number of ranks.
-        """
+        """Draw every parameter from its own CPU generator, seeded by `seed` and its name."""
         table = initial_values(self.config).items()
         for name, parameter in self.named_parameters():
             [(fill, low, high)] = [row for pattern, row in table if fnmatchcase(name, pattern)]
@@ -294,8 +290,7 @@ class GPT(nn.Module):
     def keep_casts(self):
         """Cache a compute-dtype copy of every Linear weight; return {weight: copy} (empty in fp32).
 
-        Forward and backward use the copies, which receive the gradients. Code that changes a weight
-        must update its copy, as MuonAdamW does.
+        The copies receive the gradients. Code that changes a weight must update its copy.
         """
         if self.compute_dtype == torch.float32:
             return {}
@@ -309,8 +304,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, loss_reduction="mean", kv_cache=None):
         """Return fp32 logits (B, T, vocab), or with targets (B, T; -1 is ignored) the loss in nats.
 
-        idx (B, T): token ids. loss_reduction: mean (a scalar) or none (B, T). With a kv_cache, idx
-        continues the cached sequences, and the cache is extended.
+        idx (B, T): token ids, which continue the sequences of a kv_cache. loss_reduction: mean (a
+        scalar) or none (B, T).
         """
         x, vocab_size = self.hidden(idx, kv_cache), self.config.vocab_size
         if targets is None:

@@ -22,10 +22,9 @@ BATCHES_IN_FLIGHT = 16  # a GPU computes that many before Python waits for their
 class SplitRows:
     """The rows that an evaluation scores: the first ceil(eval_tokens / sequence_len) of one pass.
 
-    The pass is in document order, so a token is scored at most once, and a split of up to
-    eval_tokens is evaluated completely. crop="carry": the rows are packed from the leading
-    documents that fill them; every token but BOS is scored. crop="drop": the rows are upstream's,
-    without the rests of cropped documents; upstream would mix the end of the pass with the next.
+    A token is scored at most once. crop="carry": the rows are packed from the leading documents
+    that fill them; every token but BOS is scored. crop="drop": the rows are upstream's, without the
+    rests of cropped documents; upstream would mix the end of the pass with the next.
     """
 
     def __init__(self, shards, sequence_len, eval_tokens, crop):
@@ -49,8 +48,8 @@ class SplitRows:
         """Return (inputs, targets, documents, positions) of up to batch_rows planned rows, each
         (batch_rows, sequence_len) int64; missing rows and tokens have input BOS and target -1.
 
-        documents: index of the target's document in the split, or -1. positions: number of tokens
-        of this document before the target in the row, without BOS; -1 for a BOS target.
+        documents: index of the target's document in the split, or -1. positions: tokens of this
+        document before the target in the row, without BOS; -1 for a BOS target.
         """
         plan = plan + [[]] * (batch_rows - len(plan))
         tokens = fill_rows(self.shards, plan, self.sequence_len + 1).astype(np.int64)
@@ -68,20 +67,14 @@ class SplitRows:
 
 @dataclass(frozen=True, eq=False)
 class LossEvaluation:
-    """The loss over the scored targets; special tokens count neither as nats nor as bytes.
+    """The loss over the scored targets; special tokens count neither as nats nor as bytes."""
 
-    bits_per_byte: summed nats / (ln 2 x summed UTF-8 bytes); standard_error: its standard error
-    over documents (NaN: fewer than two). nats_by_position[n]: mean nats of the
-    counts_by_position[n] targets after n tokens of their document in the row, without BOS; None if
-    there are none.
-    """
-
-    bits_per_byte: float
-    standard_error: float
+    bits_per_byte: float  # summed nats / (ln 2 x summed UTF-8 bytes)
+    standard_error: float  # over documents; NaN if there are fewer than two
     nats_per_token: float
     n_tokens: int
     n_bytes: int
-    nats_by_position: list
+    nats_by_position: list  # mean over targets after n tokens of their document in the row, or None
     counts_by_position: list
     documents: np.ndarray  # scored documents, by their index in the split
     document_nats: np.ndarray
@@ -114,9 +107,8 @@ class LossEvaluation:
 def evaluate_split(model, rows, batch_rows, token_bytes, device, ranks=None, progress=iter):
     """Return the LossEvaluation of `model(inputs, targets, "none")` on SplitRows.
 
-    batch_rows and the number of ranks only decide where a row is computed; all batches have the
-    same shape. token_bytes: UTF-8 bytes per token id (numpy), 0 for special tokens. progress:
-    wraps the sequence of this rank's batches, for a progress bar.
+    batch_rows and the number of ranks only decide where a row is computed. token_bytes: UTF-8 bytes
+    per token id (numpy), 0 for special tokens. progress: a progress bar for this rank's batches.
     """
     ranks = ranks or Ranks()
     n_docs = 1 + max(rows.document_index(*part[:2]) for row in rows.plan for part in row)
@@ -211,7 +203,7 @@ def save_document_losses(path, evaluation, dataset_id, tokenizer_id):
 def load_document_losses(path):
     """Return {dataset_id, documents, nats, n_bytes} of a file. Raise UserError if it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in ("dataset_id", "documents", "nats", "n_bytes")}
     except Exception as error:  # zipfile, zlib and numpy raise many kinds on damaged files
         raise UserError(f"{path} holds no losses per document ({error}); the final validation of "

@@ -1,7 +1,6 @@
 """Muon for the matrices of the blocks, AdamW for the other parameters; state sharded over ranks.
 
-A step reduces gradients, updates weights and gathers them group by group, so that the communication
-of one group overlaps with the arithmetic of another. With one rank there are no collectives.
+Communication of one part overlaps with the update of another. One rank uses no collectives.
 """
 
 from collections import defaultdict
@@ -34,8 +33,7 @@ def parameter_groups(model, *, embedding_lr=0.3, unembedding_lr=0.008, matrix_lr
                      scalar_lr=0.5, weight_decay=0.28, batch_lr_scale=1.0, decay_scale=1.0):
     """Return the optimizer's groups for a GPT; Muon has one group per matrix shape.
 
-    batch_lr_scale multiplies every learning rate, decay_scale the weight decay of Muon. The
-    learning rates of the head and the embeddings are also multiplied by (width/768)^-0.5.
+    batch_lr_scale multiplies every learning rate, decay_scale the weight decay of Muon.
     """
     width_scale = (model.config.n_embd / 768) ** -0.5
     smear_and_backout = [model.smear_gate.weight, model.smear_lambda, model.backout_lambda]
@@ -67,34 +65,29 @@ class Part(NamedTuple):
     params: list  # the optimizer state is that of the first
     weights: torch.Tensor  # of Muon (K, rows, cols), padded with zeros to a multiple of the ranks
     casts: torch.Tensor | None  # copies of the weights in the compute dtype
-    is_sharded: bool
+    is_muon: bool
 
-    @property
-    def is_muon(self):
-        return self.group["kind"] == "muon"
+    def is_sharded(self, world_size):
+        """Return whether each rank holds the state of a share of the rows or matrices."""
+        n_rows = len(self.weights)
+        is_large = self.weights.numel() >= SMALL_NUMEL
+        return self.is_muon or (world_size > 1 and is_large and n_rows % world_size == 0)
 
     def rows_of(self, rank, world_size):
         """Return (first, end) of the rows or matrices whose state a rank of several holds."""
         n_rows = len(self.params) if self.is_muon else len(self.weights)
-        if not (self.is_muon or _is_sharded(self.params[0], world_size)):
+        if not self.is_sharded(world_size):
             return 0, n_rows
         share = -(-n_rows // world_size)
         return rank * share, (rank + 1) * share
 
 
-def _is_sharded(p, world_size):
-    """Return whether an AdamW parameter is split among the ranks."""
-    return world_size > 1 and p.numel() >= SMALL_NUMEL and p.size(0) % world_size == 0
-
-
 class MuonAdamW(torch.optim.Optimizer):
     """Muon and AdamW; each rank holds the state of its share of the parameters.
 
-    matmul_dtype: dtype of Muon's orthogonalisation. compiled: compile the updates. casts: {weight:
-    copy} from GPT.keep_casts; such a weight has the gradient of its copy, and `step` writes both.
-    `step` averages gradients over ranks, so backward must not. A state dict has the state of one
-    rank; `load_shards` reads those of any number of ranks. Muon's weights become views of one
-    tensor per shape, so move the model to its device first.
+    matmul_dtype: dtype of Muon's orthogonalisation. casts: {weight: copy} from GPT.keep_casts; such
+    a weight has the gradient of its copy, and `step` writes both. `step` averages gradients over
+    ranks. Muon's weights become views of one tensor per shape: move the model to its device first.
     """
 
     def __init__(self, groups, ranks=None, matmul_dtype=torch.float32, compiled=False, casts=None):
@@ -112,8 +105,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def _parts_of(self, group):
         params, casts = group["params"], None
         if group["kind"] == "adamw":
-            return [Part(group, [p], p.data, self.casts.get(p),
-                         _is_sharded(p, self.ranks.world_size)) for p in params]
+            return [Part(group, [p], p.data, self.casts.get(p), False) for p in params]
         if self.casts:
             casts = self._one_storage([self.casts[p] for p in params])
         return [Part(group, params, self._one_storage(params), casts, True)]
@@ -128,11 +120,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def accumulate(self):
-        """Add the gradients of the copies to fp32 gradients of their weights.
-
-        Call it after every backward pass if a step has several: sums in the copies would be
-        rounded.
-        """
+        """Add the copies' gradients to fp32 ones, after each of several backward passes."""
         for weight, cast in self.casts.items():
             if weight.grad is None:
                 weight.grad = cast.grad.to(weight.dtype)
@@ -143,8 +131,9 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         """Update the weights from the gradients, which are kept."""
-        sharded = [part for part in self._parts if part.is_sharded]
-        replicated = [part for part in self._parts if not part.is_sharded]
+        world_size = self.ranks.world_size
+        sharded = [part for part in self._parts if part.is_sharded(world_size)]
+        replicated = [part for part in self._parts if not part.is_sharded(world_size)]
         means = [self._start_mean(self._gradient(part)) for part in sharded]
         joint_means = self._joint_means([self._gradient(part) for part in replicated])
         gathers = []
@@ -160,10 +149,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def warm_up(self):
-        """Compile the updates without collectives and without changing weights or state.
-
-        Call `schedule` before the next step.
-        """
+        """Compile the updates; change no weights or state. Call `schedule` before the next step."""
         state, communicates = self.state, self._communicates
         self.state, self._communicates = defaultdict(dict), False
         self.schedule(0.0, 0.0, 0.0)
@@ -186,16 +172,15 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def load_shards(self, shards, n_shards):
         """Load optimizer state saved by `n_shards` ranks, reading one shard at a time."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        index_of = {p: index for index, p in enumerate(params)}
         state = defaultdict(dict)
         for rank, shard in enumerate(shards):
+            index = 0  # state dicts number the parameters
             for part in self._parts:
-                index = index_of[part.params[0]]
                 rows = part.rows_of(self.ranks.rank, self.ranks.world_size)
                 saved_rows = part.rows_of(rank, n_shards)
                 for name, value in shard["state"].get(index, {}).items():
                     _copy_overlap(state[index], name, value, rows, saved_rows)
+                index += len(part.params)
         self.load_state_dict({"state": state, "param_groups": shard["param_groups"]})
 
     @torch.no_grad()
@@ -206,12 +191,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def complete_weights(self):
-        """Gather the fp32 weights that have copies; call it on every rank before reading them.
-
-        `step` gathers only the copies, because the model uses only those.
-        """
+        """Gather the fp32 weights of which `step` gathers only copies; call it on every rank."""
         for part in self._parts:
-            if part.is_sharded and part.casts is not None:
+            if part.casts is not None and part.is_sharded(self.ranks.world_size):
                 for gather in self._start_gather(part.weights):
                     gather.wait()
 
@@ -256,17 +238,14 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _own_rows(self, tensor):
         """Return this rank's share of the rows of a tensor, or None for None."""
-        if tensor is None:
-            return None
-        share = len(tensor) // self.ranks.world_size
-        return tensor[self.ranks.rank * share : (self.ranks.rank + 1) * share]
+        return tensor if tensor is None else tensor.chunk(self.ranks.world_size)[self.ranks.rank]
 
     def _update_adamw(self, parts, grads):
         """grads: this rank's rows of the mean gradients."""
         tensors, numbers = [], []
         for part, grad in zip(parts, grads, strict=True):
             group, weights, casts = part.group, part.weights, part.casts
-            if part.is_sharded:
+            if part.is_sharded(self.ranks.world_size):
                 weights, casts = self._own_rows(weights), self._own_rows(casts)
             state = self.state[part.params[0]]
             if not state:
@@ -297,9 +276,9 @@ class MuonAdamW(torch.optim.Optimizer):
         worthwhile = rows > 1 and (weights.is_cuda or rows * cols >= SMALL_NUMEL)
         compiled = self._compiled if worthwhile else {}
         make_direction = compiled.get(muon_direction, muon_direction)
-        update = compiled.get(muon_update, muon_update)
         direction = make_direction(grad, state["momentum"], momentum, self.matmul_dtype)
         direction = polar_express(direction)  # not compiled: the BLAS calls fuse the additions
+        update = compiled.get(muon_update, muon_update)
         update(weights, casts, direction, state["second_moment"], lr, beta2, decay)
 
     def _one_storage(self, tensors):
@@ -316,7 +295,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def _copy_overlap(state, name, saved, rows, saved_rows):
-    """Copy to state[name], the rows `rows`, the part of them in `saved`, the rows `saved_rows`."""
+    """Copy to state[name], which has the rows `rows`, those that `saved` has of `saved_rows`."""
     if not torch.is_tensor(saved):  # AdamW's step count
         state[name] = saved
         return
@@ -338,9 +317,8 @@ def _scalars(*numbers):
 def adamw_updates(tensors, numbers):
     """Apply AdamW (arXiv:1711.05101) in place to several parameters, in one graph of the compiler.
 
-    tensors: (parameter, its copy or None, gradient, exp_avg, exp_avg_sq), of one shape each.
-    numbers: (lr, beta1, beta2, eps, weight decay, 1 - beta1^step, 1 - beta2^step), 0-dim fp32 CPU
-    tensors. The arithmetic is fp32 for every storage dtype.
+    tensors: (parameter, its copy or None, gradient, exp_avg, exp_avg_sq) of each. numbers: 0-dim
+    tensors, the last 1 - beta^step. The arithmetic is fp32 for every storage dtype.
     """
     for (p, cast, grad, exp_avg, exp_avg_sq), values in zip(tensors, numbers, strict=True):
         lr, beta1, beta2, eps, weight_decay, bias1, bias2 = values
@@ -406,11 +384,10 @@ def muon_update(p, cast, update, second_moment, lr, beta2, weight_decay):
 
 
 def polar_express(x):
-    """Approximate the orthogonal polar factor of each matrix of x (K, rows, cols).
+    """Approximate the orthogonal polar factor of each matrix of x (K, rows, cols), norm below 1.
 
-    Spectral norms must be below 1. Iterates odd quintic polynomials (arXiv:2505.16932) in x's dtype
-    on the smaller side. The BLAS calls sum in fp32: rounding the products to bf16 first, or adding
-    the first term to the polynomial's diagonal, quadruples the error.
+    Iterates polynomials (arXiv:2505.16932) in x's dtype on the smaller side. The BLAS calls sum in
+    fp32: rounding the products to bf16 first quadruples the error.
     """
     tall = x.size(-2) > x.size(-1)
     for a, b, c in POLAR_EXPRESS:

@@ -141,15 +141,3 @@ def test_the_model_compiles_to_one_graph_with_the_same_results(flags):
         loss = run(idx, idx)
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize(("compute", "stored"), [
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float32),  # its range is too small for the optimizer state
-])
-def test_embeddings_are_stored_in_the_compute_dtype_and_matrices_in_fp32(compute, stored):
-    model = GPT(CONFIG, compute)
-    embeddings = (model.transformer.wte, *model.value_embeds.values())
-    assert {embedding.weight.dtype for embedding in embeddings} == {stored}
-    assert model.lm_head.weight.dtype == torch.float32

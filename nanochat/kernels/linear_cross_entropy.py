@@ -1,9 +1,8 @@
 """Cross-entropy of softcapped logits straight from hidden states, one chunk of rows at a time.
 
-The (N, V) logits are never stored completely. The forward pass replaces the logits of each chunk by
-their gradient and multiplies it into dx and dW at once, as do Liger (arXiv:2410.10989) and CCE
-(arXiv:2411.09009). With z = cap * tanh(a / cap), |z| <= cap bounds exp(z), so no running maximum is
-needed.
+The forward pass replaces the logits of each chunk by their gradient and multiplies it into dx and
+dW at once, like Liger (arXiv:2410.10989) and CCE (arXiv:2411.09009). The softcap bounds the
+exponentials, so no running maximum is needed.
 """
 
 from __future__ import annotations
@@ -124,8 +123,7 @@ def _rows_by_torch(logits, targets, losses, scale, vocab_size):
 def _few_rows_by_torch(logits, targets, losses, scale, vocab_size, t, e):
     """With logits a, t = sigmoid(2a / cap): cap * tanh(a / cap) = cap + z, z = 2 cap (t - 1) <= 0.
 
-    e = exp(z). Each line is one vectorised pass; tanh and exp take three to five times as long as
-    sigmoid and exp2.
+    e = exp(z). tanh and exp would take three to five times as long as sigmoid and exp2.
     """
     torch.mul(logits.float(), 2 / SOFTCAP, out=t).sigmoid_()
     slope = 2 * SOFTCAP * LOG2_E
@@ -259,9 +257,8 @@ def linear_cross_entropy(x, weight, targets, vocab_size, reduction="mean",
     """Return the cross-entropy of SOFTCAP * tanh(x W^T / SOFTCAP), first vocab_size columns only.
 
     x (..., d) bf16 or fp32; weight (Vpad, d) fp32 or x's dtype; targets (...) int64: -1 is ignored,
-    another target out of range makes the loss NaN. reduction mean: an fp32 scalar, differentiable
-    once in x and weight; none: fp32 losses of targets' shape, without gradients. implementation:
-    triton or torch. chunk_bytes: memory of the logits that exist at a time.
+    another target out of range makes the loss NaN. reduction: mean (an fp32 scalar, differentiable
+    once) or none (fp32, of targets' shape, without gradients). implementation: triton or torch.
     """
     if chunk_bytes is None:
         chunk_bytes = default_chunk_bytes(x.device, x.dtype)
@@ -276,19 +273,13 @@ def linear_cross_entropy(x, weight, targets, vocab_size, reduction="mean",
 
 
 def default_chunk_bytes(device, dtype):
-    """Return the default memory of the logits that exist at a time.
-
-    CPU: 16M logits, the best of several sizes. GPU: 896 MiB, which keeps the rewriting of dW below
-    2 % of the matmuls and, with the cast weight, stays within 1 GiB.
-    """
+    """Return the memory of the logits that exist at a time."""
+    # GPU: rewriting dW stays below 2 % of the matmuls. CPU: 16M logits, the best of several sizes.
     return 896 << 20 if device.type == "cuda" else dtype.itemsize << 24
 
 
 def check_linear_cross_entropy(device, dtype):
-    """Raise UserError if this loss cannot run; call it before building a model.
-
-    On a GPU it needs Triton; elsewhere the torch form is used.
-    """
+    """Raise UserError if this loss cannot run: on a GPU it needs Triton."""
     if device.type == "cuda":
         runtime.require_kernels("--chunked-ce", device)
     runtime.require_dtype("--chunked-ce", dtype, DTYPES)

@@ -1,7 +1,6 @@
-"""Rotary embedding followed by RMSNorm without weight (QK-norm) in one kernel.
+"""Rotary embedding followed by RMSNorm without weight (QK-norm) in one kernel, in fp32.
 
-It reads its input once, computes in fp32 and writes its output once. The backward pass recomputes
-the scale of a row from the saved input.
+The backward pass recomputes the scale of a row from the saved input.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Shared parts of the kernels: import of Triton, its interpreter, checks before training.
-
-Without Triton (macOS) this module still imports; the kernels are then plain functions that nothing
-launches.
-"""
+"""Shared parts of the kernels. Without Triton (macOS) they import, but nothing launches them."""
 
 from __future__ import annotations
 
@@ -28,8 +24,7 @@ TILE_ELEMENTS = 1 << 18 if INTERPRETED else 4096
 def kernel_op(name):
     """Return a decorator that makes a function, which launches kernels by `wrap_triton`, an op.
 
-    The compiler sees the kernels inside and launches them itself, except those of the interpreter,
-    which Python must run.
+    The compiler launches the kernels itself, except in the interpreter, which needs Python.
     """
     opaque = INTERPRETED or triton is None
     declare = torch.library.custom_op if opaque else torch.library.triton_op
@@ -37,11 +32,7 @@ def kernel_op(name):
 
 
 def wrap_triton(kernel):
-    """Return the kernel as a `kernel_op` must launch it.
-
-    torch searches the source of an op for this name to find its kernels: its cache of compiled
-    graphs depends on their source.
-    """
+    """Return the kernel as an op must launch it; torch finds an op's kernels by this name."""
     return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
 
 
@@ -57,8 +48,7 @@ def require_kernels(flag, device):
 def require_dtype(flag, dtype, supported):
     """Raise UserError unless the compute dtype is one of `supported`."""
     if dtype not in supported:
-        raise UserError(f"{flag} cannot run in {dtype}; set NANOCHAT_DTYPE=bfloat16 or omit the "
-                        "flag")
+        raise UserError(f"{flag} cannot run in {dtype}; set NANOCHAT_DTYPE=bfloat16 or omit it")
 
 
 @jit
