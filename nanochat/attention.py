@@ -2,7 +2,8 @@
 
 sdpa       torch's scaled_dot_product_attention; a window that hides keys is a dense (T, T) mask
 varlen     FlashAttention 2, or 3 if installed, which skips key blocks outside the window
-blockwise  plain matmuls and softmax for one block of queries and the keys it can see at a time
+blockwise  plain matmuls and softmax for one block of queries and the keys it can see at a time;
+           needs one key/value head per query head
 """
 
 import importlib.util
@@ -114,8 +115,6 @@ def _varlen(q, k, v, window):
 
 def _blockwise(q, k, v, window):
     B, T, H, D = q.shape
-    if k.size(2) != H:
-        k, v = (x.repeat_interleave(H // x.size(2), dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2).reshape(B * H, T, D) for x in (q, k, v))
     score_dtype = torch.promote_types(q.dtype, torch.float32)
     position = torch.arange(T, device=q.device)

@@ -14,7 +14,7 @@ MIN_TEMPERATURE = 1e-30
 class KVCache:
     """Keys and values of every layer for B sequences of equal length, at most `capacity` tokens.
 
-    Each forward pass calls `extend` once per layer and `advance` once.
+    Each forward pass calls `extend` once per layer, then adds its tokens to `length`.
     """
 
     def __init__(self, config, batch_rows, capacity, device, dtype):
@@ -30,9 +30,6 @@ class KVCache:
         keys[:, self.length : end] = k
         values[:, self.length : end] = v
         return keys[:, :end], values[:, :end]
-
-    def advance(self, n_tokens):
-        self.length += n_tokens
 
 
 @torch.inference_mode()

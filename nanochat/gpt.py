@@ -336,7 +336,7 @@ class GPT(nn.Module):
             if i == self.config.n_layer // 2:
                 backout = x
         if kv_cache is not None:
-            kv_cache.advance(T)
+            kv_cache.length += T
         if backout is not None:
             x = x - self.backout_lambda.to(x.dtype) * backout
         return norm(x)

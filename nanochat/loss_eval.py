@@ -1,7 +1,6 @@
 """Bits per byte of a model on a split, with standard error; losses by position and by document."""
 
 import math
-from collections import deque
 from dataclasses import dataclass
 from itertools import islice
 
@@ -16,7 +15,6 @@ from nanochat.engine import stream
 
 DOCUMENT_LOSSES = "validation.npz"  # file of a run's final validation, in the run's folder
 MAX_RELATIVE_ERROR = 0.01  # standard error / bits per byte; a larger one is warned of
-BATCHES_IN_FLIGHT = 16  # a GPU computes that many before Python waits for their losses
 
 
 class SplitRows:
@@ -115,30 +113,22 @@ def evaluate_split(model, rows, batch_rows, token_bytes, device, ranks=None, pro
     by_position = np.zeros((2, rows.sequence_len))  # nats, counts
     by_document = np.zeros((2, n_docs))  # nats, bytes
 
-    def add_up(nats, targets, documents, positions):
+    own_plan = rows.plan[ranks.rank :: ranks.world_size]
+    was_training = model.training
+    model.eval()
+    for first in progress(range(0, len(own_plan), batch_rows)):
+        batch = rows.batch(own_plan[first : first + batch_rows], batch_rows)
+        inputs, targets, documents, positions = batch
+        pair = torch.from_numpy(np.stack((inputs, targets))).to(device)
+        nats = model(*pair, "none").float().cpu().numpy().reshape(targets.shape)
+
         n_bytes = np.where(targets < 0, 0, token_bytes[targets])
         scored = n_bytes > 0
-        nats = nats.float().cpu().numpy().reshape(targets.shape)[scored].astype(np.float64)
+        nats = nats[scored].astype(np.float64)
         np.add.at(by_position[0], positions[scored], nats)
         np.add.at(by_position[1], positions[scored], 1)
         np.add.at(by_document[0], documents[scored], nats)
         np.add.at(by_document[1], documents[scored], n_bytes[scored])
-
-    own_plan = rows.plan[ranks.rank :: ranks.world_size]
-    in_flight = deque()
-    was_training = model.training
-    model.eval()
-    for first in progress(range(0, len(own_plan), batch_rows)):
-        inputs, targets, *labels = rows.batch(own_plan[first : first + batch_rows], batch_rows)
-        pair = torch.stack([torch.from_numpy(inputs), torch.from_numpy(targets)])
-        if device.type == "cuda":
-            pair = pair.pin_memory()  # else the copy would wait for the batches in flight
-        on_device = pair.to(device, non_blocking=True)
-        in_flight.append((model(*on_device, "none"), targets, *labels))
-        if len(in_flight) > BATCHES_IN_FLIGHT:
-            add_up(*in_flight.popleft())
-    for batch in in_flight:
-        add_up(*batch)
     model.train(was_training)
 
     if ranks.world_size > 1:

@@ -1,6 +1,5 @@
-"""The benchmarks for a GPU: rows are written at once, a second call continues the first."""
+"""The benchmarks for a GPU, as far as a CPU can run them."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -9,40 +8,12 @@ from pathlib import Path
 import pytest
 
 from dev.bench import trees
-from dev.bench.measure import run_jobs
 from dev.bench.train_step import step_flops
 from nanochat.gpt import GPTConfig, flops_per_token
 
 ROOT = Path(__file__).parent.parent
 TINY_STEP = ["--depth", "1", "--head-dim", "64", "--seq-len", "32", "--rows", "1", "--vocab-size",
              "64", "--no-compile"]
-
-
-def rows(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return [tuple(row.values()) for row in csv.DictReader(file)]
-
-
-def test_rows_are_written_at_once_and_a_second_call_continues(tmp_path):
-    path = tmp_path / "rows.csv"
-
-    def breaks():
-        yield {"job": "b", "note": "first"}
-        assert rows(path)[-1] == ("b", "first")
-        raise RuntimeError("out of\n luck")
-
-    jobs = {"a": lambda: [{"job": "a", "note": ""}], "b": breaks,
-            "c": lambda: [{"job": "c", "note": ""}]}
-
-    def failed(name, reason):
-        return {"job": name, "note": reason}
-
-    assert run_jobs(jobs, path, 0, failed) == ({}, ["a", "b", "c"])  # no time is left
-    failures, left = run_jobs(jobs, path, 1, failed)
-    assert list(failures) == ["b"] and not left
-    message = "failed: RuntimeError: out of luck"
-    assert rows(path) == [("a", ""), ("b", "first"), ("b", message), ("c", "")]
-    assert run_jobs(jobs, path, 1, failed) == ({}, [])
 
 
 def gpu_script(out, minutes):
