@@ -58,33 +58,25 @@ def targets_of(rows, batch_rows=3):
 
 
 @property_test
-@given(splits, lengths_of_rows, st.integers(1, 12))
-def test_carry_scores_every_token_of_a_small_split_once(tmp_path, monkeypatch, lengths, T, buffer):
-    monkeypatch.setattr(dataloader, "BUFFER_DOCUMENTS", buffer)
-    rows = SplitRows(make_shards(tmp_path / "s", lengths), T, EVERYTHING, "carry")
-    flat = [length for shard in lengths for length in shard]
-    every = {(d, position): 1 for d, length in enumerate(flat) for position in range(1, length)}
-    assert targets_of(rows) == every
-
-
-@property_test
-@given(splits, lengths_of_rows, st.integers(1, 400), st.integers(1, 12),
+@given(splits, lengths_of_rows, st.integers(1, 400) | st.just(EVERYTHING), st.integers(1, 12),
        st.sampled_from(["carry", "drop"]))
-def test_no_token_is_scored_twice(tmp_path, monkeypatch, lengths, T, eval_tokens, buffer, crop):
+def test_no_token_is_scored_twice_and_with_carry_all_tokens_are(
+        tmp_path, monkeypatch, lengths, T, eval_tokens, buffer, crop):
     monkeypatch.setattr(dataloader, "BUFFER_DOCUMENTS", buffer)
     shards = make_shards(tmp_path / "s", lengths)
     rows = SplitRows(shards, T, eval_tokens, crop)
     scored = targets_of(rows)
-    assert set(scored.values()) <= {1}
-    assert len(scored) <= eval_tokens + T - 1
+    flat = [length for shard in lengths for length in shard]
+    every = {(d, position) for d, length in enumerate(flat) for position in range(1, length)}
+    assert set(scored.values()) <= {1} and len(scored) <= eval_tokens + T - 1
     if crop == "drop":
         assert all((document, position - 1) in scored for document, position in scored
                    if position > 1), "only beginnings of documents"
+    elif eval_tokens >= len(every):
+        assert set(scored) == every
     complete = SplitRows(shards, T, EVERYTHING, crop).plan
-    if eval_tokens < sum(length - 1 for shard in lengths for length in shard):
-        assert len(rows.plan) == min(-(-eval_tokens // T), len(complete))
-    else:
-        assert rows.plan == complete
+    n_rows = -(-eval_tokens // T) if eval_tokens < len(every) else len(complete)
+    assert len(rows.plan) == min(n_rows, len(complete))
 
 
 def test_drop_has_upstreams_rows_until_its_buffer_would_mix_two_passes(tmp_path):
@@ -116,10 +108,10 @@ def test_carry_takes_the_leading_documents_not_the_longest(tmp_path):
 class PairLoss(torch.nn.Module):
     """Every pair of input and target has its own loss."""
 
-    def __init__(self, seed=0, dtype=torch.float32):
+    def __init__(self):
         super().__init__()
-        losses = np.random.default_rng(seed).uniform(0.1, 9.0, (VOCAB, VOCAB))
-        self.losses = torch.nn.Parameter(torch.from_numpy(losses).to(dtype))
+        losses = np.random.default_rng(0).uniform(0.1, 9.0, (VOCAB, VOCAB))
+        self.losses = torch.nn.Parameter(torch.from_numpy(losses).float())
 
     def forward(self, inputs, targets, loss_reduction):
         assert loss_reduction == "none"
