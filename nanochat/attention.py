@@ -2,7 +2,8 @@
 
 sdpa       torch's scaled_dot_product_attention; a window that hides keys is a dense (T, T) mask
 varlen     FlashAttention 2, or 3 if installed, which skips key blocks outside the window
-blockwise  plain matmuls and softmax for one block of queries and the keys it can see at a time
+blockwise  plain matmuls and softmax for one block of queries and the keys it can see at a time;
+           needs one key/value head per query head
 """
 
 import importlib.util
@@ -31,72 +32,51 @@ def causal_attention(q, k, v, window, backend="auto"):
 
     q (B, Tq, H, D); k, v (B, Tk, Hkv, D) with Tk >= Tq and H a multiple of Hkv; any float dtype.
     Query i has position Tk - Tq + i and sees itself and up to `window` tokens to its left. The
-    scale is 1/sqrt(D). A backend that cannot run here is replaced as by "auto". Decoding (Tq < Tk)
-    always uses sdpa.
+    scale is 1/sqrt(D). Decoding (Tq < Tk) always uses sdpa.
     """
     if q.size(1) != k.size(1):
         return _sdpa(q, k, v, window)
-    heads = q.size(2), k.size(2), q.size(3)
-    if backend == "auto" or why_not(backend, q.device, q.dtype, heads):
-        backend, _ = choose_backend(q.device, q.dtype, heads, q.size(1), window)
+    if backend == "auto":
+        heads = q.size(2), k.size(2), q.size(3)
+        backend = choose_backend(q.device, q.dtype, heads, q.size(1), window)
     return BACKENDS[backend](q, k, v, window)
 
 
-# --- the choice of a backend ----------------------------------------------------------------------
-
 def choose_backend(device, dtype, heads, length, window):
-    """Return (backend, reason) for self-attention over `length` tokens; heads: (H, Hkv, D)."""
+    """Return the fastest backend for self-attention over `length` tokens; heads: (H, Hkv, D)."""
     if device.type == "cpu" and length <= BLOCKWISE_MAX_LENGTH and heads[0] == heads[1]:
-        return "blockwise", "its backward pass is the fastest on a CPU for short rows"
-    if device.type != "cuda":
-        return "sdpa", "no other backend trains on this device"
-    if window >= length - 1:
-        return "sdpa", "the window hides no key, so torch's causal kernels apply"
-    reason = why_not("varlen", device, dtype, heads)
-    if reason:
-        return "sdpa", f"uses a dense mask because varlen {reason}"
-    return "varlen", "it skips keys outside the window"
+        return "blockwise"
+    hides_keys = window < length - 1
+    return "varlen" if hides_keys and supports_varlen(device, dtype, heads) else "sdpa"
 
 
-def why_not(backend, device, dtype, heads):
-    """Return why a backend cannot train with such tensors, or None if it can."""
-    if backend != "varlen":
-        return None
+def supports_varlen(device, dtype, heads):
+    """Return whether FlashAttention can run with such tensors."""
     n_head, n_kv_head, head_dim = heads
-    if device.type != "cuda" or _capability(device) < (8, 0):
-        return "needs a CUDA device of compute capability 8.0 or higher"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return "supports only bfloat16 and float16"
-    if head_dim % 8 or head_dim > 256:
-        return f"needs a head size that is a multiple of 8 and at most 256, not {head_dim}"
-    if n_head != n_kv_head:
-        return "needs one key/value head per query head"
-    return None
+    return (device.type == "cuda" and _capability(device) >= (8, 0)
+            and dtype in (torch.bfloat16, torch.float16)
+            and head_dim % 8 == 0 and head_dim <= 256 and n_head == n_kv_head)
 
 
 def plan_attention(backend, device, dtype, config):
-    """Return log lines with the backend of each layer; activate FlashAttention 3 where it applies.
+    """Return a log line with the layers' backends; activate FlashAttention 3 where it applies.
 
     backend: the value of --attention. Raise UserError if it cannot train such a model here.
     """
     heads = config.n_head, config.n_kv_head, config.head_dim
-    reason = why_not(backend, device, dtype, heads)
-    if reason:
-        raise UserError(f"--attention {backend} {reason}; use --attention auto")
-
-    choices = Counter()
-    for window in config.windows:
-        choice = backend, "chosen by --attention"
-        if backend == "auto":
-            choice = choose_backend(device, dtype, heads, config.sequence_len, window)
-        choices[choice] += 1
-
-    uses_varlen = any(name == "varlen" for name, _ in choices)
+    if backend == "varlen" and not supports_varlen(device, dtype, heads):
+        raise UserError("--attention varlen needs a CUDA device of compute capability 8.0 or "
+                        "higher, bfloat16, and --head-dim a multiple of 8 up to 256; use "
+                        "--attention auto")
+    names = [backend] * config.n_layer
+    if backend == "auto":
+        names = [choose_backend(device, dtype, heads, config.sequence_len, window)
+                 for window in config.windows]
     has_fa3 = importlib.util.find_spec("flash_attn_interface") is not None
-    if uses_varlen and has_fa3 and _capability(device)[0] == 9:
+    if "varlen" in names and has_fa3 and _capability(device)[0] == 9:
         activate_flash_attention_impl("FA3")
-    return [f"attention: {name} in {n} of {config.n_layer} layers: {reason}"
-            for (name, reason), n in choices.items()]
+    counts = Counter(names).items()
+    return "attention: " + ", ".join(f"{name} in {n} of {len(names)} layers" for name, n in counts)
 
 
 @torch.compiler.assume_constant_result
@@ -135,8 +115,6 @@ def _varlen(q, k, v, window):
 
 def _blockwise(q, k, v, window):
     B, T, H, D = q.shape
-    if k.size(2) != H:
-        k, v = (x.repeat_interleave(H // x.size(2), dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2).reshape(B * H, T, D) for x in (q, k, v))
     score_dtype = torch.promote_types(q.dtype, torch.float32)
     position = torch.arange(T, device=q.device)

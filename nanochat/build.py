@@ -59,8 +59,7 @@ def training_dtype(device):
 def check_kernels(config, device, dtype):
     """Print the attention backends; raise UserError if a flag's kernel cannot run here."""
     model = model_config(config, vocab_size=1)  # the tokenizer is read later; only widths matter
-    for line in plan_attention(config.attention, device, dtype, model):
-        print0(line)
+    print0(plan_attention(config.attention, device, dtype, model))
     if config.fp8:
         check_fp8(device, dtype, model.n_embd, config.device_batch_size * config.max_seq_len)
     if config.fused_rmsnorm:

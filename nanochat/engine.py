@@ -14,7 +14,7 @@ MIN_TEMPERATURE = 1e-30
 class KVCache:
     """Keys and values of every layer for B sequences of equal length, at most `capacity` tokens.
 
-    Each forward pass calls `extend` once per layer and `advance` once.
+    Each forward pass calls `extend` once per layer, then adds its tokens to `length`.
     """
 
     def __init__(self, config, batch_rows, capacity, device, dtype):
@@ -26,59 +26,36 @@ class KVCache:
     def extend(self, layer, k, v):
         """Store a layer's new keys and values (B, T, Hkv, D); return all of them so far."""
         end = self.length + k.size(1)
-        assert end <= self._store.size(3), "the cache is full"
         keys, values = self._store[:, layer]
         keys[:, self.length : end] = k
         values[:, self.length : end] = v
         return keys[:, :end], values[:, :end]
 
-    def advance(self, n_tokens):
-        self.length += n_tokens
-
-
-def generate(model, prompt_ids, max_new_tokens, *, n_samples=1, **sampling):
-    """Return n_samples continuations of one prompt as lists of token ids, without stop tokens.
-
-    sampling: arguments of `stream`, which also lists the errors.
-    """
-    outputs = [[] for _ in range(n_samples)]
-    for tokens in stream(model, prompt_ids, max_new_tokens, n_samples=n_samples, **sampling):
-        for output, token in zip(outputs, tokens, strict=True):
-            if token is not None:
-                output.append(token)
-    return outputs
-
 
 @torch.inference_mode()
-def stream(model, prompt_ids, max_new_tokens, *, n_samples=1, temperature=1.0, top_k=None, seed=0,
-           stop_ids=()):
-    """Yield per step a list with the next token id of each of n_samples continuations of a prompt.
+def stream(model, prompt_ids, max_new_tokens, *, temperature=1.0, top_k=None, seed=0, stop_ids=()):
+    """Yield the token ids of a continuation of a prompt, up to the first stop token.
 
-    After its first stop token a continuation yields None; the stream ends when all have stopped.
     Temperature 0 takes the likeliest token. Raise UserError if the prompt is empty, if prompt and
     new tokens exceed the rotary table, or if a number is out of range.
     """
     if not prompt_ids:
         raise UserError("the prompt is empty; it needs at least one token, for example BOS")
-    if max_new_tokens < 0 or n_samples < 1:
-        raise UserError(f"cannot draw {n_samples} samples of {max_new_tokens} new tokens")
     capacity = len(prompt_ids) + max_new_tokens
-    if capacity > model.cos.size(1):
-        raise UserError(f"the prompt and {max_new_tokens} new tokens have {capacity} tokens, but "
-                        f"the model takes {model.cos.size(1)}; ask for fewer")
+    if max_new_tokens < 0 or capacity > model.cos.size(1):
+        raise UserError(f"the prompt has {len(prompt_ids)} tokens and the model takes "
+                        f"{model.cos.size(1)}: it cannot add {max_new_tokens}; ask for fewer")
     if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
         raise UserError("temperature must be finite and at least 0, and top_k at least 1")
     generator = torch.Generator(model.device).manual_seed(seed)
-    cache = KVCache(model.config, n_samples, capacity, model.device, model.compute_dtype)
-    ids = torch.tensor([prompt_ids] * n_samples, device=model.device)
-    done = [False] * n_samples
+    cache = KVCache(model.config, 1, capacity, model.device, model.compute_dtype)
+    ids = torch.tensor([prompt_ids], device=model.device)
     for _ in range(max_new_tokens):
         ids = sample_token(model(ids, kv_cache=cache)[:, -1], generator, temperature, top_k)
-        tokens = ids[:, 0].tolist()
-        done = [stopped or token in stop_ids for stopped, token in zip(done, tokens, strict=True)]
-        if all(done):
+        token = ids.item()
+        if token in stop_ids:
             return
-        yield [None if stopped else token for stopped, token in zip(done, tokens, strict=True)]
+        yield token
 
 
 def sample_token(logits, generator, temperature=1.0, top_k=None):

@@ -20,22 +20,20 @@ LEAST_AMAX = 1e-12  # keeps the scale of an all-zero tensor finite
 def train_in_fp8(model, optimizer, compiled):
     """Make every large Linear of a model multiply in fp8 while gradients are recorded.
 
-    Weights are quantised now, after every optimizer step and after the optimizer loads a state, so
-    set them before. The copy of a weight, if any, is quantised, because it is complete on every
-    rank. The head is left out with `model.chunked_ce`, whose loss contains its matmul.
+    Weights are quantised now, after every optimizer step and after the optimizer loads a state. The
+    head is left out with `model.chunked_ce`, whose loss contains its matmul.
     """
     head = model.lm_head if model.chunked_ce else None
     layers = [layer for layer in model.modules()
               if isinstance(layer, Linear) and layer is not head and _is_large(layer.weight)]
-    quantise = _quantise
-    if compiled:
-        quantise = torch.compile(_quantise, dynamic=False, fullgraph=True)
+    quantise = torch.compile(_quantise, dynamic=False, fullgraph=True) if compiled else _quantise
 
     @torch.no_grad()
     def quantise_all(*_):
         for layer in layers:
-            weight, fp8 = layer.weight if layer.cast is None else layer.cast, layer.fp8
-            quantise(weight, fp8.rows, fp8.columns, fp8.scale)
+            # the copy is complete on every rank, the fp32 weight is not
+            weight = layer.weight if layer.cast is None else layer.cast
+            quantise(weight, layer.fp8.rows, layer.fp8.columns, layer.fp8.scale)
 
     for layer in layers:
         layer.fp8 = Fp8Weight(layer.weight)
@@ -49,18 +47,14 @@ def _is_large(weight):
 
 
 class Fp8Weight(nn.Module):
-    """The e4m3 values of a weight (out, in) and the matmul with them.
-
-    The buffers are not in state dicts, so checkpoints do not depend on fp8.
-    """
+    """The e4m3 values of a weight (out, in), which are not in state dicts, and their matmul."""
 
     def __init__(self, weight):
         super().__init__()
-        rows = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
-        columns = torch.empty(weight.shape[::-1], dtype=E4M3, device=weight.device)
-        scale = torch.empty((), dtype=torch.float32, device=weight.device)
-        for name, buffer in {"rows": rows, "columns": columns, "scale": scale}.items():
-            self.register_buffer(name, buffer, persistent=False)
+        values = torch.empty_like(weight, dtype=E4M3)
+        self.register_buffer("rows", values, persistent=False)
+        self.register_buffer("columns", values.t().contiguous(), persistent=False)
+        self.register_buffer("scale", weight.new_zeros((), dtype=torch.float32), persistent=False)
 
     def forward(self, x, weight):
         """Return x (..., in) times the weight in x's dtype; `weight` only receives the gradient."""
@@ -113,8 +107,8 @@ def check_fp8(device, dtype, model_dim, rows_tokens):
     rows_tokens: tokens per micro-batch on one device. A CPU works, slowly, for tests.
     """
     is_nvidia = device.type == "cuda" and not torch.version.hip
-    if device.type != "cpu" and not (
-            is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)):
+    is_new = is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
+    if not (is_new or device.type == "cpu"):
         raise UserError("--fp8 needs an NVIDIA GPU of compute capability 8.9 or higher")
     if dtype not in (torch.bfloat16, torch.float32):
         raise UserError("--fp8 needs bfloat16 as the compute dtype; unset NANOCHAT_DTYPE")

@@ -1,9 +1,7 @@
 """The model: a decoder-only transformer with rotary attention, value embeddings, smear and backout.
 
-Master weights are fp32; every matmul casts its weight to the dtype of the activations, or uses a
-cached copy (`GPT.keep_casts`). Embeddings are stored in the compute dtype. State-dict names are
-those of upstream nanochat. The `plain_*` functions run by default, compiled; lane C's kernels
-replace them.
+Master weights are fp32; matmuls use copies in the compute dtype, in which embeddings are stored.
+State-dict names are those of upstream nanochat. Lane C's kernels can replace `plain_*` functions.
 """
 
 import itertools
@@ -20,7 +18,7 @@ from nanochat.attention import causal_attention
 from nanochat.common import UserError
 from nanochat.kernels.embedding import lookup
 from nanochat.kernels.linear_cross_entropy import IGNORED, SOFTCAP, linear_cross_entropy
-from nanochat.kernels.rms_norm import QK_SCALE, rms_norm, rope_qk_norm
+from nanochat.kernels.rms_norm import QK_SCALE, rope_qk_norm
 
 VOCAB_MULTIPLE = 64
 ROTARY_BASE = 100_000.0
@@ -124,7 +122,7 @@ def flops_per_token(config):
 
 # --- norms and loss in plain torch ----------------------------------------------------------------
 
-def plain_rms_norm(x):
+def norm(x):
     """Apply RMSNorm without weight over the last dimension; eps is fp32's (arXiv:1910.07467)."""
     return F.rms_norm(x, (x.size(-1),))
 
@@ -138,18 +136,18 @@ def plain_rope_qk_norm(q, k, cos, sin):
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
 
-    return tuple(plain_rms_norm(rotate(x)) * QK_SCALE for x in (q, k))
+    return tuple(norm(rotate(x)) * QK_SCALE for x in (q, k))
 
 
-def plain_cross_entropy(logits, targets, vocab_size, softcap=SOFTCAP, reduction="mean"):
-    """Return the fp32 cross-entropy of logits (..., Vpad) after the softcap.
+def plain_cross_entropy(logits, targets, vocab_size, reduction="mean"):
+    """Return the fp32 cross-entropy (mean or none) of logits (..., Vpad) after the softcap.
 
     targets (...) int64: -1 is ignored, another target out of range gives NaN. This form compiles to
-    one pass over the columns forward and one backward: the softcap stands in for the maximum, and
-    the target's logit is a sum over the columns. int64 column numbers would halve the vector width.
+    one pass over the columns forward and one backward: the softcap stands in for the maximum.
+    int64 column numbers would halve the vector width.
     """
     def below_cap(x):  # softcap * (tanh(x / softcap) - 1)
-        return 2 * softcap * (torch.sigmoid(2 / softcap * x) - 1)
+        return 2 * SOFTCAP * (torch.sigmoid(2 / SOFTCAP * x) - 1)
 
     shape, targets = targets.shape, targets.reshape(-1)
     logits = logits.reshape(-1, logits.size(-1)).float()
@@ -168,12 +166,7 @@ def plain_cross_entropy(logits, targets, vocab_size, softcap=SOFTCAP, reduction=
     losses = torch.where(targets == IGNORED, 0.0, losses)
     if reduction == "none":
         return losses.view(shape)
-    return losses.sum() / ((targets != IGNORED).sum() if reduction == "mean" else 1)
-
-
-def fused_norm(x):
-    """Apply RMSNorm, by our kernel unless compiled: the compiler fuses the plain norm with more."""
-    return plain_rms_norm(x) if torch.compiler.is_compiling() else rms_norm(x)
+    return losses.sum() / (targets != IGNORED).sum()
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -189,22 +182,20 @@ class Linear(nn.Linear):
         self.cast = None
         self.fp8 = None
 
-    def weight_in(self, dtype):
-        return self.weight.to(dtype) if self.cast is None else self.cast
-
     def forward(self, x):
+        weight = self.weight if self.cast is None else self.cast
         if self.fp8 is not None and torch.is_grad_enabled():
-            return self.fp8(x, self.weight if self.cast is None else self.cast)
-        return F.linear(x, self.weight_in(x.dtype))
+            return self.fp8(x, weight)
+        return F.linear(x, weight.to(x.dtype))
 
 
 class Attention(nn.Module):
     """Causal attention of a layer: rotary positions, QK-norm, gated value embeddings, a window."""
 
-    def __init__(self, config, layer, fused, backend):
+    def __init__(self, config, layer, backend, fused):
         super().__init__()
+        self.layer, self.backend = layer, backend
         self.qk_norm = rope_qk_norm if fused else plain_rope_qk_norm
-        self.backend, self.layer = backend, layer
         self.window, self.head_dim = config.windows[layer], config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, config.kv_dim)
@@ -241,40 +232,36 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP; each is applied to the normed residual and added to it."""
 
-    def __init__(self, config, layer, fused, attention):
+    def __init__(self, config, layer, backend, fused):
         super().__init__()
-        self.norm = fused_norm if fused else plain_rms_norm
-        self.attn = Attention(config, layer, fused, attention)
+        self.attn = Attention(config, layer, backend, fused)
         self.mlp = MLP(config)
 
     def forward(self, x, value_embedding, cos_sin, kv_cache):
-        x = x + self.attn(self.norm(x), value_embedding, cos_sin, kv_cache)
-        return x + self.mlp(self.norm(x))
+        x = x + self.attn(norm(x), value_embedding, cos_sin, kv_cache)
+        return x + self.mlp(norm(x))
 
 
 class GPT(nn.Module):
     """The model: build it, then call `init_weights` or load a state dict.
 
     compute_dtype: of activations and embeddings. attention: a backend of nanochat.attention.
-    fused_rmsnorm, chunked_ce: use lane C's kernels, which change results by rounding only.
+    fused_rmsnorm (of q and k), chunked_ce: use lane C's kernels; results change by rounding only.
     """
 
     def __init__(self, config, compute_dtype=torch.float32, *, attention="auto",
                  fused_rmsnorm=False, chunked_ce=False):
         super().__init__()
         self.config, self.compute_dtype, self.chunked_ce = config, compute_dtype, chunked_ce
-        self.norm = fused_norm if fused_rmsnorm else plain_rms_norm
         vocab, d, layers = config.padded_vocab_size, config.n_embd, range(config.n_layer)
         # the range of fp16 is too small for the optimizer state of an embedding
         embedding_dtype = torch.float32 if compute_dtype == torch.float16 else compute_dtype
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(vocab, d, dtype=embedding_dtype),
-            "h": nn.ModuleList(Block(config, i, fused_rmsnorm, attention) for i in layers),
-        })
+            "h": nn.ModuleList(Block(config, i, attention, fused_rmsnorm) for i in layers)})
         self.value_embeds = nn.ModuleDict({
             str(i): nn.Embedding(vocab, config.kv_dim, dtype=embedding_dtype)
-            for i in layers if config.has_value_embedding(i)
-        })
+            for i in layers if config.has_value_embedding(i)})
         self.lm_head = Linear(d, vocab)
         self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
@@ -292,10 +279,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Draw every parameter from its own CPU generator, seeded by `seed` and its name.
-
-        The values are the same on every device and for every number of ranks.
-        """
+        """Draw every parameter from its own CPU generator, seeded by `seed` and its name."""
         table = initial_values(self.config).items()
         for name, parameter in self.named_parameters():
             [(fill, low, high)] = [row for pattern, row in table if fnmatchcase(name, pattern)]
@@ -306,8 +290,7 @@ class GPT(nn.Module):
     def keep_casts(self):
         """Cache a compute-dtype copy of every Linear weight; return {weight: copy} (empty in fp32).
 
-        Forward and backward use the copies, which receive the gradients. Code that changes a weight
-        must update its copy, as MuonAdamW does.
+        The copies receive the gradients. Code that changes a weight must update its copy.
         """
         if self.compute_dtype == torch.float32:
             return {}
@@ -321,14 +304,18 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, loss_reduction="mean", kv_cache=None):
         """Return fp32 logits (B, T, vocab), or with targets (B, T; -1 is ignored) the loss in nats.
 
-        idx (B, T): token ids. loss_reduction: mean, sum (scalars) or none (B, T). With a kv_cache,
-        idx continues the cached sequences, and the cache is extended.
+        idx (B, T): token ids, which continue the sequences of a kv_cache. loss_reduction: mean (a
+        scalar) or none (B, T).
         """
-        x = self.hidden(idx, kv_cache)
-        if targets is not None:
-            return self.loss(x, targets, loss_reduction)
-        logits = self.lm_head(x)[..., : self.config.vocab_size].float()
-        return SOFTCAP * torch.tanh(logits / SOFTCAP)
+        x, vocab_size = self.hidden(idx, kv_cache), self.config.vocab_size
+        if targets is None:
+            logits = self.lm_head(x)[..., :vocab_size].float()
+            return SOFTCAP * torch.tanh(logits / SOFTCAP)
+        if not self.chunked_ce:
+            return plain_cross_entropy(self.lm_head(x), targets, vocab_size, loss_reduction)
+        head = self.lm_head.weight if self.lm_head.cast is None else self.lm_head.cast
+        kind = "triton" if x.is_cuda else "torch"
+        return linear_cross_entropy(x, head, targets, vocab_size, loss_reduction, kind)
 
     def hidden(self, idx, kv_cache=None):
         """Return the input of the head: the final normed residual (B, T, n_embd)."""
@@ -337,7 +324,7 @@ class GPT(nn.Module):
         assert start + T <= self.cos.size(1), "sequence longer than the rotary table"
         cos_sin = self.cos[:, start : start + T], self.sin[:, start : start + T]
         look_up = lookup(idx, self.config.padded_vocab_size)
-        x = self.norm(look_up(self.transformer.wte.weight).to(self.compute_dtype))
+        x = norm(look_up(self.transformer.wte.weight).to(self.compute_dtype))
         x = self._smear(x, kv_cache)
         x0, backout = x, None
         for i, block in enumerate(self.transformer.h):
@@ -349,18 +336,10 @@ class GPT(nn.Module):
             if i == self.config.n_layer // 2:
                 backout = x
         if kv_cache is not None:
-            kv_cache.advance(T)
+            kv_cache.length += T
         if backout is not None:
             x = x - self.backout_lambda.to(x.dtype) * backout
-        return self.norm(x)
-
-    def loss(self, x, targets, reduction):
-        """Return the cross-entropy in nats of the softcapped logits, without the padded columns."""
-        options = targets, self.config.vocab_size, SOFTCAP, reduction
-        if not self.chunked_ce:
-            return plain_cross_entropy(self.lm_head(x), *options)
-        kind = "triton" if x.is_cuda else "torch"
-        return linear_cross_entropy(x, self.lm_head.weight_in(x.dtype), *options, kind)
+        return norm(x)
 
     def _smear(self, x, kv_cache):
         """Add the previous token's embedding to each position, through a gate of that position."""

@@ -1,11 +1,8 @@
-"""Bits per byte of a model on a split: which rows are scored, the loss with its standard error over
-documents, the loss by position, and the losses per document by which two runs are compared.
-"""
+"""Bits per byte of a model on a split, with standard error; losses by position and by document."""
 
 import math
 from dataclasses import dataclass
 from itertools import islice
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -14,30 +11,26 @@ import torch.distributed as dist
 from nanochat.common import UserError, atomic_path
 from nanochat.dataloader import RowPlanner, fill_rows
 from nanochat.distributed import Ranks
-from nanochat.engine import generate
+from nanochat.engine import stream
 
 DOCUMENT_LOSSES = "validation.npz"  # file of a run's final validation, in the run's folder
 MAX_RELATIVE_ERROR = 0.01  # standard error / bits per byte; a larger one is warned of
-BATCHES_IN_FLIGHT = 16  # a GPU computes as many before Python waits for their losses
 
 
 class SplitRows:
-    """The rows of a split that an evaluation scores, fixed by (shards, sequence_len, eval_tokens,
-    crop): the first ceil(eval_tokens / sequence_len) rows of at most one pass in document order.
+    """The rows that an evaluation scores: the first ceil(eval_tokens / sequence_len) of one pass.
 
-    A token is scored at most once, and a split of up to eval_tokens is evaluated completely.
-    crop="carry": the rows are packed from the leading documents that fill them; every token but
-    BOS is scored. crop="drop": the rows are upstream's, without the rests of cropped documents. At
-    the end of the pass, upstream refills its buffer from the next pass; these rows use it up.
-    split_tokens: tokens of the split, without BOS.
+    A token is scored at most once. crop="carry": the rows are packed from the leading documents
+    that fill them; every token but BOS is scored. crop="drop": the rows are upstream's, without the
+    rests of cropped documents; upstream would mix the end of the pass with the next.
     """
 
     def __init__(self, shards, sequence_len, eval_tokens, crop):
         self.shards = shards
         self.sequence_len = sequence_len
         n_docs = sum(shard.n_docs for shard in shards)
-        self.split_tokens = sum(shard.n_tokens for shard in shards) - n_docs
-        n_rows = None if eval_tokens >= self.split_tokens else -(-eval_tokens // sequence_len)
+        split_tokens = sum(shard.n_tokens for shard in shards) - n_docs  # without BOS
+        n_rows = None if eval_tokens >= split_tokens else -(-eval_tokens // sequence_len)
         if crop == "carry" and n_rows:
             # Best-fit packing of more documents would put the longest ones into the first rows.
             n_docs = _n_leading_documents(shards, n_rows * (sequence_len + 1))
@@ -53,8 +46,8 @@ class SplitRows:
         """Return (inputs, targets, documents, positions) of up to batch_rows planned rows, each
         (batch_rows, sequence_len) int64; missing rows and tokens have input BOS and target -1.
 
-        documents: index of the target's document in the split, or -1. positions: number of tokens
-        of this document before the target in the row, without BOS; -1 for a BOS target.
+        documents: index of the target's document in the split, or -1. positions: tokens of this
+        document before the target in the row, without BOS; -1 for a BOS target.
         """
         plan = plan + [[]] * (batch_rows - len(plan))
         tokens = fill_rows(self.shards, plan, self.sequence_len + 1).astype(np.int64)
@@ -72,22 +65,16 @@ class SplitRows:
 
 @dataclass(frozen=True, eq=False)
 class LossEvaluation:
-    """The loss over the scored targets; special tokens count neither as nats nor as bytes.
+    """The loss over the scored targets; special tokens count neither as nats nor as bytes."""
 
-    bits_per_byte: summed nats / (ln 2 x summed UTF-8 bytes); standard_error: its standard error
-    over documents (NaN: fewer than two); n_tokens, n_bytes: distinct ones scored.
-    nats_by_position[n]: mean nats of targets after n tokens of their document in the row, without
-    BOS; None if there are none. documents: indices in the split, with their nats and bytes.
-    """
-
-    bits_per_byte: float
-    standard_error: float
+    bits_per_byte: float  # summed nats / (ln 2 x summed UTF-8 bytes)
+    standard_error: float  # over documents; NaN if there are fewer than two
     nats_per_token: float
     n_tokens: int
     n_bytes: int
-    nats_by_position: list
+    nats_by_position: list  # mean over targets after n tokens of their document in the row, or None
     counts_by_position: list
-    documents: np.ndarray
+    documents: np.ndarray  # scored documents, by their index in the split
     document_nats: np.ndarray
     document_bytes: np.ndarray
 
@@ -118,41 +105,30 @@ class LossEvaluation:
 def evaluate_split(model, rows, batch_rows, token_bytes, device, ranks=None, progress=iter):
     """Return the LossEvaluation of `model(inputs, targets, "none")` on SplitRows.
 
-    batch_rows and the number of ranks only decide where a row is computed; all batches have the
-    same shape. token_bytes: UTF-8 bytes per token id (numpy), 0 for special tokens. progress:
-    wraps the sequence of this rank's batches, for a progress bar.
+    batch_rows and the number of ranks only decide where a row is computed. token_bytes: UTF-8 bytes
+    per token id (numpy), 0 for special tokens. progress: a progress bar for this rank's batches.
     """
     ranks = ranks or Ranks()
     n_docs = 1 + max(rows.document_index(*part[:2]) for row in rows.plan for part in row)
     by_position = np.zeros((2, rows.sequence_len))  # nats, counts
     by_document = np.zeros((2, n_docs))  # nats, bytes
 
-    in_flight = []  # (nats on the device, targets, documents, positions)
-
-    def add_up():
-        for nats, targets, documents, positions in in_flight:
-            n_bytes = np.where(targets < 0, 0, token_bytes[targets])
-            scored = n_bytes > 0
-            nats = nats.float().cpu().numpy().reshape(targets.shape)[scored].astype(np.float64)
-            np.add.at(by_position[0], positions[scored], nats)
-            np.add.at(by_position[1], positions[scored], 1)
-            np.add.at(by_document[0], documents[scored], nats)
-            np.add.at(by_document[1], documents[scored], n_bytes[scored])
-        in_flight.clear()
-
     own_plan = rows.plan[ranks.rank :: ranks.world_size]
     was_training = model.training
     model.eval()
     for first in progress(range(0, len(own_plan), batch_rows)):
-        inputs, targets, *labels = rows.batch(own_plan[first : first + batch_rows], batch_rows)
-        pair = torch.stack([torch.from_numpy(inputs), torch.from_numpy(targets)])
-        if device.type == "cuda":
-            pair = pair.pin_memory()  # else the copy would wait for the batches in flight
-        on_device = pair.to(device, non_blocking=True)
-        in_flight.append((model(*on_device, "none"), targets, *labels))
-        if len(in_flight) == BATCHES_IN_FLIGHT:
-            add_up()
-    add_up()
+        batch = rows.batch(own_plan[first : first + batch_rows], batch_rows)
+        inputs, targets, documents, positions = batch
+        pair = torch.from_numpy(np.stack((inputs, targets))).to(device)
+        nats = model(*pair, "none").float().cpu().numpy().reshape(targets.shape)
+
+        n_bytes = np.where(targets < 0, 0, token_bytes[targets])
+        scored = n_bytes > 0
+        nats = nats[scored].astype(np.float64)
+        np.add.at(by_position[0], positions[scored], nats)
+        np.add.at(by_position[1], positions[scored], 1)
+        np.add.at(by_document[0], documents[scored], nats)
+        np.add.at(by_document[1], documents[scored], n_bytes[scored])
     model.train(was_training)
 
     if ranks.world_size > 1:
@@ -163,25 +139,17 @@ def evaluate_split(model, rows, batch_rows, token_bytes, device, ranks=None, pro
     nats, counts = by_position
     documents = np.flatnonzero(by_document[1])
     document_nats, document_bytes = by_document[:, documents]
-    bits_per_byte, standard_error = _bits_per_byte(document_nats, document_bytes)
     n_tokens = int(counts.sum())
+    nats_per_token = float(nats.sum()) / n_tokens if n_tokens else math.nan
+    means = [nats[n] / counts[n] if counts[n] else None for n in range(len(nats))]
     return LossEvaluation(
-        bits_per_byte=bits_per_byte,
-        standard_error=standard_error,
-        nats_per_token=float(nats.sum()) / n_tokens if n_tokens else math.nan,
-        n_tokens=n_tokens,
-        n_bytes=int(document_bytes.sum()),
-        nats_by_position=[nats[n] / counts[n] if counts[n] else None for n in range(len(nats))],
-        counts_by_position=counts.astype(int).tolist(),
-        documents=documents,
-        document_nats=document_nats,
-        document_bytes=document_bytes.astype(np.int64),
-    )
+        *_bits_per_byte(document_nats, document_bytes), nats_per_token, n_tokens,
+        int(document_bytes.sum()), means, counts.astype(int).tolist(), documents, document_nats,
+        document_bytes.astype(np.int64))
 
 
 def _bits_per_byte(nats, n_bytes):
-    """Return (summed nats / summed bytes, in bits; its standard error over documents by the delta
-    method for a ratio of means)."""
+    """Return (bits per byte, its standard error over documents by the delta method)."""
     n_docs = len(nats)
     if not n_docs:
         return math.nan, math.nan
@@ -214,22 +182,19 @@ def position_table(evaluation):
     return "\n".join(lines)
 
 
-def save_document_losses(path, evaluation, dataset_id, tokenizer_id, split="val"):
+def save_document_losses(path, evaluation, dataset_id, tokenizer_id):
     """Write the nats and bytes per document of a LossEvaluation to an .npz file."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, dataset_id=dataset_id, tokenizer_id=tokenizer_id, split=split,
+        np.savez(file, dataset_id=dataset_id, tokenizer_id=tokenizer_id,
                  documents=evaluation.documents, nats=evaluation.document_nats,
                  n_bytes=evaluation.document_bytes)
 
 
 def load_document_losses(path):
-    """Return a namespace with the values that save_document_losses wrote: dataset_id, tokenizer_id,
-    split, and the arrays documents, nats, n_bytes. Raises UserError if they cannot be read."""
+    """Return {dataset_id, documents, nats, n_bytes} of a file. Raise UserError if it is damaged."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            values = {name: str(arrays[name]) for name in ("dataset_id", "tokenizer_id", "split")}
-            values |= {name: arrays[name] for name in ("documents", "nats", "n_bytes")}
-        return SimpleNamespace(**values)
+            return {name: arrays[name] for name in ("dataset_id", "documents", "nats", "n_bytes")}
     except Exception as error:  # zipfile, zlib and numpy raise many kinds on damaged files
         raise UserError(f"{path} holds no losses per document ({error}); the final validation of "
                         "a run writes them") from None
@@ -238,15 +203,13 @@ def load_document_losses(path):
 def paired_difference(a, b):
     """Return (bits per byte of `a` minus those of `b`, its standard error over documents).
 
-    a, b: document losses. Raises UserError if they are not of the same bytes of the same text.
+    a, b: results of load_document_losses. Raise UserError if they are not of the same text.
     """
-    if (a.dataset_id, a.split) != (b.dataset_id, b.split):
-        raise UserError(f"the two evaluations are of different texts: {a.dataset_id} ({a.split}) "
-                        f"and {b.dataset_id} ({b.split})")
-    if not (np.array_equal(a.documents, b.documents) and np.array_equal(a.n_bytes, b.n_bytes)):
-        raise UserError(f"the two evaluations scored different parts of {a.dataset_id}; evaluate "
-                        "both with the same --eval-tokens, --max-seq-len, --crop and tokenizer")
-    return _bits_per_byte(a.nats - b.nats, a.n_bytes)
+    if not all(np.array_equal(a[name], b[name]) for name in ("dataset_id", "documents", "n_bytes")):
+        raise UserError(f"the two evaluations scored different text, of {a['dataset_id']} and "
+                        f"{b['dataset_id']}; evaluate both with the same --dataset, "
+                        "--eval-tokens, --max-seq-len, --crop and tokenizer")
+    return _bits_per_byte(a["nats"] - b["nats"], a["n_bytes"])
 
 
 def sample_documents(model, tokenizer, shard):
@@ -257,8 +220,8 @@ def sample_documents(model, tokenizer, shard):
     for document in range(min(2, shard.n_docs)):
         first, end = shard.offsets[document : document + 2]
         prompt = shard.tokens[first:end][:17].tolist()  # BOS and 16 tokens
-        [new] = generate(model, prompt, 96, temperature=0.8, top_k=50, seed=document,
-                         stop_ids=(tokenizer.bos_id,))
+        new = list(stream(model, prompt, 96, temperature=0.8, top_k=50, seed=document,
+                          stop_ids=(tokenizer.bos_id,)))
         samples.append({"prompt": tokenizer.decode(prompt[1:]), "text": tokenizer.decode(new)})
     model.train(was_training)
     return samples

@@ -1,10 +1,10 @@
 """Muon for the matrices of the blocks, AdamW for the other parameters; state sharded over ranks.
 
-A step reduces gradients, updates weights and gathers them group by group, so that the communication
-of one group overlaps with the arithmetic of another. With one rank there are no collectives.
+Communication of one part overlaps with the update of another. One rank uses no collectives.
 """
 
 from collections import defaultdict
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,34 +33,24 @@ def parameter_groups(model, *, embedding_lr=0.3, unembedding_lr=0.008, matrix_lr
                      scalar_lr=0.5, weight_decay=0.28, batch_lr_scale=1.0, decay_scale=1.0):
     """Return the optimizer's groups for a GPT; Muon has one group per matrix shape.
 
-    batch_lr_scale multiplies every learning rate, decay_scale the weight decay of Muon. The
-    learning rates of the head and the embeddings are also multiplied by (width/768)^-0.5.
+    batch_lr_scale multiplies every learning rate, decay_scale the weight decay of Muon.
     """
     width_scale = (model.config.n_embd / 768) ** -0.5
-    blocks, rest = {}, {}
-    for name, parameter in model.named_parameters():
-        (blocks if name.startswith("transformer.h.") else rest)[name] = parameter
-
-    def adamw(names, lr, betas, decay):
-        parameters = [rest.pop(name) for name in names]
-        return {"kind": "adamw", "params": parameters, "lr": lr * batch_lr_scale, "betas": betas,
-                "eps": 1e-10, "weight_decay": decay}
-
-    value_names = [name for name in rest if name.startswith("value_embeds.")]
-    groups = [
-        adamw(["lm_head.weight"], unembedding_lr * width_scale, (0.8, 0.96), 0.01),
-        adamw(["transformer.wte.weight"], embedding_lr * width_scale, (0.8, 0.995), 0.001),
-        adamw(value_names, 0.5 * embedding_lr * width_scale, (0.8, 0.995), 0.01),
-        adamw(["resid_lambdas"], 0.01 * scalar_lr, (0.8, 0.95), 0.05),
-        adamw(["x0_lambdas"], scalar_lr, (0.96, 0.95), 0.0),
-        adamw(["smear_gate.weight", "smear_lambda", "backout_lambda"], 0.2, (0.8, 0.95), 0.0),
-    ]
-    assert not rest, f"parameters without a group: {', '.join(rest)}"
+    smear_and_backout = [model.smear_gate.weight, model.smear_lambda, model.backout_lambda]
+    groups = [{"kind": "adamw", "params": list(params), "lr": lr * batch_lr_scale, "betas": betas,
+               "eps": 1e-10, "weight_decay": decay} for params, lr, betas, decay in (
+        (model.lm_head.parameters(), unembedding_lr * width_scale, (0.8, 0.96), 0.01),
+        (model.transformer.wte.parameters(), embedding_lr * width_scale, (0.8, 0.995), 0.001),
+        (model.value_embeds.parameters(), 0.5 * embedding_lr * width_scale, (0.8, 0.995), 0.01),
+        ([model.resid_lambdas], 0.01 * scalar_lr, (0.8, 0.95), 0.05),
+        ([model.x0_lambdas], scalar_lr, (0.96, 0.95), 0.0),
+        (smear_and_backout, 0.2, (0.8, 0.95), 0.0),
+    )]
     by_shape = defaultdict(list)
-    for parameter in blocks.values():
-        by_shape[tuple(parameter.shape)].append(parameter)
-    for _, parameters in sorted(by_shape.items()):
-        groups.append({"kind": "muon", "params": parameters, "lr": matrix_lr * batch_lr_scale,
+    for p in model.transformer.h.parameters():
+        by_shape[tuple(p.shape)].append(p)
+    for _, params in sorted(by_shape.items()):
+        groups.append({"kind": "muon", "params": params, "lr": matrix_lr * batch_lr_scale,
                        "momentum": 0.95, "beta2": 0.9, "weight_decay": weight_decay * decay_scale})
     for group in groups:
         group["initial_lr"] = group["lr"]
@@ -68,27 +58,57 @@ def parameter_groups(model, *, embedding_lr=0.3, unembedding_lr=0.008, matrix_lr
     return groups
 
 
+class Part(NamedTuple):
+    """Weights that are updated together: an AdamW parameter, or Muon's matrices of one shape."""
+
+    group: dict
+    params: list  # the optimizer state is that of the first
+    weights: torch.Tensor  # of Muon (K, rows, cols), padded with zeros to a multiple of the ranks
+    casts: torch.Tensor | None  # copies of the weights in the compute dtype
+    is_muon: bool
+
+    def is_sharded(self, world_size):
+        """Return whether each rank holds the state of a share of the rows or matrices."""
+        n_rows = len(self.weights)
+        is_large = self.weights.numel() >= SMALL_NUMEL
+        return self.is_muon or (world_size > 1 and is_large and n_rows % world_size == 0)
+
+    def rows_of(self, rank, world_size):
+        """Return (first, end) of the rows or matrices whose state a rank of several holds."""
+        n_rows = len(self.params) if self.is_muon else len(self.weights)
+        if not self.is_sharded(world_size):
+            return 0, n_rows
+        share = -(-n_rows // world_size)
+        return rank * share, (rank + 1) * share
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon and AdamW; each rank holds the state of its share of the parameters.
 
-    matmul_dtype: dtype of Muon's orthogonalisation. compiled: compile the updates. casts: {weight:
-    copy} from GPT.keep_casts; such a weight has the gradient of its copy, and `step` writes both.
-    `step` averages gradients over ranks, so backward must not. A state dict has the state of one
-    rank; `load_shards` reads those of any number of ranks. Muon's weights become views of one
-    tensor per shape, so move the model to its device first.
+    matmul_dtype: dtype of Muon's orthogonalisation. casts: {weight: copy} from GPT.keep_casts; such
+    a weight has the gradient of its copy, and `step` writes both. `step` averages gradients over
+    ranks. Muon's weights become views of one tensor per shape: move the model to its device first.
     """
 
     def __init__(self, groups, ranks=None, matmul_dtype=torch.float32, compiled=False, casts=None):
         self.ranks = ranks or Ranks()
         self.matmul_dtype = matmul_dtype
         self.casts = casts or {}
+        self._communicates = self.ranks.world_size > 1
         self._compiled = {}
         if compiled:
             for function in (muon_direction, muon_update, adamw_updates):
                 self._compiled[function] = torch.compile(function, dynamic=False, fullgraph=True)
         super().__init__(groups, defaults={})
-        self._stacks = {group["params"][0]: self._stacked(group["params"])
-                        for group in self.param_groups if group["kind"] == "muon"}
+        self._parts = [part for group in self.param_groups for part in self._parts_of(group)]
+
+    def _parts_of(self, group):
+        params, casts = group["params"], None
+        if group["kind"] == "adamw":
+            return [Part(group, [p], p.data, self.casts.get(p), False) for p in params]
+        if self.casts:
+            casts = self._one_storage([self.casts[p] for p in params])
+        return [Part(group, params, self._one_storage(params), casts, True)]
 
     def schedule(self, lr_multiplier, muon_momentum, muon_decay_multiplier):
         """Set the learning rates, Muon's momentum and Muon's weight decay of the next step."""
@@ -100,11 +120,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def accumulate(self):
-        """Add the gradients of the copies to fp32 gradients of their weights.
-
-        Call it after every backward pass if a step has several: sums in the copies would be
-        rounded.
-        """
+        """Add the copies' gradients to fp32 ones, after each of several backward passes."""
         for weight, cast in self.casts.items():
             if weight.grad is None:
                 weight.grad = cast.grad.to(weight.dtype)
@@ -115,43 +131,30 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         """Update the weights from the gradients, which are kept."""
-        self._update()
+        world_size = self.ranks.world_size
+        sharded = [part for part in self._parts if part.is_sharded(world_size)]
+        replicated = [part for part in self._parts if not part.is_sharded(world_size)]
+        means = [self._start_mean(self._gradient(part)) for part in sharded]
+        joint_means = self._joint_means([self._gradient(part) for part in replicated])
+        gathers = []
+        for part, mean in zip(sharded, means, strict=True):
+            if part.is_muon:
+                self._update_muon(part, mean())
+            else:
+                self._update_adamw([part], [mean()])
+            gathers += self._start_gather(part.weights if part.casts is None else part.casts)
+        self._update_adamw(replicated, joint_means)
+        for gather in gathers:
+            gather.wait()
 
     @torch.no_grad()
     def warm_up(self):
-        """Compile the updates without collectives and without changing weights or state."""
-        state, rates = self.state, [group["lr"] for group in self.param_groups]
-        self.state = defaultdict(dict)
-        for group in self.param_groups:
-            group["lr"] = 0.0
-        self._update(local=True)
-        self.state = state
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-    def _update(self, local=False):
-        """Update all parameters. local: without collectives, from this rank's gradients only."""
-        muon = [group for group in self.param_groups if group["kind"] == "muon"]
-        adamw = [(p, group) for group in self.param_groups if group["kind"] == "adamw"
-                 for p in group["params"]]
-        sharded = [(p, group) for p, group in adamw if self._is_sharded(p)]
-        replicated = [(p, group) for p, group in adamw if not self._is_sharded(p)]
-        stacks = [self._padded_stack([self._grad(p) for p in group["params"]]) for group in muon]
-
-        means = [self._mean_of_rows(self._grad(p), local) for p, _ in sharded]
-        stack_means = [self._mean_of_rows(stack, local) for stack in stacks]
-        joint_means = self._joint_means([self._grad(p) for p, _ in replicated], local)
-        gathers = []
-        for (p, group), mean in zip(sharded, means, strict=True):
-            self._update_adamw([(p, group, mean())])
-            gathers += self._gather(p.data, self.casts.get(p), local)
-        for group, mean in zip(muon, stack_means, strict=True):
-            self._update_muon(group, mean())
-            gathers += self._gather(*self._stacks[group["params"][0]], local)
-        updates = zip(replicated, joint_means, strict=True)
-        self._update_adamw([(*pair, mean) for pair, mean in updates])
-        for gather in gathers:
-            gather.wait()
+        """Compile the updates; change no weights or state. Call `schedule` before the next step."""
+        state, communicates = self.state, self._communicates
+        self.state, self._communicates = defaultdict(dict), False
+        self.schedule(0.0, 0.0, 0.0)
+        self.step()
+        self.state, self._communicates = state, communicates
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
@@ -162,34 +165,23 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         """Load the state; keep this optimizer's own learning rates, momenta and decays."""
-        own = [dict(group) for group in self.param_groups]
+        own_groups = self.param_groups
         super().load_state_dict(state_dict)
-        for group, options in zip(self.param_groups, own, strict=True):
-            group.update(options)
+        self.param_groups = own_groups
 
     @torch.no_grad()
     def load_shards(self, shards, n_shards):
         """Load optimizer state saved by `n_shards` ranks, reading one shard at a time."""
         state = defaultdict(dict)
         for rank, shard in enumerate(shards):
-            saved_groups = shard["param_groups"]
-            for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-                for p, index in zip(group["params"], saved_group["params"], strict=True):
-                    rows = self._own_range(p, group, self.ranks.rank, self.ranks.world_size)
-                    saved_rows = self._own_range(p, group, rank, n_shards)
-                    for name, value in shard["state"].get(index, {}).items():
-                        _copy_overlap(state[index], name, value, rows, saved_rows)
-        self.load_state_dict({"state": state, "param_groups": saved_groups})
-
-    def _own_range(self, p, group, rank, world_size):
-        """Return (first, end) of the rows of p whose state a rank holds; matrices for Muon."""
-        if group["kind"] == "muon":
-            share = -(-len(group["params"]) // world_size)
-        elif self._is_sharded(p, world_size):
-            share = len(p) // world_size
-        else:
-            return 0, len(p)
-        return rank * share, (rank + 1) * share
+            index = 0  # state dicts number the parameters
+            for part in self._parts:
+                rows = part.rows_of(self.ranks.rank, self.ranks.world_size)
+                saved_rows = part.rows_of(rank, n_shards)
+                for name, value in shard["state"].get(index, {}).items():
+                    _copy_overlap(state[index], name, value, rows, saved_rows)
+                index += len(part.params)
+        self.load_state_dict({"state": state, "param_groups": shard["param_groups"]})
 
     @torch.no_grad()
     def write_casts(self):
@@ -199,30 +191,22 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def complete_weights(self):
-        """Gather the fp32 weights that have copies; call it on every rank before reading them.
-
-        `step` gathers only the copies, because the model uses only those.
-        """
-        stacks = [weights for weights, casts in self._stacks.values() if casts is not None]
-        tables = [p.data for p in self.casts if self._is_sharded(p)]
-        for weights in stacks + tables:
-            for gather in self._gather(weights, None):
-                gather.wait()
+        """Gather the fp32 weights of which `step` gathers only copies; call it on every rank."""
+        for part in self._parts:
+            if part.casts is not None and part.is_sharded(self.ranks.world_size):
+                for gather in self._start_gather(part.weights):
+                    gather.wait()
 
     # --- parts of a step ---
 
-    def _is_sharded(self, p, world_size=None):
-        """Return whether an AdamW parameter is split among the ranks."""
-        world_size = world_size or self.ranks.world_size
-        return world_size > 1 and p.numel() >= SMALL_NUMEL and p.size(0) % world_size == 0
+    def _gradient(self, part):
+        grads = [self.casts[p].grad if p.grad is None else p.grad for p in part.params]
+        return self._padded_stack(grads) if part.is_muon else grads[0]
 
-    def _grad(self, p):
-        return self.casts[p].grad if p.grad is None else p.grad
-
-    def _mean_of_rows(self, grad, local):
+    def _start_mean(self, grad):
         """Start to average a gradient; return a function that waits and returns own rows."""
         own = self._own_rows(grad)
-        if self.ranks.world_size == 1 or local:
+        if not self._communicates:
             return lambda: own
         mean = torch.empty_like(own)
         averages = dist.get_backend() == "nccl"  # gloo cannot average
@@ -235,56 +219,51 @@ class MuonAdamW(torch.optim.Optimizer):
 
         return wait
 
-    def _joint_means(self, grads, local):
+    def _joint_means(self, grads):
         """Return the complete means of several small gradients, from one fp32 collective."""
         if self.ranks.world_size == 1:
             return grads
         flat = torch.cat([grad.flatten().float() for grad in grads])
-        if not local:
+        if self._communicates:
             dist.all_reduce(flat)
             flat /= self.ranks.world_size
         parts = flat.split([grad.numel() for grad in grads])
         return [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)]
 
-    def _gather(self, weights, casts, local=False):
-        """Start to exchange updated rows of the copies, or of the weights without copies."""
-        if self.ranks.world_size == 1 or local:
+    def _start_gather(self, tensor):
+        """Start to exchange the updated rows of a tensor; return what to wait for."""
+        if not self._communicates:
             return []
-        tensor = weights if casts is None else casts
         return [_all_gather(tensor, self._own_rows(tensor), async_op=True)]
 
     def _own_rows(self, tensor):
         """Return this rank's share of the rows of a tensor, or None for None."""
-        if tensor is None:
-            return None
-        share = len(tensor) // self.ranks.world_size
-        return tensor[self.ranks.rank * share : (self.ranks.rank + 1) * share]
+        return tensor if tensor is None else tensor.chunk(self.ranks.world_size)[self.ranks.rank]
 
-    def _update_adamw(self, updates):
-        """updates: [(parameter, group, this rank's rows of the mean gradient)]."""
+    def _update_adamw(self, parts, grads):
+        """grads: this rank's rows of the mean gradients."""
         tensors, numbers = [], []
-        for p, group, grad in updates:
-            weights, cast = p.data, self.casts.get(p)
-            if self._is_sharded(p):
-                weights, cast = self._own_rows(weights), self._own_rows(cast)
-            state = self.state[p]
+        for part, grad in zip(parts, grads, strict=True):
+            group, weights, casts = part.group, part.weights, part.casts
+            if part.is_sharded(self.ranks.world_size):
+                weights, casts = self._own_rows(weights), self._own_rows(casts)
+            state = self.state[part.params[0]]
             if not state:
                 state["step"] = 0
                 state["exp_avg"] = torch.zeros_like(weights)
                 state["exp_avg_sq"] = torch.zeros_like(weights)
             state["step"] += 1
             beta1, beta2 = group["betas"]
-            tensors.append((weights, cast, grad, state["exp_avg"], state["exp_avg_sq"]))
+            tensors.append((weights, casts, grad, state["exp_avg"], state["exp_avg_sq"]))
             numbers.append(_scalars(
                 group["lr"], beta1, beta2, group["eps"], group["weight_decay"],
                 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]))
         self._compiled.get(adamw_updates, adamw_updates)(tensors, numbers)
 
-    def _update_muon(self, group, grad):
+    def _update_muon(self, part, grad):
         """grad: this rank's matrices of the stack of mean gradients."""
-        first = group["params"][0]
-        weights, casts = (self._own_rows(stack) for stack in self._stacks[first])
-        state = self.state[first]
+        weights, casts = self._own_rows(part.weights), self._own_rows(part.casts)
+        group, state = part.group, self.state[part.params[0]]
         n, rows, cols = weights.shape
         if not state:
             state["momentum"] = torch.zeros_like(weights)
@@ -297,15 +276,10 @@ class MuonAdamW(torch.optim.Optimizer):
         worthwhile = rows > 1 and (weights.is_cuda or rows * cols >= SMALL_NUMEL)
         compiled = self._compiled if worthwhile else {}
         make_direction = compiled.get(muon_direction, muon_direction)
-        update = compiled.get(muon_update, muon_update)
         direction = make_direction(grad, state["momentum"], momentum, self.matmul_dtype)
         direction = polar_express(direction)  # not compiled: the BLAS calls fuse the additions
+        update = compiled.get(muon_update, muon_update)
         update(weights, casts, direction, state["second_moment"], lr, beta2, decay)
-
-    def _stacked(self, params):
-        """Return the (K, rows, cols) stacks of parameters and of their copies (or None)."""
-        copies = [self.casts[p] for p in params] if self.casts else None
-        return self._one_storage(params), copies and self._one_storage(copies)
 
     def _one_storage(self, tensors):
         """Return the stack of tensors, which become views of it."""
@@ -321,7 +295,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def _copy_overlap(state, name, saved, rows, saved_rows):
-    """Copy to state[name], the rows `rows`, the part of them in `saved`, the rows `saved_rows`."""
+    """Copy to state[name], which has the rows `rows`, those that `saved` has of `saved_rows`."""
     if not torch.is_tensor(saved):  # AdamW's step count
         state[name] = saved
         return
@@ -341,27 +315,22 @@ def _scalars(*numbers):
 # --- the arithmetic of the updates ----------------------------------------------------------------
 
 def adamw_updates(tensors, numbers):
-    """Apply `adamw_update` to several parameters in one graph of the compiler."""
-    for each, values in zip(tensors, numbers, strict=True):
-        adamw_update(*each, *values)
+    """Apply AdamW (arXiv:1711.05101) in place to several parameters, in one graph of the compiler.
 
-
-def adamw_update(p, cast, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_decay,
-                 bias1, bias2):
-    """Apply AdamW (arXiv:1711.05101) in place; all tensors have one shape. cast: p's copy or None.
-
-    The numbers are 0-dim fp32 CPU tensors; bias1 and bias2 are 1 - beta^step. The arithmetic is
-    fp32 for every storage dtype.
+    tensors: (parameter, its copy or None, gradient, exp_avg, exp_avg_sq) of each. numbers: 0-dim
+    tensors, the last 1 - beta^step. The arithmetic is fp32 for every storage dtype.
     """
-    g, w = grad.float(), p.float()
-    m = torch.lerp(exp_avg.float(), g, 1 - beta1)
-    v = torch.lerp(exp_avg_sq.float(), g * g, 1 - beta2)
-    w = w * (1 - lr * weight_decay) - lr * (m / bias1) / ((v / bias2).sqrt() + eps)
-    exp_avg.copy_(m)
-    exp_avg_sq.copy_(v)
-    p.copy_(w)
-    if cast is not None:
-        cast.copy_(w)
+    for (p, cast, grad, exp_avg, exp_avg_sq), values in zip(tensors, numbers, strict=True):
+        lr, beta1, beta2, eps, weight_decay, bias1, bias2 = values
+        g, w = grad.float(), p.float()
+        m = torch.lerp(exp_avg.float(), g, 1 - beta1)
+        v = torch.lerp(exp_avg_sq.float(), g * g, 1 - beta2)
+        w = w * (1 - lr * weight_decay) - lr * (m / bias1) / ((v / bias2).sqrt() + eps)
+        exp_avg.copy_(m)
+        exp_avg_sq.copy_(v)
+        p.copy_(w)
+        if cast is not None:
+            cast.copy_(w)
 
 
 def muon_direction(grad, momentum_buffer, momentum, dtype):
@@ -415,11 +384,10 @@ def muon_update(p, cast, update, second_moment, lr, beta2, weight_decay):
 
 
 def polar_express(x):
-    """Approximate the orthogonal polar factor of each matrix of x (K, rows, cols).
+    """Approximate the orthogonal polar factor of each matrix of x (K, rows, cols), norm below 1.
 
-    Spectral norms must be below 1. Iterates odd quintic polynomials (arXiv:2505.16932) in x's dtype
-    on the smaller side. The BLAS calls sum in fp32: rounding the products to bf16 first, or adding
-    the first term to the polynomial's diagonal, quadruples the error.
+    Iterates polynomials (arXiv:2505.16932) in x's dtype on the smaller side. The BLAS calls sum in
+    fp32: rounding the products to bf16 first quadruples the error.
     """
     tall = x.size(-2) > x.size(-1)
     for a, b, c in POLAR_EXPRESS:

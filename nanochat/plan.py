@@ -147,7 +147,7 @@ def _activation_bytes(config, model, dtype, device):
     for window in model.windows:
         backend = config.attention
         if backend == "auto" and device.type == "cpu":
-            backend, _ = choose_backend(
+            backend = choose_backend(
                 device, dtype, heads, model.sequence_len, window)
         if backend == "blockwise":  # keeps the scores in fp32 and the probabilities
             keys = min(window + BLOCK_QUERIES, (model.sequence_len + BLOCK_QUERIES) // 2)

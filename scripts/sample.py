@@ -66,7 +66,7 @@ def show(args, trained, prompt, seed):
     tokens = stream(trained.model, [tokenizer.bos_id, *tokenizer.encode(prompt)],
                     args.max_new_tokens, stop_ids=special, seed=seed,
                     temperature=args.temperature, top_k=args.top_k or None)
-    pieces = whole_characters((token for [token] in tokens), tokenizer.decode)
+    pieces = whole_characters(tokens, tokenizer.decode)
     first = next(pieces, "")  # raises errors before anything is printed
     for piece in itertools.chain((prompt, first), pieces):
         text = piece.translate(ESCAPES) if sys.stdout.isatty() else piece

@@ -1,4 +1,4 @@
-"""What the kernel tests share: the device, the plain loss, and the criterion of exactness."""
+"""Shared by the tests of kernels: the device, the plain loss, and the criterion of exactness."""
 
 import pytest
 import torch
@@ -17,10 +17,10 @@ def kernel_device():
     pytest.skip("neither CUDA nor the interpreter: set TRITON_INTERPRET=1 before pytest starts")
 
 
-def plain_linear_cross_entropy(x, weight, targets, vocab_size, softcap=15.0, reduction="mean"):
+def plain_linear_cross_entropy(x, weight, targets, vocab_size, reduction="mean"):
     """The loss as the model computes it by default, from x (..., d) and weight (Vpad, d)."""
     logits = F.linear(x, weight.to(x.dtype))
-    return plain_cross_entropy(logits, targets, vocab_size, softcap, reduction)
+    return plain_cross_entropy(logits, targets, vocab_size, reduction)
 
 
 def with_gradients(function, inputs, upstream=None):

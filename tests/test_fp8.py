@@ -16,6 +16,7 @@ from nanochat.optim import MuonAdamW, parameter_groups
 
 # mantissa bits, smallest normal exponent, largest value
 FORMATS = {E4M3: (3, -6, 448.0), E5M2: (2, -14, 57344.0)}
+CPU = torch.device("cpu")
 CONFIG = GPTConfig(16, 130, n_layer=1, n_head=2, n_kv_head=2, n_embd=128)
 
 
@@ -65,14 +66,6 @@ def test_quantised_is_the_nearest_value_of_the_format(dtype, values, exponent):
     np.testing.assert_array_equal(found.double().numpy(), expected)
 
 
-def test_zeros_nan_and_infinity():
-    zeros, scale = quantised(torch.zeros(4), E4M3)
-    assert not zeros.float().any() and scale.isfinite()
-    for bad in (torch.nan, torch.inf):
-        values, scale = quantised(torch.tensor([1.0, bad]), E4M3)
-        assert (values.float() * scale)[1].isnan()
-
-
 @pytest.mark.parametrize(("dtype", "lead"), [(torch.float32, (48,)), (torch.bfloat16, (3, 16))])
 def test_matmuls_agree_with_fp64_on_emulated_operands(dtype, lead):
     torch.manual_seed(0)  # a value half way between two others may be rounded either way
@@ -92,21 +85,22 @@ def test_matmuls_agree_with_fp64_on_emulated_operands(dtype, lead):
     assert relative(layer.weight.grad, g8.T @ x8) < 1e-6
 
 
-def test_weights_are_quantised_once_per_step_for_training_only():
+def test_weights_are_quantised_per_step_and_load_for_training_only():
     layer = Linear(128, 128)
     optimizer = in_fp8(layer)
     x = normal(16, 128)
     before = layer(x)
-    before.sum().backward()
-    with torch.no_grad():
-        layer.weight.mul_(3)  # not a step of the optimizer, so the quantised values stay
-    assert torch.equal(layer(x), before)
-    optimizer.step()
-    expected = F.linear(x, layer.weight)
-    torch.testing.assert_close(layer(x), expected, rtol=0.2, atol=0.1 * before.std().item())
-    assert (layer(x) - before).norm() > before.norm()
-    with torch.no_grad():  # an evaluation does not use fp8
-        assert torch.equal(layer(x), expected)
+    for update in (optimizer.step, lambda: optimizer.load_state_dict(optimizer.state_dict())):
+        with torch.no_grad():
+            layer.weight.mul_(3)  # not a step of the optimizer, so the quantised values stay
+            expected = F.linear(x, layer.weight)
+            assert torch.equal(layer(x), expected), "an evaluation does not use fp8"
+        assert torch.equal(layer(x), before)
+        update()
+        after = layer(x)
+        assert (after - expected).norm() < 0.1 * expected.norm()
+        assert (after - before).norm() > before.norm()
+        before = after
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -124,31 +118,19 @@ def trainer(fp8=True, **flags):
 @pytest.mark.parametrize("chunked_ce", [False, True])
 def test_large_layers_and_the_head_use_fp8(chunked_ce):
     """The gates do not, nor does the head of the chunked loss, which contains its matmul."""
-    model, _, batch = trainer(chunked_ce=chunked_ce)
+    model, _, _ = trainer(chunked_ce=chunked_ce)
     used = {name for name, module in model.named_modules() if getattr(module, "fp8", None)}
     layers = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     head = set() if chunked_ce else {"lm_head"}
     assert used == {f"transformer.h.0.{layer}" for layer in layers} | head
-    model(*batch).backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert list(model.state_dict()) == list(trainer(fp8=False)[0].state_dict())
 
 
-def test_checkpoints_do_not_depend_on_fp8_and_quantised_weights_follow_a_loaded_state():
-    model, optimizer, batch = trainer()
-    plain, _, _ = trainer(fp8=False)
-    assert list(model.state_dict()) == list(plain.state_dict())
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    state = optimizer.state_dict()
-    before = model(*batch)
-    before.backward()
-    optimizer.step()
-    assert model(*batch) != before
-    model.load_state_dict(weights)
-    optimizer.load_state_dict(state)
-    assert model(*batch) == before
-
-
-def test_training_follows_that_without_fp8():
+def test_training_follows_that_without_fp8_and_compiles_to_one_graph():
+    model, _, batch = trainer()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(*batch), model(*batch), rtol=1e-4, atol=1e-6)
     losses = []
     for fp8 in (False, True):
         model, optimizer, batch = trainer(fp8)
@@ -161,29 +143,16 @@ def test_training_follows_that_without_fp8():
     assert losses[0] < 0.8 * math.log(130) and 0 < abs(losses[1] - losses[0]) < 0.1, losses
 
 
-def test_the_model_compiles_to_one_graph_with_the_same_results():
-    model, _, batch = trainer()
-    torch._dynamo.reset()
-    results = []
-    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)):
-        loss = run(*batch)
-        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(("device", "dtype", "width", "n_tokens", "reason"), [
-    ("cuda", torch.bfloat16, 768, 4096, "compute capability 8.9"),
-    ("mps", torch.float32, 768, 4096, "NVIDIA GPU"),
-    ("cpu", torch.float16, 768, 4096, "bfloat16"),
-    ("cpu", torch.bfloat16, 64, 4096, "at least 128, not 64"),
-    ("cpu", torch.bfloat16, 200, 4096, "multiples of 16"),
-    ("cpu", torch.bfloat16, 768, 100, "100 tokens per micro-batch"),
-    ("cpu", torch.bfloat16, 768, 4096, None),
+@pytest.mark.parametrize(("device", "dtype", "width", "n_tokens"), [
+    ("cuda", torch.bfloat16, 768, 4096),  # of too low a compute capability
+    ("mps", torch.float32, 768, 4096),
+    ("cpu", torch.float16, 768, 4096),
+    ("cpu", torch.bfloat16, 64, 4096),
+    ("cpu", torch.bfloat16, 200, 4096),
+    ("cpu", torch.bfloat16, 768, 100),
 ])
-def test_unsuitable_runs_are_refused(monkeypatch, device, dtype, width, n_tokens, reason):
+def test_unsuitable_runs_are_refused(monkeypatch, device, dtype, width, n_tokens):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    if reason is None:
-        check_fp8(torch.device(device), dtype, width, n_tokens)
-        return
-    with pytest.raises(UserError, match=f"--fp8 .*{reason}"):
+    check_fp8(CPU, torch.bfloat16, 768, 4096)
+    with pytest.raises(UserError, match="--fp8"):
         check_fp8(torch.device(device), dtype, width, n_tokens)

@@ -1,10 +1,10 @@
-"""The model against the golden figures of upstream, and its counts, initial values and refusals."""
+"""The model against upstream's golden numbers, and its counts, initial values and refusals."""
 
 import math
 
 import pytest
 import torch
-from golden_figures import CONFIG, FACTS, arrays, batch, golden_model, relative_error
+from golden_figures import CONFIG, FACTS, arrays, assert_golden, batch, golden_model
 from kernel_cases import kernel_device
 
 from nanochat.common import UserError
@@ -18,20 +18,20 @@ def small_model(fused_rmsnorm=False, chunked_ce=False, **changes):
     return GPT(config, fused_rmsnorm=fused_rmsnorm, chunked_ce=chunked_ce)
 
 
-# --- golden figures -------------------------------------------------------------------------------
+# --- golden numbers -------------------------------------------------------------------------------
 
-def test_logits_and_losses_of_every_reduction_match_golden():
-    outputs, (idx, targets) = arrays("outputs"), batch()
+def test_logits_and_losses_match_golden():
+    expected, (idx, targets) = arrays("expected"), batch()
     model = golden_model()
     with torch.no_grad():
-        torch.testing.assert_close(model(idx[:1])[0], outputs["logits_row0"], atol=1e-4, rtol=0)
-        per_token = model(idx, targets, "none")
-        assert per_token.shape == targets.shape
-        torch.testing.assert_close(
-            per_token.flatten(), outputs["loss_per_token"], atol=1e-4, rtol=0)
-        torch.testing.assert_close(
-            model(idx, targets, "sum"), outputs["loss_sum"], rtol=1e-5, atol=0)
-        torch.testing.assert_close(model(idx, targets), outputs["loss_mean"], rtol=1e-5, atol=0)
+        logits, losses = model(idx[:1])[0, ::16], model(idx, targets, "none")
+        loss = model(idx, targets)
+    torch.testing.assert_close(logits, expected["logits"], atol=1e-4, rtol=0)
+    assert losses.shape == targets.shape
+    torch.testing.assert_close(losses.flatten(), expected["loss_per_token"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(loss, expected["loss_mean"], rtol=1e-5, atol=0)
+    bf16_loss = golden_model(compute_dtype=torch.bfloat16)(idx, targets)
+    assert bf16_loss.item() == pytest.approx(loss.item(), rel=2e-2)
 
 
 @pytest.mark.parametrize("flags", [{}, {"chunked_ce": True}, {"fused_rmsnorm": True}], ids=str)
@@ -39,10 +39,7 @@ def test_gradients_match_golden(flags):
     device = kernel_device() if flags else "cpu"
     model = golden_model(device, **flags)
     model(*batch(device)).backward()
-    golden = arrays("grads")
-    gradients = {name: p.grad.cpu() for name, p in model.named_parameters()}
-    assert set(gradients) == set(golden)
-    assert max(relative_error(gradients[name], golden[name]) for name in golden) < 1e-3
+    assert_golden({name: p.grad for name, p in model.named_parameters()}, "gradients")
 
 
 def test_decoding_with_a_cache_matches_golden():
@@ -53,15 +50,18 @@ def test_decoding_with_a_cache_matches_golden():
         logits = [model(idx[:1, :start], kv_cache=cache)[:, -1]]
         for t in range(start, start + steps):
             logits.append(model(idx[:1, t : t + 1], kv_cache=cache)[:, -1])
-    expected = arrays("outputs")["kv_decode_logits"]
-    torch.testing.assert_close(torch.stack(logits, 1), expected, atol=1e-4, rtol=0)
+    expected = arrays("expected")["kv_decode_logits"]  # after every fourth token
+    torch.testing.assert_close(torch.stack(logits, 1)[:, ::4], expected, atol=1e-4, rtol=0)
 
 
 def test_counts_flops_windows_and_names_match_golden():
-    assert parameter_counts(CONFIG) == FACTS["param_counts"]
+    model, counts = GPT(CONFIG), parameter_counts(CONFIG)
+    assert counts == FACTS["param_counts"]
+    assert sum(p.numel() for p in model.parameters()) == counts["total"]
+    assert scaling_params(CONFIG) == counts["transformer_matrices"] + counts["lm_head"]
     assert flops_per_token(CONFIG) == FACTS["flops_per_token"]
     assert CONFIG.windows == [left for left, _ in FACTS["window_sizes"]]
-    assert set(GPT(CONFIG).state_dict()) == set(arrays("weights"))
+    assert set(model.state_dict()) == set(arrays("weights"))
 
 
 def test_initial_values_have_the_golden_statistics():
@@ -81,17 +81,12 @@ def test_initial_values_have_the_golden_statistics():
             assert p.max().item() <= golden["max"] + margin, name
 
 
-# --- sizes and counts -----------------------------------------------------------------------------
+# --- sizes and initial values ---------------------------------------------------------------------
 
 @pytest.mark.parametrize(("length", "short"), [(64, 128), (512, 128), (1100, 384), (2048, 512)])
 def test_short_windows_are_a_quarter_rounded_up_to_128(length, short):
     config = GPTConfig(length, n_layer=6, window_pattern="SSL")
     assert config.windows == [short, short, length, short, short, length]
-
-
-def test_a_window_longer_than_the_sequence_costs_no_more_than_the_sequence():
-    short, full = (GPTConfig(64, window_pattern=pattern) for pattern in "SL")
-    assert flops_per_token(short) == flops_per_token(full)
 
 
 @pytest.mark.parametrize(("n_layer", "layers"), [(1, [0]), (4, [1, 3]), (5, [0, 2, 4])])
@@ -102,28 +97,12 @@ def test_value_embeddings_are_in_every_second_layer_and_in_the_last(n_layer, lay
     assert gated == layers
 
 
-def test_counts_are_those_of_the_built_model():
-    model = small_model(vocab_size=100, n_head=4, n_kv_head=2, window_pattern="SL")
-    counts = parameter_counts(model.config)
-    blocks = sum(p.numel() for p in model.transformer.h.parameters())
-    assert sum(p.numel() for p in model.parameters()) == counts["total"]
-    assert blocks == counts["transformer_matrices"]
-    assert scaling_params(model.config) == blocks + model.lm_head.weight.numel()
-
-
-@pytest.mark.parametrize(("change", "words"), [
-    ({"n_embd": 30}, "4 heads"),
-    ({"n_kv_head": 3}, "share"),
-    ({"window_pattern": "SX"}, "window-pattern"),
-    ({"n_layer": 0}, "n_layer 0"),
-    ({"n_expert": 8}, "unknown keys: n_expert"),
-])
-def test_an_impossible_config_is_refused(change, words):
-    with pytest.raises(UserError, match=words):
+@pytest.mark.parametrize("change", [
+    {"n_embd": 30}, {"n_kv_head": 3}, {"window_pattern": "SX"}, {"n_layer": 0}, {"n_expert": 8}])
+def test_an_impossible_config_is_refused(change):
+    with pytest.raises(UserError):
         GPTConfig.from_dict({**FACTS["config"], "n_head": 4, **change})
 
-
-# --- initial values -------------------------------------------------------------------------------
 
 def test_initial_values_depend_only_on_the_seed_and_differ_between_matrices():
     first, second, other = (small_model(n_embd=128) for _ in range(3))
@@ -135,14 +114,6 @@ def test_initial_values_depend_only_on_the_seed_and_differ_between_matrices():
     drawn = [p.flatten()[:100] for p in first.parameters() if p.numel() > 100 and p.any()]
     correlation = torch.corrcoef(torch.stack(drawn)) - torch.eye(len(drawn))
     assert len(drawn) > 15 and correlation.abs().max() < 0.5
-
-
-def test_constant_initial_values():
-    model = small_model()
-    model.init_weights(seed=7)
-    for name, expected in {"resid_lambdas": [1.15, 1.10, 1.05], "x0_lambdas": [0.20, 0.125, 0.05],
-                           "smear_lambda": [0.0], "backout_lambda": [0.2]}.items():
-        torch.testing.assert_close(model.get_parameter(name).data, torch.tensor(expected))
 
 
 # --- the forward pass -----------------------------------------------------------------------------
@@ -170,21 +141,3 @@ def test_the_model_compiles_to_one_graph_with_the_same_results(flags):
         loss = run(idx, idx)
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-7)
-
-
-def test_a_bf16_model_stays_close_to_fp32():
-    model = golden_model(compute_dtype=torch.bfloat16)
-    expected = arrays("outputs")["loss_mean"].item()
-    assert model(*batch()).item() == pytest.approx(expected, rel=2e-2)
-
-
-@pytest.mark.parametrize(("compute", "stored"), [
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float32),  # its range is too small for the optimizer state
-])
-def test_embeddings_are_stored_in_the_compute_dtype_and_matrices_in_fp32(compute, stored):
-    model = GPT(CONFIG, compute)
-    embeddings = (model.transformer.wte, *model.value_embeds.values())
-    assert {embedding.weight.dtype for embedding in embeddings} == {stored}
-    assert model.lm_head.weight.dtype == torch.float32

@@ -1,6 +1,5 @@
-"""The benchmarks for a GPU: rows are kept as they come, a second call continues the first."""
+"""The benchmarks for a GPU, as far as a CPU can run them."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from dev.bench import trees
-from dev.bench.measure import append_rows, run_jobs
 from dev.bench.train_step import step_flops
 from nanochat.gpt import GPTConfig, flops_per_token
 
@@ -18,73 +16,15 @@ TINY_STEP = ["--depth", "1", "--head-dim", "64", "--seq-len", "32", "--rows", "1
              "64", "--no-compile"]
 
 
-def rows(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return [tuple(row.values()) for row in csv.DictReader(file)]
-
-
-def failed(name, reason):
-    return {"job": name, "note": reason}
-
-
-def test_rows_are_written_at_once_and_a_failed_job_costs_no_other(tmp_path):
-    path = tmp_path / "rows.csv"
-
-    def breaks():
-        yield {"job": "b", "note": "first"}
-        assert rows(path)[-1] == ("b", "first")
-        raise RuntimeError("out of\n luck")
-
-    jobs = {"a": lambda: [{"job": "a", "note": ""}], "b": breaks,
-            "c": lambda: [{"job": "c", "note": ""}]}
-    failures, left = run_jobs(jobs, path, 1, failed)
-    assert list(failures) == ["b"] and not left
-    message = "failed: RuntimeError: out of luck"
-    assert rows(path) == [("a", ""), ("b", "first"), ("b", message), ("c", "")]
-    append_rows(path, [{"job": "d", "new": 2}])  # of another version of the benchmark
-    assert rows(path)[-2:] == [("c", "", ""), ("d", "", "2")]
-
-
-def test_a_second_call_continues_where_the_first_ended(tmp_path):
-    path, ran = tmp_path / "rows.csv", []
-
-    def job(name):
-        def run():
-            ran.append(name)
-            yield {"job": name, "note": ""}
-            if ran == ["a", "b"]:
-                raise KeyboardInterrupt
-
-        return run
-
-    jobs = {name: job(name) for name in "abc"}
-    assert run_jobs(jobs, path, 0, failed) == ({}, ["a", "b", "c"])  # no time is left
-    with pytest.raises(KeyboardInterrupt):
-        run_jobs(jobs, path, 1, failed)
-    assert run_jobs(jobs, path, 1, failed) == ({}, [])
-    assert ran == ["a", "b", "b", "c"]
-
-
-def gpu_script(out, minutes):
-    return subprocess.run(
-        ["bash", ROOT / "dev" / "bench" / "gpu.sh", out, "--dry-run"], capture_output=True,
-        text=True, env=os.environ | {"PYTHON": sys.executable, "MINUTES": minutes})
-
-
-def test_a_call_without_time_leaves_every_piece(tmp_path):
-    done = gpu_script(tmp_path / "out", "0")
-    assert done.returncode == 3 and "left: correctness step_d12 kernels" in done.stdout
-
-
 @pytest.mark.slow
 def test_every_piece_runs_on_a_cpu_in_a_dry_run(tmp_path):
     out = tmp_path / "out"
-    done = gpu_script(out, "30")
+    done, again = (subprocess.run(
+        ["bash", ROOT / "dev" / "bench" / "gpu.sh", out, "--dry-run"], capture_output=True,
+        text=True, env=os.environ | {"PYTHON": sys.executable, "MINUTES": "30"}) for _ in range(2))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.rstrip().endswith("done")
     assert (out / "train_step.csv").exists() and (out / "kernels.csv").exists()
-    again = gpu_script(out, "30")
-    assert again.returncode == 0 and "==" not in again.stdout
+    assert again.returncode == 0 and "==" not in again.stdout, "finished pieces are not repeated"
 
 
 def test_two_trees_step_in_turn(monkeypatch, capsys):

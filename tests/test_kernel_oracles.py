@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from kernel_cases import error, kernel_device
+from kernel_cases import error, kernel_device, with_gradients
 
 from nanochat.kernels import runtime
 from nanochat.kernels.linear_cross_entropy import linear_cross_entropy
-from nanochat.kernels.rms_norm import NORM_EPS, rms_norm, rope_qk_norm
+from nanochat.kernels.rms_norm import NORM_EPS, rope_qk_norm
 
 both = pytest.mark.parametrize("implementation", ["triton", "torch"])
 
@@ -101,22 +101,6 @@ def test_the_loss_agrees_with_cut_cross_entropy(problem, libdevice, monkeypatch,
     assert_losses_agree(problem, implementation, theirs)
 
 
-def liger_norm(module, x):
-    return module.LigerRMSNormFunction.apply(
-        x, None, Scalar(NORM_EPS), Scalar(0.0), "llama", False, None)
-
-
-def test_the_norm_agrees_with_liger(device, libdevice, monkeypatch):
-    liger = peer("liger_kernel.ops.rms_norm")
-    if libdevice:
-        monkeypatch.setattr(liger, "rsqrt", libdevice.rsqrt)
-    generator = torch.Generator().manual_seed(0)
-    x, upstream = (torch.randn(33, 96, generator=generator).to(device) for _ in range(2))
-    x.requires_grad_()
-    assert_agree(*((y, *torch.autograd.grad(y, x, upstream))
-                   for y in (rms_norm(x), liger_norm(liger, x))))
-
-
 def test_rope_with_norm_agrees_with_liger(device, libdevice, monkeypatch):
     """Liger rotates the other way, so it gets our sine negated, and (B, H, T, D) in place."""
     rope, norm = peer("liger_kernel.ops.rope"), peer("liger_kernel.ops.rms_norm")
@@ -126,8 +110,18 @@ def test_rope_with_norm_agrees_with_liger(device, libdevice, monkeypatch):
     q, k = (torch.randn(2, 7, heads, 64, generator=generator).to(device) for heads in (4, 2))
     theta = torch.outer(torch.arange(7), 100000 ** (-torch.arange(0, 64, 2) / 64)).to(device)
     cos, sin = theta.cos(), theta.sin()
-    turned = rope.LigerRopeFunction.apply(
-        q.transpose(1, 2).clone(), k.transpose(1, 2).clone(), cos.repeat(1, 2)[None],
-        -sin.repeat(1, 2)[None])
-    theirs = [1.2 * liger_norm(norm, x.transpose(1, 2)) for x in turned]
-    assert_agree(rope_qk_norm(q, k, cos[None, :, None], sin[None, :, None]), theirs)
+
+    def liger(q, k):
+        turned = rope.LigerRopeFunction.apply(
+            q.transpose(1, 2).clone(), k.transpose(1, 2).clone(), cos.repeat(1, 2)[None],
+            -sin.repeat(1, 2)[None])
+        return tuple(1.2 * norm.LigerRMSNormFunction.apply(
+            x.transpose(1, 2), None, Scalar(NORM_EPS), Scalar(0.0), "llama", False, None)
+            for x in turned)
+
+    def ours(q, k):
+        return rope_qk_norm(q, k, cos[None, :, None], sin[None, :, None])
+
+    inputs = q.requires_grad_(), k.requires_grad_()
+    upstream = [torch.randn(x.shape, generator=generator).to(device) for x in inputs]
+    assert_agree(*(with_gradients(form, inputs, upstream) for form in (ours, liger)))

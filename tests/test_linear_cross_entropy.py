@@ -1,15 +1,10 @@
 """Chunked linear cross-entropy, by Triton and by torch, against fp64 and the plain loss."""
 
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from kernel_cases import (
     assert_as_exact,
     error,
@@ -22,21 +17,18 @@ from nanochat.common import UserError
 from nanochat.kernels import linear_cross_entropy as module
 from nanochat.kernels.linear_cross_entropy import (
     check_linear_cross_entropy,
-    chunk_rows,
     linear_cross_entropy,
 )
 
-ROOT = Path(__file__).parents[1]
 both = pytest.mark.parametrize("implementation", ["triton", "torch"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 # (rows, width, vocabulary, padded vocabulary, rows of a chunk); few rows, a narrow model or few
 # chunks where the interpreter would take minutes
 CASES = [
-    (1, 64, 64, 64, 1), (127, 96, 64, 64, 128), (128, 768, 64, 64, 127), (1000, 64, 64, 64, 999),
-    (1, 96, 65, 128, 7), (127, 768, 65, 128, 127), (129, 64, 65, 128, 4000),
-    (1, 768, 193, 256, 128), (127, 1536, 193, 256, 7), (128, 64, 193, 256, 128),
-    (17, 96, 8191, 8192, 7), (17, 64, 32700, 32768, 7),
+    (1, 64, 64, 64, 1), (1000, 64, 64, 64, 999), (127, 768, 65, 128, 127), (129, 64, 65, 128, 4000),
+    (127, 1536, 193, 256, 7), (128, 64, 193, 256, 128), (17, 96, 8191, 8192, 7),
+    (17, 64, 32700, 32768, 7),
 ]
 
 
@@ -99,8 +91,7 @@ def test_is_as_exact_as_the_plain_loss(device, implementation, dtype, n_rows, wi
 @both
 @dtypes
 @pytest.mark.parametrize("amplitude", [0.0, 30.0, 1e4])
-def test_any_logit_amplitude_is_as_exact_as_the_plain_loss(
-        device, implementation, dtype, amplitude):
+def test_any_amplitude_is_as_exact_as_the_plain_loss(device, implementation, dtype, amplitude):
     case = problem(127, 96, 193, 256, dtype, device, amplitude=amplitude)
     assert_exact(case, 193, implementation=implementation)
 
@@ -110,16 +101,6 @@ def test_any_logit_amplitude_is_as_exact_as_the_plain_loss(
 def test_is_as_exact_at_training_widths_on_a_gpu(shape):
     case = problem(*shape, torch.bfloat16, torch.device("cuda"), ignored=0.1)
     assert_exact(case, shape[2], chunk_bytes=1024 * shape[3] * 2)
-
-
-@pytest.mark.gpu
-def test_a_chunk_of_more_than_2_to_the_31_elements():
-    case = problem(70_000, 64, 32700, 32768, torch.bfloat16, torch.device("cuda"))
-    x, weight, targets = (tensor.detach() for tensor in case)
-    options = {"vocab_size": 32700, "reduction": "none"}
-    losses = linear_cross_entropy(x, weight, targets, chunk_bytes=6 << 30, **options)[-64:]
-    expected = plain_linear_cross_entropy(x[-64:], weight, targets[-64:], **options)
-    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
 
 
 @both
@@ -134,21 +115,17 @@ def test_chunk_size_changes_only_rounding_and_repeats_are_bitwise_equal(
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         results.append(first)
     for result in results[1:]:
-        assert error(result[0], results[0][0]) < 2e-7
         assert all(error(a, b) < tolerance for a, b in zip(result, results[0], strict=True))
 
 
 @both
 @pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
-def test_reductions_and_ignored_targets_match_the_plain_loss(device, implementation, ignored):
+def test_ignored_targets_and_losses_per_token_match_the_plain_loss(device, implementation, ignored):
     case = x, weight, targets = problem(129, 64, 193, 256, torch.float32, device, ignored=ignored)
-    for reduction in ("mean", "sum"):
-        ours, plain = (run(function, *case, 193, reduction=reduction) for function in (
-            partial(linear_cross_entropy, implementation=implementation),
-            plain_linear_cross_entropy))
-        torch.testing.assert_close(ours, plain, equal_nan=True)
-        assert ours[0].isnan().item() == (ignored == 1.0 and reduction == "mean")
-        assert not ours[1][targets == -1].any()
+    ours = run(linear_cross_entropy, *case, 193, implementation=implementation)
+    torch.testing.assert_close(ours, run(plain_linear_cross_entropy, *case, 193), equal_nan=True)
+    assert ours[0].isnan().item() == (ignored == 1.0)
+    assert not ours[1][targets == -1].any()
     shape = (3, 43)
     losses = linear_cross_entropy(x.view(*shape, 64), weight, targets.view(shape), 193,
                                   reduction="none", implementation=implementation)
@@ -157,21 +134,6 @@ def test_reductions_and_ignored_targets_match_the_plain_loss(device, implementat
     torch.testing.assert_close(losses.view(-1), expected)
     assert not losses.view(-1)[targets == -1].any()
 
-
-@both
-def test_gradient_of_a_confident_token_keeps_its_precision_in_bf16(device, implementation):
-    """p - 1 has to be rounded once: rounding p first would lose a fifth of it at p = 0.99."""
-    x = torch.ones(1, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
-    weight = torch.zeros(64, 64, device=device)
-    weight[3] = 10.0 / 64
-    case = x, weight.requires_grad_(), torch.tensor([3], device=device)
-    ours = run(linear_cross_entropy, *case, 64, implementation=implementation)
-    exact = truth(*case, 64)
-    assert 0.01 < exact[0] < 0.02
-    assert error(ours[2][3], exact[2][3]) < 2**-8
-
-
-# --- bad targets and rows -------------------------------------------------------------------------
 
 @both
 @pytest.mark.parametrize("target", [-2, 193, 255, 256, 2**40])
@@ -187,60 +149,7 @@ def test_a_target_out_of_range_makes_only_its_loss_nan(device, implementation, t
     assert loss.isnan() and dx[4].isnan().all() and dx[others].isfinite().all()
 
 
-@both
-@dtypes
-@pytest.mark.parametrize("poison", [float("inf"), float("nan")])
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
-def test_a_poisoned_row_does_not_reach_others_and_is_zero_if_ignored(
-        device, implementation, dtype, poison):
-    x, weight, targets = problem(9, 64, 193, 256, dtype, device)
-    others = torch.arange(9, device=device) != 4
-    results = []
-    for value in (0.0, poison):
-        with torch.no_grad():
-            x[4] = value
-        options = {"reduction": "none", "implementation": implementation}
-        losses = linear_cross_entropy(x, weight, targets, 193, **options)
-        _, dx, _ = run(linear_cross_entropy, x, weight, targets, 193, 15.0, "sum",
-                       implementation)
-        results.append((losses, dx))
-    for clean, poisoned in zip(*results, strict=True):
-        assert torch.equal(clean[others], poisoned[others])
-    assert results[1][0][4].isnan()
-    targets[4] = -1
-    loss, dx, _ = run(linear_cross_entropy, x, weight.detach().requires_grad_(), targets, 193,
-                      implementation=implementation)
-    assert loss.isfinite() and dx.isfinite().all() and not dx[4].any()
-
-
 # --- autograd, dtypes, strides --------------------------------------------------------------------
-
-@both
-@dtypes
-def test_the_upstream_gradient_multiplies_and_backward_can_be_repeated(
-        device, implementation, dtype):
-    x, weight, targets = problem(40, 64, 65, 128, dtype, device)
-    loss = linear_cross_entropy(x, weight, targets, 65, implementation=implementation)
-    gradients = partial(torch.autograd.grad, inputs=(x, weight), retain_graph=True)
-    scaled = (loss.expand(3) * 0.25).sum()  # an expanded upstream gradient
-    for a, b, c in zip(gradients(loss), gradients(loss), gradients(scaled), strict=True):
-        assert torch.equal(a, b) and torch.equal(a * 0.75, c)
-
-
-@both
-def test_without_gradients_the_loss_is_the_same_and_none_are_computed(
-        device, implementation, monkeypatch):
-    x, weight, targets = problem(40, 64, 65, 128, torch.bfloat16, device)
-    loss = partial(linear_cross_entropy, implementation=implementation)
-    trained = loss(x, weight, targets, 65)
-    monkeypatch.setattr(module, "_add_product", None)
-    with torch.no_grad():
-        evaluated = loss(x, weight, targets, 65)
-    # a GPU trains with the hardware's tanh and evaluates with the exact one
-    rtol = 1e-6 if device.type == "cpu" else 1e-3
-    torch.testing.assert_close(evaluated, trained, rtol=rtol, atol=0)
-    assert not evaluated.requires_grad
-
 
 @both
 def test_a_weight_in_the_compute_dtype_gets_its_gradient_in_that_dtype(device, implementation):
@@ -256,9 +165,8 @@ def test_a_weight_in_the_compute_dtype_gets_its_gradient_in_that_dtype(device, i
 @both
 def test_ops_pass_opcheck(device, implementation):
     x, weight, targets = problem(10, 64, 65, 128, torch.float32, device)
-    options = 65, 15.0, True, implementation, 4096
+    options = 65, implementation, 4096
     torch.library.opcheck(module._loss_and_gradients, (x, weight, targets, *options))
-    options = 65, 15.0, implementation, 4096
     torch.library.opcheck(module._losses, (x.detach(), weight.detach(), targets, *options))
 
 
@@ -274,7 +182,9 @@ def test_compiles_to_one_graph_with_the_same_results(device, implementation, bac
     compiled = torch.compile(loss, fullgraph=True, backend=backend)
     torch.testing.assert_close(run(compiled, *case), run(loss, *case))
     with torch.no_grad():
-        torch.testing.assert_close(compiled(*case), loss(*case))
+        evaluated = compiled(*case)
+    assert not evaluated.requires_grad
+    torch.testing.assert_close(evaluated, loss(*case), rtol=1e-3, atol=0)  # not the hardware's tanh
 
 
 # --- the plain loss, chunks, refusals, memory -----------------------------------------------------
@@ -289,40 +199,10 @@ def test_the_plain_loss_masks_padding_and_bad_targets(device):
     assert losses[4] == 0 and (losses[5:] > 0).all()
 
 
-@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 10**4))
-def test_chunks_fit_the_budget_and_split_the_rows_evenly(n_rows, row_bytes, most):
-    rows = chunk_rows(n_rows, row_bytes, most * row_bytes)
-    assert 1 <= rows <= most and (rows <= n_rows or rows % 128 == 0)
-    assert rows >= n_rows or most < 128 or rows % 128 == 0
-    assert -(-n_rows // rows) <= 2 * -(-n_rows // most)
-
-
 def test_unsuitable_dtypes_are_refused():
     check_linear_cross_entropy(torch.device("cpu"), torch.bfloat16)
-    with pytest.raises(UserError, match="--chunked-ce needs bfloat16 or float32"):
+    with pytest.raises(UserError, match="--chunked-ce cannot run"):
         check_linear_cross_entropy(torch.device("cpu"), torch.float16)
-
-
-PEAK = """
-import torch
-from kernel_cases import plain_linear_cross_entropy
-from nanochat.kernels.linear_cross_entropy import linear_cross_entropy
-from dev.bench.measure import cpu_peak_bytes
-x = torch.randn(2048, 64, dtype=torch.bfloat16, requires_grad=True)
-weight, targets = torch.randn(16384, 64, requires_grad=True), torch.randint(0, 16000, (2048,))
-args = x, weight, targets, 16000
-print(cpu_peak_bytes(lambda: linear_cross_entropy(*args, implementation="torch").backward()))
-print(cpu_peak_bytes(lambda: plain_linear_cross_entropy(*args).backward()))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-def test_the_torch_form_needs_less_than_a_fifth_of_the_plain_loss_memory():
-    code = f"import sys; sys.path.insert(0, 'tests')\n{PEAK}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    chunked, plain = map(int, done.stdout.split())
-    assert chunked <= plain / 5
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ def expected(model, prompt, seed=42, n=128, top_k=50, temperature=0.8):
     tokens = stream(model, [tokenizer.bos_id, *tokenizer.encode(prompt)], n, seed=seed,
                     temperature=temperature, top_k=top_k,
                     stop_ids=range(tokenizer.vocab_size - 9, tokenizer.vocab_size))
-    return prompt + tokenizer.decode([token for [token] in tokens]) + "\n"
+    return prompt + tokenizer.decode(list(tokens)) + "\n"
 
 
 def sampled(capsys, *arguments):

@@ -52,7 +52,7 @@ TESTS="tests/test_linear_cross_entropy.py tests/test_rms_norm.py tests/test_embe
        tests/test_fp8.py tests/test_kernel_oracles.py"
 if [[ $DRY == --dry-run ]]; then
     TESTS="tests/test_attention.py -k flag"
-    KERNELS="--kernels norm qk-norm"
+    KERNELS="--kernels qk-norm"
     D12="--depth 1 --head-dim 64 --seq-len 64 --rows 1 --vocab-size 256 --repeats 2 --no-compile --device-type cpu"
     D12_WINDOWS=$D12 D24="$D12 --depth 2"
     PROFILE=cpu-short EXPERIMENT=--dry-run

@@ -2,7 +2,7 @@
 
     python -m dev.bench.kernels --out results.csv
 
-On a GPU: loss, RMSNorm and RoPE + QK-norm at training sizes. Without one: the chunked loss in torch
+On a GPU: loss and RoPE + QK-norm at training sizes. Without one: the chunked loss in torch
 against the plain one, which is a measurement, and a dry run of the Triton kernels in the
 interpreter, which is not.
 Before its times are taken, each variant's result is compared with fp64. Variants are timed in turn;
@@ -25,14 +25,14 @@ from functools import partial
 import triton
 
 from dev.bench.measure import peak_bytes, percentiles, rates, run_jobs, time_interleaved
-from dev.bench.variants import Unavailable, interpreted_losses, losses, norms, qk_norms, sliced_loss
+from dev.bench.variants import Unavailable, interpreted_losses, losses, qk_norms, sliced_loss
 from nanochat.common import UserError, command, git_commit
 from nanochat.device import choose_compute_dtype, choose_device, device_name, keep_freed_memory
 from nanochat.gpt import GPTConfig
 
 HEAD_DIM = 128
 POSITIONS = 2048
-KERNELS = ("loss", "norm", "qk-norm")
+KERNELS = ("loss", "qk-norm")
 WRONG = 2e-2  # relative error against fp64 that no bf16 result has
 DRY_RUN = "dry run in the interpreter"
 
@@ -138,10 +138,6 @@ def gpu_jobs(args, device, dtype):
                     f"--tokens {n} is not a multiple of {POSITIONS}, the rows of the benchmark"
                 )
             jobs[f"qk-norm {n}"] = partial(bench_qk_norm, n, 768, dtype, device, args.repeats)
-        if "norm" in args.kernels:
-            jobs[f"norm {n}"] = partial(
-                bench_norm, norms(device), n, 768, dtype, device, args.repeats
-            )
     return jobs
 
 
@@ -167,16 +163,12 @@ def cpu_jobs(args, device, dtype):
         jobs["loss, dry run"] = partial(
             bench_loss, interpreted_losses(), 64, 64, 256, dtype, device, 0, DRY_RUN
         )
-    if "norm" in args.kernels:
-        jobs["norm, dry run"] = partial(
-            bench_norm, norms(device), 64, 128, dtype, device, 0, DRY_RUN
-        )
     if "qk-norm" in args.kernels:
         jobs["qk-norm, dry run"] = partial(bench_qk_norm, 64, 256, dtype, device, 0, DRY_RUN)
     return jobs
 
 
-# --- the three kernels ----------------------------------------------------------------------------
+# --- the two kernels ------------------------------------------------------------------------------
 
 
 def bench_loss(table, n_tokens, width, vocab_size, dtype, device, repeats, note=""):
@@ -206,25 +198,6 @@ def bench_loss(table, n_tokens, width, vocab_size, dtype, device, repeats, note=
         table,
         inputs,
         sliced_loss,
-        floors,
-        device,
-        repeats,
-        checked=min(n_tokens, 256),
-    )
-
-
-def bench_norm(table, n_tokens, width, dtype, device, repeats, note=""):
-    def inputs(n):
-        x, upstream = (_normal(n, width, dtype=dtype, device=device) for _ in range(2))
-        return [x], [], [upstream.detach()]
-
-    pass_ms = 1e3 * n_tokens * width * dtype.itemsize / rates(device, dtype).bytes_per_sec
-    floors = {"forward": 2 * pass_ms, "forward+backward": 5 * pass_ms}
-    yield from _bench(
-        Row("norm", "", "", n_tokens, width, None, _name(dtype), device_name(device), note=note),
-        table,
-        inputs,
-        table["torch eager"],
         floors,
         device,
         repeats,

@@ -15,25 +15,21 @@ import time
 import torch
 
 from dev.bench.measure import append_rows, peak_bytes, percentiles, rates, time_interleaved
-from nanochat.attention import BACKENDS, why_not
+from nanochat.attention import BACKENDS, supports_varlen
 from nanochat.common import UserError, command, git_commit, versions
 from nanochat.device import choose_compute_dtype, choose_device, device_name, keep_freed_memory
 from nanochat.fp8 import check_fp8, train_in_fp8
 from nanochat.gpt import GPT, GPTConfig, flops_per_token
 from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
-from nanochat.kernels.rms_norm import check_rms_norm, rms_norm
+from nanochat.kernels.rms_norm import check_rms_norm
 from nanochat.optim import MuonAdamW, parameter_groups, polar_express_flops
 from nanochat.schedule import model_shape
 
-RESIDUAL_TOO = (
-    "fused, residual norms too"  # a choice that --fused-rmsnorm does not make in a compiled model
-)
 CANDIDATES = {
     "baseline": {},
     "fused-rmsnorm": {"fused_rmsnorm": True},
     "chunked-ce": {"chunked_ce": True},
     "both": {"fused_rmsnorm": True, "chunked_ce": True},
-    RESIDUAL_TOO: {"fused_rmsnorm": True},
 }
 LANE_C = tuple(CANDIDATES)
 CANDIDATES |= {f"attention-{name}": {"attention": name} for name in BACKENDS}
@@ -79,9 +75,6 @@ def make_step(candidate, config, dtype, device, args):
     flags = dict(CANDIDATES[candidate])
     fp8 = flags.pop("fp8", False)
     model = GPT(config, dtype, **flags)
-    if candidate == RESIDUAL_TOO:
-        for module in (model, *model.transformer.h):
-            module.norm = rms_norm
     model.init_weights(0)
     model.to(device)
     compiled = model
@@ -129,8 +122,8 @@ def step_flops(config, tokens):
 def refusal(flags, config, dtype, device, args):
     """Return why a candidate cannot run here, or None."""
     heads = config.n_head, config.n_kv_head, config.head_dim
-    if reason := why_not(flags.get("attention", "auto"), device, dtype, heads):
-        return reason
+    if flags.get("attention") == "varlen" and not supports_varlen(device, dtype, heads):
+        return "varlen attention cannot run here"
     try:
         if flags.get("fp8"):
             check_fp8(device, dtype, config.n_embd, args.rows * args.seq_len)

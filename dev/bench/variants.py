@@ -1,7 +1,7 @@
 """The variants that `python -m dev.bench.kernels` compares: ours, torch eager and compiled, peers.
 
 All functions of a table have one signature: losses (x, weight, targets, vocab_size) -> loss,
-norms (x) -> y, QK-norms (q, k, cos, sin) -> (q, k). A peer that cannot be imported, or cannot run
+QK-norms (q, k, cos, sin) -> (q, k). A peer that cannot be imported, or cannot run
 on this device, is reported with the reason.
 """
 
@@ -11,9 +11,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from nanochat.gpt import plain_cross_entropy, plain_rms_norm, plain_rope_qk_norm
+from nanochat.gpt import plain_cross_entropy, plain_rope_qk_norm
 from nanochat.kernels.linear_cross_entropy import SOFTCAP, linear_cross_entropy
-from nanochat.kernels.rms_norm import rms_norm, rope_qk_norm
+from nanochat.kernels.rms_norm import rope_qk_norm
 
 
 class Unavailable(Exception):
@@ -78,21 +78,6 @@ def losses(device):
     }
 
 
-def norms(device):
-    """Return {variant: norm over the last dimension, or Unavailable}."""
-    table = {
-        "torch eager": plain_rms_norm,
-        "torch compiled": _compiled(plain_rms_norm),
-        "ours": rms_norm,
-    }
-    if device.type != "cuda":
-        return table | dict.fromkeys(("liger", "quack"), NEEDS_CUDA)
-    return table | {
-        "liger": _peer("liger_kernel.ops.rms_norm", _liger_norm),
-        "quack": _peer("quack.rmsnorm", _quack_norm),
-    }
-
-
 def qk_norms():
     """Return {variant: rotary embedding, norm and scale of q and k}."""
     return {
@@ -140,13 +125,3 @@ def _quack_loss(module, x, weight, targets, vocab_size):
     return module.chunked_linear_cross_entropy(
         x, weight[:vocab_size].to(x.dtype), targets, ignore_index=-1
     )
-
-
-def _liger_norm(module, x):
-    return module.LigerRMSNormFunction.apply(
-        x, None, torch.finfo(torch.float32).eps, 0.0, "llama", False, None
-    )
-
-
-def _quack_norm(module, x):
-    return module.rmsnorm(x, eps=torch.finfo(torch.float32).eps)

@@ -1,9 +1,7 @@
 """Embedding lookup whose gradient is written once, in the table's dtype and in a fixed order.
 
-The compiler's gradient fills an fp32 table with zeros, adds to it atomically, in an order that
-varies from run to run, and casts the table: several times the bytes. Here positions are sorted by
-token once for all tables looked up by the same tokens, and each row of a table sums its own
-positions.
+The compiler's gradient would add atomically, in varying order, to an fp32 table. Here positions are
+sorted by token once for all tables, and each row of a table sums its own positions.
 """
 
 from __future__ import annotations

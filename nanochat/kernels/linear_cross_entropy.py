@@ -1,9 +1,8 @@
 """Cross-entropy of softcapped logits straight from hidden states, one chunk of rows at a time.
 
-The (N, V) logits are never stored completely. The forward pass replaces the logits of each chunk by
-their gradient and multiplies it into dx and dW at once, as do Liger (arXiv:2410.10989) and CCE
-(arXiv:2411.09009). With z = cap * tanh(a / cap), |z| <= cap bounds exp(z), so no running maximum is
-needed.
+The forward pass replaces the logits of each chunk by their gradient and multiplies it into dx and
+dW at once, like Liger (arXiv:2410.10989) and CCE (arXiv:2411.09009). The softcap bounds the
+exponentials, so no running maximum is needed.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 IGNORED = -1
 SOFTCAP = 15.0  # of the model
 LOG2_E = math.log2(math.e)
-# fp32 elements per scratch array of the torch form (two arrays); on a CPU they stay in the cache
-CPU_SCRATCH_ELEMENTS = 1 << 20
-GPU_SCRATCH_ELEMENTS = 1 << 26
+SCRATCH_ELEMENTS = 1 << 20  # fp32, per scratch array of the torch form: they stay in the cache
 PRODUCT_ROWS = 8192  # rows of dW summed at a time on a CPU
 
 
@@ -99,52 +96,44 @@ def rows_tiling(n_rows, n_columns):
     return {"ROWS": rows, "BLOCK": block, "num_warps": 8}
 
 
-def _rows_by_triton(logits, targets, losses, scale, vocab_size, softcap):
+def _rows_by_triton(logits, targets, losses, scale, vocab_size):
     """Write `losses` of a chunk's logits; replace these by their gradient times `scale`, if any."""
     n_rows, n_columns = logits.shape
-    gradient, device = scale is not None, logits.device
-    has_fast_tanh = (device.type == "cuda" and torch.version.hip is None
-                     and torch.cuda.get_device_capability(device) >= (7, 5))
+    gradient = scale is not None
+    has_fast_tanh = logits.is_cuda and torch.version.hip is None
     tile = rows_tiling(n_rows, n_columns)
     _rows_kernel[(triton.cdiv(n_rows, tile["ROWS"]),)](
         logits, targets, losses, scale if gradient else losses, logits.stride(0), n_rows,
-        VOCAB_SIZE=vocab_size, N_COLUMNS=n_columns, CAP=softcap, INVERSE_CAP=1 / softcap,
-        CAP_LOG2_E=softcap * LOG2_E, GRADIENT=gradient, INTERPRETED=runtime.INTERPRETED,
+        VOCAB_SIZE=vocab_size, N_COLUMNS=n_columns, CAP=SOFTCAP, INVERSE_CAP=1 / SOFTCAP,
+        CAP_LOG2_E=SOFTCAP * LOG2_E, GRADIENT=gradient, INTERPRETED=runtime.INTERPRETED,
         APPROXIMATE=gradient and logits.dtype == torch.bfloat16 and has_fast_tanh, **tile)
 
 
-def _rows_by_torch(logits, targets, losses, scale, vocab_size, softcap):
+def _rows_by_torch(logits, targets, losses, scale, vocab_size):
     """Compute the row kernel's results in eager torch, a few rows at a time."""
     n_rows, n_columns = logits.shape
-    is_cpu = logits.device.type == "cpu"
-    step = max(1, (CPU_SCRATCH_ELEMENTS if is_cpu else GPU_SCRATCH_ELEMENTS) // n_columns)
+    step = max(1, SCRATCH_ELEMENTS // n_columns)
     scratch = torch.empty(2, min(step, n_rows), n_columns, device=logits.device)
     for start in range(0, n_rows, step):
         rows = slice(start, min(start + step, n_rows))
         t, e = scratch[:, : rows.stop - start]
-        _few_rows_by_torch(
-            logits[rows], targets[rows], losses[rows], scale, vocab_size, softcap, t, e)
+        _few_rows_by_torch(logits[rows], targets[rows], losses[rows], scale, vocab_size, t, e)
 
 
-def _few_rows_by_torch(logits, targets, losses, scale, vocab_size, softcap, t, e):
+def _few_rows_by_torch(logits, targets, losses, scale, vocab_size, t, e):
     """With logits a, t = sigmoid(2a / cap): cap * tanh(a / cap) = cap + z, z = 2 cap (t - 1) <= 0.
 
-    e = exp(z). Each line is one vectorised pass; tanh and exp take three to five times as long as
-    sigmoid and exp2.
+    e = exp(z). tanh and exp would take three to five times as long as sigmoid and exp2.
     """
-    if logits.dtype == torch.float32:
-        torch.mul(logits, 2 / softcap, out=t)
-    else:
-        t.copy_(logits).mul_(2 / softcap)
-    t.sigmoid_()
-    slope = 2 * softcap * LOG2_E
+    torch.mul(logits.float(), 2 / SOFTCAP, out=t).sigmoid_()
+    slope = 2 * SOFTCAP * LOG2_E
     torch.add(torch.full((), -slope, device=t.device), t, alpha=slope, out=e).exp2_()
     e[:, vocab_size:] = 0
     ignored = targets == IGNORED
     in_range = (targets >= 0) & (targets < vocab_size)
     total = torch.where(ignored | in_range, e.sum(1), torch.nan)
     index = targets.clamp(0, vocab_size - 1)[:, None]
-    loss = total.log() - 2 * softcap * (t.gather(1, index)[:, 0] - 1)
+    loss = total.log() - 2 * SOFTCAP * (t.gather(1, index)[:, 0] - 1)
     losses.copy_(loss.masked_fill_(ignored, 0))
     if scale is None:
         return
@@ -153,7 +142,7 @@ def _few_rows_by_torch(logits, targets, losses, scale, vocab_size, softcap, t, e
     e.scatter_(1, index, e.gather(1, index) - scale)
     torch.ops.aten.sigmoid_backward.grad_input(e, t, grad_input=e)
     logits.copy_(e)
-    if logits.device.type != "cpu" or ignored.any():  # asking a GPU would wait for it
+    if ignored.any():
         logits.masked_fill_(ignored[:, None], 0)
 
 
@@ -171,9 +160,12 @@ def chunk_rows(n_rows, row_bytes, chunk_bytes):
     return math.ceil(n_rows / n_chunks / tile) * tile
 
 
-def _each_chunk(x, weight, targets, scale, vocab_size, softcap, implementation, chunk_bytes,
-                dx=None, dweight=None):
-    """Return the fp32 losses of x (N, d); write dx (x's dtype), add to dweight (fp32) if given."""
+def _each_chunk(x, weight, targets, vocab_size, implementation, chunk_bytes, scale=None, dx=None,
+                dweight=None):
+    """Return the fp32 losses of x (N, d).
+
+    With a scale also write dx (x's dtype) and add to dweight (fp32), both times `scale`.
+    """
     rows_by = {"triton": _rows_by_triton, "torch": _rows_by_torch}[implementation]
     weight, targets = weight.to(x.dtype), targets.contiguous()
     n_rows, n_columns = len(x), len(weight)
@@ -184,10 +176,9 @@ def _each_chunk(x, weight, targets, scale, vocab_size, softcap, implementation, 
         rows = slice(start, start + step)
         chunk = x[rows]
         logits = torch.mm(chunk, weight.T, out=buffer[: len(chunk)])
-        rows_by(logits, targets[rows], losses[rows], scale, vocab_size, softcap)
-        if dx is not None:
+        rows_by(logits, targets[rows], losses[rows], scale, vocab_size)
+        if scale is not None:
             torch.mm(logits, weight, out=dx[rows])
-        if dweight is not None:
             _add_product(dweight, logits, chunk)
     return losses
 
@@ -208,18 +199,17 @@ def _add_product(dweight, gradient, chunk):
 
 @torch.library.custom_op("nanochat::linear_cross_entropy", mutates_args=())
 def _loss_and_gradients(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, softcap: float,
-    mean: bool, implementation: str, chunk_bytes: int,
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int,
+    implementation: str, chunk_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (loss, d loss/dx, d loss/dweight); backward multiplies by the upstream gradient."""
-    scale = torch.ones((), device=x.device)
-    if mean:  # stays on the device: nothing waits for the number of valid targets
-        scale = (targets != IGNORED).sum().clamp(min=1).float().reciprocal()
+    """Return (mean loss, d loss/dx, d loss/dweight); backward multiplies by its own gradient."""
+    # stays on the device: nothing waits for the number of valid targets
+    scale = (targets != IGNORED).sum().clamp(min=1).float().reciprocal()
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight = torch.zeros(weight.shape, device=x.device)
-    losses = _each_chunk(x, weight, targets, scale, vocab_size, softcap, implementation,
-                         chunk_bytes, dx, dweight)
-    return _reduced(losses, targets, mean), dx, dweight.to(weight.dtype)
+    losses = _each_chunk(x, weight, targets, vocab_size, implementation, chunk_bytes, scale, dx,
+                         dweight)
+    return _mean(losses, targets), dx, dweight.to(weight.dtype)
 
 
 @_loss_and_gradients.register_fake
@@ -237,7 +227,7 @@ def _save_gradients(ctx, inputs, output):
 
 def _scale_gradients(ctx, grad, *_):
     dx, dweight = ctx.saved_tensors  # not changed in place: there may be a second backward pass
-    return dx * grad, dweight * grad, *(None,) * 6
+    return dx * grad, dweight * grad, None, None, None, None
 
 
 _loss_and_gradients.register_autograd(_scale_gradients, setup_context=_save_gradients)
@@ -245,9 +235,9 @@ _loss_and_gradients.register_autograd(_scale_gradients, setup_context=_save_grad
 
 @torch.library.custom_op("nanochat::linear_cross_entropy_losses", mutates_args=())
 def _losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int,
-            softcap: float, implementation: str, chunk_bytes: int) -> torch.Tensor:
+            implementation: str, chunk_bytes: int) -> torch.Tensor:
     """Return the loss per token, without gradients."""
-    return _each_chunk(x, weight, targets, None, vocab_size, softcap, implementation, chunk_bytes)
+    return _each_chunk(x, weight, targets, vocab_size, implementation, chunk_bytes)
 
 
 @_losses.register_fake
@@ -255,51 +245,41 @@ def _(x, *_):
     return x.new_empty(x.size(0), dtype=torch.float32)
 
 
-def _reduced(losses, targets, mean):
-    """Return the sum or the mean; the mean is NaN if all targets are ignored, as in torch."""
-    return losses.sum() / (targets != IGNORED).sum() if mean else losses.sum()
+def _mean(losses, targets):
+    """Return the mean loss, which is NaN if all targets are ignored, as in torch."""
+    return losses.sum() / (targets != IGNORED).sum()
 
 
 # --- public functions -----------------------------------------------------------------------------
 
-def linear_cross_entropy(x, weight, targets, vocab_size, softcap=SOFTCAP, reduction="mean",
+def linear_cross_entropy(x, weight, targets, vocab_size, reduction="mean",
                          implementation="triton", chunk_bytes=None):
-    """Return the cross-entropy of softcap * tanh(x W^T / softcap), first vocab_size columns only.
+    """Return the cross-entropy of SOFTCAP * tanh(x W^T / SOFTCAP), first vocab_size columns only.
 
     x (..., d) bf16 or fp32; weight (Vpad, d) fp32 or x's dtype; targets (...) int64: -1 is ignored,
-    another target out of range makes the loss NaN. mean and sum: fp32 scalar, differentiable once
-    in x and weight; none: fp32 losses of targets' shape, without gradients. implementation: triton
-    or torch. chunk_bytes: memory of the logits that exist at a time.
+    another target out of range makes the loss NaN. reduction: mean (an fp32 scalar, differentiable
+    once) or none (fp32, of targets' shape, without gradients). implementation: triton or torch.
     """
-    assert reduction in ("mean", "sum", "none")
     if chunk_bytes is None:
         chunk_bytes = default_chunk_bytes(x.device, x.dtype)
-    rows, flat_targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
+    shape, targets = targets.shape, targets.reshape(-1)
+    options = vocab_size, implementation, chunk_bytes
+    x = x.reshape(-1, x.size(-1))
     needs_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if reduction != "none" and needs_gradients:
-        return _loss_and_gradients(rows, weight, flat_targets, vocab_size, float(softcap),
-                                   reduction == "mean", implementation, chunk_bytes)[0]
-    losses = _losses(rows.detach(), weight.detach(), flat_targets, vocab_size, float(softcap),
-                     implementation, chunk_bytes)
-    if reduction == "none":
-        return losses.view(targets.shape)
-    return _reduced(losses, flat_targets, reduction == "mean")
+    if reduction == "mean" and needs_gradients:
+        return _loss_and_gradients(x, weight, targets, *options)[0]
+    losses = _losses(x.detach(), weight.detach(), targets, *options)
+    return losses.view(shape) if reduction == "none" else _mean(losses, targets)
 
 
 def default_chunk_bytes(device, dtype):
-    """Return the default memory of the logits that exist at a time.
-
-    CPU: 16M logits (dev/LOG_lane_c.md lists the sizes tried). GPU: 896 MiB, which keeps the
-    rewriting of dW below 2 % of the matmuls and, with the cast weight, stays within 1 GiB.
-    """
+    """Return the memory of the logits that exist at a time."""
+    # GPU: rewriting dW stays below 2 % of the matmuls. CPU: 16M logits, the best of several sizes.
     return 896 << 20 if device.type == "cuda" else dtype.itemsize << 24
 
 
-def check_linear_cross_entropy(device, dtype, flag="--chunked-ce"):
-    """Raise UserError if this loss cannot run; call it before building a model.
-
-    On a GPU it needs Triton; elsewhere the torch form is used.
-    """
+def check_linear_cross_entropy(device, dtype):
+    """Raise UserError if this loss cannot run: on a GPU it needs Triton."""
     if device.type == "cuda":
-        runtime.require_kernels(flag, device)
-    runtime.require_dtype(flag, dtype, DTYPES)
+        runtime.require_kernels("--chunked-ce", device)
+    runtime.require_dtype("--chunked-ce", dtype, DTYPES)

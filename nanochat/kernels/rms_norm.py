@@ -1,7 +1,6 @@
-"""RMSNorm without weight, and rotary embedding followed by that norm (QK-norm), one kernel each.
+"""Rotary embedding followed by RMSNorm without weight (QK-norm) in one kernel, in fp32.
 
-Both read their input once, compute in fp32 and write their output once. The backward passes
-recompute the scale of a row from the saved input.
+The backward pass recomputes the scale of a row from the saved input.
 """
 
 from __future__ import annotations
@@ -14,28 +13,6 @@ from nanochat.kernels.runtime import jit, kernel_op, store_rounded, tl, triton, 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QK_SCALE = 1.2  # of the model
 NORM_EPS = torch.finfo(torch.float32).eps  # the default of F.rms_norm
-
-
-# --- kernels --------------------------------------------------------------------------------------
-
-@jit
-def _norm_kernel(x, grad, out, stride_x, stride_grad, n_rows, WIDTH: tl.constexpr,
-                 EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                 BACKWARD: tl.constexpr, INTERPRETED: tl.constexpr):
-    """y = x r with r = (mean(x^2) + eps)^-1/2; backward: dx = r (g - x r^2 mean(g x))."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    mask = (row < n_rows) & (column < WIDTH)
-    value = tl.load(x + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / WIDTH + EPS)
-    if BACKWARD:
-        upstream = tl.load(grad + row * stride_grad + column, mask=mask, other=0.0).to(tl.float32)
-        unit = value * rstd
-        dot = tl.sum(upstream * unit, axis=1, keep_dims=True) / WIDTH
-        result = rstd * (upstream - unit * dot)
-    else:
-        result = value * rstd
-    store_rounded(out + row * WIDTH + column, result, mask, INTERPRETED)
 
 
 @jit
@@ -73,93 +50,53 @@ def _rope_norm_kernel(x, grad, cos, sin, out, stride_token, stride_head, stride_
     store_rounded(result + HALF, y2, mask, INTERPRETED)
 
 
-def _tiling(n_rows, width):
-    """Return (grid, launch constants) for rows of `width` elements; narrow rows share a program."""
-    block = triton.next_power_of_2(width)
+def tiling(n_rows, half):
+    """Return (number of programs, launch constants) for rows of two halves of a head."""
+    block = triton.next_power_of_2(half)
     rows = min(max(1, runtime.TILE_ELEMENTS // block), triton.next_power_of_2(n_rows))
     num_warps = 8 if rows * block >= 4096 else 4
-    return (triton.cdiv(n_rows, rows),), {"ROWS": rows, "BLOCK": block, "num_warps": num_warps}
+    return triton.cdiv(n_rows, rows), {"ROWS": rows, "BLOCK": block, "num_warps": num_warps}
 
 
-def _flat(x, *shape):
-    """Return x reshaped, without a copy where possible; the last dimension is contiguous."""
-    x = x.reshape(shape)
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _launch_norm(x, grad):
-    rows = _flat(x, -1, x.size(-1))
-    grads = rows if grad is None else _flat(grad, -1, x.size(-1))
-    n_rows, width = rows.shape
-    out = x.new_empty(x.shape)
-    grid, tile = _tiling(n_rows, width)
-    wrap_triton(_norm_kernel)[grid](
-        rows, grads, out, rows.stride(0), grads.stride(0), n_rows, WIDTH=width, EPS=NORM_EPS,
-        BACKWARD=grad is not None, INTERPRETED=runtime.INTERPRETED, **tile)
-    return out
-
-
-def _launch_rope_norm(x, grad, cos, sin):
+def _launch(x, grad, cos, sin):
     _, n_positions, n_heads, head_dim = x.shape
     half = head_dim // 2
     assert cos.shape == sin.shape == (1, n_positions, 1, half), "angles do not fit the input"
-    cos, sin = cos.contiguous(), sin.contiguous()
-    heads = _flat(x, -1, n_heads, head_dim)
-    grads = heads if grad is None else _flat(grad, -1, n_heads, head_dim)
+    heads = _heads(x)
+    grads = heads if grad is None else _heads(grad)
     n_rows = heads.size(0) * n_heads
     assert n_rows < 2**31, "row numbers are 32-bit"
     out = x.new_empty(x.shape)
-    grid, tile = _tiling(n_rows, half)
-    wrap_triton(_rope_norm_kernel)[grid](
-        heads, grads, cos, sin, out, *heads.stride()[:2], *grads.stride()[:2], n_rows, n_positions,
-        HEADS=n_heads, HALF=half, SCALE=QK_SCALE, EPS=NORM_EPS, BACKWARD=grad is not None,
-        INTERPRETED=runtime.INTERPRETED, **tile)
+    n_programs, tile = tiling(n_rows, half)
+    wrap_triton(_rope_norm_kernel)[(n_programs,)](
+        heads, grads, cos.contiguous(), sin.contiguous(), out, *heads.stride()[:2],
+        *grads.stride()[:2], n_rows, n_positions, HEADS=n_heads, HALF=half, SCALE=QK_SCALE,
+        EPS=NORM_EPS, BACKWARD=grad is not None, INTERPRETED=runtime.INTERPRETED, **tile)
     return out
 
 
-# --- ops ------------------------------------------------------------------------------------------
-
-@kernel_op("nanochat::rms_norm")
-def _rms_norm(x: torch.Tensor) -> torch.Tensor:
-    return _launch_norm(x, None)
-
-
-@kernel_op("nanochat::rms_norm_backward")
-def _rms_norm_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return _launch_norm(x, grad)
+def _heads(x):
+    """Return x as (tokens, heads, head_dim), without a copy where possible."""
+    x = x.flatten(0, 1)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @kernel_op("nanochat::rope_norm")
 def _rope_norm(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return _launch_rope_norm(x, None, cos, sin)
+    return _launch(x, None, cos, sin)
 
 
 @kernel_op("nanochat::rope_norm_backward")
 def _rope_norm_backward(grad: torch.Tensor, x: torch.Tensor, cos: torch.Tensor,
                         sin: torch.Tensor) -> torch.Tensor:
-    return _launch_rope_norm(x, grad, cos, sin)
+    return _launch(x, grad, cos, sin)
 
 
-for _op in (_rms_norm, _rms_norm_backward, _rope_norm, _rope_norm_backward):
+for _op in (_rope_norm, _rope_norm_backward):
     _op.register_fake(lambda x, *others: x.new_empty(x.shape))
-
-
-def _save_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-_rms_norm.register_autograd(
-    lambda ctx, grad: _rms_norm_backward(grad, *ctx.saved_tensors), setup_context=_save_inputs)
 _rope_norm.register_autograd(
     lambda ctx, grad: (_rope_norm_backward(grad, *ctx.saved_tensors), None, None),
-    setup_context=_save_inputs)
-
-
-# --- public functions -----------------------------------------------------------------------------
-
-def rms_norm(x):
-    """Apply RMSNorm without weight (arXiv:1910.07467) over the last dimension of x (..., d)."""
-    return _rms_norm(x)
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def rope_qk_norm(q, k, cos, sin):
@@ -170,7 +107,7 @@ def rope_qk_norm(q, k, cos, sin):
     return _rope_norm(q, cos, sin), _rope_norm(k, cos, sin)
 
 
-def check_rms_norm(device, dtype, flag="--fused-rmsnorm"):
-    """Raise UserError if these kernels cannot run; call it before building a model."""
-    runtime.require_kernels(flag, device)
-    runtime.require_dtype(flag, dtype, DTYPES)
+def check_rms_norm(device, dtype):
+    """Raise UserError if this kernel cannot run; call it before building a model."""
+    runtime.require_kernels("--fused-rmsnorm", device)
+    runtime.require_dtype("--fused-rmsnorm", dtype, DTYPES)

@@ -1,8 +1,4 @@
-"""Shared parts of the kernels: import of Triton, its interpreter, checks before training.
-
-Without Triton (macOS) this module still imports; the kernels are then plain functions that nothing
-launches.
-"""
+"""Shared parts of the kernels. Without Triton (macOS) they import, but nothing launches them."""
 
 from __future__ import annotations
 
@@ -28,8 +24,7 @@ TILE_ELEMENTS = 1 << 18 if INTERPRETED else 4096
 def kernel_op(name):
     """Return a decorator that makes a function, which launches kernels by `wrap_triton`, an op.
 
-    The compiler sees the kernels inside and launches them itself, except those of the interpreter,
-    which Python must run.
+    The compiler launches the kernels itself, except in the interpreter, which needs Python.
     """
     opaque = INTERPRETED or triton is None
     declare = torch.library.custom_op if opaque else torch.library.triton_op
@@ -37,33 +32,23 @@ def kernel_op(name):
 
 
 def wrap_triton(kernel):
-    """Return the kernel as a `kernel_op` must launch it.
-
-    torch searches the source of an op for this name to find its kernels: its cache of compiled
-    graphs depends on their source.
-    """
+    """Return the kernel as an op must launch it; torch finds an op's kernels by this name."""
     return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
 
 
 def require_kernels(flag, device):
     """Raise UserError unless `device` runs Triton kernels: CUDA, or a CPU with the interpreter."""
-    kind = torch.device(device).type
     if triton is None:
         raise UserError(f"{flag} needs Triton, which is not installed; omit the flag")
-    if INTERPRETED and kind != "cpu":
-        raise UserError(f"{flag} on {kind} cannot run in Triton's interpreter; unset "
-                        "TRITON_INTERPRET, or add --device-type cpu")
-    if kind != "cuda" and not INTERPRETED:
-        raise UserError(f"{flag} needs a CUDA device, and this run is on {kind}; omit the flag "
-                        "(tests on a CPU: set TRITON_INTERPRET=1 before Python starts)")
+    if device.type != ("cpu" if INTERPRETED else "cuda"):
+        raise UserError(f"{flag} needs a CUDA device, or for tests a CPU and TRITON_INTERPRET=1 "
+                        "set before Python starts (never both); omit the flag")
 
 
 def require_dtype(flag, dtype, supported):
     """Raise UserError unless the compute dtype is one of `supported`."""
     if dtype not in supported:
-        names = " or ".join(str(each).removeprefix("torch.") for each in supported)
-        raise UserError(f"{flag} needs {names} as the compute dtype, not "
-                        f"{str(dtype).removeprefix('torch.')}; set NANOCHAT_DTYPE or omit the flag")
+        raise UserError(f"{flag} cannot run in {dtype}; set NANOCHAT_DTYPE=bfloat16 or omit it")
 
 
 @jit
