@@ -34,7 +34,7 @@ def main(argv=None):
     keep_freed_memory(device)
     ranks = start_ranks(device, config.rank_timeout_minutes)
     try:
-        status, signal_number, run = train(config, device, ranks, started_sec)
+        status, run = train(config, device, ranks, started_sec)
     finally:
         stop_ranks()
 
@@ -46,7 +46,7 @@ def main(argv=None):
     if status == "interrupted":
         if run.saved_step:
             print0(f"continue with: {_resume_command(sys.argv[1:] if argv is None else argv)}")
-        return 128 + (signal_number or 15)
+        return 128 + (run.signal_number or 15)
     return 0
 
 
@@ -56,10 +56,10 @@ def _resume_command(argv):
     if "--resume-from-step" in argv:
         at = argv.index("--resume-from-step")
         del argv[at:at + 2]
-    launcher = ["python", "-m"]
+    launcher = ["python"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}", "-m"]
-    return shlex.join([*launcher, "scripts.base_train", *argv, "--resume-from-step", "latest"])
+        launcher = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
+    return shlex.join([*launcher, "-m", "scripts.base_train", *argv, "--resume-from-step=latest"])
 
 
 if __name__ == "__main__":
