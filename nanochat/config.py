@@ -17,15 +17,14 @@ from nanochat.gpt import GPTConfig, flops_per_token, scaling_params
 from nanochat.target import check_metric_name, check_target
 
 DEFAULT_SEED = 42
-CROPS = ("carry", "drop")
 
 
 def _topic(title):
     """Return a function that creates the dataclass fields of one topic of the help.
 
-    unit: placeholder of the value in the help; at_least, at_most: bounds; unset: the value that
-    means "not given"; choices: allowed values; on_resume: the value changes the numbers of a run,
-    so a resumed run must have the same one.
+    unit: placeholder of the value in the help. Marks: at_least, at_most (bounds); unset (the value
+    for "not given"); choices; on_resume (the value changes the numbers of a run, so a resumed run
+    must have the same one).
     """
 
     def flag(default, text, unit=None, **marks):
@@ -50,14 +49,12 @@ class TrainingConfig:
 
     run: str = _record("dummy", "name of the run in wandb; dummy: do not use wandb", "NAME")
     run_id: str = _record(
-        "", "name of the folder for the run's record in <cache>/runs; empty: made from model tag, "
-        "time and seed", "ID")
+        "", "folder of the run's record in <cache>/runs; empty: model tag, time and seed", "ID")
     model_tag: str = _record(
-        "", "name of the checkpoint folder in <cache>/base_checkpoints; empty: d<depth>, or "
-        "d<depth>-s<seed> if --seed is not 42. If the folder has checkpoints of another run, they "
-        "are moved to <tag>.before-<time>", "TAG")
-    quiet: bool = _record(
-        False, "print results and errors only, no progress; the run's record stays complete")
+        "", "checkpoint folder in <cache>/base_checkpoints; empty: d<depth>, or d<depth>-s<seed> "
+        "if --seed is not 42. Checkpoints of another run in it are moved to <tag>.before-<time>",
+        "TAG")
+    quiet: bool = _record(False, "print results and errors only; the run's record stays complete")
 
     device_type: str = _machine("", "cuda, mps or cpu; empty: the best available", "KIND")
     rank_timeout_minutes: float = _machine(
@@ -78,9 +75,8 @@ class TrainingConfig:
     tokenizer_dir: str = _data("", "tokenizer folder; empty: <cache>/tokenizer", "FOLDER")
     crop: str = _data(
         "", "how to treat the rest of a document that was cropped to fill a row: carry (use it in "
-        "a later row) or drop (do not use it); empty: drop for climbmix and fineweb-edu, as in "
-        "karpathy/nanochat, else carry", "RULE",
-        choices=CROPS)
+        "a later row) or drop; empty: drop for climbmix and fineweb-edu, as in karpathy/nanochat, "
+        "else carry", "RULE", choices=("carry", "drop"))
     seed: int = _data(
         DEFAULT_SEED, "seed of the initial weights and of the data order", "SEED", at_least=0)
 
@@ -136,8 +132,7 @@ class TrainingConfig:
         "the newest valid one, or start a new run if there is none; -1: start a new run", "STEP")
     allow_changed: bool = _optimization(
         False, "resume even if the horizon is longer than that of the checkpoint, or if flags, "
-        "dtype, device or library versions that change the numbers differ; the differences are "
-        "recorded")
+        "dtype, device or versions that change the numbers differ; the differences are recorded")
 
     eval_every: int = _events(
         250, "measure bits per byte on the validation split", "STEPS", at_least=-1)
@@ -149,13 +144,11 @@ class TrainingConfig:
         500, "examples per CORE task; -1: all", "EXAMPLES", at_least=-1, on_resume=True)
     sample_every: int = _events(2000, "print samples from the model", "STEPS", at_least=-1)
     save_every: int = _events(
-        -1, "save a checkpoint; -1: only at the end; 0: never, also not at the end", "STEPS",
-        at_least=-1)
+        -1, "save a checkpoint; -1: only at the end; 0: never", "STEPS", at_least=-1)
     save_minutes: float = _events(
         0.0, "also save a checkpoint every N minutes (0: off)", "N", at_least=0)
     keep_checkpoints: int = _events(
-        0, "keep the N newest valid checkpoints and the best by val_bpb (0: keep all)", "N",
-        at_least=0)
+        0, "keep the N newest checkpoints and the best by val_bpb (0: keep all)", "N", at_least=0)
     position_losses: bool = _events(
         False, "record the loss at each position of the context in the final validation")
     target_metric_name: str = _events(
@@ -169,12 +162,10 @@ class TrainingConfig:
         if not self.crop:  # the record holds the rule, not the empty default
             rule = "drop" if self.dataset in DOWNLOADS else "carry"
             object.__setattr__(self, "crop", rule)
-
         for flag in dataclasses.fields(self):
             _check_flag(flag, getattr(self, flag.name))
         check_name("--model-tag", self.tag)
-        if self.run_id:
-            check_name("--run-id", self.run_id)
+        check_name("--run-id", self.run_id or "default")
 
         check_metric_name(self.target_metric_name)
         if self.target[1] is not None:

@@ -32,37 +32,29 @@ class Ranks:
             return cls()
         if all(value.isdecimal() for value in values):
             ranks = cls(*map(int, values))
-            has_address = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
-            if ranks.rank < ranks.world_size and (ranks.world_size == 1 or has_address):
+            if ranks.world_size == 1 or (os.environ.get("MASTER_ADDR") and
+                                         os.environ.get("MASTER_PORT")):
                 return ranks
-        raise UserError(
-            f"{', '.join(names)}, MASTER_ADDR and MASTER_PORT are incomplete or contradictory "
-            f"({' '.join(map(repr, values))}); start several ranks with torchrun, or unset them")
+        raise UserError(f"{', '.join(names)} ({values}) or MASTER_ADDR and MASTER_PORT are "
+                        "incomplete; start several ranks with torchrun, or unset them")
 
     @property
     def is_main(self):
         return self.rank == 0
 
 
-def start_ranks(device=None, timeout_minutes=60):
+def start_ranks(device, timeout_minutes=60):
     """Return the Ranks of this process, with a process group (NCCL or gloo) if there are several.
 
-    A collective that takes longer than timeout_minutes ends the job. device None: the CPU; torch
-    is imported only if there are several ranks.
+    A collective that takes longer than timeout_minutes ends the job.
     """
-    ranks = Ranks.from_environment()
-    if device is None and ranks.world_size == 1:
-        return ranks
     import torch
     import torch.distributed as dist
 
-    is_cuda = device is not None and device.type == "cuda"
+    ranks, is_cuda = Ranks.from_environment(), device.type == "cuda"
     if is_cuda:
         torch.cuda.set_device(device)
-    if ranks.world_size > 1 and not dist.is_initialized():
-        # after a time-out NCCL's flight recorder writes the last collectives of each rank to /tmp
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if ranks.world_size > 1:
         timeout = timedelta(minutes=timeout_minutes)
         dist.init_process_group(
             "nccl" if is_cuda else "gloo", store=_store_of_this_start(ranks, timeout),

@@ -11,8 +11,7 @@ import math
 import os
 import signal
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import deque, namedtuple
 from dataclasses import asdict, dataclass
 
 import torch
@@ -113,7 +112,9 @@ class Run:
         self.reached_target = False
         self.log = None  # RunLog on rank 0, set by build.open_record
 
-        self.core_bundle = _core_bundle(config)
+        if config.core_metric_every > 0 and not bundle_folder().exists():
+            print0(f"CORE is not evaluated: {bundle_folder()} is missing (download it with "
+                   "python -m nanochat.core_eval)")
         self.val_rows = SplitRows(val_shards, config.max_seq_len, config.eval_tokens, config.crop)
         self.loader = TokenLoader(
             train_shards, config.device_batch_size, config.max_seq_len, config.seed,
@@ -216,15 +217,9 @@ def _train_to_the_end(run):
             gc.freeze()
 
 
-@dataclass
-class _Launched:
-    """A step that was launched. outcome: loss, stop and save flags, summed over ranks."""
-
-    step: int
-    multiplier: float
-    outcome: torch.Tensor
-    wait: Callable[[], None]
-    epochs: float
+# A step whose loss has not been read. outcome: loss, stop flag and save flag, summed over ranks, on
+# the host after the CUDA event `arrived` (None: already).
+Launched = namedtuple("Launched", "step multiplier outcome arrived epochs")
 
 
 def train_step(run):
@@ -259,23 +254,18 @@ def train_step(run):
         outcome[2] = 1
     if ranks.world_size > 1:
         dist.all_reduce(outcome)
-    outcome, wait = _to_host(outcome)
-    return _Launched(run.progress.step, multiplier, outcome, wait, run.loader.epochs)
-
-
-def _to_host(outcome):
-    """Return (tensor on the host, function that waits until it has arrived)."""
-    if outcome.device.type != "cuda":
-        return outcome.cpu(), lambda: None
-    arrived = torch.cuda.Event()
-    outcome = outcome.to("cpu", non_blocking=True)
-    arrived.record()
-    return outcome, arrived.synchronize
+    arrived = None
+    if run.device.type == "cuda":
+        outcome = outcome.to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+    return Launched(run.progress.step, multiplier, outcome, arrived, run.loader.epochs)
 
 
 def record_step(run, launched):
     """Wait for a launched step and record it. Raise Diverged if its loss is not finite."""
-    launched.wait()
+    if launched.arrived:
+        launched.arrived.synchronize()
     loss, stop, must_save = launched.outcome.tolist()
     now_sec = time.perf_counter()
     dt_sec, run.mark_sec = now_sec - run.mark_sec, now_sec
@@ -307,9 +297,9 @@ def evaluate(run):
     config, step = run.config, run.progress.step
     if run.is_due(config.eval_every):
         validate(run)
-    if run.core_bundle and step > 0 and run.is_due(config.core_metric_every):
+    if step > 0 and run.is_due(config.core_metric_every) and bundle_folder().exists():
         core = evaluate_core(
-            run.model, run.tokenizer, run.core_bundle, run.device,
+            run.model, run.tokenizer, bundle_folder(), run.device,
             max_per_task=config.core_metric_max_per_task, max_tokens=run.model.cos.size(1),
             rank=run.ranks.rank, world_size=run.ranks.world_size)
         run.event("core", core_metric=core.core_metric, tasks=core.centered,
@@ -378,18 +368,6 @@ def _check_target(run, metric_name, value):
     name, threshold = run.config.target
     if run.config.stop_at_target and name == metric_name:
         run.reached_target = reaches(metric_name, value, threshold)
-
-
-def _core_bundle(config):
-    """Return the folder of the CORE tasks, or None if CORE is not evaluated."""
-    if config.core_metric_every <= 0:
-        return None
-    folder = bundle_folder()
-    if not folder.exists():
-        print0(f"CORE is not evaluated: {folder} is missing (download it with "
-               "python -m nanochat.core_eval)")
-        return None
-    return folder
 
 
 @contextlib.contextmanager

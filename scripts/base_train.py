@@ -45,21 +45,14 @@ def main(argv=None):
             f"({newest_valid_in_words(run.folder)})")
     if status == "interrupted":
         if run.saved_step:
-            print0(f"continue with: {_resume_command(sys.argv[1:] if argv is None else argv)}")
+            launcher = ["python"]
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                launcher = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
+            flags = [*(sys.argv[1:] if argv is None else argv), "--resume-from-step", "latest"]
+            command_line = shlex.join([*launcher, "-m", "scripts.base_train", *flags])
+            print0(f"continue with: {command_line}")
         return 128 + (run.signal_number or 15)
     return 0
-
-
-def _resume_command(argv):
-    """Return the command line that resumes an interrupted run."""
-    argv = [word for word in argv if not word.startswith("--resume-from-step=")]
-    if "--resume-from-step" in argv:
-        at = argv.index("--resume-from-step")
-        del argv[at:at + 2]
-    launcher = ["python"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
-    return shlex.join([*launcher, "-m", "scripts.base_train", *argv, "--resume-from-step=latest"])
 
 
 if __name__ == "__main__":
