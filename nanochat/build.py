@@ -108,13 +108,12 @@ def check_resume(run):
         raise UserError(f"{where} was not saved by this program and cannot be resumed; "
                         "scripts.base_eval can evaluate it")
 
-    saved, now = ({**facts, **facts["model_config"], "crop": flags.get("crop")} for facts, flags in
-                  ((meta, meta["user_config"]), (run.facts, run.facts["flags"])))
-    horizon = ("num_iterations", saved["num_iterations"], now["num_iterations"])
+    saved = {**meta, **meta["model_config"], "crop": meta["user_config"].get("crop")}
+    now = {**run.facts, **run.facts["model_config"], "crop": config.crop}
     names = ("dataset_id", "tokenizer_id", "seed", "total_batch_size_tokens", "crop",
-             *meta["model_config"])
-    different = [(name, saved[name], now.get(name)) for name in names
-                 if saved[name] != now.get(name)]
+             *run.facts["model_config"])
+    different = [(name, saved[name], now[name]) for name in names if saved[name] != now[name]]
+    horizon = ("num_iterations", saved["num_iterations"], now["num_iterations"])
     different += [horizon] if horizon[2] < horizon[1] else []
     if different:
         raise UserError(f"cannot resume {where}, it belongs to another run: "

@@ -12,7 +12,6 @@ import os
 import signal
 import time
 from collections import deque, namedtuple
-from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
@@ -42,16 +41,6 @@ from nanochat.tokens import token_shards
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 PIPELINED = ("cuda",)  # device types that compute while Python prepares the next step
 REPEAT_SEC = 1.0  # a scheduler's signal can arrive twice: directly, and passed on by torchrun
-
-
-@dataclass
-class Progress:
-    """State of a run besides model, optimizer and loader; part of every checkpoint."""
-
-    step: int = 0  # optimizer steps completed
-    train_time_sec: float = 0.0
-    best_step: int | None = None  # the checkpoint with the lowest val_bpb
-    best_val_bpb: float | None = None
 
 
 class Run:
@@ -84,14 +73,10 @@ class Run:
         self.folder = checkpoint.checkpoint_folder(config.tag)
         self.resumed_step = build.resume_step(config, self.folder, ranks)  # None: a new run
         meta, self.changed = build.check_resume(self) if self.resumed_step else ({}, [])
-        default_id = f"{config.tag[:80]}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
-        self.run_id = config.run_id or meta.get("run_id") or on_main(
-            ranks, lambda: f"{default_id}-s{config.seed}")
-        loop_state = meta.get("loop_state", {})
-        loader_state = loop_state.pop("loader", None)
-        self.progress = Progress(**loop_state)
-        self.first_step = self.progress.step  # of this process
+        self.run_id = config.run_id or meta.get("run_id") or on_main(ranks, lambda: (
+            f"{config.tag[:80]}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-s{config.seed}"))
 
+        # Model and optimizer.
         # Model and optimizer.
         self.model = build.build_model(config, self.shape, device, dtype)
         self.optimizer = build.build_optimizer(config, self.model, self.horizon, ranks, dtype)
@@ -102,7 +87,12 @@ class Run:
                         ranks.world_size, device, dtype))
         self.compiled = build.compile_model(config, self.model, self.optimizer)
 
-        # State of the loop.
+        # State of the loop, first the part that is in every checkpoint.
+        state = {"step": 0, "train_time_sec": 0.0, "best_step": None, "best_val_bpb": None,
+                 "loader": None, **meta.get("loop_state", {})}
+        self.step, self.train_time_sec = state["step"], state["train_time_sec"]
+        self.best_step, self.best_val_bpb = state["best_step"], state["best_val_bpb"]
+        self.first_step = self.step  # of this process
         self.saved_step, self.saved_at_sec = self.resumed_step, time.monotonic()
         self.mark_sec = 0.0  # start of the oldest step that has not been recorded
         self.must_save = False  # a rank asks for a checkpoint by the clock
@@ -119,17 +109,17 @@ class Run:
         self.loader = TokenLoader(
             train_shards, config.device_batch_size, config.max_seq_len, config.seed,
             rank=ranks.rank, world_size=ranks.world_size, step_batches=self.micro_batches,
-            device=device, crop=config.crop, state=loader_state)
+            device=device, crop=config.crop, state=state["loader"])
         self.repeats = self.loader.epochs > 1  # the text repeats, and the event was recorded
 
     @property
     def is_last(self):
         """Return whether the horizon is complete."""
-        return self.progress.step == self.horizon.num_iterations
+        return self.step == self.horizon.num_iterations
 
     def is_due(self, every):
         """Return whether an action with an interval of N steps (-1 or 0: never) is due now."""
-        return every > 0 and (self.is_last or self.progress.step % every == 0)
+        return every > 0 and (self.is_last or self.step % every == 0)
 
     def is_something_due(self):
         """Return whether the next step must wait for a save, an evaluation or samples."""
@@ -140,7 +130,7 @@ class Run:
 
     def event(self, kind, step=None, **fields):
         """Append one event to the record."""
-        step = self.progress.step if step is None else step
+        step = self.step if step is None else step
         if self.log:
             tokens = step * self.horizon.total_batch_size_tokens
             self.log.event(kind, step=step, tokens=tokens, **fields)
@@ -184,7 +174,7 @@ def run_steps(run):
             save(run)
             return "interrupted"
     except Diverged:
-        if run.saved_step == run.progress.step and run.ranks.is_main:
+        if run.saved_step == run.step and run.ranks.is_main:
             checkpoint.set_aside(run.folder, after=run.saved_step - 1)
         return "nan"
     finally:
@@ -212,7 +202,7 @@ def _train_to_the_end(run):
         if not launched:
             run.mark_sec = time.perf_counter()
         launched.append(train_step(run))
-        if run.progress.step == run.first_step + 1:
+        if run.step == run.first_step + 1:
             gc.collect()  # objects made so far stay: later collections skip them
             gc.freeze()
 
@@ -224,7 +214,7 @@ Launched = namedtuple("Launched", "step multiplier outcome arrived epochs")
 
 def train_step(run):
     """Launch one optimizer step. On a CPU it is complete when this returns."""
-    step, n_steps, config = run.progress.step, run.horizon.num_iterations, run.config
+    step, n_steps, config = run.step, run.horizon.num_iterations, run.config
     multiplier = schedule.lr_multiplier(
         step, n_steps, warmup_steps=config.warmup_steps, warmdown_ratio=config.warmdown_ratio,
         final_lr_frac=config.final_lr_frac)
@@ -244,7 +234,7 @@ def train_step(run):
         total += loss.detach()
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    run.progress.step += 1
+    run.step += 1
 
     outcome = torch.zeros(3, device=run.device)
     outcome[0] = total / run.micro_batches
@@ -259,7 +249,7 @@ def train_step(run):
         outcome = outcome.to("cpu", non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-    return Launched(run.progress.step, multiplier, outcome, arrived, run.loader.epochs)
+    return Launched(run.step, multiplier, outcome, arrived, run.loader.epochs)
 
 
 def record_step(run, launched):
@@ -269,18 +259,18 @@ def record_step(run, launched):
     loss, stop, must_save = launched.outcome.tolist()
     now_sec = time.perf_counter()
     dt_sec, run.mark_sec = now_sec - run.mark_sec, now_sec
-    progress, counted_sec = run.progress, dt_sec
+    counted_sec = dt_sec
     if launched.step == run.first_step + 1:  # it compiled, after a resume: count the mean instead
-        counted_sec = progress.train_time_sec / max(1, launched.step - 1 - UNTIMED_STEPS)
+        counted_sec = run.train_time_sec / max(1, launched.step - 1 - UNTIMED_STEPS)
     if launched.step > UNTIMED_STEPS:
-        progress.train_time_sec += counted_sec
+        run.train_time_sec += counted_sec
 
     tok_per_sec = run.horizon.total_batch_size_tokens / dt_sec
     peak = peak_bf16_flops(run.device_name)  # None: not in the table
     mfu = peak and tok_per_sec * flops_per_token(run.shape) / (peak * run.ranks.world_size)
     run.event("train", launched.step, loss=loss, lr_multiplier=launched.multiplier,
               dt_ms=1000 * dt_sec, tok_per_sec=tok_per_sec,
-              train_time_sec=progress.train_time_sec, mfu=mfu)
+              train_time_sec=run.train_time_sec, mfu=mfu)
     if not run.repeats and launched.epochs > 1:
         run.repeats = True
         run.event("repeats", launched.step, distinct_tokens=run.loader.distinct_tokens)
@@ -288,13 +278,13 @@ def record_step(run, launched):
     run.stopping |= stop > 0
     run.must_save |= must_save > 0
     if not math.isfinite(loss):
-        progress.step = launched.step  # forget a step that was launched after it
+        run.step = launched.step  # forget a step that was launched after it
         raise Diverged
 
 
 def evaluate(run):
     """Evaluate and sample if that is due. The loss of every step has been read before."""
-    config, step = run.config, run.progress.step
+    config, step = run.config, run.step
     if run.is_due(config.eval_every):
         validate(run)
     if step > 0 and run.is_due(config.core_metric_every) and bundle_folder().exists():
@@ -303,7 +293,7 @@ def evaluate(run):
             max_per_task=config.core_metric_max_per_task, max_tokens=run.model.cos.size(1),
             rank=run.ranks.rank, world_size=run.ranks.world_size)
         run.event("core", core_metric=core.core_metric, tasks=core.centered,
-                  train_time_sec=run.progress.train_time_sec)
+                  train_time_sec=run.train_time_sec)
         _check_target(run, "core", core.core_metric)
     if run.ranks.is_main and step > 0 and run.is_due(config.sample_every):
         for sample in sample_documents(run.model, run.tokenizer, run.val_rows.shards[0]):
@@ -315,7 +305,7 @@ def save(run):
 
     Every rank calls it. Raise Diverged if the weights are not finite; nothing is saved then.
     """
-    step, config = run.progress.step, run.config
+    step, config = run.step, run.config
     if config.save_every == 0 or step in (0, run.saved_step):
         return
     run.optimizer.complete_weights()
@@ -324,7 +314,8 @@ def save(run):
         raise Diverged
 
     on_main(run.ranks, lambda: run.log.before_checkpoint())
-    loop_state = {**asdict(run.progress), "loader": run.loader.state_dict()}
+    loop_state = {"step": step, "train_time_sec": run.train_time_sec, "best_step": run.best_step,
+                  "best_val_bpb": run.best_val_bpb, "loader": run.loader.state_dict()}
     facts = {name: value for name, value in run.facts.items() if name != "flags"}
     meta = {**facts, "user_config": run.facts["flags"], "run_id": run.run_id,
             "loop_state": loop_state}
@@ -335,21 +326,21 @@ def save(run):
         run.folder, step, copies, run.optimizer.state_dict(), meta, run.ranks)
     run.event("checkpoint", path=str(run.folder))
     if config.keep_checkpoints and run.ranks.is_main:
-        checkpoint.remove_old(run.folder, config.keep_checkpoints, run.progress.best_step)
+        checkpoint.remove_old(run.folder, config.keep_checkpoints, run.best_step)
     run.saved_step, run.must_save, run.saved_at_sec = step, False, time.monotonic()
 
 
 def validate(run):
     """Measure and record bits per byte. Raise Diverged if they are not finite."""
-    config, progress = run.config, run.progress
+    config = run.config
     result = evaluate_split(run.compiled, run.val_rows, config.device_batch_size,
                             run.tokenizer.token_bytes(), run.device, run.ranks)
     val_bpb = result.bits_per_byte
-    run.event("val", **result.event_fields(), train_time_sec=progress.train_time_sec)
+    run.event("val", **result.event_fields(), train_time_sec=run.train_time_sec)
     if not math.isfinite(val_bpb):
         raise Diverged
-    if progress.step == run.saved_step and val_bpb < (progress.best_val_bpb or math.inf):
-        progress.best_step, progress.best_val_bpb = progress.step, val_bpb
+    if run.step == run.saved_step and val_bpb < (run.best_val_bpb or math.inf):
+        run.best_step, run.best_val_bpb = run.step, val_bpb
     _check_target(run, "val_bpb", val_bpb)
 
     if not (run.is_last or run.reached_target):

@@ -41,7 +41,7 @@ def main(argv=None):
     if status == "nan":
         raise UserError(
             f"the run diverged: loss, validation or weights are not finite at step "
-            f"{run.progress.step}; start again with lower learning rates "
+            f"{run.step}; start again with lower learning rates "
             f"({newest_valid_in_words(run.folder)})")
     if status == "interrupted":
         if run.saved_step:

@@ -25,6 +25,7 @@ DAMAGES = {
     "missing": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"0"),
     "other bytes": lambda path: path.write_bytes(bytes(256)),
     "of another step": lambda path: shutil.copy(

@@ -1,26 +1,22 @@
 """Kills and full disks leave the old or the new file; files and names of strangers do no harm."""
 
 import contextlib
-import io
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from checkpoints import Malicious
-from core_bundles import write_bundle
 from corpus import GOLDEN_TOKENIZER
 from full_disk import full_disk
 from writers import WRITERS
 
-from nanochat import core_eval
 from nanochat.checkpoint import checkpoint_folder, load_model
 from nanochat.common import UserError, check_name
 from nanochat.config import TrainingConfig
@@ -116,41 +112,3 @@ def test_a_checkpoint_and_a_tokenizer_run_no_code(tmp_path):
     assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(evil))  # it works where it is allowed
     assert (tmp_path / "ran").exists()
-
-
-# --- archives ------------------------------------------------------------------------------------
-
-def archive(folder, *more_names):
-    """Return the bytes of the zip of a valid CORE bundle with additional entries."""
-    data = io.BytesIO()
-    root = write_bundle(folder)
-    with zipfile.ZipFile(data, "w") as file:
-        for path in root.rglob("*"):
-            if path.is_file():
-                file.write(path, f"eval_bundle/{path.relative_to(root)}")
-        for name in more_names:
-            file.writestr(name, "evil")
-    return data.getvalue()
-
-
-def downloaded(content, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.file_download.http_get",
-                        lambda url, file: file.write(content))
-    return core_eval.download_bundle("http://127.0.0.1/eval_bundle.zip")
-
-
-@pytest.mark.parametrize("name", ["../evil", "/evil", "eval_bundle/../../evil"])
-def test_archive_entries_stay_within_the_bundle(tmp_path, base_dir, monkeypatch, name):
-    folder = downloaded(archive(tmp_path / "made", name), monkeypatch)
-    assert core_eval.read_bundle(folder)
-    assert all(path.is_relative_to(folder) for path in tmp_path.rglob("evil"))
-    assert {path.name for path in base_dir.iterdir()} == {"eval_bundle", "eval_bundle.lock"}
-
-
-@pytest.mark.parametrize("spoil", [
-    lambda data: data.replace(b"icl_task_type", b"icl_task_typo"),
-    lambda data: data[: len(data) // 2]], ids=["other bytes", "half"])
-def test_a_damaged_archive_leaves_nothing(tmp_path, base_dir, monkeypatch, spoil):
-    with pytest.raises(UserError, match="could not download"):
-        downloaded(spoil(archive(tmp_path / "made")), monkeypatch)
-    assert [path.name for path in base_dir.iterdir()] == ["eval_bundle.lock"]
