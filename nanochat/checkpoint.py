@@ -149,23 +149,19 @@ def find_checkpoint(folder, step="latest"):
 def newest_valid_step(folder, damaged_step=None):
     """Return the step of the newest checkpoint with right checksums, or None."""
     for step in reversed(checkpoint_steps(folder)):
-        try:
+        with contextlib.suppress(OSError, ValueError):
             digests = _parse_meta(folder, step).get("files_sha256", {f"model_{step:06d}.pt": None})
             if step != damaged_step and all(
                     sha256_of(Path(folder) / name) == digest or digest is None
                     for name, digest in digests.items()):
                 return step
-        except (OSError, ValueError):
-            continue
     return None
 
 
 def newest_valid_in_words(folder, damaged_step=None):
     """Describe the newest valid checkpoint, for error messages."""
     step = newest_valid_step(folder, damaged_step)
-    if step is None:
-        return "there is no valid checkpoint here"
-    return f"the newest valid checkpoint is step {step}"
+    return f"the newest valid checkpoint is step {step}" if step else "no valid checkpoint is here"
 
 
 def read_meta(folder, step):
@@ -179,18 +175,13 @@ def read_meta(folder, step):
 
 def load_model_state(folder, step, meta, device):
     """Return the model's state dict on `device`; its checksum is verified if `meta` has it."""
-    state = _load(Path(folder), step, f"model_{step:06d}.pt", meta, device)
+    state = _load(folder, step, f"model_{step:06d}.pt", meta, device)
     return {name.removeprefix("_orig_mod."): value for name, value in state.items()}
 
 
 def load_optimizer_state(folder, step, meta, device, rank=0):
     """Return the share of the optimizer state that rank `rank` saved."""
-    return _load(Path(folder), step, f"optim_{step:06d}_rank{rank}.pt", meta, device)
-
-
-def n_optimizer_shards(meta):
-    """Return the number of ranks that saved a checkpoint of ours."""
-    return sum(name.startswith("optim_") for name in meta["files_sha256"])
+    return _load(folder, step, f"optim_{step:06d}_rank{rank}.pt", meta, device)
 
 
 def load_model(folder, step, device, compute_dtype):
@@ -277,20 +268,20 @@ def _meta_digest(meta):
 
 
 def _load(folder, step, name, meta, device):
-    expected = meta.get("files_sha256", {}).get(name)
+    path, expected = Path(folder) / name, meta.get("files_sha256", {}).get(name)
     try:
-        if expected and sha256_of(folder / name) != expected:
+        if expected and sha256_of(path) != expected:
             raise ValueError("its content differs from its checksum")
-        state = torch.load(folder / name, map_location=device, weights_only=True)
-        if not isinstance(state, dict):
-            raise TypeError("it has no state dict")
-        return state
+        state = torch.load(path, map_location=device, weights_only=True)
+        if isinstance(state, dict):
+            return state
+        reason = "it has no state dict"
     except pickle.UnpicklingError:
         reason = "it has more than tensors, and loading that could run code"
     except Exception as error:  # a damaged zip file raises errors of many kinds
         reason = _reason(error)
-    raise UserError(f"{folder / name} is damaged or missing ({reason}); "
-                    f"{newest_valid_in_words(folder, step)}")
+    raise UserError(
+        f"{path} is damaged or missing ({reason}); {newest_valid_in_words(folder, step)}")
 
 
 def _reason(error):

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from corpus import TINY_FLAGS
-from ranks import train_on_ranks
 
 from nanochat import build
 from nanochat.checkpoint import checkpoint_folder, checkpoint_steps
@@ -114,22 +113,6 @@ def test_a_run_killed_at_random_steps_and_resumed_is_the_uninterrupted_one_bit_f
     one, other = (torch.load(checkpoint_folder(name) / "model_000024.pt")
                   for name in ("uninterrupted", "killed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_two_ranks_share_the_optimizer_state(corpus):
-    """tests/test_any_ranks.py compares the losses."""
-    assert main(flags(corpus, 2, "one")) == 0
-    assert train_on_ranks(2, flags(corpus, 2, "two")) == 0
-
-    def n_values(path):
-        state = torch.load(path)["state"].values()
-        return sum(value.numel() for values in state for value in values.values()
-                   if torch.is_tensor(value))
-
-    full = n_values(checkpoint_folder("one") / "optim_000002_rank0.pt")
-    for rank in (0, 1):
-        shard = n_values(checkpoint_folder("two") / f"optim_000002_rank{rank}.pt")
-        assert 0.45 < shard / full < 0.6
 
 
 def test_names_and_defaults_of_the_flags_are_frozen():
