@@ -77,7 +77,6 @@ class Run:
             f"{config.tag[:80]}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-s{config.seed}"))
 
         # Model and optimizer.
-        # Model and optimizer.
         self.model = build.build_model(config, self.shape, device, dtype)
         self.optimizer = build.build_optimizer(config, self.model, self.horizon, ranks, dtype)
         if meta:

@@ -7,16 +7,19 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from checkpoints import Malicious
+from core_bundles import write_bundle
 from corpus import GOLDEN_TOKENIZER
 from full_disk import full_disk
 from writers import WRITERS
 
+from nanochat import core_eval
 from nanochat.checkpoint import checkpoint_folder, load_model
 from nanochat.common import UserError, check_name
 from nanochat.config import TrainingConfig
@@ -112,3 +115,19 @@ def test_a_checkpoint_and_a_tokenizer_run_no_code(tmp_path):
     assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(evil))  # it works where it is allowed
     assert (tmp_path / "ran").exists()
+
+
+# --- archives ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["../evil", "/evil", "eval_bundle/../../evil"])
+def test_archive_entries_stay_within_the_bundle(tmp_path, monkeypatch, name):
+    root, archive = write_bundle(tmp_path / "made"), tmp_path / "bundle.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in filter(Path.is_file, root.rglob("*")):
+            file.write(path, f"eval_bundle/{path.relative_to(root)}")
+        file.writestr(name, "evil")
+    monkeypatch.setattr("huggingface_hub.file_download.http_get",
+                        lambda url, file: file.write(archive.read_bytes()))
+    folder = core_eval.download_bundle("http://127.0.0.1/eval_bundle.zip")
+    assert core_eval.read_bundle(folder)
+    assert all(path.is_relative_to(folder) for path in tmp_path.rglob("evil"))
