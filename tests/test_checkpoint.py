@@ -92,13 +92,14 @@ def test_what_is_loaded_is_what_was_saved_under_upstreams_file_names(tmp_path):
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
+    folder = tmp_path / "d4"
     for step in (1, 3, 5, 7, 9):
-        save(tmp_path, step)
-    (tmp_path / "model_000004.pt").write_bytes(b"of a save that was killed")
-    (tmp_path / "model_notes.pt").write_bytes(b"mine")
-    remove_old(tmp_path, keep=2, best_step=3)
-    assert checkpoint_steps(tmp_path) == [3, 7, 9] and len(names(tmp_path)) == 10
-    assert (tmp_path / "model_notes.pt").exists()
+        save(folder, step)
+    (folder / "model_000004.pt").write_bytes(b"of a save that was killed")
+    (folder / "model_notes.pt").write_bytes(b"mine")
+    remove_old(folder, keep=2, best_step=3)
+    assert checkpoint_steps(folder) == [3, 7, 9] and len(names(folder)) == 10
+    assert (folder / "model_notes.pt").exists()
 
 
 def test_a_full_disk_is_reported_in_the_systems_words(tmp_path):
