@@ -6,6 +6,7 @@ The command line of scripts/base_train.py and its help, the record's `flags`, th
 
 import argparse
 import dataclasses
+import difflib
 import math
 from dataclasses import dataclass
 
@@ -16,14 +17,14 @@ from nanochat.gpt import GPTConfig, flops_per_token, scaling_params
 from nanochat.target import check_metric_name, check_target
 
 DEFAULT_SEED = 42
-CROPS = ("carry", "drop")
 
 
 def _topic(title):
     """Return a function that creates the dataclass fields of one topic of the help.
 
-    unit: placeholder of the value in the help; at_least, at_most: bounds; choices: allowed values;
-    on_resume: the value changes the numbers of a run, so a resumed run must have the same one.
+    unit: placeholder of the value in the help. Marks: at_least, at_most (bounds); unset (the value
+    for "not given"); choices; on_resume (the value changes the numbers of a run, so a resumed run
+    must have the same one).
     """
 
     def flag(default, text, unit=None, **marks):
@@ -48,19 +49,17 @@ class TrainingConfig:
 
     run: str = _record("dummy", "name of the run in wandb; dummy: do not use wandb", "NAME")
     run_id: str = _record(
-        "", "name of the folder for the run's record in <cache>/runs; empty: made from model tag, "
-        "time and seed", "ID")
+        "", "folder of the run's record in <cache>/runs; empty: model tag, time and seed", "ID")
     model_tag: str = _record(
-        "", "name of the checkpoint folder in <cache>/base_checkpoints; empty: d<depth>, or "
-        "d<depth>-s<seed> if --seed is not 42. If the folder has checkpoints of another run, they "
-        "are moved to <tag>.before-<time>", "TAG")
-    quiet: bool = _record(
-        False, "print results and errors only, no progress; the run's record stays complete")
+        "", "checkpoint folder in <cache>/base_checkpoints; empty: d<depth>, or d<depth>-s<seed> "
+        "if --seed is not 42. Checkpoints of another run in it are moved to <tag>.before-<time>",
+        "TAG")
+    quiet: bool = _record(False, "print results and errors only; the run's record stays complete")
 
     device_type: str = _machine("", "cuda, mps or cpu; empty: the best available", "KIND")
     rank_timeout_minutes: float = _machine(
-        60.0, "with several ranks: abort if a collective operation takes longer than N minutes",
-        "N", at_least=0.1, at_most=10_000)
+        60.0, "with several ranks: abort if one of them, also while it compiles, keeps the others "
+        "waiting for N minutes", "N", at_least=0.1, at_most=10_000)
     no_compile: bool = _machine(
         False, "run the model uncompiled (slower, but starts at once)", on_resume=True)
     attention: str = _machine(
@@ -76,17 +75,16 @@ class TrainingConfig:
     tokenizer_dir: str = _data("", "tokenizer folder; empty: <cache>/tokenizer", "FOLDER")
     crop: str = _data(
         "", "how to treat the rest of a document that was cropped to fill a row: carry (use it in "
-        "a later row) or drop (do not use it); empty: drop for climbmix and fineweb-edu, as in "
-        "karpathy/nanochat, else carry", "RULE",
-        choices=CROPS)
+        "a later row) or drop; empty: drop for climbmix and fineweb-edu, as in karpathy/nanochat, "
+        "else carry", "RULE", choices=("carry", "drop"))
     seed: int = _data(
         DEFAULT_SEED, "seed of the initial weights and of the data order", "SEED", at_least=0)
 
     depth: int = _model(20, "number of layers", "LAYERS", at_least=1, at_most=10_000)
     aspect_ratio: int = _model(
         64, "model width = depth * aspect ratio, rounded up to a multiple of the head dimension",
-        "CHANNELS")
-    head_dim: int = _model(128, "head dimension of the attention", "CHANNELS")
+        "CHANNELS", at_least=1)
+    head_dim: int = _model(128, "head dimension of the attention", "CHANNELS", at_least=2)
     max_seq_len: int = _model(2048, "context length", "TOKENS", at_least=1)
     window_pattern: str = _model(
         "SSSL", "attention window of each layer, repeated over the layers: L is the full context, "
@@ -98,18 +96,19 @@ class TrainingConfig:
         False, "compute output head and cross-entropy in chunks of rows, so that the complete "
         "logits are never stored (lane C, see ideas/)", on_resume=True)
 
-    num_iterations: int = _horizon(-1, "optimizer steps", "STEPS")
-    target_flops: float = _horizon(-1.0, "total training FLOPs", "FLOPS")
+    num_iterations: int = _horizon(-1, "optimizer steps", "STEPS", at_least=1, unset=-1)
+    target_flops: float = _horizon(
+        -1.0, "total training FLOPs", "FLOPS", at_least=0, at_most=1e30, unset=-1)
     target_param_data_ratio: float = _horizon(
         12.0, "training tokens per scaling parameter, that is, per weight of the transformer "
-        "matrices and the output head", "RATIO")
+        "matrices and the output head", "RATIO", at_least=0, at_most=1e9, unset=-1)
 
     device_batch_size: int = _optimization(
         32, "rows per device and micro-batch", "ROWS", at_least=1, at_most=1 << 20, on_resume=True)
     total_batch_size: int = _optimization(
         -1, "tokens per optimizer step; -1: a power of two that grows with the model. The learning "
         "rates below are for 524,288 tokens and are scaled by the square root of the batch size",
-        "TOKENS")
+        "TOKENS", at_least=1, unset=-1)
     embedding_lr: float = _optimization(
         0.3, "learning rate of the embeddings (AdamW)", "LR", at_least=0, on_resume=True)
     unembedding_lr: float = _optimization(
@@ -132,24 +131,24 @@ class TrainingConfig:
         "-1", "resume from the checkpoint of this step; latest: from the newest one; auto: from "
         "the newest valid one, or start a new run if there is none; -1: start a new run", "STEP")
     allow_changed: bool = _optimization(
-        False, "resume even if flags, dtype, device or library versions that change the numbers "
-        "differ from those of the checkpoint; the differences are recorded")
+        False, "resume even if the horizon is longer than that of the checkpoint, or if flags, "
+        "dtype, device or versions that change the numbers differ; the differences are recorded")
 
-    eval_every: int = _events(250, "measure bits per byte on the validation split", "STEPS")
+    eval_every: int = _events(
+        250, "measure bits per byte on the validation split", "STEPS", at_least=-1)
     eval_tokens: int = _events(
         80 * 524288, "validation tokens per evaluation, at most one pass over the split", "TOKENS",
         at_least=1, on_resume=True)
-    core_metric_every: int = _events(2000, "evaluate CORE", "STEPS")
+    core_metric_every: int = _events(2000, "evaluate CORE", "STEPS", at_least=-1)
     core_metric_max_per_task: int = _events(
-        500, "examples per CORE task; -1: all", "EXAMPLES", on_resume=True)
-    sample_every: int = _events(2000, "print samples from the model", "STEPS")
+        500, "examples per CORE task; -1: all", "EXAMPLES", at_least=-1, on_resume=True)
+    sample_every: int = _events(2000, "print samples from the model", "STEPS", at_least=-1)
     save_every: int = _events(
-        -1, "save a checkpoint; -1: only at the end; 0: never, also not at the end", "STEPS")
+        -1, "save a checkpoint; -1: only at the end; 0: never", "STEPS", at_least=-1)
     save_minutes: float = _events(
         0.0, "also save a checkpoint every N minutes (0: off)", "N", at_least=0)
     keep_checkpoints: int = _events(
-        0, "keep the N newest valid checkpoints and the best by val_bpb (0: keep all)", "N",
-        at_least=0)
+        0, "keep the N newest checkpoints and the best by val_bpb (0: keep all)", "N", at_least=0)
     position_losses: bool = _events(
         False, "record the loss at each position of the context in the final validation")
     target_metric_name: str = _events(
@@ -163,12 +162,10 @@ class TrainingConfig:
         if not self.crop:  # the record holds the rule, not the empty default
             rule = "drop" if self.dataset in DOWNLOADS else "carry"
             object.__setattr__(self, "crop", rule)
-
         for flag in dataclasses.fields(self):
             _check_flag(flag, getattr(self, flag.name))
         check_name("--model-tag", self.tag)
-        if self.run_id:
-            check_name("--run-id", self.run_id)
+        check_name("--run-id", self.run_id or "default")
 
         check_metric_name(self.target_metric_name)
         if self.target[1] is not None:
@@ -196,12 +193,8 @@ class TrainingConfig:
 
     @classmethod
     def fixed_on_resume(cls):
-        """Return {name: default} of the flags that a resume may change only with --allow-changed.
-
-        They change the numbers of a run, but not which run it is.
-        """
-        return {flag.name: flag.default for flag in dataclasses.fields(cls)
-                if flag.metadata.get("on_resume")}
+        """Return the names of the flags that a resume may change only with --allow-changed."""
+        return [flag.name for flag in dataclasses.fields(cls) if flag.metadata.get("on_resume")]
 
 
 def model_config(config, vocab_size, depth=None):
@@ -222,10 +215,29 @@ def run_horizon(config, model):
         total_batch_size_tokens=config.total_batch_size)
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports a mistake in two lines and suggests a flag for a typo."""
+
+    def __init__(self, prog, description=None):
+        super().__init__(prog, description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, args=None, namespace=None):
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            similar = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            advice = f"; did you mean {similar[0]}?" if similar else ""
+            self.error(f"unknown flag {flag}{advice}")
+        return values
+
+    def error(self, message):
+        self.exit(2, f"error: {message}\nrun with --help to see all flags\n")
+
+
 def parse_config(argv=None, prog="python -m scripts.base_train", description=None):
     """Return the TrainingConfig that a command line asks for."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, prog=prog, description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog, description)
     topics = {}
     for flag in dataclasses.fields(TrainingConfig):
         title = flag.metadata["topic"]
@@ -243,14 +255,11 @@ def parse_config(argv=None, prog="python -m scripts.base_train", description=Non
 
 def _check_flag(flag, value):
     """Raise UserError for a value outside of the flag's bounds or choices."""
-    name = _as_flag(flag.name)
-    low, high = flag.metadata.get("at_least"), flag.metadata.get("at_most", math.inf)
-    if flag.type is int and abs(value) >= 1 << 53:
-        raise UserError(f"{name} {str(value)[:40]} is too large; give a number below 2^53")
-    if low is not None and not (low <= value <= high and value < math.inf):
-        bounds = f"at least {low}" + ("" if high == math.inf else f" and at most {high}")
-        raise UserError(f"{name} {value} must be {bounds}")
-    choices = flag.metadata.get("choices", (value,))
+    name, marks = _as_flag(flag.name), flag.metadata
+    low, high = marks.get("at_least"), marks.get("at_most", 1 << 53)
+    if low is not None and value != marks.get("unset") and not low <= value <= high:
+        raise UserError(f"{name} {str(value)[:40]} must be from {low} to {high}")
+    choices = marks.get("choices", (value,))
     if value not in choices:
         raise UserError(f"{name} {value} must be {' or '.join(choices)}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nanochat.common import UserError
 
-# dense bf16 FLOP/s from the vendors' data sheets; the first name that the device's name contains
+# Dense bf16 FLOP/s from the vendors' data sheets; the first name that the device's name contains.
 _PEAK_BF16_FLOPS = (
     ("GB200", 2.5e15), ("B200", 2.25e15), ("B100", 1.8e15),
     ("H200 NVL", 835e12), ("H200", 989e12),
@@ -25,15 +25,11 @@ def choose_device(kind=""):
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
-    if kind and kind not in available:
-        raise UserError(f"--device-type {kind!r} is unknown; use cuda, mps, cpu, or leave it out")
-    if kind and not available[kind]:
-        raise UserError(f"--device-type {kind} is not available here; leave it out to use the "
-                        "best device")
-    kind = kind or next(name for name in available if available[name])
-    if kind == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device(kind)
+    kind = kind or next(name for name, is_there in available.items() if is_there)
+    if not available.get(kind):
+        raise UserError(f"--device-type {kind} is not available here; use {', '.join(available)}, "
+                        "or leave it out to use the best device")
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" else kind)
 
 
 def choose_compute_dtype(device):
@@ -53,15 +49,11 @@ def choose_compute_dtype(device):
         return getattr(torch, name), f"NANOCHAT_DTYPE={name}"
 
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        native, what = major >= 8, f"compute capability {major}.{minor}"
-    elif device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        native = any(capabilities.get(key) for key in ("amx_bf16", "avx512_bf16"))
-        what = "this CPU"
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        native, what = False, f"a device of type {device.type}"
-    reason = f"{what} {'has' if native else 'has no'} native bf16 arithmetic"
+        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = any(capabilities.get(key) for key in ("amx_bf16", "avx512_bf16"))
+    reason = f"the device has {'native' if native else 'no native'} bf16 arithmetic"
     return torch.bfloat16 if native else torch.float32, reason
 
 

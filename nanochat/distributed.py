@@ -27,46 +27,34 @@ class Ranks:
     def from_environment(cls):
         """Return the ranks that torchrun's environment variables describe. Raise UserError."""
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        if not any(os.environ.get(name) for name in names):
+        values = [os.environ.get(name, "") for name in names]
+        if not any(values):
             return cls()
-        advice = "start several ranks with torchrun, or unset RANK, LOCAL_RANK and WORLD_SIZE"
-        for name in names:
-            value = os.environ.get(name, "")
-            if not value.isdecimal():
-                problem = f"is {value!r}, not a number" if value else "is not set"
-                raise UserError(f"{name} {problem}; {advice}")
-        ranks = cls(*(int(os.environ[name]) for name in names))
-        if ranks.rank >= ranks.world_size:
-            raise UserError(f"RANK {ranks.rank} must be below WORLD_SIZE; {advice}")
-        for name in ("MASTER_ADDR", "MASTER_PORT") if ranks.world_size > 1 else ():
-            if not os.environ.get(name):
-                raise UserError(f"{name} is not set; {advice}")
-        return ranks
+        if all(value.isdecimal() for value in values):
+            ranks = cls(*map(int, values))
+            if ranks.world_size == 1 or (os.environ.get("MASTER_ADDR") and
+                                         os.environ.get("MASTER_PORT")):
+                return ranks
+        raise UserError(f"{', '.join(names)} ({values}) or MASTER_ADDR and MASTER_PORT are "
+                        "incomplete; start several ranks with torchrun, or unset them")
 
     @property
     def is_main(self):
         return self.rank == 0
 
 
-def start_ranks(device=None, timeout_minutes=60):
+def start_ranks(device, timeout_minutes=60):
     """Return the Ranks of this process, with a process group (NCCL or gloo) if there are several.
 
-    A collective that takes longer than timeout_minutes ends the job. device None: the CPU; torch
-    is imported only if there are several ranks.
+    A collective that takes longer than timeout_minutes ends the job.
     """
-    ranks = Ranks.from_environment()
-    if device is None and ranks.world_size == 1:
-        return ranks
     import torch
     import torch.distributed as dist
 
-    is_cuda = device is not None and device.type == "cuda"
+    ranks, is_cuda = Ranks.from_environment(), device.type == "cuda"
     if is_cuda:
         torch.cuda.set_device(device)
-    if ranks.world_size > 1 and not dist.is_initialized():
-        # after a time-out NCCL's flight recorder writes the last collectives of each rank to /tmp
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    if ranks.world_size > 1:
         timeout = timedelta(minutes=timeout_minutes)
         dist.init_process_group(
             "nccl" if is_cuda else "gloo", store=_store_of_this_start(ranks, timeout),
@@ -101,21 +89,10 @@ def _store_of_this_start(ranks, timeout):
     return PrefixStore(prefix, store)
 
 
-def broadcast_from_rank0(ranks, function):
-    """Return rank 0's function() on every rank. Every rank calls this."""
-    import torch.distributed as dist
+def on_main(ranks, function):
+    """Return rank 0's function() on every rank; every rank calls this.
 
-    results = [function() if ranks.is_main else None]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(results, src=0)
-    return results[0]
-
-
-def on_main(ranks, function, group=None):
-    """Call function() on rank 0 while the others wait; return its result there, else None.
-
-    Every rank of the group (default: all) calls this. A UserError ends all ranks with its exit
-    code; only rank 0 prints it.
+    The result must be picklable. A UserError ends all ranks; only rank 0 prints it.
     """
     result = error = None
     if ranks.is_main:
@@ -126,10 +103,11 @@ def on_main(ranks, function, group=None):
     if ranks.world_size > 1:
         import torch.distributed as dist
 
-        exit_codes = [error and error.exit_code]
-        dist.broadcast_object_list(exit_codes, src=0, group=group)
-        if exit_codes[0] and not ranks.is_main:
-            raise SystemExit(exit_codes[0])
+        outcome = [result, error and error.exit_code]
+        dist.broadcast_object_list(outcome, src=0)
+        result, exit_code = outcome
+        if exit_code and not ranks.is_main:
+            raise SystemExit(exit_code)
     if error:
         raise error
     return result

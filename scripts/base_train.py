@@ -34,32 +34,25 @@ def main(argv=None):
     keep_freed_memory(device)
     ranks = start_ranks(device, config.rank_timeout_minutes)
     try:
-        status, signal_number, run = train(config, device, ranks, started_sec)
+        status, run = train(config, device, ranks, started_sec)
     finally:
         stop_ranks()
 
     if status == "nan":
         raise UserError(
             f"the run diverged: loss, validation or weights are not finite at step "
-            f"{run.progress.step}; start again with lower learning rates "
+            f"{run.step}; start again with lower learning rates "
             f"({newest_valid_in_words(run.folder)})")
     if status == "interrupted":
         if run.saved_step:
-            print0(f"continue with: {_resume_command(sys.argv[1:] if argv is None else argv)}")
-        return 128 + (signal_number or 15)
+            launcher = ["python"]
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                launcher = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"]
+            flags = [*(sys.argv[1:] if argv is None else argv), "--resume-from-step", "latest"]
+            command_line = shlex.join([*launcher, "-m", "scripts.base_train", *flags])
+            print0(f"continue with: {command_line}")
+        return 128 + (run.signal_number or 15)
     return 0
-
-
-def _resume_command(argv):
-    """Return the command line that resumes an interrupted run."""
-    argv = [word for word in argv if not word.startswith("--resume-from-step=")]
-    if "--resume-from-step" in argv:
-        at = argv.index("--resume-from-step")
-        del argv[at:at + 2]
-    launcher = ["python", "-m"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}", "-m"]
-    return shlex.join([*launcher, "scripts.base_train", *argv, "--resume-from-step", "latest"])
 
 
 if __name__ == "__main__":

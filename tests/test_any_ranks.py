@@ -51,6 +51,10 @@ def test_two_and_three_ranks_train_as_one_and_resume_each_others_checkpoints(cor
     whole = train(1, corpus, "one")
     assert len(whole[0]) == STEPS and whole[0][-1] < whole[0][0] - 0.1
     assert_same(train(2, corpus, "two", "--save-every", "7"), whole)
+    folder = base_dir() / "base_checkpoints"
+    full, *shares = ((folder / name / f"optim_{STEPS:06d}_rank{rank}.pt").stat().st_size
+                     for name, rank in (("one", 0), ("two", 0), ("two", 1)))
+    assert all(0.4 < share / full < 0.7 for share in shares)  # of the optimizer state, per rank
     assert_same(resume(3, corpus, "two", 7, "three"), whole)
     assert_same(resume(1, corpus, "two", 14, "one-again"), whole)
     assert_same(resume(1, corpus, "three", STEPS, "evaluated"), whole)

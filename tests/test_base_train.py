@@ -115,38 +115,6 @@ def test_a_run_killed_at_random_steps_and_resumed_is_the_uninterrupted_one_bit_f
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_signal_to_the_process_saves_a_checkpoint_and_ends_cleanly(corpus):
-    with started(flags(corpus, 100_000, "stopped")) as process:
-        wait_for_lines("stopped", 3, process)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 128 + signal.SIGTERM, process.log()
-        assert "Traceback" not in process.log()
-    record = read_run(runs_dir() / "stopped")
-    assert record.status == "interrupted"
-    assert checkpoint_steps(checkpoint_folder("stopped")) == [record.of("train")[-1]["step"]]
-
-
-def test_two_ranks_give_the_losses_of_one_and_share_the_optimizer_state(corpus):
-    assert main(flags(corpus, 20, "one")) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc-per-node=2", "-m", "scripts.base_train"]
-    done = subprocess.run([*launcher, *flags(corpus, 20, "two")], capture_output=True, text=True,
-                          timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    for one, two in zip(losses("one"), losses("two"), strict=True):
-        assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
-
-    def n_values(path):
-        state = torch.load(path)["state"].values()
-        return sum(value.numel() for values in state for value in values.values()
-                   if torch.is_tensor(value))
-
-    full = n_values(checkpoint_folder("one") / "optim_000020_rank0.pt")
-    for rank in (0, 1):
-        shard = n_values(checkpoint_folder("two") / f"optim_000020_rank{rank}.pt")
-        assert 0.45 < shard / full < 0.6
-
-
 def test_names_and_defaults_of_the_flags_are_frozen():
     golden = Path(__file__).parent / "golden" / "base_train_flags.json"
     expected = json.loads(golden.read_text())
@@ -164,11 +132,11 @@ def test_only_the_remote_datasets_keep_upstreams_crop_rule(dataset, rule):
     (["--depth", "0"], "--depth"),
     (["--head-dim", "15"], "--head-dim"),
     (["--total-batch-size", "200"], "--total-batch-size"),
+    (["--total-batch-size", "0"], "--total-batch-size"),
     (["--device-batch-size", "0"], "--device-batch-size"),
     (["--window-pattern", "SQ"], "--window-pattern"),
     (["--device-type", "tpu"], "--device-type"),
     (["--tokenizer-dir", "nowhere"], "nowhere"),
-    (["--dataset", "nowhere"], "nowhere"),
     (["--run-id", "a/b"], "--run-id 'a/b' cannot name a folder"),
     (["--resume-from-step", "latest"], "no checkpoint"),
     (["--target-metric-threshold", "-1"], "--target-metric-threshold"),
@@ -178,11 +146,23 @@ def test_only_the_remote_datasets_keep_upstreams_crop_rule(dataset, rule):
     (["--keep-checkpoints", "-1"], "--keep-checkpoints"),
     (["--stop-at-target"], "--target-metric-threshold"),
     (["--num-iterations", "-1", "--target-param-data-ratio", "-1"], "--target-param-data-ratio"),
+    (["--num-iterations", "0"], "--num-iterations"),
+    (["--target-flops", "inf"], "--target-flops"),
+    (["--target-param-data-ratio", "1e308"], "--target-param-data-ratio"),
+    (["--matrix-lr", "nan"], "--matrix-lr"),
+    (["--warmdown-ratio", "1.5"], "--warmdown-ratio"),
 ])
 def test_a_mistake_is_one_line_with_exit_code_2_and_leaves_nothing(corpus, refusal, change, words):
     message = refusal(main, [*flags(corpus), *change]).splitlines()[-1]
     assert message.startswith("error: ") and words in message
     assert not list(runs_dir().glob("*/config.json"))
+
+
+def test_an_unknown_flag_is_two_lines_with_the_flag_that_was_meant(refusal):
+    assert refusal(main, ["--dept", "4"]).splitlines() == [
+        "error: unknown flag --dept; did you mean --depth?", "run with --help to see all flags"]
+    assert refusal(main, ["--zzzzzzzz=4"]).startswith("error: unknown flag --zzzzzzzz\n")
+    assert "--depth" in refusal(main, ["--depth", "four"]).splitlines()[0]
 
 
 def test_a_taken_run_id_is_refused_and_the_old_record_stays(corpus, refusal):
@@ -195,7 +175,7 @@ def test_a_taken_run_id_is_refused_and_the_old_record_stays(corpus, refusal):
 # --- resume ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change", [
-    ["--seed", "7"], ["--depth", "3"], ["--num-iterations", "13"], ["--total-batch-size", "512"],
+    ["--seed", "7"], ["--depth", "3"], ["--num-iterations", "3"], ["--total-batch-size", "512"],
     ["--crop", "drop"]], ids=str)
 def test_another_run_is_not_resumed_even_if_changes_are_allowed(corpus, refusal, change):
     main(flags(corpus, 4))
@@ -220,24 +200,20 @@ def test_what_changes_the_numbers_is_refused_unless_allowed_and_then_recorded(
     assert not read_run(runs_dir() / "run").of("resume")
 
     assert main([*resume, "--allow-changed"]) == 0
-    assert f"this is commit {'f' * 12}" in capsys.readouterr().out
+    assert "--warmup-steps was 40, is 3" in capsys.readouterr().out
     [resumed] = read_run(runs_dir() / "run").of("resume")
     assert resumed["step"] == 4 and resumed["device"]["compute_dtype"] == "bfloat16"
     assert resumed["git_commit"] == "f" * 40 and resumed["flags"]["chunked_ce"] is True
     assert ["--warmup-steps", 40, 3] in resumed["changed"]
 
 
-def test_what_changes_no_numbers_may_change(corpus):
+def test_what_changes_no_numbers_may_change(corpus, refusal):
     main(flags(corpus, 6, "run", "--save-every", "2"))
+    error = refusal(main, [*flags(corpus, 6), "--resume-from-step", "3"])
+    assert "newest valid checkpoint is step 6" in error
     assert main([*flags(corpus, 6), "--resume-from-step", "4", "--save-every", "3",
                  "--eval-every", "2", "--sample-every", "3"]) == 0
     assert read_run(runs_dir() / "run").of("resume")[0]["changed"] == []
-
-
-def test_resuming_a_step_that_does_not_exist_names_the_newest(corpus, refusal):
-    main(flags(corpus, 4))
-    error = refusal(main, [*flags(corpus, 4), "--resume-from-step", "3"])
-    assert "newest valid checkpoint is step 4" in error
 
 
 def test_resume_auto_begins_anew_where_there_is_no_checkpoint(corpus, monkeypatch):
@@ -251,21 +227,16 @@ def test_resume_auto_begins_anew_where_there_is_no_checkpoint(corpus, monkeypatc
     assert [event["step"] for event in read_run(runs_dir() / "run").of("train")] == [*range(1, 7)]
 
 
-def test_checkpoints_of_another_run_are_moved_away(corpus):
+def test_checkpoints_of_another_run_and_of_later_steps_are_moved_away(corpus):
     main(flags(corpus, 4, "first", "--model-tag", "shared"))
-    main(flags(corpus, 2, "second", "--model-tag", "shared"))
-    assert checkpoint_steps(checkpoint_folder("shared")) == [2]
-    [aside] = checkpoint_folder("shared").parent.glob("shared.before-*")
-    assert checkpoint_steps(aside) == [4]
-
-
-def test_a_resume_from_an_earlier_step_moves_the_later_ones_away(corpus):
-    main(flags(corpus, 6, "run", "--save-every", "2"))
-    folder = checkpoint_folder("run")
-    assert main([*flags(corpus, 6), "--resume-from-step", "2", "--save-every", "0"]) == 0
+    main(flags(corpus, 6, "second", "--model-tag", "shared", "--save-every", "2"))
+    folder = checkpoint_folder("shared")
+    assert checkpoint_steps(folder) == [2, 4, 6]
+    main(flags(corpus, 6, "second", "--model-tag", "shared", "--resume-from-step", "2",
+               "--save-every", "0"))
     assert checkpoint_steps(folder) == [2]
-    [aside] = folder.parent.glob("run.before-*")
-    assert checkpoint_steps(aside) == [4, 6] and not list(folder.glob("*_000004*"))
+    aside = [checkpoint_steps(path) for path in sorted(folder.parent.glob("shared.before-*"))]
+    assert aside == [[4], [4, 6]]
 
 
 # --- two writers, the console, wandb --------------------------------------------------------------
@@ -300,3 +271,12 @@ def test_wandb_offline_records_without_a_network(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     assert main(flags(corpus, 3, "logged", "--run", "name")) == 0
     assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_training_needs_no_triton(corpus):
+    """macOS, ARM and machines without a GPU lack it. Importing None fails as if it were missing."""
+    program = ("import sys; sys.modules['triton'] = None; from scripts.base_train import main; "
+               "main(sys.argv[1:])")
+    subprocess.run([sys.executable, "-c", program, *flags(corpus, 2)], timeout=300, check=True,
+                   env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})
+    assert read_run(runs_dir() / "run").status == "ok"

@@ -16,7 +16,7 @@ from corpus import TINY_FLAGS
 from ranks import run_on_ranks
 
 from nanochat.common import UserError, command, runs_dir
-from nanochat.distributed import Ranks, broadcast_from_rank0, on_main, start_ranks, stop_ranks
+from nanochat.distributed import Ranks, on_main, start_ranks, stop_ranks
 from nanochat.runlog import METRICS, read_run
 from scripts.base_train import main
 
@@ -41,18 +41,13 @@ def test_ranks_come_from_torchruns_environment(monkeypatch, environment, ranks):
     assert Ranks.from_environment() == ranks and ranks.is_main == (ranks.rank == 0)
 
 
-@pytest.mark.parametrize(("environment", "name"), [
-    ("RANK=0", "LOCAL_RANK"), ("RANK=0 LOCAL_RANK=0", "WORLD_SIZE"), ("WORLD_SIZE=2", "RANK"),
-    ("RANK=zero LOCAL_RANK=0 WORLD_SIZE=1", "RANK is 'zero'"),
-    ("RANK=2 LOCAL_RANK=0 WORLD_SIZE=2", "RANK 2"),
-    ("RANK=0 LOCAL_RANK=0 WORLD_SIZE=2", "MASTER_ADDR is not set"),
-    ("RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=host", "MASTER_PORT is not set")])
-def test_an_incomplete_environment_is_one_line(monkeypatch, environment, name):
+@pytest.mark.parametrize("environment", [
+    "RANK=0", "RANK=0 LOCAL_RANK=0", "WORLD_SIZE=2", "RANK=zero LOCAL_RANK=0 WORLD_SIZE=1",
+    "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2", "RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=host"])
+def test_an_incomplete_environment_is_one_line(monkeypatch, environment):
     set_environment(monkeypatch, environment)
-    with pytest.raises(UserError, match=f"{name}.*start several ranks with torchrun"):
+    with pytest.raises(UserError, match="start several ranks with torchrun"):
         start_ranks(torch.device("cpu"))
-    assert not dist.is_initialized()
-    stop_ranks()
 
 
 def shared_values(rank, world_size):
@@ -61,7 +56,7 @@ def shared_values(rank, world_size):
     def fail():
         raise UserError("the disk is full")
 
-    values = [broadcast_from_rank0(ranks, lambda: f"from {rank}"), on_main(ranks, lambda: rank)]
+    values = [on_main(ranks, lambda: f"from {rank}")]
     try:
         on_main(ranks, fail)
     except UserError as error:
@@ -72,14 +67,13 @@ def shared_values(rank, world_size):
 
 
 def test_rank_0_shares_values_and_its_error_ends_all_ranks():
-    assert run_on_ranks(2, shared_values) == [
-        ["from 0", 0, "the disk is full"], ["from 0", None, 2]]
+    assert run_on_ranks(2, shared_values) == [["from 0", "the disk is full"], ["from 0", 2]]
 
 
 def wait_for_a_late_rank(rank, world_size):
     @command
     def program(argv=None):
-        start_ranks(timeout_minutes=0.05)
+        start_ranks(torch.device("cpu"), timeout_minutes=0.05)
         if rank == 1:
             time.sleep(10)
         else:
@@ -102,38 +96,21 @@ def test_a_collective_ends_the_job_at_its_time_limit():
     assert sec < 9
 
 
-def torchrun(corpus, rank, step, max_restarts):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node=2", f"--max-restarts={max_restarts}",
-               str(Path(__file__).parent / "faulty_rank.py"), str(rank), str(step),
-               str(runs_dir() / "job" / METRICS), *FLAGS, "--dataset", corpus,
-               "--run-id", "job", "--model-tag", "job"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env={
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)})
-
-
 def losses(run_id):
     record = read_run(runs_dir() / run_id)
-    return ([event["loss"] for event in record.of("train")],
-            [event["val_bpb"] for event in record.of("val")])
+    return [event["loss"] for event in record.of("train")]
 
 
 def test_a_killed_rank_ends_the_job_and_torchrun_restarts_it_with_the_same_losses(corpus, fp32):
     assert main([*FLAGS, "--dataset", corpus, "--run-id", "one", "--model-tag", "one"]) == 0
     rank, step = random.randrange(2), random.randrange(1, STEPS - 10)
-    done = torchrun(corpus, rank, step, max_restarts=1)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "--max-restarts=1", Path(__file__).parent / "faulty_rank.py", str(rank), str(step),
+         runs_dir() / "job" / METRICS, *FLAGS, "--dataset", corpus, "--run-id", "job",
+         "--model-tag", "job"], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == 0, done.stderr
     assert "Traceback (most recent call last)" not in done.stderr
-    record = read_run(runs_dir() / "job")
-    assert record.status == "ok" and len(record.of("train")) == STEPS
-    for found, expected in zip(losses("job"), losses("one"), strict=True):
-        assert found == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_a_job_without_restarts(corpus, fp32, rank):
-    done = torchrun(corpus, rank, 7, max_restarts=0)
-    assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert len(errors) <= 1 and all("another rank ended" in line for line in errors), done.stderr
+    assert read_run(runs_dir() / "job").status == "ok" and len(losses("job")) == STEPS
+    assert losses("job") == pytest.approx(losses("one"), rel=1e-5)

@@ -1,12 +1,11 @@
 """The writers whose files must survive a kill: write the value 1, then 2; read which one is there.
 
-As a program it kills the writers: python tests/writers.py FOLDER SEED KILLS. It is a process of
-its own because it forks; it asserts after every kill.
+As a program, python tests/writers.py FOLDER, it kills the writers before every call that touches
+the disk. It is a process of its own because it forks.
 """
 
 import contextlib
 import os
-import random
 import signal
 import sys
 import threading
@@ -21,11 +20,22 @@ import torch
 from corpus import golden_tokenizer
 from tqdm import tqdm
 
-from nanochat.checkpoint import find_checkpoint, load_model_state, read_meta, save_checkpoint
+from nanochat.checkpoint import (
+    find_checkpoint,
+    load_model_state,
+    load_optimizer_state,
+    read_meta,
+    remove_old,
+    save_checkpoint,
+    set_aside,
+)
 from nanochat.dataset import open_dataset
 from nanochat.experiments.ledger import append_row, read_rows
 from nanochat.runlog import RunLog, read_run
 from nanochat.tokens import TokenShard, token_shards
+
+DISK_CALLS = {"open", "fsync", "replace", "rename", "unlink", "mkdir", "write", "close", "flush",
+              "truncate", "write_record", "write_end_of_file"}
 
 
 @dataclass(frozen=True)
@@ -35,14 +45,21 @@ class Row:
 
 
 def write_checkpoint(folder, value):
-    weights = {"w": torch.full((99,), float(value))}
-    save_checkpoint(folder, value, weights, {"state": {}}, {"model_config": {}})
+    """As the training program does: the folder is cleared of torn files, old steps are removed."""
+    set_aside(folder, after=9)
+    tensor = torch.full((99,), float(value))
+    save_checkpoint(folder, value, {"w": tensor}, {"m": tensor}, {"model_config": {"v": value}})
+    remove_old(folder, keep=1)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"meta_{value:06d}.json", f"model_{value:06d}.pt", f"optim_{value:06d}_rank0.pt"]
 
 
 def read_checkpoint(folder):
     step = find_checkpoint(folder)
-    weights = load_model_state(folder, step, read_meta(folder, step), "cpu")["w"]
-    assert set(weights.tolist()) == {step}
+    meta = read_meta(folder, step)
+    weights = load_model_state(folder, step, meta, "cpu")["w"]
+    moments = load_optimizer_state(folder, step, meta, "cpu")["m"]
+    assert {meta["model_config"]["v"], *weights.tolist(), *moments.tolist()} == {step}
     return step
 
 
@@ -96,66 +113,52 @@ WRITERS = {
 }
 
 
-def child(function, *arguments):
-    """Fork a process that calls function(*arguments); return its process id."""
+def write_and_die(write, folder, at_call):
+    """Write 2 in a forked process that dies before its at_call-th disk call; return its status."""
     process = os.fork()
     if process:
-        return process
+        return os.waitpid(process, 0)[1]
+    left = at_call
+
+    def count(_frame, event, function):
+        nonlocal left
+        if event == "c_call" and function.__name__ in DISK_CALLS:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
     try:
-        function(*arguments)
+        sys.setprofile(count)
+        write(folder, 2)
     except BaseException:
+        sys.setprofile(None)
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
 
 
-def write_and_die(write, folder, at_call, pipe):
-    """Write 2 and die at that function call, or send the number of calls through the pipe."""
-    left = at_call
-
-    def count(*_):
-        nonlocal left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.setprofile(count)
-    write(folder, 2)
-    sys.setprofile(None)
-    os.write(pipe, str(at_call - left).encode())
-
-
-def kill_at_random_calls(name, folder, source, n_kills):
+def kill_at_disk_calls(name, folder):
     """After a kill the value is the old or the new one, and the next writer succeeds."""
     write, read = WRITERS[name]
-    n_calls, n_killed = 1 << 60, 0
-    for i in range(n_kills + 1):  # the first process is not killed: it counts the calls
-        here = folder / f"{name} {i}"
+    status, at_call = 1, 0
+    while status:
+        at_call += 1
+        here = folder / f"{name} {at_call}"
         here.mkdir(parents=True)
         write(here, 1)
-        reader, writer = os.pipe()
-        at_call = source.randint(1, n_calls) if i else n_calls
-        process = child(write_and_die, write, here, at_call, writer)
-        os.close(writer)
-        with open(reader) as pipe:
-            counted = pipe.read()
-        _, status = os.waitpid(process, 0)
-        if i == 0:
-            n_calls = int(counted)
-        n_killed += os.WIFSIGNALED(status)
-        after = read(here)
-        assert after == 2 if status == 0 else after in (1, 2), (name, i, status, after)
-        if name != "ledger" or after == 1:  # the ledger refuses a row that it has
+        status = write_and_die(write, here, at_call)
+        assert status in (0, signal.SIGKILL), (name, at_call, status)
+        assert read(here) in ((1, 2) if status else (2,)), (name, at_call)
+        if name != "ledger" or read(here) == 1:  # the ledger refuses a row that it has
             write(here, 2)
-        assert read(here) == 2, (name, i)
-    assert n_killed > 0.6 * n_kills, (name, n_killed)
+        assert read(here) == 2, (name, at_call)
+    assert at_call > 9, (name, at_call)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # no thread before a fork
     tqdm.set_lock(threading.RLock())  # its own is shared by forked processes, also by killed ones
-    random_source = random.Random(int(sys.argv[2]))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         for writer_name in WRITERS:
-            kill_at_random_calls(writer_name, Path(sys.argv[1]), random_source, int(sys.argv[3]))
+            kill_at_disk_calls(writer_name, Path(sys.argv[1]))
