@@ -92,7 +92,8 @@ class Run(NamedTuple):
 
     def flags(self, texts, target=None):
         flags = [*FLAGS, f"--dataset={texts}/{self.text}",
-                 f"--tokenizer-dir={texts}/tok/{self.text}", f"--depth={self.depth}", f"--num-iterations={self.horizon}",
+                 f"--tokenizer-dir={texts}/tok/{self.text}", f"--depth={self.depth}",
+                 f"--num-iterations={self.horizon}",
                  f"--total-batch-size={self.batch}", f"--seed={self.seed}",
                  f"--eval-every={self.horizon // EVALUATIONS}", f"--run-id={self.id}",
                  f"--model-tag={self.id}"]
@@ -255,7 +256,12 @@ def main():
     args = parser.parse_args()
     path = Path(args.words[-1])
     if args.action == "predict":
-        write(path, [row for cell in CELLS for row in predict(cell)])
+        rows = read(path) if path.exists() else []
+        known = {(row["text"], row["batch_rule"]) for row in rows}
+        for cell in CELLS:
+            if cell[:2] not in known and all(run.is_done() for run in calibration(cell)):
+                rows += predict(cell)
+        write(path, rows)
     elif args.action == "measure":
         rows = read(path)
         measure(rows)
