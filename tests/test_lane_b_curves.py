@@ -35,12 +35,14 @@ def test_the_formula_is_that_of_the_docstring():
 
 def test_the_derivatives_are_those_of_the_formula():
     points = curves.points_of(0.7, lr_multipliers(900), np.array([300, 600, 900]))
-    values = np.array(list(VALUES.values()))
-    _, derivatives = curves.joint_relaxing(values, points)
-    for i in range(len(values)):
-        step = np.eye(len(values))[i] * 1e-6 * values[i]
-        higher, lower = (curves.joint_relaxing(values + sign * step, points)[0] for sign in (1, -1))
-        difference = (higher - lower) / (2 * step[i])
+    _, derivatives = curves.joint_relaxing(VALUES.values(), points)
+    for i, (name, parameter) in enumerate(curves.PARAMETERS.items()):
+        losses = []
+        for change in (1e-6, -1e-6):
+            factor, shift = (np.exp(change), 0) if parameter.is_log else (1, change)
+            values = {**VALUES, name: VALUES[name] * factor + shift}
+            losses.append(curves.joint_relaxing(values.values(), points)[0])
+        difference = (losses[0] - losses[1]) / 2e-6
         assert derivatives[:, i] == pytest.approx(difference, rel=1e-4, abs=1e-9)
 
 

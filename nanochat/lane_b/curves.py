@@ -9,9 +9,7 @@ L is in bits per byte. The second line is the gain of the decay: every decrease 
 lowers the loss with a lag. The form was chosen by its errors on sizes that were left out of the fit
 (dev/bench/lane_b_laws.py), not by its fit.
 
-S counts steps, so all runs must have the same batch and peak learning rates. Runs of different
-batch need another progress variable (tokens, with rates that grow as the root of the batch); that
-was not tested, and the callers refuse it.
+S counts steps, so all runs must have one batch and one set of peak learning rates.
 """
 
 from dataclasses import dataclass
@@ -35,26 +33,29 @@ _CURVE_POINTS = 60  # of a predicted curve
 
 
 class Parameter(NamedTuple):
-    """Bounds of a parameter and, if `sd` is given, its prior; is_log: sd is that of the log."""
+    """Start, bounds and sd of the prior around the start; is_log: its logarithm is fitted."""
 
+    start: float
     lo: float
     hi: float
-    start: float
-    sd: float | None = None
+    sd: float = np.inf  # of the logarithm if is_log
     is_log: bool = False
+
+    def free(self, value):
+        return np.log(value) if self.is_log else value
 
 
 PARAMETERS = {
-    "E": Parameter(0, 3, 0.9, 0.3),
-    "A": Parameter(1e-3, 5, 0.6),
-    "a": Parameter(0.02, 1.5, 0.3, 0.35, is_log=True),
-    "B": Parameter(1e-3, 5, 0.4),
-    "b": Parameter(-1, 1, 0, 0.2),
-    "beta": Parameter(0.05, 1.5, 0.4, 0.25, is_log=True),
-    "C": Parameter(1e-6, 2, 0.1),
-    "c": Parameter(-1.5, 1.5, 0, 0.3),
-    "kappa": Parameter(0.3, 1e3, 10),
-    "k": Parameter(-2, 2, 0, 0.3),
+    "E": Parameter(0.9, 0, 3, sd=0.3),
+    "A": Parameter(0.6, 1e-3, 5, is_log=True),
+    "a": Parameter(0.3, 0.02, 1.5, sd=0.35, is_log=True),
+    "B": Parameter(0.4, 1e-3, 5, is_log=True),
+    "b": Parameter(0, -1, 1, sd=0.2),
+    "beta": Parameter(0.4, 0.05, 1.5, sd=0.25, is_log=True),
+    "C": Parameter(0.1, 1e-6, 2, is_log=True),
+    "c": Parameter(0, -1.5, 1.5, sd=0.3),
+    "kappa": Parameter(10, 0.3, 1e3, is_log=True),
+    "k": Parameter(0, -2, 2, sd=0.3),
 }
 STARTS = tuple({"kappa": kappa} for kappa in (3, 10, 40))
 
@@ -95,35 +96,32 @@ def points_of(log_size, multipliers, steps):
     """Return the Points of a schedule at `steps` (from 1)."""
     steps = np.asarray(steps)
     progress = np.cumsum(multipliers)[steps - 1] / 1000
-    decreases = np.maximum(-np.diff(multipliers), 0)
-    pieces = [piece for piece in np.array_split(np.flatnonzero(decreases), _PIECES) if len(piece)]
-    drops = np.array([decreases[piece].sum() for piece in pieces])
-    drop_steps = np.array([piece.mean() + 1 for piece in pieces])
     roots = np.cumsum(np.sqrt(multipliers)) / 1000
-    at_drop = np.interp(drop_steps, np.arange(1, len(roots) + 1), roots)
+    decrease = np.append(0, np.cumsum(np.maximum(-np.diff(multipliers), 0)))
+    decay = np.flatnonzero(np.diff(decrease))
+    first, last = (decay[0], decay[-1] + 1) if len(decay) else (0, 1)
+    edges = np.linspace(first, last, _PIECES + 1).round().astype(int)
+    drops = np.diff(decrease[edges])
+    at_drop = np.interp((edges[1:] + edges[:-1] - 1) / 2, np.arange(len(roots)), roots)
     lags = np.maximum(roots[steps - 1, None] - at_drop, 0)
-    shape = (len(steps), _PIECES)
-    padding = ((0, 0), (0, _PIECES - len(drops)))
-    drops = np.pad(np.broadcast_to(drops, lags.shape), padding).reshape(shape)
-    return Points(np.full(len(steps), log_size), np.log(progress), drops,
-                  np.pad(lags, padding).reshape(shape))
+    return Points(np.full(len(steps), log_size), np.log(progress),
+                  np.broadcast_to(drops, lags.shape), lags)
 
 
 def joint_relaxing(values, points):
-    """Return the law's loss (n,) and its derivatives (n, 10) by its parameters."""
+    """Return the law's loss (n,) and its derivatives (n, 10) by the fitted parameters."""
     E, A, a, B, b, beta, C, c, kappa, k = values
     x, s = points.log_size, points.log_progress
     of_size = A * np.exp(-a * x)
     of_progress = B * np.exp(b * x - beta * s)
     rate = kappa * np.exp(k * x)
     left = np.exp(-rate[:, None] * points.lags)
-    relaxed = (points.drops * (1 - left)).sum(1)
     gain = C * np.exp(c * x)
+    relaxed = gain * (points.drops * (1 - left)).sum(1)
     by_log_rate = gain * rate * (points.drops * points.lags * left).sum(1)
-    loss = E + of_size + of_progress - gain * relaxed
-    derivatives = (np.ones_like(x), of_size / A, -of_size * x, of_progress / B, of_progress * x,
-                   -of_progress * s, -gain * relaxed / C, -gain * relaxed * x,
-                   -by_log_rate / kappa, -by_log_rate * x)
+    loss = E + of_size + of_progress - relaxed
+    derivatives = (np.ones_like(x), of_size, -of_size * a * x, of_progress, of_progress * x,
+                   -of_progress * beta * s, -relaxed, -relaxed * x, -by_log_rate, -by_log_rate * x)
     return loss, np.stack(derivatives, 1)
 
 
@@ -162,43 +160,40 @@ def fit(curves, *, form=joint_relaxing, parameters=PARAMETERS, starts=STARTS, sh
     n_smallest = min(curve.n_params for curve in curves)
     parts = [points_of(np.log(c.n_params / n_smallest), c.multipliers, c.steps) for c in curves]
     points = Points(*map(np.concatenate, zip(*parts, strict=True)))
-    observed = np.concatenate([np.log(curve.loss) + shift for curve, shift in
-                               zip(curves, shifts or [0] * len(curves), strict=True)])
-    weight = HUBER_LOG_LOSS * np.sqrt(len(observed) / len(curves))
-    table = list(parameters.values())
-    draw = np.zeros(len(table)) if prior_draw is None else prior_draw
-    priors = [(i, p, _moved(p, draw[i])) for i, p in enumerate(table) if p.sd]
+    shifts = np.zeros(len(curves)) if shifts is None else shifts
+    observed = np.concatenate([np.log(curve.loss) + shift
+                               for curve, shift in zip(curves, shifts, strict=True)])
 
-    def residuals(values):
-        predicted = np.log(np.maximum(form(values, points)[0], SMALL_LOSS))
-        pulls = [(np.log(values[i] / mean) if p.is_log else values[i] - mean) / p.sd
-                 for i, p, mean in priors]
-        return np.append(predicted - observed, weight * np.array(pulls))
+    table = parameters.values()
+    is_log = np.array([p.is_log for p in table])
+    lo, hi = np.array([(p.free(p.lo), p.free(p.hi)) for p in table]).T
+    sd = np.array([p.sd for p in table])
+    draw = np.zeros(len(sd)) if prior_draw is None else np.where(np.isinf(sd), 0, prior_draw)
+    mean = np.array([p.free(p.start) for p in table]) + np.where(draw == 0, 0, sd) * draw
+    pull = HUBER_LOG_LOSS * np.sqrt(len(observed) / len(curves)) / sd
 
-    def jacobian(values):
+    def losses(free):
+        values = np.where(is_log, np.exp(free), free)
         loss, derivatives = form(values, points)
-        pulls = np.zeros((len(priors), len(table)))
-        for row, (i, p, _) in enumerate(priors):
-            pulls[row, i] = weight / p.sd / (values[i] if p.is_log else 1)
-        return np.vstack([derivatives / np.maximum(loss, SMALL_LOSS)[:, None], pulls])
+        return values, np.maximum(loss, SMALL_LOSS), derivatives
 
-    lo, hi = np.array([p.lo for p in table]), np.array([p.hi for p in table])
-    has_jacobian = form([p.start for p in table], points)[1] is not None
+    def residuals(free):
+        return np.append(np.log(losses(free)[1]) - observed, pull * (free - mean))
+
+    def jacobian(free):
+        _, loss, derivatives = losses(free)
+        return np.vstack([derivatives / loss[:, None], np.diag(pull)])
+
     solutions = []
     for start in starts:
-        first = [start.get(name, p.start) for name, p in parameters.items()]
+        first = np.array([p.free(start.get(name, p.start)) for name, p in parameters.items()])
+        has_jacobian = losses(first)[2] is not None
         solutions.append(least_squares(
             residuals, np.clip(first, lo + 1e-6, hi - 1e-6), bounds=(lo, hi), loss="huber",
             jac=jacobian if has_jacobian else "2-point", f_scale=HUBER_LOG_LOSS, x_scale="jac",
             max_nfev=300))
     best = min(solutions, key=lambda solution: solution.cost)
-    return Law(dict(zip(parameters, map(float, best.x), strict=True)), n_smallest, form)
-
-
-def _moved(parameter, z):
-    """Return the mean of a parameter's prior, moved by z standard deviations."""
-    shift = z * parameter.sd
-    return parameter.start * np.exp(shift) if parameter.is_log else parameter.start + shift
+    return Law(dict(zip(parameters, losses(best.x)[0].tolist(), strict=True)), n_smallest, form)
 
 
 def seed_sd(law, curves):
