@@ -109,20 +109,12 @@ def points_of(log_size, multipliers, steps):
 
 
 def joint_relaxing(values, points):
-    """Return the law's loss (n,) and its derivatives (n, 10) by the fitted parameters."""
+    """Return the law's loss (n,)."""
     E, A, a, B, b, beta, C, c, kappa, k = values
     x, s = points.log_size, points.log_progress
-    of_size = A * np.exp(-a * x)
-    of_progress = B * np.exp(b * x - beta * s)
     rate = kappa * np.exp(k * x)
-    left = np.exp(-rate[:, None] * points.lags)
-    gain = C * np.exp(c * x)
-    relaxed = gain * (points.drops * (1 - left)).sum(1)
-    by_log_rate = gain * rate * (points.drops * points.lags * left).sum(1)
-    loss = E + of_size + of_progress - relaxed
-    derivatives = (np.ones_like(x), of_size, -of_size * a * x, of_progress, of_progress * x,
-                   -of_progress * beta * s, -relaxed, -relaxed * x, -by_log_rate, -by_log_rate * x)
-    return loss, np.stack(derivatives, 1)
+    relaxed = (points.drops * (1 - np.exp(-rate[:, None] * points.lags))).sum(1)
+    return E + A * np.exp(-a * x) + B * np.exp(b * x - beta * s) - C * np.exp(c * x) * relaxed
 
 
 @dataclass(frozen=True)
@@ -134,7 +126,7 @@ class Law:
     form: object = joint_relaxing
 
     def at(self, points):
-        return np.maximum(self.form(tuple(self.values.values()), points)[0], SMALL_LOSS)
+        return np.maximum(self.form(self.values.values(), points), SMALL_LOSS)
 
     def predict(self, n_params, multipliers, steps):
         """Return the loss (n,) of a run of this size and schedule at `steps`."""
@@ -168,32 +160,26 @@ def fit(curves, *, form=joint_relaxing, parameters=PARAMETERS, starts=STARTS, sh
     is_log = np.array([p.is_log for p in table])
     lo, hi = np.array([(p.free(p.lo), p.free(p.hi)) for p in table]).T
     sd = np.array([p.sd for p in table])
-    draw = np.zeros(len(sd)) if prior_draw is None else np.where(np.isinf(sd), 0, prior_draw)
-    mean = np.array([p.free(p.start) for p in table]) + np.where(draw == 0, 0, sd) * draw
+    mean = np.array([p.free(p.start) for p in table])
+    if prior_draw is not None:
+        mean += prior_draw * np.where(np.isinf(sd), 0, sd)
     pull = HUBER_LOG_LOSS * np.sqrt(len(observed) / len(curves)) / sd
 
-    def losses(free):
-        values = np.where(is_log, np.exp(free), free)
-        loss, derivatives = form(values, points)
-        return values, np.maximum(loss, SMALL_LOSS), derivatives
+    def values_of(free):
+        return np.where(is_log, np.exp(free), free)
 
     def residuals(free):
-        return np.append(np.log(losses(free)[1]) - observed, pull * (free - mean))
-
-    def jacobian(free):
-        _, loss, derivatives = losses(free)
-        return np.vstack([derivatives / loss[:, None], np.diag(pull)])
+        loss = np.maximum(form(values_of(free), points), SMALL_LOSS)
+        return np.append(np.log(loss) - observed, pull * (free - mean))
 
     solutions = []
     for start in starts:
-        first = np.array([p.free(start.get(name, p.start)) for name, p in parameters.items()])
-        has_jacobian = losses(first)[2] is not None
+        first = [p.free(start.get(name, p.start)) for name, p in parameters.items()]
         solutions.append(least_squares(
             residuals, np.clip(first, lo + 1e-6, hi - 1e-6), bounds=(lo, hi), loss="huber",
-            jac=jacobian if has_jacobian else "2-point", f_scale=HUBER_LOG_LOSS, x_scale="jac",
-            max_nfev=300))
+            f_scale=HUBER_LOG_LOSS, x_scale="jac", max_nfev=300))
     best = min(solutions, key=lambda solution: solution.cost)
-    return Law(dict(zip(parameters, losses(best.x)[0].tolist(), strict=True)), n_smallest, form)
+    return Law(dict(zip(parameters, values_of(best.x).tolist(), strict=True)), n_smallest, form)
 
 
 def seed_sd(law, curves):
@@ -230,7 +216,7 @@ class Forecast:
         self.seed_sd = seed_sd(self.law, curves)
         self.replicates = [
             fit(curves, starts=[self.law.values],
-                shifts=list(self.seed_sd * rng.standard_normal(len(curves))),
+                shifts=self.seed_sd * rng.standard_normal(len(curves)),
                 prior_draw=rng.standard_normal(len(PARAMETERS)))
             for _ in range(n_replicates)]
         self.own_noise = self.seed_sd * rng.standard_normal(n_replicates)
