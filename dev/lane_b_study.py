@@ -40,7 +40,7 @@ PROGRESS_EXPONENT = 1.0
 SEEDS = {"named": (10, 11, 12), "neighbour": (10,), "default": (10, 11)}
 EVALUATIONS = 28
 FLAGS = ["--aspect-ratio=32", "--head-dim=32", "--window-pattern=L", "--max-seq-len=128",
-         "--device-batch-size=16", "--matrix-lr=0.32", "--embedding-lr=4.8",
+         "--matrix-lr=0.32", "--embedding-lr=4.8",
          "--unembedding-lr=0.128", "--eval-tokens=65536", "--core-metric-every=-1",
          "--sample-every=-1", "--save-every=-1", "--save-minutes=3", "--keep-checkpoints=1",
          "--resume-from-step=auto", "--quiet", "--device-type=cpu"]
@@ -95,6 +95,7 @@ class Run(NamedTuple):
                  f"--tokenizer-dir={texts}/tok/{self.text}", f"--depth={self.depth}",
                  f"--num-iterations={self.horizon}",
                  f"--total-batch-size={self.batch}", f"--seed={self.seed}",
+                 f"--device-batch-size={min(16, self.batch // 128)}",
                  f"--eval-every={self.horizon // EVALUATIONS}", f"--run-id={self.id}",
                  f"--model-tag={self.id}"]
         if target:

@@ -28,34 +28,33 @@ N_REPLICATES = 60
 CONFIDENCE = 0.95
 WIDTH = 0.7  # factor on the replicates' deviations, calibrated by dev/bench/lane_b_laws.py
 SMALL_LOSS = 1e-6  # lower predictions are raised to this
+REACH = 5  # of a fitted parameter or its logarithm, around its start
 _PIECES = 64  # the decrease of a schedule is summed in this many pieces
 _CURVE_POINTS = 60  # of a predicted curve
 
 
 class Parameter(NamedTuple):
-    """Start, bounds and sd of the prior around the start; is_log: its logarithm is fitted."""
+    """Start and sd of the prior around it; is_log: the logarithm is fitted and sd is that of it."""
 
     start: float
-    lo: float
-    hi: float
-    sd: float = np.inf  # of the logarithm if is_log
-    is_log: bool = False
+    sd: float = np.inf
+    is_log: bool = True
 
     def free(self, value):
         return np.log(value) if self.is_log else value
 
 
 PARAMETERS = {
-    "E": Parameter(0.9, 0, 3, sd=0.3),
-    "A": Parameter(0.6, 1e-3, 5, is_log=True),
-    "a": Parameter(0.3, 0.02, 1.5, sd=0.35, is_log=True),
-    "B": Parameter(0.4, 1e-3, 5, is_log=True),
-    "b": Parameter(0, -1, 1, sd=0.2),
-    "beta": Parameter(0.4, 0.05, 1.5, sd=0.25, is_log=True),
-    "C": Parameter(0.1, 1e-6, 2, is_log=True),
-    "c": Parameter(0, -1.5, 1.5, sd=0.3),
-    "kappa": Parameter(10, 0.3, 1e3, is_log=True),
-    "k": Parameter(0, -2, 2, sd=0.3),
+    "E": Parameter(0.9, 0.3, is_log=False),
+    "A": Parameter(0.6),
+    "a": Parameter(0.3, 0.35),
+    "B": Parameter(0.4),
+    "b": Parameter(0, 0.2, is_log=False),
+    "beta": Parameter(0.4, 0.25),
+    "C": Parameter(0.1),
+    "c": Parameter(0, 0.3, is_log=False),
+    "kappa": Parameter(10),
+    "k": Parameter(0, 0.3, is_log=False),
 }
 STARTS = tuple({"kappa": kappa} for kappa in (3, 10, 40))
 
@@ -157,12 +156,11 @@ def fit(curves, *, form=joint_relaxing, parameters=PARAMETERS, starts=STARTS, sh
                                for curve, shift in zip(curves, shifts, strict=True)])
 
     table = parameters.values()
-    is_log = np.array([p.is_log for p in table])
-    lo, hi = np.array([(p.free(p.lo), p.free(p.hi)) for p in table]).T
-    sd = np.array([p.sd for p in table])
+    is_log, sd = np.array([p.is_log for p in table]), np.array([p.sd for p in table])
     mean = np.array([p.free(p.start) for p in table])
+    lo, hi = mean - REACH, mean + REACH
     if prior_draw is not None:
-        mean += prior_draw * np.where(np.isinf(sd), 0, sd)
+        mean = mean + prior_draw * np.where(np.isinf(sd), 0, sd)
     pull = HUBER_LOG_LOSS * np.sqrt(len(observed) / len(curves)) / sd
 
     def values_of(free):
