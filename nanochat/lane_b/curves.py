@@ -25,38 +25,18 @@ FIRST_STEP, FIRST_SHARE = 300, 0.2  # earlier evaluations belong to the warm-ups
 HUBER_LOG_LOSS = 0.002  # about the scatter of seeds
 SEED_SD_FLOOR = 0.002  # smallest standard deviation of a run's log loss that is assumed
 N_REPLICATES = 60
-CONFIDENCE = 0.95
 WIDTH = 0.7  # factor on the replicates' deviations, calibrated by dev/bench/lane_b_laws.py
 SMALL_LOSS = 1e-6  # lower predictions are raised to this
-REACH = 5  # of a fitted parameter or its logarithm, around its start
-_PIECES = 64  # the decrease of a schedule is summed in this many pieces
-_CURVE_POINTS = 60  # of a predicted curve
+_PIECES, _CURVE_POINTS = 64, 60  # of the decrease of a schedule; of a predicted curve
 
-
-class Parameter(NamedTuple):
-    """Start and sd of the prior around it; is_log: the logarithm is fitted and sd is that of it."""
-
-    start: float
-    sd: float = np.inf
-    is_log: bool = True
-
-    def free(self, value):
-        return np.log(value) if self.is_log else value
-
-
-PARAMETERS = {
-    "E": Parameter(0.9, 0.3, is_log=False),
-    "A": Parameter(0.6),
-    "a": Parameter(0.3, 0.35),
-    "B": Parameter(0.4),
-    "b": Parameter(0, 0.2, is_log=False),
-    "beta": Parameter(0.4, 0.25),
-    "C": Parameter(0.1),
-    "c": Parameter(0, 0.3, is_log=False),
-    "kappa": Parameter(10),
-    "k": Parameter(0, 0.3, is_log=False),
-}
-STARTS = tuple({"kappa": kappa} for kappa in (3, 10, 40))
+# Start of the fit, and sd of the prior around it. For POSITIVE parameters the logarithm is fitted
+# and has that sd. Every fitted number stays within REACH of its start.
+PARAMETERS = {"E": (0.9, 0.3), "A": (0.6, np.inf), "a": (0.3, 0.35), "B": (0.4, np.inf),
+              "b": (0, 0.2), "beta": (0.4, 0.25), "C": (0.1, np.inf), "c": (0, 0.3),
+              "kappa": (10, np.inf), "k": (0, 0.3)}
+POSITIVE = {"A", "a", "B", "beta", "C", "kappa"}
+REACH = 5
+STARTS = ({"kappa": 3}, {"kappa": 10}, {"kappa": 40})
 
 
 @dataclass(frozen=True)
@@ -140,8 +120,8 @@ class Law:
         return v["E"] + v["A"] * q**-v["a"] - v["C"] * q ** v["c"] * total_drop
 
 
-def fit(curves, *, form=joint_relaxing, parameters=PARAMETERS, starts=STARTS, shifts=None,
-        prior_draw=None):
+def fit(curves, *, form=joint_relaxing, parameters=PARAMETERS, starts=STARTS, shifts=0,
+        prior_draw=0):
     """Fit the law to the late evaluations of all curves by least squares with a Huber loss.
 
     shifts: added to the log loss, one per curve. prior_draw: standard normal numbers, one per
@@ -151,33 +131,32 @@ def fit(curves, *, form=joint_relaxing, parameters=PARAMETERS, starts=STARTS, sh
     n_smallest = min(curve.n_params for curve in curves)
     parts = [points_of(np.log(c.n_params / n_smallest), c.multipliers, c.steps) for c in curves]
     points = Points(*map(np.concatenate, zip(*parts, strict=True)))
-    shifts = np.zeros(len(curves)) if shifts is None else shifts
-    observed = np.concatenate([np.log(curve.loss) + shift
-                               for curve, shift in zip(curves, shifts, strict=True)])
+    observed = np.log(np.concatenate([curve.loss for curve in curves]))
+    observed += np.repeat(shifts + np.zeros(len(curves)), [len(c.loss) for c in curves])
 
-    table = parameters.values()
-    is_log, sd = np.array([p.is_log for p in table]), np.array([p.sd for p in table])
-    mean = np.array([p.free(p.start) for p in table])
-    lo, hi = mean - REACH, mean + REACH
-    if prior_draw is not None:
-        mean = mean + prior_draw * np.where(np.isinf(sd), 0, sd)
+    is_log = np.array([name in POSITIVE for name in parameters])
+    defaults = {name: start for name, (start, _) in parameters.items()}
+    sd = np.array([sd for _, sd in parameters.values()])
     pull = HUBER_LOG_LOSS * np.sqrt(len(observed) / len(curves)) / sd
 
-    def values_of(free):
-        return np.where(is_log, np.exp(free), free)
+    def free(values):
+        return np.array([np.log(value) if name in POSITIVE else value
+                         for name, value in values.items()])
 
-    def residuals(free):
-        loss = np.maximum(form(values_of(free), points), SMALL_LOSS)
-        return np.append(np.log(loss) - observed, pull * (free - mean))
+    def law(fitted):
+        values = np.where(is_log, np.exp(fitted), fitted).tolist()
+        return Law(dict(zip(parameters, values, strict=True)), n_smallest, form)
 
-    solutions = []
-    for start in starts:
-        first = [p.free(start.get(name, p.start)) for name, p in parameters.items()]
-        solutions.append(least_squares(
-            residuals, np.clip(first, lo + 1e-6, hi - 1e-6), bounds=(lo, hi), loss="huber",
-            f_scale=HUBER_LOG_LOSS, x_scale="jac", max_nfev=300))
-    best = min(solutions, key=lambda solution: solution.cost)
-    return Law(dict(zip(parameters, values_of(best.x).tolist(), strict=True)), n_smallest, form)
+    def residuals(fitted):
+        return np.append(np.log(law(fitted).at(points)) - observed, pull * (fitted - mean))
+
+    middle = free(defaults)
+    mean = middle + prior_draw * np.where(np.isinf(sd), 0, sd)
+    lo, hi = middle - REACH, middle + REACH
+    solutions = [least_squares(
+        residuals, np.clip(free(defaults | start), lo + 1e-6, hi - 1e-6), bounds=(lo, hi),
+        loss="huber", f_scale=HUBER_LOG_LOSS, x_scale="jac", max_nfev=300) for start in starts]
+    return law(min(solutions, key=lambda solution: solution.cost).x)
 
 
 def seed_sd(law, curves):
@@ -232,8 +211,7 @@ class Forecast:
         """Return the Time at which a run of this size and schedule reaches the threshold."""
         steps, loss, replicates = self.curves(n_params, multipliers)
         times = [first_crossing(steps, one, threshold) for one in replicates]
-        tail = (1 - CONFIDENCE) / 2
-        lo, hi, p90 = np.quantile(times, [tail, 1 - tail, 0.9], method="inverted_cdf")
+        lo, hi, p90 = np.quantile(times, [0.025, 0.975, 0.9], method="inverted_cdf")
         return Time(first_crossing(steps, loss, threshold), float(lo), float(hi), float(p90))
 
 
