@@ -9,7 +9,6 @@ All steps are in runs/lane_b_study.sh. TEXTS is the folder of the texts, each wi
 """
 
 import argparse
-import csv
 import math
 import os
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from nanochat.common import runs_dir
 from nanochat.config import parse_config
@@ -40,10 +40,9 @@ PROGRESS_EXPONENT = 1.0
 SEEDS = {"named": (10, 11, 12), "neighbour": (10,), "default": (10, 11)}
 EVALUATIONS = 28
 FLAGS = ["--aspect-ratio=32", "--head-dim=32", "--window-pattern=L", "--max-seq-len=128",
-         "--matrix-lr=0.32", "--embedding-lr=4.8",
-         "--unembedding-lr=0.128", "--eval-tokens=65536", "--core-metric-every=-1",
-         "--sample-every=-1", "--save-every=-1", "--save-minutes=3", "--keep-checkpoints=1",
-         "--resume-from-step=auto", "--quiet", "--device-type=cpu"]
+         "--matrix-lr=0.32", "--embedding-lr=4.8", "--unembedding-lr=0.128", "--eval-tokens=65536",
+         "--core-metric-every=-1", "--sample-every=-1", "--save-every=-1", "--save-minutes=3",
+         "--keep-checkpoints=1", "--resume-from-step=auto", "--quiet", "--device-type=cpu"]
 FIELDS = ("text", "batch_rule", "target", "role", "depth", "ratio", "batch", "horizon_steps",
           "seed", "predicted_steps", "predicted_lo", "predicted_hi", "state",
           "calibration_flops_share", "measured_steps", "final_val_bpb")
@@ -156,35 +155,30 @@ def calibration(cell):
             for depth, ratio in ((3, 4), (2, 4), (2, 8))]
 
 
-def target_of(cell):
-    _, loss = Run(cell.text, 3, 4, BATCH, 0).evaluations()
-    return round(SHARES[cell.rule] * float(loss[-1]), 3)
-
-
 def predict(cell):
     """Return the rows of a cell: named run, neighbour and default with their predictions."""
-    setup, target = setup_of(cell), target_of(cell)
-    head = {"text": cell.text, "batch_rule": cell.rule, "target": target}
+    setup, calibrated = setup_of(cell), [run.curve() for run in calibration(cell)]
+    _, loss = Run(cell.text, 3, 4, BATCH, 0).evaluations()
+    target = round(SHARES[cell.rule] * float(loss[-1]), 3)
+    head = dict.fromkeys(FIELDS, "") | {
+        "text": cell.text, "batch_rule": cell.rule, "target": target}
     try:
-        found = infer([run.curve() for run in calibration(cell)], setup, target)
+        found = infer(calibrated, setup, target)
     except Refusal as refusal:
         return [{**head, "state": refusal.state}]
+
+    head |= {"state": next(iter(found.reasons), "ok"),
+             "calibration_flops_share": round(found.cost()["flops"], 3)}
     rows = []
     for role, seeds in SEEDS.items():
         option = getattr(found, role)
-        if option is None:
-            continue
-        # Three digits of the ratio, never fewer tokens than named.
-        run = Run(cell.text, option.depth, math.ceil(1000 * option.ratio) / 1000,
-                  cell.batch(option.depth), seeds[0])
-        own = 1 / setup.factor(option.depth)
-        time = {"predicted_steps": option.time.steps, "predicted_lo": option.time.lo,
-                "predicted_hi": option.time.hi}
-        rows += [{**head, "role": role, "depth": run.depth, "ratio": run.ratio, "batch": run.batch,
-                  "horizon_steps": run.horizon, "seed": seed,
-                  **{name: round(value * own, 1) for name, value in time.items()},
-                  "state": next(iter(found.reasons), "ok"),
-                  "calibration_flops_share": round(found.cost()["flops"], 3)} for seed in seeds]
+        for seed in seeds if option else ():
+            # Three digits of the ratio, never fewer tokens than named.
+            run = Run(cell.text, option.depth, math.ceil(1000 * option.ratio) / 1000,
+                      cell.batch(option.depth), seed)
+            steps, lo, hi = (round(t / setup.factor(run.depth), 1) for t in option.time[:3])
+            rows.append({**head, "role": role, **run._asdict(), "horizon_steps": run.horizon,
+                         "predicted_steps": steps, "predicted_lo": lo, "predicted_hi": hi})
     return rows
 
 
@@ -198,55 +192,33 @@ def target_runs(rows):
     order = {("named", 10): 0, ("default", 10): 1, ("named", 11): 2, ("named", 12): 3,
              ("neighbour", 10): 4, ("default", 11): 5}
     found = {}
-    for row in sorted((row for row in rows if row.get("role")),
-                      key=lambda row: order[row["role"], int(row["seed"])]):
-        run = run_of(row)
-        found[run] = min(found.get(run, math.inf), float(row["target"]))
+    answered = [row for row in rows if row["role"]]
+    for row in sorted(answered, key=lambda row: order[row["role"], int(row["seed"])]):
+        found[run_of(row)] = min(found.get(run_of(row), math.inf), float(row["target"]))
     return found
 
 
 def measure(rows):
-    """Fill in the measured columns of the rows whose run is done."""
+    """Fill in the measured columns; print errors per run and savings per cell."""
+    costs = {}
     for row in rows:
-        if row.get("role") and run_of(row).is_done():
-            steps, loss = run_of(row).evaluations()
-            crossing = first_crossing(steps, loss, float(row["target"]))
-            row.update(measured_steps=round(crossing, 1), final_val_bpb=round(loss[-1], 4))
-
-
-def summarise(rows):
-    """Print errors, coverage and savings."""
-    done = [row for row in rows if row.get("measured_steps") not in (None, "")]
-    for row in done:
-        measured = float(row["measured_steps"])
-        row["error"] = float(row["predicted_steps"]) / measured - 1
-        row["held"] = float(row["predicted_lo"]) <= measured <= float(row["predicted_hi"])
-        print(f"{row['text']:<10} {row['batch_rule']:<10} {row['role']:<10} seed {row['seed']} "
-              f"{row['predicted_steps']} ({row['predicted_lo']} to {row['predicted_hi']}), "
-              f"measured {measured:.0f}: {row['error']:+.1%}, {'in' if row['held'] else 'outside'}")
-    for cell in CELLS:
-        cost = {}
-        for row in done:
-            if (row["text"], row["batch_rule"]) == (cell.text, cell.rule):
-                depth, batch = int(row["depth"]), int(row["batch"])
-                flops = SIZES.step_flops(depth) * batch * float(row["measured_steps"])
-                cost.setdefault(row["role"], []).append(flops)
+        if not row["role"] or not run_of(row).is_done():
+            continue
+        run, key = run_of(row), (row["text"], row["batch_rule"])
+        steps, loss = run.evaluations()
+        measured = first_crossing(steps, loss, float(row["target"]))
+        row.update(measured_steps=round(measured, 1), final_val_bpb=round(loss[-1], 4))
+        predicted, lo, hi = (float(row[f"predicted_{name}"]) for name in ("steps", "lo", "hi"))
+        print(f"{run.id:<30} {key[1]:<10} {row['role']:<10} {predicted:.0f} ({lo:.0f} to {hi:.0f})"
+              f", measured {measured:.0f}: {predicted / measured - 1:+.1%}, "
+              f"{'inside' if lo <= measured <= hi else 'outside'}")
+        costs.setdefault(key, {}).setdefault(row["role"], []).append(
+            SIZES.step_flops(run.depth) * run.batch * measured)
+    for key, cost in costs.items():
         if {"named", "default"} <= cost.keys():
             saving = 1 - np.mean(cost["named"]) / np.mean(cost["default"])
-            print(f"{cell.text} {cell.rule}: {saving:.0%} less than ratio 12, seeds "
-                  f"{len(cost['named'])} and {len(cost['default'])}")
-
-
-def read(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(path, rows):
-    with open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, FIELDS, extrasaction="ignore")
-        table.writeheader()
-        table.writerows(rows)
+            print(*key, f"{saving:.0%} less than ratio 12; seeds {len(cost['named'])}, "
+                  f"{len(cost['default'])}")
 
 
 def main():
@@ -256,24 +228,23 @@ def main():
     parser.add_argument("words", nargs="+", help="calibration, targets, or FILE.csv")
     args = parser.parse_args()
     path = Path(args.words[-1])
+    table = pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame()
+    rows = table.to_dict("records")
+    if args.action == "commands":
+        runs = (dict.fromkeys(run for cell in CELLS for run in calibration(cell))
+                if args.words[0] == "calibration" else target_runs(rows))
+        for run, target in runs.items():
+            if not run.is_done():
+                print(*run.flags(os.environ.get("TEXTS", "data"), target))
+        return
     if args.action == "predict":
-        rows = read(path) if path.exists() else []
         known = {(row["text"], row["batch_rule"]) for row in rows}
         for cell in CELLS:
             if cell[:2] not in known and all(run.is_done() for run in calibration(cell)):
                 rows += predict(cell)
-        write(path, rows)
-    elif args.action == "measure":
-        rows = read(path)
-        measure(rows)
-        write(path, rows)
-        summarise(rows)
     else:
-        runs = (dict.fromkeys(run for cell in CELLS for run in calibration(cell))
-                if args.words[0] == "calibration" else target_runs(read(path)))
-        for run, target in runs.items():
-            if not run.is_done():
-                print(*run.flags(os.environ.get("TEXTS", "data"), target))
+        measure(rows)
+    pd.DataFrame(rows, columns=FIELDS).to_csv(path, index=False, lineterminator="\n")
 
 
 if __name__ == "__main__":
