@@ -35,8 +35,6 @@ from nanochat.target import evaluations_of, first_crossing
 SHARES = {"constant": 0.94, "automatic": 0.95}
 BATCH = 2048  # tokens per step of the constant batch
 VOCAB_SIZE = 2048
-# Progress per step grows with the batch to this power if the rates grow as its root.
-PROGRESS_EXPONENT = 1.0
 SEEDS = {"named": (10, 11, 12), "neighbour": (10,), "default": (10, 11)}
 EVALUATIONS = 28
 FLAGS = ["--aspect-ratio=32", "--head-dim=32", "--window-pattern=L", "--max-seq-len=128",
@@ -112,9 +110,11 @@ class Run(NamedTuple):
         return np.array([e.step for e in found]), np.array([e.metric for e in found])
 
     def curve(self):
-        """Return the Curve in steps of BATCH tokens that make equal progress."""
+        """Return the Curve in steps of BATCH tokens: rates as the root of the batch make progress
+        proportional to tokens.
+        """
         steps, loss = self.evaluations()
-        factor = (self.batch / BATCH) ** PROGRESS_EXPONENT
+        factor = self.batch / BATCH
         middle = (np.arange(round(self.horizon * factor)) + 0.5) / factor
         multipliers = np.interp(middle, np.arange(self.horizon) + 0.5, lr_multipliers(self.horizon))
         return Curve(SIZES.n_params(self.depth), multipliers,
@@ -123,19 +123,13 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class CellSetup(Setup):
-    """The Setup of a cell; its steps are those of BATCH tokens that make equal progress."""
+    """The Setup of a cell; its steps are those of BATCH tokens."""
 
     cell: Cell = CELLS[0]
 
-    def factor(self, depth):
-        return (self.cell.batch(depth) / BATCH) ** PROGRESS_EXPONENT
-
     def steps(self, depth, ratio):
         run = Run(self.cell.text, depth, ratio, self.cell.batch(depth), 0)
-        return round(run.horizon * self.factor(depth))
-
-    def step_flops(self, depth):
-        return super().step_flops(depth) * self.cell.batch(depth) / BATCH / self.factor(depth)
+        return run.horizon * run.batch // BATCH
 
     def seconds(self, depth):
         return self.step_flops(depth) / 5e10  # no seconds are measured: costs are FLOPs
@@ -176,7 +170,7 @@ def predict(cell):
             # Three digits of the ratio, never fewer tokens than named.
             run = Run(cell.text, option.depth, math.ceil(1000 * option.ratio) / 1000,
                       cell.batch(option.depth), seed)
-            steps, lo, hi = (round(t / setup.factor(run.depth), 1) for t in option.time[:3])
+            steps, lo, hi = (round(t * BATCH / run.batch, 1) for t in option.time[:3])
             rows.append({**head, "role": role, **run._asdict(), "horizon_steps": run.horizon,
                          "predicted_steps": steps, "predicted_lo": lo, "predicted_hi": hi})
     return rows
