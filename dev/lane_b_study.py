@@ -87,6 +87,9 @@ class Run(NamedTuple):
     def horizon(self):
         return int(self.ratio * SIZES.n_params(self.depth)) // self.batch
 
+    def flops(self, steps):
+        return SIZES.step_flops(self.depth) * steps * self.batch / BATCH
+
     def flags(self, texts, target=None):
         flags = [*FLAGS, f"--dataset={texts}/{self.text}",
                  f"--tokenizer-dir={texts}/tok/{self.text}", f"--depth={self.depth}",
@@ -161,8 +164,9 @@ def predict(cell):
     except Refusal as refusal:
         return [{**head, "state": refusal.state}]
 
-    head |= {"state": next(iter(found.reasons), "ok"),
-             "calibration_flops_share": round(found.cost()["flops"], 3)}
+    named = found.named.horizon * SIZES.step_flops(found.named.depth)
+    share = sum(run.flops(run.horizon) for run in calibration(cell)) / named
+    head |= {"state": next(iter(found.reasons), "ok"), "calibration_flops_share": round(share, 3)}
     rows = []
     for role, seeds in SEEDS.items():
         option = getattr(found, role)
@@ -206,8 +210,7 @@ def measure(rows):
         print(f"{run.id:<30} {key[1]:<10} {row['role']:<10} {predicted:.0f} ({lo:.0f} to {hi:.0f})"
               f", measured {measured:.0f}: {predicted / measured - 1:+.1%}, "
               f"{'inside' if lo <= measured <= hi else 'outside'}")
-        costs.setdefault(key, {}).setdefault(row["role"], []).append(
-            SIZES.step_flops(run.depth) * run.batch * measured)
+        costs.setdefault(key, {}).setdefault(row["role"], []).append(run.flops(measured))
     for key, cost in costs.items():
         if {"named", "default"} <= cost.keys():
             saving = 1 - np.mean(cost["named"]) / np.mean(cost["default"])
