@@ -53,7 +53,7 @@ def kaplan(values, points):
     by_data = (np.log(B) + b * x) / beta - s
     relaxed = 1 - np.exp(-kappa * np.exp(k * x)[:, None] * points.lags)
     gain = C * np.exp(c * x) * (points.drops * relaxed).sum(1)
-    return E + (np.exp(by_size) + np.exp(by_data)) ** beta - gain, None
+    return E + (np.exp(by_size) + np.exp(by_data)) ** beta - gain
 
 
 def of_fit(**options):
@@ -72,7 +72,7 @@ def final_losses(runs, test, exponent_of_data):
     def form(values, points):
         E, A, a, B, b = values
         data = B * np.exp(-b * points.log_progress) if exponent_of_data else 0
-        return E + A * np.exp(-a * points.log_size) + data, None
+        return E + A * np.exp(-a * points.log_size) + data
 
     table = {name: lane.PARAMETERS[name] for name in ("E", "A", "a", "B", "beta")}
     law = lane.fit(ends, form=form, parameters=table, starts=[{}])

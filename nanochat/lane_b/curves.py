@@ -9,9 +9,7 @@ L is in bits per byte. The second line is the gain of the decay: every decrease 
 lowers the loss with a lag. The form was chosen by its errors on sizes that were left out of the fit
 (dev/bench/lane_b_laws.py), not by its fit.
 
-S counts steps, so all runs must have the same batch and peak learning rates. Runs of different
-batch need another progress variable (tokens, with rates that grow as the root of the batch); that
-was not tested, and the callers refuse it.
+S counts steps, so all runs must have one batch and one set of peak learning rates.
 """
 
 from dataclasses import dataclass
@@ -27,36 +25,18 @@ FIRST_STEP, FIRST_SHARE = 300, 0.2  # earlier evaluations belong to the warm-ups
 HUBER_LOG_LOSS = 0.002  # about the scatter of seeds
 SEED_SD_FLOOR = 0.002  # smallest standard deviation of a run's log loss that is assumed
 N_REPLICATES = 60
-CONFIDENCE = 0.95
 WIDTH = 0.7  # factor on the replicates' deviations, calibrated by dev/bench/lane_b_laws.py
 SMALL_LOSS = 1e-6  # lower predictions are raised to this
-_PIECES = 64  # the decrease of a schedule is summed in this many pieces
-_CURVE_POINTS = 60  # of a predicted curve
+_PIECES, _CURVE_POINTS = 64, 60  # of the decrease of a schedule; of a predicted curve
 
-
-class Parameter(NamedTuple):
-    """Bounds of a parameter and, if `sd` is given, its prior; is_log: sd is that of the log."""
-
-    lo: float
-    hi: float
-    start: float
-    sd: float | None = None
-    is_log: bool = False
-
-
-PARAMETERS = {
-    "E": Parameter(0, 3, 0.9, 0.3),
-    "A": Parameter(1e-3, 5, 0.6),
-    "a": Parameter(0.02, 1.5, 0.3, 0.35, is_log=True),
-    "B": Parameter(1e-3, 5, 0.4),
-    "b": Parameter(-1, 1, 0, 0.2),
-    "beta": Parameter(0.05, 1.5, 0.4, 0.25, is_log=True),
-    "C": Parameter(1e-6, 2, 0.1),
-    "c": Parameter(-1.5, 1.5, 0, 0.3),
-    "kappa": Parameter(0.3, 1e3, 10),
-    "k": Parameter(-2, 2, 0, 0.3),
-}
-STARTS = tuple({"kappa": kappa} for kappa in (3, 10, 40))
+# Start of the fit, and sd of the prior around it. For POSITIVE parameters the logarithm is fitted
+# and has that sd. Every fitted number stays within REACH of its start.
+PARAMETERS = {"E": (0.9, 0.3), "A": (0.6, np.inf), "a": (0.3, 0.35), "B": (0.4, np.inf),
+              "b": (0, 0.2), "beta": (0.4, 0.25), "C": (0.1, np.inf), "c": (0, 0.3),
+              "kappa": (10, np.inf), "k": (0, 0.3)}
+POSITIVE = {"A", "a", "B", "beta", "C", "kappa"}
+REACH = 5
+STARTS = ({"kappa": 3}, {"kappa": 10}, {"kappa": 40})
 
 
 @dataclass(frozen=True)
@@ -95,36 +75,25 @@ def points_of(log_size, multipliers, steps):
     """Return the Points of a schedule at `steps` (from 1)."""
     steps = np.asarray(steps)
     progress = np.cumsum(multipliers)[steps - 1] / 1000
-    decreases = np.maximum(-np.diff(multipliers), 0)
-    pieces = [piece for piece in np.array_split(np.flatnonzero(decreases), _PIECES) if len(piece)]
-    drops = np.array([decreases[piece].sum() for piece in pieces])
-    drop_steps = np.array([piece.mean() + 1 for piece in pieces])
     roots = np.cumsum(np.sqrt(multipliers)) / 1000
-    at_drop = np.interp(drop_steps, np.arange(1, len(roots) + 1), roots)
+    decrease = np.append(0, np.cumsum(np.maximum(-np.diff(multipliers), 0)))
+    decay = np.flatnonzero(np.diff(decrease))
+    first, last = (decay[0], decay[-1] + 1) if len(decay) else (0, 1)
+    edges = np.linspace(first, last, _PIECES + 1).round().astype(int)
+    drops = np.diff(decrease[edges])
+    at_drop = np.interp((edges[1:] + edges[:-1] - 1) / 2, np.arange(len(roots)), roots)
     lags = np.maximum(roots[steps - 1, None] - at_drop, 0)
-    shape = (len(steps), _PIECES)
-    padding = ((0, 0), (0, _PIECES - len(drops)))
-    drops = np.pad(np.broadcast_to(drops, lags.shape), padding).reshape(shape)
-    return Points(np.full(len(steps), log_size), np.log(progress), drops,
-                  np.pad(lags, padding).reshape(shape))
+    return Points(np.full(len(steps), log_size), np.log(progress),
+                  np.broadcast_to(drops, lags.shape), lags)
 
 
 def joint_relaxing(values, points):
-    """Return the law's loss (n,) and its derivatives (n, 10) by its parameters."""
+    """Return the law's loss (n,)."""
     E, A, a, B, b, beta, C, c, kappa, k = values
     x, s = points.log_size, points.log_progress
-    of_size = A * np.exp(-a * x)
-    of_progress = B * np.exp(b * x - beta * s)
     rate = kappa * np.exp(k * x)
-    left = np.exp(-rate[:, None] * points.lags)
-    relaxed = (points.drops * (1 - left)).sum(1)
-    gain = C * np.exp(c * x)
-    by_log_rate = gain * rate * (points.drops * points.lags * left).sum(1)
-    loss = E + of_size + of_progress - gain * relaxed
-    derivatives = (np.ones_like(x), of_size / A, -of_size * x, of_progress / B, of_progress * x,
-                   -of_progress * s, -gain * relaxed / C, -gain * relaxed * x,
-                   -by_log_rate / kappa, -by_log_rate * x)
-    return loss, np.stack(derivatives, 1)
+    relaxed = (points.drops * (1 - np.exp(-rate[:, None] * points.lags))).sum(1)
+    return E + A * np.exp(-a * x) + B * np.exp(b * x - beta * s) - C * np.exp(c * x) * relaxed
 
 
 @dataclass(frozen=True)
@@ -136,7 +105,7 @@ class Law:
     form: object = joint_relaxing
 
     def at(self, points):
-        return np.maximum(self.form(tuple(self.values.values()), points)[0], SMALL_LOSS)
+        return np.maximum(self.form(self.values.values(), points), SMALL_LOSS)
 
     def predict(self, n_params, multipliers, steps):
         """Return the loss (n,) of a run of this size and schedule at `steps`."""
@@ -151,8 +120,8 @@ class Law:
         return v["E"] + v["A"] * q**-v["a"] - v["C"] * q ** v["c"] * total_drop
 
 
-def fit(curves, *, form=joint_relaxing, parameters=PARAMETERS, starts=STARTS, shifts=None,
-        prior_draw=None):
+def fit(curves, *, form=joint_relaxing, parameters=PARAMETERS, starts=STARTS, shifts=0,
+        prior_draw=0):
     """Fit the law to the late evaluations of all curves by least squares with a Huber loss.
 
     shifts: added to the log loss, one per curve. prior_draw: standard normal numbers, one per
@@ -162,43 +131,32 @@ def fit(curves, *, form=joint_relaxing, parameters=PARAMETERS, starts=STARTS, sh
     n_smallest = min(curve.n_params for curve in curves)
     parts = [points_of(np.log(c.n_params / n_smallest), c.multipliers, c.steps) for c in curves]
     points = Points(*map(np.concatenate, zip(*parts, strict=True)))
-    observed = np.concatenate([np.log(curve.loss) + shift for curve, shift in
-                               zip(curves, shifts or [0] * len(curves), strict=True)])
-    weight = HUBER_LOG_LOSS * np.sqrt(len(observed) / len(curves))
-    table = list(parameters.values())
-    draw = np.zeros(len(table)) if prior_draw is None else prior_draw
-    priors = [(i, p, _moved(p, draw[i])) for i, p in enumerate(table) if p.sd]
+    observed = np.log(np.concatenate([curve.loss for curve in curves]))
+    observed += np.repeat(shifts + np.zeros(len(curves)), [len(c.loss) for c in curves])
 
-    def residuals(values):
-        predicted = np.log(np.maximum(form(values, points)[0], SMALL_LOSS))
-        pulls = [(np.log(values[i] / mean) if p.is_log else values[i] - mean) / p.sd
-                 for i, p, mean in priors]
-        return np.append(predicted - observed, weight * np.array(pulls))
+    is_log = np.array([name in POSITIVE for name in parameters])
+    defaults = {name: start for name, (start, _) in parameters.items()}
+    sd = np.array([sd for _, sd in parameters.values()])
+    pull = HUBER_LOG_LOSS * np.sqrt(len(observed) / len(curves)) / sd
 
-    def jacobian(values):
-        loss, derivatives = form(values, points)
-        pulls = np.zeros((len(priors), len(table)))
-        for row, (i, p, _) in enumerate(priors):
-            pulls[row, i] = weight / p.sd / (values[i] if p.is_log else 1)
-        return np.vstack([derivatives / np.maximum(loss, SMALL_LOSS)[:, None], pulls])
+    def free(values):
+        return np.array([np.log(value) if name in POSITIVE else value
+                         for name, value in values.items()])
 
-    lo, hi = np.array([p.lo for p in table]), np.array([p.hi for p in table])
-    has_jacobian = form([p.start for p in table], points)[1] is not None
-    solutions = []
-    for start in starts:
-        first = [start.get(name, p.start) for name, p in parameters.items()]
-        solutions.append(least_squares(
-            residuals, np.clip(first, lo + 1e-6, hi - 1e-6), bounds=(lo, hi), loss="huber",
-            jac=jacobian if has_jacobian else "2-point", f_scale=HUBER_LOG_LOSS, x_scale="jac",
-            max_nfev=300))
-    best = min(solutions, key=lambda solution: solution.cost)
-    return Law(dict(zip(parameters, map(float, best.x), strict=True)), n_smallest, form)
+    def law(fitted):
+        values = np.where(is_log, np.exp(fitted), fitted).tolist()
+        return Law(dict(zip(parameters, values, strict=True)), n_smallest, form)
 
+    def residuals(fitted):
+        return np.append(np.log(law(fitted).at(points)) - observed, pull * (fitted - mean))
 
-def _moved(parameter, z):
-    """Return the mean of a parameter's prior, moved by z standard deviations."""
-    shift = z * parameter.sd
-    return parameter.start * np.exp(shift) if parameter.is_log else parameter.start + shift
+    middle = free(defaults)
+    mean = middle + prior_draw * np.where(np.isinf(sd), 0, sd)
+    lo, hi = middle - REACH, middle + REACH
+    solutions = [least_squares(
+        residuals, np.clip(free(defaults | start), lo + 1e-6, hi - 1e-6), bounds=(lo, hi),
+        loss="huber", f_scale=HUBER_LOG_LOSS, x_scale="jac", max_nfev=300) for start in starts]
+    return law(min(solutions, key=lambda solution: solution.cost).x)
 
 
 def seed_sd(law, curves):
@@ -235,7 +193,7 @@ class Forecast:
         self.seed_sd = seed_sd(self.law, curves)
         self.replicates = [
             fit(curves, starts=[self.law.values],
-                shifts=list(self.seed_sd * rng.standard_normal(len(curves))),
+                shifts=self.seed_sd * rng.standard_normal(len(curves)),
                 prior_draw=rng.standard_normal(len(PARAMETERS)))
             for _ in range(n_replicates)]
         self.own_noise = self.seed_sd * rng.standard_normal(n_replicates)
@@ -253,8 +211,7 @@ class Forecast:
         """Return the Time at which a run of this size and schedule reaches the threshold."""
         steps, loss, replicates = self.curves(n_params, multipliers)
         times = [first_crossing(steps, one, threshold) for one in replicates]
-        tail = (1 - CONFIDENCE) / 2
-        lo, hi, p90 = np.quantile(times, [tail, 1 - tail, 0.9], method="inverted_cdf")
+        lo, hi, p90 = np.quantile(times, [0.025, 0.975, 0.9], method="inverted_cdf")
         return Time(first_crossing(steps, loss, threshold), float(lo), float(hi), float(p90))
 
 
