@@ -58,8 +58,8 @@ class TrainingConfig:
 
     device_type: str = _machine("", "cuda, mps or cpu; empty: the best available", "KIND")
     rank_timeout_minutes: float = _machine(
-        60.0, "with several ranks: abort if one of them, also while it compiles, keeps the others "
-        "waiting for N minutes", "N", at_least=0.1, at_most=10_000)
+        60.0, "with several ranks: abort if one of them keeps the others waiting for "
+        "N minutes", "N", at_least=0.1, at_most=10_000)
     no_compile: bool = _machine(
         False, "run the model uncompiled (slower, but starts at once)", on_resume=True)
     attention: str = _machine(
