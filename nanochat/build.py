@@ -37,7 +37,6 @@ from nanochat.runlog import (
     changes,
     check_new_run,
     check_run_id,
-    curves_of,
     figures_of,
     in_words,
     part_of,
@@ -266,7 +265,7 @@ def open_record(config, run_id, facts, folder, step, segment):
             checkpoint.set_aside(folder)
             log = RunLog.create(runs, run_id, facts, sinks, locks)
         else:
-            curves_of(read_run(runs / run_id).events)  # raises now if the record is damaged
+            figures_of(read_run(runs / run_id).events)  # raises now if the record is damaged
             log = RunLog.resume(runs, run_id, step, sinks, locks, **segment)
             checkpoint.set_aside(folder, after=step)
         on_failure.pop_all()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.common import UserError, json_bytes, model_path, write_json, write_text
+from nanochat.common import UserError, json_bytes, write_json, write_text
 from nanochat.tokenizer import BOS
 
 MODELING = Path(__file__).with_name("modeling_nanochat.py")
@@ -102,7 +102,8 @@ def write_upstream(folder, trained, name):
     """Write a cache folder of upstream's, with weights and tokenizer but no optimizer state."""
     checkpoints = folder / "base_checkpoints" / trained.tag
     checkpoints.mkdir(parents=True)
-    shutil.copyfile(model_path(trained.folder, trained.step), model_path(checkpoints, trained.step))
+    weights = f"model_{trained.step:06d}.pt"
+    shutil.copyfile(trained.folder / weights, checkpoints / weights)
     meta = {key: value for key, value in trained.meta.items() if key != "files_sha256"}
     flags = trained.user_config.items()
     meta["user_config"] = {key: value for key, value in flags if key != "tokenizer_dir"}

@@ -15,7 +15,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from nanochat.common import UserError, check_output, command, runs_dir, say, write_text
+from nanochat.common import UserError, check_output, command, print0, runs_dir, write_text
 from nanochat.experiments.report import experiment_page, runs_page
 
 RELOAD_SEC = 10
@@ -60,7 +60,7 @@ def main(argv=None):
     out.parent.mkdir(parents=True, exist_ok=True)
     check_output("--out", out)
     write_text(out, draw())
-    say(f"written: {out} ({out.stat().st_size / 1024:.0f} KiB)")
+    print0(f"written: {out} ({out.stat().st_size / 1024:.0f} KiB)")
 
 
 def serve(draw, port):
@@ -73,8 +73,8 @@ def serve(draw, port):
         except (OSError, OverflowError) as error:
             raise UserError(f"cannot use --port {port} ({error}); give another one, or 0") from None
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        say(f"http://127.0.0.1:{server.server_port}/ follows the runs; Ctrl-C ends this page, not "
-            "the runs")
+        print0(f"http://127.0.0.1:{server.server_port}/ follows the runs; Ctrl-C ends this page, "
+               "not the runs")
         os.nice(10)  # the runs have priority
         took_sec = 0.0
         try:
