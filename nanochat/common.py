@@ -1,10 +1,6 @@
-"""Shared helpers: errors, paths, files, provenance, devices and progress.
-
-torch is imported by the functions that need it, so that the data tools run without it.
-"""
+"""Shared helpers: errors, paths, files, locks, provenance and progress. They do not need torch."""
 
 import contextlib
-import errno
 import functools
 import hashlib
 import io
@@ -19,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
@@ -40,23 +35,16 @@ def warn(message):
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def say(*values, **options):
-    """Print and flush. After an error discard further output, so that long work continues.
-
-    A closed pipe (`| head`) causes no message; a full disk causes a warning.
-    """
+def print0(*values, **options):
+    """Print and flush on rank 0. After an error discard further output: long work continues."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     try:
-        print(*values, **{"flush": True, **options})
+        print(*values, flush=True, **options)
     except OSError as error:
         _discard_output()
-        if not isinstance(error, BrokenPipeError):
+        if not isinstance(error, BrokenPipeError):  # a closed pipe (`| head`) causes no message
             warn(f"cannot write the output ({error}); further output is discarded")
-
-
-def print0(*values, **options):
-    """Call `say` on rank 0."""
-    if os.environ.get("RANK", "0") == "0":
-        say(*values, **options)
 
 
 def _discard_output():
@@ -87,6 +75,7 @@ def command(main):
             message, exit_code = _machine_error(error), UserError.exit_code
             if message is None:
                 raise
+
         rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"error (rank {rank})"
         with contextlib.suppress(OSError):
@@ -117,19 +106,17 @@ def _machine_error(error):
     """
     text = str(error)
     if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text):
-        reason = (text.strip().splitlines() or ["no details"])[0][:200]
+        reason = text.strip().partition("\n")[0][:200] or "no details"
         return (f"out of memory ({reason}); lower --device-batch-size, --max-seq-len or --depth, "
                 "or stop other programs on this machine")
     if isinstance(error, OSError):
         file = f"{error.filename}: " if error.filename else ""
         return f"{file}{error.strerror or error}; correct this, or use another file"
-    lost = re.search("Connection closed by peer|Connection reset by peer|gloo|NCCL|Broken pipe",
-                     text)
-    if lost and os.environ.get("WORLD_SIZE", "1") != "1":
-        late = re.search("timed out|timeout|time-out", text.lower())
-        what = ("another rank did not join a collective within --rank-timeout-minutes" if late
-                else "another rank ended")
-        return (f"{what}; see the messages of the other ranks, then resume with "
+    is_of_ranks = re.search("Connection (closed|reset) by peer|gloo|NCCL|Broken pipe", text)
+    if is_of_ranks and os.environ.get("WORLD_SIZE", "1") != "1":
+        is_late = re.search("timed out|timeout|time-out", text.lower())
+        what = ("did not join a collective within --rank-timeout-minutes" if is_late else "ended")
+        return (f"another rank {what}; see the messages of the other ranks, then resume with "
                 "--resume-from-step latest")
     return None
 
@@ -146,7 +133,6 @@ TOKENIZER_DIR_HELP = ("folder of the tokenizer (default: the one of the checkpoi
                       "<cache>/tokenizer)")
 
 NAME_LENGTH = 128  # characters
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]*")
 
 
 def check_name(what, name):
@@ -154,7 +140,8 @@ def check_name(what, name):
 
     Every run id, model tag and dataset id passes this check. The error begins with `what`.
     """
-    if isinstance(name, str) and len(name) <= NAME_LENGTH and _NAME.fullmatch(name):
+    pattern = rf"[A-Za-z0-9_][A-Za-z0-9._+=-]{{,{NAME_LENGTH - 1}}}"
+    if isinstance(name, str) and re.fullmatch(pattern, name):
         return name
     shown = name if len(str(name)) <= 60 else f"{str(name)[:60]}..."
     raise UserError(f"{what} {shown!r} cannot name a folder: use letters, digits and . _ + = - "
@@ -189,9 +176,12 @@ def locks_dir():
     return base_dir() / "locks"
 
 
-def model_path(folder, step):
-    """Return the path of a checkpoint's weights."""
-    return Path(folder) / f"model_{step:06d}.pt"
+def newest_in_words(folder):
+    """Return "there are a, b, ...": the newest five subfolders of a folder, for error messages."""
+    folders = [path for path in Path(folder).glob("[!.]*") if path.is_dir()]
+    folders.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    names = [path.name for path in folders[:5]] + ["..."] * (len(folders) > 5)
+    return f"there are {', '.join(names)} (newest first)" if names else "there is none yet"
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -228,14 +218,15 @@ def _fsync(path):
 
 
 def check_output(flag, path):
-    """Raise UserError if no file can be written at `path`; call it before long work."""
+    """Raise UserError if no file can be written at `path`, before long work."""
     try:
-        if Path(path).is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        reason = "it is a folder" if Path(path).is_dir() else None
         tempfile.TemporaryFile(dir=Path(path).absolute().parent).close()
     except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written ({error.strerror}); give a file in a "
-                        "folder that exists") from None
+        reason = error.strerror
+    if reason:
+        raise UserError(f"{flag} {path} cannot be written ({reason}); give a file in a folder that "
+                        "exists")
 
 
 def write_text(path, text):
@@ -293,32 +284,28 @@ def sha256_of(path, start=0):
 def sha256_once(path, start=0):
     """Return sha256_of, computed once per process while time, size and inode stay the same."""
     stat = os.stat(path)
-    return _sha256_of_version(path, start, (stat.st_mtime_ns, stat.st_size, stat.st_ino))
+    return _sha256_of_version(path, start, stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
 @functools.cache
-def _sha256_of_version(path, start, _version):
+def _sha256_of_version(path, start, *_version):
     return sha256_of(path, start)
 
 
 def write_checksums(folder, digests):
     """Add {path within the folder: hex SHA-256} to the checksum file of a folder."""
-    path = Path(folder) / DIGESTS
-    write_json(path, {**_read_checksums(path), **digests})
+    write_json(Path(folder) / DIGESTS, {**_read_checksums(folder), **digests})
 
 
 def matches_checksum(path, folder=None):
-    """Return whether a file has its SHA-256 of the checksum file, or has no entry there.
-
-    folder: the folder of the checksum file, by default that of the file.
-    """
-    path = Path(path)
-    folder = Path(folder or path.parent)
-    expected = _read_checksums(folder / DIGESTS).get(path.relative_to(folder).as_posix())
+    """Return whether a file has its entry, or none, in the checksum file of a folder (its own)."""
+    folder = Path(folder or Path(path).parent)
+    expected = _read_checksums(folder).get(Path(path).relative_to(folder).as_posix())
     return expected is None or expected == sha256_once(path)
 
 
-def _read_checksums(path):
+def _read_checksums(folder):
+    path = Path(folder) / DIGESTS
     return read_json(path, "delete it to skip the check") if path.exists() else {}
 
 
@@ -327,27 +314,24 @@ def _read_checksums(path):
 @contextlib.contextmanager
 def locked(path):
     """Hold an exclusive lock on `<path>.lock` across processes. A killed process frees it."""
-    path = Path(path)
-    lock = _acquire(path.with_name(f"{path.name}.lock"), timeout_sec=-1)
-    try:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
         yield
-    finally:
-        lock.release()
 
 
 class RunLock:
-    """A lock on a folder for the life of a process; the file `lock` names the owner.
+    """A lock on a folder for the life of a process; the file `lock` names its owner.
 
-    A killed process frees the lock. Raise UserError with the owner, its pid and its host if
-    another process has the lock; `remedy` says what to do.
+    A killed process frees it. Raise UserError with the owner and `remedy` if it is taken.
     """
 
     def __init__(self, folder, lock, owner, remedy):
         self.folder, self.path, self.remedy = folder, Path(lock), remedy
-        self._entry = json_bytes({"owner": owner, "host": socket.gethostname(),
-                                  "pid": os.getpid(), "key": secrets.token_hex(8)})
+        self._entry = json_bytes({"owner": owner, "pid": os.getpid(), "host": socket.gethostname()})
+        self._lock = FileLock(f"{lock}.lock", thread_local=False)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock = _acquire(self.path.with_name(f"{self.path.name}.lock"), timeout_sec=0)
+            self._lock.acquire(timeout=0)
         except Timeout:
             raise self._error() from None
         self.path.write_bytes(self._entry)
@@ -357,64 +341,48 @@ class RunLock:
 
         This happens if lock files were deleted, or on a disk whose locks do not reach other hosts.
         """
-        if not self._is_held():
+        if not self.path.exists() or self.path.read_bytes() != self._entry:
             raise self._error()
 
     def release(self):
-        if self._is_held():
-            with contextlib.suppress(OSError):  # a full disk
-                self.path.write_bytes(b"{}")
         self._lock.release()
 
-    def _is_held(self):
-        try:
-            return self.path.read_bytes() == self._entry
-        except OSError:
-            return False
-
     def _error(self):
-        try:
-            entry = parse_json(self.path.read_bytes())
-            owner = f"run {entry['owner']} (pid {entry['pid']} on {entry['host']})"
-        except (OSError, ValueError, KeyError, TypeError):
-            owner = "another process"
-        return UserError(f"{self.folder} is being written by {owner}; {self.remedy}")
+        return UserError(f"{self.folder} is being written by {owner_in_words(self.path)}; "
+                         f"{self.remedy}")
+
+
+def owner_in_words(lock):
+    """Return the owner that a RunLock's file names: run ID (pid N on HOST)."""
+    owner = _owner_of(lock)
+    return "run {owner} (pid {pid} on {host})".format(**owner) if owner else "another process"
 
 
 def is_owned(lock):
-    """Return whether the owner in a RunLock file is alive; None if that cannot be known here."""
-    try:
-        entry = parse_json(Path(lock).read_bytes())
-        if not entry or entry["host"] != socket.gethostname():
-            return None if entry else False
-        os.kill(entry["pid"], 0)  # sends no signal
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    except (OSError, ValueError, KeyError, TypeError):
+    """Return whether the owner of a RunLock is alive; None if no owner of this host is known."""
+    owner = _owner_of(lock)
+    if not owner or owner["host"] != socket.gethostname():
         return None
+    try:
+        os.kill(owner["pid"], 0)  # sends no signal
+    except OSError as error:
+        return isinstance(error, PermissionError)  # it is a process of another user
     return True
 
 
-def _acquire(path, timeout_sec):
-    lock = FileLock(path, timeout=timeout_sec, thread_local=False)
+def _owner_of(lock):
+    """Return {"owner", "pid", "host"} of a RunLock's file, or None if it is missing or cut off."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot write in {path.parent} ({error.strerror}); make it writable, or "
-                        "set NANOCHAT_BASE_DIR to another folder") from None
-    return lock
+        return parse_json(Path(lock).read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 # --- provenance ----------------------------------------------------------------------------------
 
 def utc_now():
     """Return the time in UTC as records have it: 2026-01-31T23:59:59Z."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def git_commit():
@@ -425,9 +393,8 @@ def git_commit():
     file = Path(__file__)
 
     def git(*words):
-        done = subprocess.run(["git", "-C", file.parent, *words], capture_output=True, text=True,
-                              check=True)
-        return done.stdout.strip()
+        words = ["git", "-C", file.parent, *words]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         # a package installed inside a user's own repository is not part of that repository
@@ -441,67 +408,43 @@ def git_commit():
 
 def versions():
     """Return the versions of Python and of the packages that determine the numbers."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "numpy", "nanochat"):
-        try:
+    found = dict.fromkeys(("torch", "triton", "numpy", "nanochat"))
+    for name in found:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return {"python": platform.python_version(), **found}
 
 
 # --- progress ------------------------------------------------------------------------------------
 
 QUIET = "NANOCHAT_QUIET"  # environment variable, so that programs started by this one obey it too
 QUIET_HELP = "print results and warnings only, no progress"
-_SILENCE_SEC = 600.0  # a log without a line for this long gets one
+LOG_SEC = 60  # between two lines about progress in a log
 
 
 def is_quiet():
     return bool(os.environ.get(QUIET))
 
 
-def set_quiet(quiet=True):
+def set_quiet(quiet):
     """Turn progress off, in this process and in the processes that it starts."""
     if quiet:
         os.environ[QUIET] = "1"
 
 
-def progress(iterable=None, *, total=None, desc="", unit="it", unit_scale=False, shown=True):
+def progress(iterable=None, *, shown=True, **options):
     """Return a tqdm bar on a terminal, else a ProgressLog; shown=False: neither (other ranks)."""
     if is_quiet() or not shown:
-        return tqdm(iterable, total=total, disable=True)
-    options = {"total": total, "desc": desc, "unit": unit, "unit_scale": unit_scale}
+        return tqdm(iterable, disable=True, **options)
     if sys.stderr.isatty():
         return tqdm(iterable, dynamic_ncols=True, **options)
-    return ProgressLog(iterable, ncols=0, file=io.StringIO(), **options)
-
-
-class TenPercentSteps:
-    """Decide when a log gets a line: once per 10 % of the work, at least apart_sec apart."""
-
-    def __init__(self, apart_sec=1.0):
-        self.apart_sec, self._tenth, self._time = apart_sec, 0, time.monotonic()
-
-    def is_due(self, n, total):
-        """Return whether a line is due at n of total (None: unknown)."""
-        tenth = int(10 * n / total) if total else 0
-        waited_sec = time.monotonic() - self._time
-        reached = tenth > self._tenth and waited_sec >= self.apart_sec
-        if reached or waited_sec >= _SILENCE_SEC:
-            self._tenth, self._time = tenth, time.monotonic()
-            return True
-        return False
+    return ProgressLog(iterable, ncols=0, delay=1, mininterval=LOG_SEC, maxinterval=LOG_SEC,
+                       file=io.StringIO(), **options)
 
 
 class ProgressLog(tqdm):
-    """A tqdm for logs: per 10 % one line on stderr with rate and remaining time, and no bar."""
-
-    def __init__(self, *arguments, **options):
-        self._steps = TenPercentSteps()
-        super().__init__(*arguments, **options)
+    """A tqdm for logs: a line on stderr per minute and at the end, none for short work."""
 
     def display(self, msg=None, pos=None):
-        if self._steps.is_due(self.n, self.total):
-            with contextlib.suppress(OSError, ValueError):
-                print(str(self), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            print(self, file=sys.stderr, flush=True)

@@ -7,8 +7,7 @@ not used, and the extrapolated time is that of a run that continues without deca
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import brentq
@@ -57,18 +56,18 @@ class TimeToTarget:
     extrapolated_sec: float | None = None
     extrapolated_lo_sec: float | None = None
     extrapolated_hi_sec: float | None = None
-    exponent: float | None = None
-    asymptote: float | None = None
     reason: str | None = None  # why it is not extrapolated
 
     def summary_fields(self):
-        """Return the fields for summary.json; the ledger of experiments has the first four."""
-        fields = asdict(self)
-        names = {"target_metric_name": "metric_name", "target_metric_threshold": "threshold",
-                 "time_to_target_sec_measured": "measured_sec",
-                 "time_to_target_sec_extrapolated": "extrapolated_sec"}
-        first = {name: fields.pop(field) for name, field in names.items()}
-        return first | {f"time_to_target_{name}": value for name, value in fields.items()}
+        """Return the fields for summary.json."""
+        return {
+            "target_metric_name": self.metric_name,
+            "target_metric_threshold": self.threshold,
+            "time_to_target_sec_measured": self.measured_sec,
+            "time_to_target_sec_extrapolated": self.extrapolated_sec,
+            "time_to_target_extrapolated_lo_sec": self.extrapolated_lo_sec,
+            "time_to_target_extrapolated_hi_sec": self.extrapolated_hi_sec,
+        }
 
     def describe(self):
         """Return one line for the console."""
@@ -80,8 +79,8 @@ class TimeToTarget:
                     f"step {self.measured_step} (interpolated: step {self.step_interpolated:.1f})")
         if self.extrapolated_sec is None:
             return f"{head}: not reached, not extrapolated: {self.reason}"
-        high = ("no upper bound" if self.extrapolated_hi_sec is None
-                else f"{self.extrapolated_hi_sec:.1f} s")
+        high_sec = self.extrapolated_hi_sec
+        high = "no upper bound" if high_sec is None else f"{high_sec:.1f} s"
         return (f"{head}: not reached; extrapolated without learning-rate decay: "
                 f"{self.extrapolated_sec:.1f} s of training ({INTERVAL:.0%} interval "
                 f"{self.extrapolated_lo_sec:.1f} s to {high})")
@@ -97,13 +96,15 @@ def check_metric_name(metric_name):
 def check_target(metric_name, threshold):
     """Raise UserError if no run can reach the target."""
     check_metric_name(metric_name)
-    flag = f"--target-metric-threshold {threshold}"
     if threshold is None or not math.isfinite(threshold):
-        raise UserError(f"{flag} is not a number")
-    if metric_name == "val_bpb" and threshold <= 0:
-        raise UserError(f"{flag} is impossible: bits per byte are above 0")
-    if metric_name == "core" and threshold >= 1:
-        raise UserError(f"{flag} is impossible: CORE is below 1")
+        problem = "is not a number"
+    elif metric_name == "val_bpb" and threshold <= 0:
+        problem = "is impossible: bits per byte are above 0"
+    elif metric_name == "core" and threshold >= 1:
+        problem = "is impossible: CORE is below 1"
+    else:
+        return
+    raise UserError(f"--target-metric-threshold {threshold} {problem}")
 
 
 def reaches(metric_name, value, threshold):
@@ -113,20 +114,30 @@ def reaches(metric_name, value, threshold):
     return value <= threshold if METRICS[metric_name] == "lower" else value >= threshold
 
 
-def evaluations_of(events: Iterable[dict], metric_name: str) -> list[Evaluation]:
-    """Return the evaluations of a metric in a run's events. Raise UserError if a field lacks."""
+def numbers_of(events, kind, *names):
+    """Return tuples of the named numbers, one per event of a kind; None: not finite.
+
+    Raise UserError if an event lacks a number.
+    """
+    rows = []
+    for event in events:
+        if event["kind"] != kind:
+            continue
+        for name in names:
+            if not isinstance(event.get(name, ""), (int, float, type(None))):
+                raise UserError(f"the {kind} event of step {event.get('step')} has no number "
+                                f"{name}; fix or remove that line of metrics.jsonl")
+        rows.append(tuple(event[name] for name in names))
+    return rows
+
+
+def evaluations_of(events, metric_name):
+    """Return the Evaluations of a metric in a run's events. Raise UserError if a number lacks."""
     kind, field = _EVENTS[metric_name]
     multipliers = {event.get("step"): event.get("lr_multiplier")
                    for event in events if event["kind"] == "train"}
-    found = []
-    for event in events:
-        if event["kind"] == kind:
-            numbers = [event.get(name, "") for name in ("step", "tokens", field, "train_time_sec")]
-            if not all(isinstance(number, (int, float, type(None))) for number in numbers):
-                raise UserError(f"the {kind} event of step {event.get('step')} needs step, tokens, "
-                                f"{field} and train_time_sec; fix or remove that line")
-            found.append(Evaluation(*numbers, lr_multiplier=multipliers.get(event["step"])))
-    return found
+    return [Evaluation(*row, lr_multiplier=multipliers.get(row[0]))
+            for row in numbers_of(events, kind, "step", "tokens", field, "train_time_sec")]
 
 
 def first_crossing(steps, metric, threshold):
@@ -144,9 +155,8 @@ def first_crossing(steps, metric, threshold):
     return float(steps[at - 1] + share * (steps[at] - steps[at - 1]))
 
 
-def time_to_target(evaluations: Sequence[Evaluation], metric_name: str, threshold: float,
-                   confidence: float = INTERVAL) -> TimeToTarget:
-    """Return the training seconds until the metric reaches the threshold.
+def time_to_target(evaluations, metric_name, threshold):
+    """Return the training seconds until the metric reaches the threshold, as a TimeToTarget.
 
     Measured: the training clock at the first evaluation that reaches it. Extrapolated: where the
     fitted curve crosses it, at the median seconds per token; the interval holds the crossings
@@ -155,12 +165,11 @@ def time_to_target(evaluations: Sequence[Evaluation], metric_name: str, threshol
     check_target(metric_name, threshold)
     sign = 1.0 if METRICS[metric_name] == "lower" else -1.0  # sign * metric falls
     finite = [e for e in evaluations if e.metric is not None and math.isfinite(e.metric)]
-    for evaluation in finite:
-        if reaches(metric_name, evaluation.metric, threshold):
-            crossing = first_crossing([e.step for e in finite], [sign * e.metric for e in finite],
-                                      sign * threshold)
-            return TimeToTarget(metric_name, threshold, evaluation.train_time_sec, evaluation.step,
-                                step_interpolated=crossing)
+    first = next((e for e in finite if reaches(metric_name, e.metric, threshold)), None)
+    if first:
+        crossing = first_crossing([e.step for e in finite], [sign * e.metric for e in finite],
+                                  sign * threshold)
+        return TimeToTarget(metric_name, threshold, first.train_time_sec, first.step, crossing)
     try:
         if not finite or finite[-1] is not evaluations[-1]:
             raise _NoFit("the last evaluation is missing or not finite")
@@ -168,20 +177,22 @@ def time_to_target(evaluations: Sequence[Evaluation], metric_name: str, threshol
         scale = finite[-1].tokens
         tokens = np.array([e.tokens for e in used]) / scale
         metric = sign * np.array([e.metric for e in used])
-        crossings, exponent, asymptote = _fit(
-            tokens, metric, sign * threshold, sign * _BEST[metric_name], confidence)
+        crossing, low, high = _fit(
+            tokens, metric, sign * threshold, sign * _BEST[metric_name])
     except _NoFit as reason:
         return TimeToTarget(metric_name, threshold, reason=str(reason))
 
     spans = np.diff([e.tokens for e in finite])
     sec = np.diff([e.train_time_sec for e in finite])
     pace = float(np.median(sec[spans > 0] / spans[spans > 0]))  # seconds per token
-    middle, low, high = (finite[-1].train_time_sec + (crossing - 1) * scale * pace
-                         for crossing in crossings)
+
+    def seconds_at(tokens_ratio):
+        return finite[-1].train_time_sec + (tokens_ratio - 1) * scale * pace
+
     return TimeToTarget(
-        metric_name, threshold, extrapolated_sec=middle, extrapolated_lo_sec=low,
-        extrapolated_hi_sec=high if math.isfinite(high) else None,
-        exponent=exponent, asymptote=sign * asymptote)
+        metric_name, threshold, extrapolated_sec=seconds_at(crossing),
+        extrapolated_lo_sec=seconds_at(low),
+        extrapolated_hi_sec=None if high is None else seconds_at(high))
 
 
 class _NoFit(Exception):
@@ -193,8 +204,8 @@ def _before_decay(evaluations):
     known = [e.lr_multiplier for e in evaluations if e.lr_multiplier is not None]
     if not known:
         raise _NoFit("the record does not say when the learning-rate decay begins")
-    constant = [e for e in evaluations if e.lr_multiplier == max(known)]
-    used = [e for e in constant if e.tokens > WARMUP_FRACTION * evaluations[-1].tokens]
+    used = [e for e in evaluations if e.lr_multiplier == max(known)
+            and e.tokens > WARMUP_FRACTION * evaluations[-1].tokens]
     if len({e.tokens for e in used}) < MIN_EVALUATIONS:
         raise _NoFit(f"{len(used)} evaluations before the learning-rate decay and after the first "
                      f"{WARMUP_FRACTION:.0%} of the tokens; {MIN_EVALUATIONS} at different token "
@@ -202,12 +213,11 @@ def _before_decay(evaluations):
     return used
 
 
-def _fit(tokens, metric, threshold, floor, confidence):
-    """Return ((crossing, low, high) of a falling power law, exponent, asymptote).
+def _fit(tokens, metric, threshold, floor):
+    """Return (crossing, low, high) of a falling power law, in units of the tokens seen.
 
-    tokens and crossings are in units of the tokens seen. high: infinite beyond MAX_TOKENS_RATIO.
-    The curves that cross the threshold at c are threshold + slope * (tokens^-b - c^-b): for each
-    b the best slope has a closed form.
+    high: None beyond MAX_TOKENS_RATIO. The curves that cross the threshold at c are
+    threshold + slope * (tokens^-b - c^-b): for each b the best slope has a closed form.
     """
     exponent = _best_exponent(lambda b: _line(tokens ** -b[:, None], metric)[2])
     asymptote, slope, squares = (float(v) for v in _line(tokens**-exponent, metric))
@@ -216,19 +226,15 @@ def _fit(tokens, metric, threshold, floor, confidence):
     if not 1.01 * _EXPONENTS[0] < exponent < 0.99 * _EXPONENTS[1]:
         raise _NoFit(f"the fitted exponent {exponent:.3g} is at a bound of the search")
     if asymptote < floor:
-        raise _NoFit(f"the fitted curve levels off at the impossible value {asymptote:.3g}")
+        raise _NoFit("the fitted curve levels off at an impossible value")
     if asymptote >= threshold:
-        raise _NoFit(f"the fitted curve levels off {asymptote - threshold:.4g} before the "
-                     "threshold")
-    crossing = ((threshold - asymptote) / slope) ** (-1 / exponent)
+        raise _NoFit("the fitted curve levels off before the threshold")
+    crossing = max(1.0, ((threshold - asymptote) / slope) ** (-1 / exponent))
     if crossing > MAX_TOKENS_RATIO:
-        raise _NoFit(f"the fitted curve needs {crossing:.1f} times the tokens seen, more than "
-                     f"{MAX_TOKENS_RATIO:g}")
-
-    crossing = max(crossing, 1.0)  # the target has not been reached so far
+        raise _NoFit(f"the fitted curve needs {crossing:.1f} times the tokens seen")
     freedom = len(metric) - 3
     squares += 1e-12 * ((metric - metric.mean()) ** 2).sum()  # rounding errors
-    allowed = squares * (1 + f_distribution.ppf(confidence, 1, freedom) / freedom)
+    allowed = squares * (1 + f_distribution.ppf(INTERVAL, 1, freedom) / freedom)
 
     def excess(at):
         def forced(b):
@@ -243,7 +249,7 @@ def _fit(tokens, metric, threshold, floor, confidence):
         return brentq(excess, crossing, limit, rtol=1e-6) if excess(crossing) < 0 else crossing
 
     low, high = end(1.0), end(MAX_TOKENS_RATIO)
-    return (crossing, low, math.inf if high == MAX_TOKENS_RATIO else high), exponent, asymptote
+    return crossing, low, high if high < MAX_TOKENS_RATIO else None
 
 
 def _line(x, y):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train to the CORE of GPT-2 on one node: download the data, train a tokenizer and the model,
-# evaluate it, and print a row for the leaderboard. The recipe is that of a record of
+# evaluate it, and print its metrics. The recipe is that of a record of
 # karpathy/nanochat (depth 24, fp8, ratio 8). The device batch size is the largest one that fits
 # according to scripts.plan.
 #   bash runs/speedrun.sh [ratio or infer.json] [wandb name] [seed]   repeat the command to continue
@@ -41,4 +41,4 @@ stage train torchrun --standalone --nproc-per-node="$GPUS" -m scripts.base_train
     --target-metric-name core --target-metric-threshold 0.256525
 stage eval torchrun --standalone --nproc-per-node="$GPUS" -m scripts.base_eval \
     --dataset climbmix --model-tag "$RUN" --eval core,bpb,sample
-python -m scripts.leaderboard "$RUN"
+python -m scripts.runs --compare "$RUN"

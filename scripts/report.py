@@ -12,7 +12,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from nanochat.common import UserError, check_output, command, runs_dir, say, warn, write_text
+from nanochat.common import UserError, check_output, command, print0, runs_dir, warn, write_text
 from nanochat.experiments.ledger import LEDGER_HELP, find_ledger
 from nanochat.experiments.report import experiment_page, runs_page
 
@@ -49,9 +49,9 @@ def main(argv=None):
     args.out.parent.mkdir(parents=True, exist_ok=True)
     check_output("--out", args.out)
     write_text(args.out, draw(reload_sec=RELOAD_SEC if args.live else None))
-    say(f"written: {args.out} ({args.out.stat().st_size / 1024:.0f} KiB)")
+    print0(f"written: {args.out} ({args.out.stat().st_size / 1024:.0f} KiB)")
     if args.live:
-        say("open it in a browser, which reloads it; Ctrl-C ends the updates, not the runs")
+        print0("open it in a browser, which reloads it; Ctrl-C ends the updates, not the runs")
         with contextlib.suppress(KeyboardInterrupt):
             update(args.out, draw)
         write_text(args.out, draw())  # a page that does not reload

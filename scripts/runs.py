@@ -1,8 +1,8 @@
 """List runs, newest first, or compare runs. Both read the records in <cache>/runs.
 
-python -m scripts.runs                                  list all runs
-python -m scripts.runs 'lane_c*' --state running        list runs by name and state
-python -m scripts.runs --compare RUN RUN ...            compare flags and metrics
+python -m scripts.runs                          list all runs
+python -m scripts.runs 'lane_c*'                list runs by name
+python -m scripts.runs --compare RUN RUN ...    compare flags and metrics, the baseline first
 
 <cache> is $NANOCHAT_BASE_DIR, or ~/.cache/nanochat if that is not set.
 """
@@ -13,12 +13,11 @@ from datetime import datetime, timedelta
 
 import pandas as pd
 
-from nanochat.common import UserError, command, runs_dir
+from nanochat.common import UserError, command, newest_in_words, runs_dir
 from nanochat.experiments.gates import document_notes, paired
 from nanochat.experiments.table import age_sec, recipe_of, runs_table
 from nanochat.runlog import find_run, read_run
 
-STATES = ("running", "finished", "stopped", "failed", "stale")
 COMPARED = ["min_val_bpb", "final_val_bpb", "final_val_bpb_se", "core_metric",
             "time_to_target_sec", "tok_per_sec_median", "training_sec", "total_tokens",
             "peak_memory_mib"]
@@ -27,32 +26,32 @@ COMPARED = ["min_val_bpb", "final_val_bpb", "final_val_bpb_se", "core_metric",
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.runs", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("patterns", nargs="*", metavar="NAME",
+    parser.add_argument("patterns", nargs="*", default=["*"], metavar="NAME",
                         help="ids of runs to list; * and ? are wildcards (default: all)")
-    parser.add_argument("--state", nargs="+", choices=STATES, metavar="STATE",
-                        help="list only runs in these states: running, finished, stopped (by a "
-                             "signal), failed, stale (died without a summary)")
     parser.add_argument("--compare", nargs="+", metavar="RUN",
-                        help="ids or folders of runs to compare, the baseline first")
-    args = parser.parse_args(argv)
-    if args.compare and (args.patterns or args.state):
-        parser.error("--compare names its runs; NAME and --state are for the list")
-    return args
+                        help="ids, folders or model tags of runs to compare")
+    return parser.parse_args(argv)
 
 
-def read_runs(patterns, states):
-    """Return the table of the selected runs, newest first, and a line per unreadable run."""
+def list_runs(patterns):
+    """Return a line per run of these names, newest first, and a line per unreadable record."""
     tables, broken = [], []
     for folder in sorted(path for path in runs_dir().glob("[!.]*") if path.is_dir()):
-        if patterns and not any(fnmatch.fnmatchcase(folder.name, name) for name in patterns):
-            continue
-        try:
-            record = read_run(folder, skip_curves=True)
-            tables.append(runs_table([record]).assign(run=folder.name, age=age_sec(record)))
-        except (UserError, OSError) as error:
-            broken.append(f"broken: {folder.name}: {' '.join(str(error).split())}")
-    tables = [table for table in tables if not states or table.state[0] in states]
-    return pd.concat(tables).sort_values(["age", "run"]) if tables else None, broken
+        if any(fnmatch.fnmatchcase(folder.name, pattern) for pattern in patterns):
+            try:
+                record = read_run(folder)
+                tables.append(runs_table([record]).assign(run=folder.name, age=age_sec(record)))
+            except (UserError, OSError) as error:
+                broken.append(f"broken: {folder.name}: {' '.join(str(error).split())}")
+    if not tables and not broken:
+        if patterns == ["*"]:
+            return f"no runs in {runs_dir()}"
+        raise UserError(f"no run {' '.join(patterns)} in {runs_dir()}; "
+                        f"{newest_in_words(runs_dir())}")
+    if tables:
+        rows = pd.concat(tables).sort_values(["age", "run"]).itertuples()
+        broken.insert(0, as_text(pd.DataFrame(map(cells, rows)).set_index("run")))
+    return "\n".join(broken)
 
 
 def cells(row):
@@ -73,7 +72,7 @@ def cells(row):
 
 
 def compare(table):
-    """Yield the flags that differ, the metrics, and each candidate's difference to the first."""
+    """Return the flags that differ, the metrics, and each candidate's difference to the first."""
     for (_, seed), runs in table.groupby(["candidate", "seed"]):
         if len(runs) > 1:
             raise UserError(f"{' and '.join(runs.run_id)} have the same flags and the seed {seed}; "
@@ -82,8 +81,6 @@ def compare(table):
                for name, record in zip(table.candidate, table.record, strict=True)}
     recipes = pd.DataFrame(recipes).fillna("")
     different = recipes[recipes.nunique(axis=1) > 1].rename_axis("flag")
-    yield as_text(different) if len(different) else (
-        "equal flags, dataset and device: these runs are seeds of one candidate")
 
     columns = [name for name in COMPARED if table[name].notna().any()]
     shown = table.set_index(table.run_id.rename("run"))[["state", *columns]]
@@ -93,25 +90,29 @@ def compare(table):
         if len(runs) > 1:
             shown.loc[f"{name} mean"] = runs[columns].mean()
             shown.loc[f"{name} sd"] = runs[columns].std()
-    yield as_text(shown)
 
     first, *others = groups
+    blocks = [as_text(different) if others else "runs of one candidate: equal flags, dataset and "
+              "device", as_text(shown)]
     for other in others:
-        yield "\n".join([f"{other} minus {first}, over the seeds that both have finished:",
-                         *differences(groups[first], groups[other], columns)])
+        lines = differences(groups[first], groups[other], columns)
+        blocks.append("\n  ".join([f"{other} minus {first}, over the seeds that both have "
+                                   "finished:", *lines]))
+    return "\n\n".join(blocks)
 
 
 def differences(before, after, columns):
     """Return the paired difference over seeds per column, and that over validation documents."""
     seeds = before.index.intersection(after.index)
     before, after = before.loc[seeds], after.loc[seeds]
-    lines = document_notes(before.record, after.record)
-    for name in reversed([name for name in columns if name != "final_val_bpb_se"]):
+    lines = []
+    for name in columns:
         change = (after[name] - before[name]).dropna()
-        if change.any():
+        if change.any() and name != "final_val_bpb_se":
             percent = 100 * change.mean() / before[name][change.index].mean()
-            lines.insert(0, f"{name}: {paired(change).describe(f'({percent:+.1f} %)')}")
-    return [f"  {line}" for line in lines or ["no difference can be given"]]
+            lines.append(f"{name}: {paired(change).describe(f'({percent:+.1f} %)')}")
+    lines += document_notes(before.record, after.record)
+    return lines or ["no difference can be given"]
 
 
 def as_text(table):
@@ -124,18 +125,11 @@ def as_text(table):
 def main(argv=None):
     args = parse_args(argv)
     if args.compare:
-        blocks = compare(runs_table(find_run(name, runs_dir()) for name in args.compare))
+        text = compare(runs_table(find_run(name, runs_dir()) for name in args.compare))
     else:
-        table, blocks = read_runs(args.patterns, args.state)
-        if args.patterns and table is None and not blocks:
-            raise UserError(f"no run {' '.join(args.patterns)} in {runs_dir()}; list all runs "
-                            "with python -m scripts.runs")
-        shown = f"no {'such run' if args.patterns or args.state else 'runs'} in {runs_dir()}"
-        if table is not None:
-            shown = as_text(pd.DataFrame(map(cells, table.itertuples())).set_index("run"))
-        blocks = ["\n".join([shown, *blocks])]
+        text = list_runs(args.patterns)
     # A record may come from somebody else: its text must not control the terminal.
-    print("".join(x if x.isprintable() or x == "\n" else "?" for x in "\n\n".join(blocks)))
+    print("".join(x if x.isprintable() or x == "\n" else "?" for x in text))
 
 
 if __name__ == "__main__":

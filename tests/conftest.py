@@ -8,9 +8,7 @@ try:
     import torch
 
     HAS_CUDA = torch.cuda.is_available()
-    torch.set_num_threads(
-        1
-    )  # tests share the cores with each other; small tensors gain nothing by more
+    torch.set_num_threads(1)  # tests share the cores; small tensors gain nothing by more
 except ImportError:  # the data tools are tested without torch too
     HAS_CUDA = False
 
@@ -59,9 +57,7 @@ def fp32(monkeypatch):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if (
-            item.get_closest_marker("gpu") and not HAS_CUDA
-        ):  # not item.keywords: they hold parameters' names too
+        if item.get_closest_marker("gpu") and not HAS_CUDA:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("slow") and "slow" not in (config.option.markexpr or ""):
             item.add_marker(pytest.mark.skip(reason="minutes long; run with -m slow"))

@@ -15,7 +15,6 @@ MISTAKES = [
                                     "--target-metric-threshold", "1"]),
     ("scripts.lane_b_log_run", ["none", "--inference-json", "/no/such/file.json"]),
     ("scripts.lane_b_stats", ["--dataset", "/no/such/folder", "--out", "/no/such/folder/x.json"]),
-    ("scripts.leaderboard", ["none"]),
     ("scripts.plan", ["--depth", "4", "--gpu", "none"]),
     ("scripts.report", ["none"]),
     ("scripts.runs", ["--compare", "none"]),

@@ -40,9 +40,3 @@ def test_a_fresh_clone_says_what_the_ledger_says(ledger, tmp_path, capsys, monke
 def test_verdict_refuses_in_one_line(ledger, refusal, argv, message):
     error = refusal(verdict.main, ["--ledger", str(ledger), *argv])
     assert error.count("\n") == 1 and message in error
-
-
-def test_verdict_names_the_line_of_a_hand_made_mistake(ledger, refusal):
-    ledger.write_text(ledger.read_text().replace("lane_c,1,4", "lane_c,one,4", 1))
-    error = refusal(verdict.main, ["--ledger", str(ledger), "--experiment", "lane_c"])
-    assert "line 4: seed is 'one'" in error
