@@ -180,7 +180,7 @@ def check_new_run(runs_dir, run_id):
     folder = Path(runs_dir) / check_run_id(run_id)
     if (folder / CONFIG).exists():
         lock = locks_dir() / f"run.{run_id}"
-        if is_owned(lock):
+        if read_run(folder).status == "unfinished" and is_owned(lock):
             raise UserError(f"{owner_in_words(lock)} is running; choose another --run-id, or stop "
                             "that run")
         raise UserError(f"run id {run_id!r} is taken ({folder}); choose another --run-id, or "

@@ -19,6 +19,7 @@ from scripts import (
     lane_b,
     plan,
     report,
+    runs,
     tok_eval,
     tok_train,
     verdict,
@@ -108,7 +109,7 @@ def test_experiment_refuses_in_one_line(ledger, refusal, argv, message):
     assert error.count("\n") == 1 and message in error
 
 
-MODULES = (core_eval, dataset, base_eval, experiment, lane_b, plan, report, tok_eval,
+MODULES = (core_eval, dataset, base_eval, experiment, lane_b, plan, report, runs, tok_eval,
            tok_train, verdict)
 PARSERS = {module.__name__: module.parse_args for module in MODULES}
 PARSERS["scripts.base_train"] = parse_config

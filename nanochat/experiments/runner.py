@@ -255,13 +255,13 @@ def read_probe(runs_dir, experiment_name, candidate):
 def _probe(folder, flags, command, lock):
     _train_anew(folder, flags, command, lock)
     first = read_run(folder)
+    losses = _losses(first)  # read now: the resume writes to the same file
     (folder / SUMMARY).unlink(missing_ok=True)  # a resume that fails must not keep this status
     _train(folder, command([*flags, f"--resume-from-step={PROBE_RESUME_STEP}"]), lock)
     second = read_run(folder)
     shutil.rmtree(checkpoints_dir() / folder.name, ignore_errors=True)
 
-    losses, resumed = ({event["step"]: event["loss"] for event in record.of("train")}
-                       for record in (first, second))
+    resumed = _losses(second)
     steps = range(PROBE_RESUME_STEP + 1, PROBE_STEPS + 1)
     compared = [(losses.get(step), resumed.get(step)) for step in steps]
     difference = None
@@ -270,6 +270,10 @@ def _probe(folder, flags, command, lock):
         difference = max(abs(one - other) for one, other in compared)
     is_compiled = not first.config.get("flags", {}).get("no_compile")
     return Probe(0 if is_compiled else None, difference)
+
+
+def _losses(record):
+    return {event["step"]: event["loss"] for event in record.of("train")}
 
 
 def _probe_folder(runs_dir, experiment_name, candidate):
