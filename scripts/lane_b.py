@@ -17,6 +17,7 @@ from itertools import count
 from nanochat.common import QUIET_HELP, UserError, base_dir, command, print0, runs_dir, set_quiet
 from nanochat.config import parse_config
 from nanochat.experiments.runner import run_module
+from nanochat.gpt import flops_per_token
 from nanochat.lane_b import Refusal, Uncertain, verdict
 from nanochat.lane_b.answer import compare, conclude, read_inference
 from nanochat.lane_b.calibration import MIN_STEPS, RATES, RECIPE, Setup, curve_of, setup_of
@@ -29,11 +30,14 @@ from nanochat.tokenizer import load_tokenizer
 # batches of a few thousand tokens.
 _SMALL = ("--window-pattern=L --max-seq-len=128 --matrix-lr=0.32 --embedding-lr=4.8 "
           "--unembedding-lr=0.128 ")
-PROFILES = {  # name: flags, vocabulary of the tokenizer, target (None: given by the user)
+PROFILES = {  # flags, vocabulary of the tokenizer, target (None: given by the user), least depth
     "small": (_SMALL + "--aspect-ratio=32 --head-dim=32 --device-batch-size=16 "
-              "--total-batch-size=2048 --eval-tokens=262144", 2048, None),
+              "--total-batch-size=2048 --eval-tokens=262144", 2048, None, 2),
     "cpu": (_SMALL + "--aspect-ratio=16 --head-dim=16 --device-batch-size=4 "
-            "--total-batch-size=512 --eval-tokens=65536", 1024, 2.05),
+            "--total-batch-size=512 --eval-tokens=65536", 1024, 2.05, 2),
+    # For one GPU, not measured. The least depth is at least an eighth of the target's size.
+    "d12": ("--total-batch-size=131072 --eval-tokens=2097152", 32768, None, 5),
+    "d24": ("--total-batch-size=-1 --eval-tokens=2097152", 32768, None, 12),
 }
 ALWAYS = ["--core-metric-every=-1", "--sample-every=-1", "--save-every=-1", "--save-minutes=5",
           "--keep-checkpoints=1", "--resume-from-step=auto"]
@@ -53,20 +57,21 @@ def parse_args(argv=None):
     add("--budget", type=float, default=0.25, metavar="SHARE", help="further runs are trained "
         "while the calibration costs at most this share of the named run, in FLOPs and in seconds "
         "(%(default)s)")
-    add("--smallest-depth", type=int, default=2, help="least depth to calibrate (%(default)s)")
+    add("--smallest-depth", type=int, help="least depth to calibrate (default: of the profile)")
     add("--depth", type=int, help="infer only the ratio of this depth")
     add("--rates-probe", action="store_true",
         help="also train at half the learning rates, to test whether they transfer")
     add("--verify", action="store_true", help="also train the named model and the baseline (ratio "
         f"12) with {len(verdict.SEEDS)} seeds each, and judge them")
     add("--profile", choices=PROFILES, default="small", help="small: the default recipe; cpu: a "
-        "smaller one with a target and --verify")
+        "smaller one with a target and --verify; d12, d24: for targets of these depths on a GPU")
     add("--name", help="prefix of the run ids (default: lane_b_PROFILE)")
     add("--quiet", action="store_true", help=QUIET_HELP)
-    add("--dry-run", action="store_true", help="print the first trainings only")
+    add("--dry-run", action="store_true", help="print the first trainings and their cost only")
     add("flags", nargs="*", metavar="FLAGS", help="flags of base_train, after --")
     args = parser.parse_args(argv)
-    flags, args.vocab_size, target = PROFILES[args.profile]
+    flags, args.vocab_size, target, least = PROFILES[args.profile]
+    args.smallest_depth = args.smallest_depth or least
     args.name = args.name or f"lane_b_{args.profile}"
     args.flags = args.flags or shlex.split(flags)
     args.verify = args.verify or target is not None
@@ -83,21 +88,23 @@ class Trainings:
         self.flags = [*args.flags, f"--dataset={args.dataset}", f"--tokenizer-dir={tokenizer_dir}"]
         self.common = [*self.flags, *ALWAYS, *(["--quiet"] if args.quiet else [])]
         config = parse_config(self.flags)
-        if config.total_batch_size < 1:
-            raise UserError("the flags need --total-batch-size: all runs must have one batch")
         self.setup = Setup(config, vocab_size, "", "", config.total_batch_size, None, {})
 
     def depths(self, least):
         """Return the first depth from `least` with MIN_STEPS at ratio 4, and the next one."""
-        n_params = self.setup.n_params
-        first = next(depth for depth in count(least) if self.setup.steps(depth, 4) >= MIN_STEPS)
+        n_params, steps = self.setup.n_params, self.setup.own_steps
+        first = next(depth for depth in count(least) if steps(depth, 4) >= MIN_STEPS)
         return first, next(depth for depth in count(first)
                            if n_params(depth) >= GROWTH * n_params(first))
+
+    def flops(self, depth, ratio):
+        model = self.setup.model(depth)
+        return ratio * self.setup.n_params(depth) * flops_per_token(model)
 
     def one(self, depth, ratio, seed, kind="", steps=None, extra=()):
         """Return (run id, flags) of a run of `steps`, by default those of the ratio."""
         run_id = f"{self.name}.{kind}d{depth}.r{ratio:.4g}.s{seed}"
-        steps = steps or self.setup.steps(depth, ratio)
+        steps = steps or self.setup.own_steps(depth, ratio)
         every = max(1, steps // EVALUATIONS) if steps > TIMED_STEPS else -1
         return run_id, [*self.common, *extra, f"--num-iterations={steps}", f"--eval-every={every}",
                         f"--depth={depth}", f"--seed={seed}", f"--run-id={run_id}",
@@ -142,6 +149,9 @@ def verify(trainings, document):
         print0("lane B: no depth in reach is forecast to reach the target at ratio 12: there is no "
                "baseline to compare with")
         return
+    if document["default"] == document["named"]:
+        print0("lane B: the default ratio 12 is named: there is nothing to compare")
+        return
     print0("Rules of the verdict:", *verdict.RULES, sep="\n  ")
     extra = [f"--target-metric-threshold={document['target_metric_threshold']!r}",
              "--stop-at-target"]
@@ -174,6 +184,7 @@ def main(argv=None):
     if args.dry_run:
         for run in first:
             print0(shlex.join(["python", "-m", "scripts.base_train", *trainings.one(*run)[1]]))
+        print0(f"# {sum(trainings.flops(depth, ratio) for depth, ratio, _ in first):.3g} FLOPs")
         return
 
     records = [trainings.train(*run) for run in first]

@@ -19,7 +19,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--calibration-run", nargs="+", required=True, metavar="RUN", help="run ids or folders: "
-        "complete runs of at least two depths and two ratios, with one batch")
+        "complete runs of at least two depths and two ratios")
     add("--target-metric-threshold", type=float, required=True, metavar="BITS_PER_BYTE",
         help="val_bpb to reach")
     add("--depth", type=int, help="infer only the ratio of this depth")

@@ -1,12 +1,11 @@
 """Measure how token correlations and next-token entropies of a text decay; write stats.json.
 
-python -m scripts.lane_b_stats --dataset stdlib --out stats.json --plot stats.png
+python -m scripts.lane_b_stats --dataset stdlib --out stats.json
 
 The text is held in memory: the default --max-tokens takes about 2 GB.
 """
 
 import argparse
-import sys
 from types import SimpleNamespace
 
 from nanochat import common
@@ -15,7 +14,6 @@ from nanochat.dataset import open_dataset
 from nanochat.device import keep_freed_memory
 from nanochat.lane_b import statistics
 from nanochat.lane_b.corpus import read_corpus
-from nanochat.lane_b.figures import check_plot, draw_statistics
 from nanochat.tokenizer import load_tokenizer
 from nanochat.tokens import token_shards
 
@@ -29,25 +27,13 @@ def parse_args(argv=None):
         help="folder of the tokenizer (default: that of scripts.tok_train)")
     add("--max-tokens", type=int, default=32_000_000,
         help="stop reading training documents after this many tokens (%(default)s)")
-    add("--lags", type=lag_list, metavar="N,N,...",
-        help="distances between tokens, up to a tenth of the median document length (default: "
-        f"{','.join(map(str, statistics.DEFAULT_LAGS))})")
     add("--out", required=True, metavar="FILE.json",
         help="output file, read by scripts.lane_b_infer_ratio --stats-json")
-    add("--plot", metavar="FILE.png", help="also draw correlations by lag and entropies")
     add("--quiet", action="store_true", help=common.QUIET_HELP)
     args = parser.parse_args(argv)
     if args.max_tokens < 1:
         parser.error("--max-tokens must be at least 1")
     return args
-
-
-def lag_list(text):
-    """Return the sorted different lags of a list such as "1,2,4"."""
-    lags = sorted({int(part) for part in text.split(",")})
-    if lags[0] < 1:
-        raise ValueError
-    return lags
 
 
 def read_shards(dataset, tokenizer, max_tokens):
@@ -67,23 +53,18 @@ def main(argv=None):
     common.set_quiet(args.quiet)
     keep_freed_memory(SimpleNamespace(type="cpu"))  # page faults would take a third of the time
     common.check_output("--out", args.out)
-    check_plot(args.plot)
     dataset = open_dataset(args.dataset)
     tokenizer = load_tokenizer(args.tokenizer_dir)
     shards = read_shards(dataset, tokenizer, args.max_tokens)
     document = {
         "dataset_id": dataset.dataset_id,
         "tokenizer_id": tokenizer.tokenizer_id,
-        **statistics.measure(read_corpus(shards, tokenizer.vocab_size, args.max_tokens), args.lags),
-        "versions": common.versions(),
-        "command": " ".join(["python", "-m", "scripts.lane_b_stats", *(argv or sys.argv[1:])]),
+        **statistics.measure(read_corpus(shards, tokenizer.vocab_size, args.max_tokens)),
         "created_utc": common.utc_now(),
     }
     common.write_json(args.out, document)
     print0(statistics.describe(document))
     print0(f"written: {args.out}")
-    if args.plot:
-        draw_statistics(document, args.plot)
 
 
 if __name__ == "__main__":

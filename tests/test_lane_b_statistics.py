@@ -11,7 +11,6 @@ from nanochat.dataset import open_dataset
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.statistics import (
     DEFAULT_LAGS,
-    bound_gamma,
     fit_decay,
     fit_power_law,
     measure,
@@ -66,8 +65,8 @@ def test_errors_of_a_slope_add_in_quadrature():
     y = LAGS ** -1.0
     own = fit_power_law(LAGS, y).slope_se
     replicates = y * LAGS ** np.array([[0.1], [-0.1], [0.1], [-0.1]])
-    slope = measure_slope(LAGS, y, replicates=replicates, other=LAGS ** -1.3)
-    assert slope["se"] == pytest.approx(np.sqrt(own**2 + 0.1**2 * 4 / 3 + 0.3**2))
+    slope = measure_slope(LAGS, y, replicates=replicates)
+    assert slope["se"] == pytest.approx(np.sqrt(own**2 + 0.1**2 * 4 / 3))
 
 
 # --- beta and gamma
@@ -79,9 +78,7 @@ def estimates_of(law, relative_error=0.01):
     for lag in DEFAULT_LAGS:
         op = float(law(lag))
         estimates.append({"lag": lag, "n_pairs": 32_000_000, "op": op, "op_se": relative_error * op,
-                          "frobenius": 1.5 * op, "frobenius_se": 1.5 * relative_error * op,
-                          "noise": 5 * relative_error * op, "data_tokens": (0.26 / op) ** 2,
-                          "usable": True})
+                          "noise": 5 * relative_error * op, "usable": True})
     norms = np.array([estimate["op"] for estimate in estimates])
     noise = np.random.default_rng(0).standard_normal((100, len(norms)))
     return estimates, norms * (1 + relative_error * noise)
@@ -93,14 +90,11 @@ def two_regimes(n_break):
 
 def test_books_like_correlations_use_the_lags_before_the_break():
     estimates, replicates = estimates_of(two_regimes(6.4))
-    beta, _ = measure_beta(estimates, replicates)
+    beta = measure_beta(estimates, replicates)
     assert beta["value"] == pytest.approx(1.6, abs=0.05) and beta["window"] == [1, 6]
-    assert beta["lo"] < 1.6 < beta["hi"] and beta["frobenius"] == pytest.approx(beta["value"])
+    assert beta["lo"] < 1.6 < beta["hi"]
     assert (beta["n_break"], beta["after_break"]) == pytest.approx((6.4, 0.17), rel=0.1)
-    assert beta["max_data_tokens"] == pytest.approx((0.26 / (9.5e-3 * 6 ** -1.6)) ** 2)
-    estimates[-1] |= {"frobenius": None, "frobenius_se": None}
-    assert "frobenius" not in measure_beta(estimates, replicates)[1]
-    beta, _ = measure_beta(*estimates_of(lambda n: 9e-3 * n ** -0.8))
+    beta = measure_beta(*estimates_of(lambda n: 9e-3 * n ** -0.8))
     assert beta["window"] == [1, 64] and beta["n_break"] is None
     assert beta["value"] == pytest.approx(0.8, abs=0.01)
 
@@ -114,13 +108,6 @@ def test_beta_is_refused_without_enough_lags_that_decay(law, words):
         measure_beta(*estimates_of(law))
 
 
-def test_gamma_is_between_the_steepest_and_the_flattest_line_through_the_bounds():
-    bounds = [{"n": 1, "lo": 4.6, "hi": 4.8}, {"n": 2, "lo": 3.2, "hi": 4.2}]
-    gamma = bound_gamma(bounds)
-    assert (gamma["lo"], gamma["hi"]) == pytest.approx((np.log2(4.6 / 4.2), np.log2(4.8 / 3.2)))
-    assert bound_gamma([])["lo"] is None
-
-
 def copying_text(n_tokens, document_tokens=1000):
     return cut(Copying(0.9, vocab_size=500).sample(n_tokens, 0), document_tokens, 500)
 
@@ -130,15 +117,13 @@ def test_too_little_text_says_how_much_is_needed():
     with pytest.raises(Refusal, match=r"only \d lags above noise \(need 5\); about") as refusal:
         measure(copying_text(30_000), lags)
     needed = float(str(refusal.value).split("about ")[1].split()[0])
-    assert measure(copying_text(int(1.5 * needed)), lags)["beta"]["n_lags"] == 5
+    assert measure(copying_text(int(1.5 * needed)), lags)["beta"]["window"] == [1, 5]
 
 
 def test_text_without_correlations_is_refused():
     text = np.random.default_rng(0).integers(0, 300, 100_000)
     with pytest.raises(Refusal, match=r"no correlations at these lags|tokens needed"):
         measure(cut(text, 500, 300))
-    with pytest.raises(Refusal, match=r"only 0 different documents .* besides 60"):
-        measure(cut(np.arange(90_000) // 1500, 1500, 300))
 
 
 def test_lags_longer_than_a_tenth_of_the_documents_are_left_out():
@@ -171,16 +156,14 @@ def arguments(text, tmp_path, *more):
             "--out", str(tmp_path / "stats.json"), *map(str, more)]
 
 
-def test_a_text_becomes_a_file_and_a_figure(text, tmp_path, capsys):
-    main(arguments(text, tmp_path, "--plot", tmp_path / "stats.png"))
+def test_a_text_becomes_a_file(text, tmp_path, capsys):
+    main(arguments(text, tmp_path))
     document = json.loads((tmp_path / "stats.json").read_text())
     beta, gamma, alpha = (document[name] for name in ("beta", "gamma", "alpha_theory"))
     assert document["dataset_id"] == open_dataset(str(text / "text")).dataset_id
     assert 0 < beta["lo"] < beta["value"] < beta["hi"]
-    assert 0 <= gamma["lo"] < gamma["hi"]
-    assert alpha["lo"] == pytest.approx(gamma["lo"] / (2 * beta["hi"]))
+    assert 0 == gamma["lo"] < gamma["hi"] and alpha["lo"] == 0
     assert alpha["hi"] == pytest.approx(gamma["hi"] / (2 * beta["lo"]))
-    assert (tmp_path / "stats.png").read_bytes().startswith(b"\x89PNG")
     assert f"beta: {beta['value']:.3f}" in capsys.readouterr().out
 
 
@@ -192,7 +175,6 @@ def test_a_refused_text_exits_with_3_and_writes_nothing(text, tmp_path, refusal)
     assert not (tmp_path / "stats.json").exists()
 
 
-@pytest.mark.parametrize("more", [["--lags", "0,1"], ["--lags", "a"], ["--max-tokens", "0"],
-                                  ["--out", "missing/stats.json"]])
+@pytest.mark.parametrize("more", [["--max-tokens", "0"], ["--out", "missing/stats.json"]])
 def test_invalid_flags_exit_with_2(text, tmp_path, more, refusal):
     assert more[0] in refusal(main, arguments(text, tmp_path, *more))

@@ -47,15 +47,17 @@ def document_of(found):
     options = {"named": named, "confirmation": found.neighbour, "default": found.default}
     steps, loss, replicates = found.forecast.curves(setup.n_params(named.depth),
                                                     setup.multipliers(named.horizon))
+    batch = setup.batch(named.depth)
     return {
         "schema_version": VERSION, "created_utc": utc_now(), "dataset_id": setup.dataset_id,
-        "tokenizer_id": setup.tokenizer_id, "total_batch_size_tokens": setup.step_tokens,
+        "tokenizer_id": setup.tokenizer_id, "total_batch_size_tokens": batch,
         "target_metric_threshold": found.threshold, "state": next(iter(found.reasons), "ok"),
         "reasons": found.reasons, "warnings": found.warnings,
         "chosen_depth": named.depth, "chosen_ratio": named.ratio,
         "n_scaling_params": setup.n_params(named.depth), "alpha": found.exponent(),
-        **{name: option and option.to_dict() for name, option in options.items()},
-        "forecast_curve": {"steps": steps.tolist(), "val_bpb": loss.tolist(),
+        **{name: option and option.to_dict(setup) for name, option in options.items()},
+        "forecast_curve": {"steps": (steps * setup.step_tokens / batch).tolist(),
+                           "val_bpb": loss.tolist(),
                            "hi": np.quantile(replicates, 0.975, axis=0).tolist()},
         "calibration_cost": found.cost(), "law": law.values, "n_smallest": law.n_smallest}
 

@@ -6,7 +6,7 @@ from statistics import median
 import numpy as np
 
 from nanochat.common import UserError
-from nanochat.config import TrainingConfig, model_config
+from nanochat.config import TrainingConfig, model_config, run_horizon
 from nanochat.gpt import flops_per_token, scaling_params
 from nanochat.lane_b import Refusal
 from nanochat.lane_b.curves import Curve
@@ -15,6 +15,7 @@ from nanochat.target import evaluations_of
 
 MIN_STEPS = 440  # the fixed warm-ups dominate shorter runs
 MIN_EVALUATIONS = 5  # after the warm-ups
+MAX_BATCH_FACTOR = 4  # between calibration runs; more was not tested
 RATES = ("embedding_lr", "unembedding_lr", "matrix_lr")
 SCHEDULE = ("warmup_steps", "warmdown_ratio", "final_lr_frac")
 RECIPE = (*SCHEDULE, "scalar_lr", "weight_decay", "aspect_ratio", "head_dim", "max_seq_len",
@@ -23,7 +24,11 @@ RECIPE = (*SCHEDULE, "scalar_lr", "weight_decay", "aspect_ratio", "head_dim", "m
 
 @dataclass(frozen=True)
 class Setup:
-    """What the calibration runs share. step_sec: {depth: measured seconds per step}."""
+    """What the calibration runs share. Steps are reference steps, of `step_tokens` tokens each.
+
+    The learning rates are proportional to the root of the batch, so that progress is proportional
+    to tokens: two steps of half the batch are one reference step.
+    """
 
     config: TrainingConfig  # its depth and horizon are those of one of the runs
     vocab_size: int
@@ -31,13 +36,19 @@ class Setup:
     tokenizer_id: str
     step_tokens: int
     train_tokens: int | None
-    step_sec: dict
+    step_sec: dict  # {depth: measured seconds per reference step}
 
     def model(self, depth):
         return model_config(self.config, self.vocab_size, depth)
 
     def n_params(self, depth):
         return scaling_params(self.model(depth))
+
+    def batch(self, depth):
+        """Return the tokens per step that a run has: the recipe's if its batch is automatic."""
+        if self.config.total_batch_size != -1:
+            return self.step_tokens
+        return run_horizon(self.config, self.model(depth)).total_batch_size_tokens
 
     def step_flops(self, depth):
         return flops_per_token(self.model(depth)) * self.step_tokens
@@ -48,12 +59,19 @@ class Setup:
         rate = self.step_sec[largest] / self.step_flops(largest)
         return self.step_sec.get(depth, rate * self.step_flops(depth))
 
-    def steps(self, depth, ratio):
-        return int(ratio * self.n_params(depth)) // self.step_tokens
+    def own_steps(self, depth, ratio):
+        """Return the horizon of a run in steps of its own batch."""
+        return int(ratio * self.n_params(depth)) // self.batch(depth)
 
-    def multipliers(self, steps):
+    def steps(self, depth, ratio):
+        return self.own_steps(depth, ratio) * self.batch(depth) // self.step_tokens
+
+    def multipliers(self, steps, batch=None):
+        """Return the learning-rate multipliers, per reference step, of `steps` of a batch."""
         shape = {name: getattr(self.config, name) for name in SCHEDULE}
-        return lr_multipliers(steps, **shape)
+        factor = (batch or self.step_tokens) / self.step_tokens
+        middle = (np.arange(round(steps * factor)) + 0.5) / factor - 0.5
+        return np.interp(middle, np.arange(steps), lr_multipliers(steps, **shape))
 
 
 def setup_of(records, timing=(), half_rates=()):
@@ -69,17 +87,19 @@ def setup_of(records, timing=(), half_rates=()):
         _check_same(first, record)
     for record in half_rates:
         _check_same(first, record, scale=0.5)
-    step_sec = {}
+    largest = max(records, key=lambda record: of(record, "n_scaling_params"))
+    step_tokens, step_sec = of(largest, "total_batch_size_tokens"), {}
     for record in [*records, *timing]:
         milliseconds = (record.summary or {}).get("dt_median_ms")
         if not milliseconds:
             raise Refusal(f"run {record.run_id} has no step time (dt_median_ms): it is not "
                           "complete; repeat it or leave it out", "incomplete_run")
-        step_sec.setdefault(of(record, "flags")["depth"], []).append(milliseconds / 1e3)
+        seconds = milliseconds / 1e3 * step_tokens / of(record, "total_batch_size_tokens")
+        step_sec.setdefault(of(record, "flags")["depth"], []).append(seconds)
     known = {f.name for f in fields(TrainingConfig)} - {"target_metric_threshold", "stop_at_target"}
-    config = TrainingConfig(**{k: v for k, v in of(first, "flags").items() if k in known})
+    config = TrainingConfig(**{k: v for k, v in of(largest, "flags").items() if k in known})
     return Setup(config, of(first, "model_config")["vocab_size"], of(first, "dataset_id"),
-                 of(first, "tokenizer_id"), of(first, "total_batch_size_tokens"),
+                 of(first, "tokenizer_id"), step_tokens,
                  first.config.get("train_tokens"), {d: median(s) for d, s in step_sec.items()})
 
 
@@ -95,8 +115,14 @@ def curve_of(record, setup):
     if (summary.get("epochs") or 0) > 1:
         raise Refusal(f"run {record.run_id} read its text {summary['epochs']:.2f} times: its curve "
                       "is that of repetition; give more text or smaller depths", "repeated_text")
-    steps, loss = losses_of(record)
-    curve = Curve(of(record, "n_scaling_params"), setup.multipliers(horizon), steps, loss)
+    if any(event.get("changed") for event in record.of("resume")):
+        raise Refusal(f"run {record.run_id} was resumed with changes (--allow-changed): its curve "
+                      "is not that of one schedule; repeat it or leave it out", "changed_run")
+    (steps, loss), batch = losses_of(record), of(record, "total_batch_size_tokens")
+    multipliers = setup.multipliers(horizon, batch)
+    shares = steps * batch / setup.step_tokens
+    curve = Curve(of(record, "n_scaling_params"), multipliers,
+                  np.minimum(shares.round().astype(int), len(multipliers)), loss)
     n_late = len(curve.late().steps)
     if n_late < MIN_EVALUATIONS or steps[-1] != horizon:
         raise Refusal(f"run {record.run_id} has {n_late} evaluations after the warm-ups (need "
@@ -116,16 +142,19 @@ def _check_same(first, record, scale=1.0):
 
     scale: expected factor on the learning rates of `record`.
     """
-    pairs = [(name, of(first, name), of(record, name)) for name in
-             ("total_batch_size_tokens", "dataset_id", "tokenizer_id")]
+    pairs = [(name, of(first, name), of(record, name)) for name in ("dataset_id", "tokenizer_id")]
     for name in RATES + RECIPE:
         expected, value = of(first, "flags").get(name), of(record, "flags").get(name)
         pairs.append((name, expected * scale if name in RATES else expected, value))
     for name, expected, value in pairs:
         if value != expected:
-            state = "mixed_batch" if name == "total_batch_size_tokens" else "mixed_setup"
             raise Refusal(f"runs {first.run_id} and {record.run_id} differ in {name} ({expected} "
-                          f"and {value}); calibrate with one text, recipe and batch", state)
+                          f"and {value}); calibrate with one text and recipe", "mixed_setup")
+    batches = sorted(of(run, "total_batch_size_tokens") for run in (first, record))
+    if batches[1] > MAX_BATCH_FACTOR * batches[0]:
+        raise Refusal(f"the batches of runs {first.run_id} and {record.run_id} differ by more than "
+                      f"a factor of {MAX_BATCH_FACTOR} ({batches[0]} and {batches[1]} tokens); "
+                      "calibrate with similar batches", "mixed_batch")
 
 
 def of(record, name):

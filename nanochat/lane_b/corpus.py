@@ -5,7 +5,6 @@ C(n) = E[x_t x_{t+n}^T] - E[x_t] E[x_{t+n}]^T is the covariance of one-hot token
 """
 
 import hashlib
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,16 +14,11 @@ from scipy import sparse
 from nanochat.common import progress
 
 N_FOLDS = 3  # parts of the text: two give singular directions, one measures the strength
-N_DIRECTIONS = 8  # singular directions per fold
 N_REPLICATES = 400  # of the bootstrap over documents
 MAX_GROUPS = 512  # per fold: random groups of documents are resampled where there are more
-OUTLIER_SHARE, OUTLIER_MIN_TOKENS = 0.2, 500  # of one token in a document of this length
-MIN_STANDARD_ERRORS, MIN_NULLS = 5, 3  # a usable norm is above both: errors, norms of shuffled text
-TOKEN_BITS = 21  # in the key of an n-gram of at most 3 tokens
-MIN_NGRAM_TOKENS, HELD_OUT_TOKENS = 1 << 18, 1_000_000
-
-
-# --- documents -----------------------------------------------------------------------------------
+MIN_STANDARD_ERRORS = 5  # of a usable norm
+TOKEN_BITS = 21  # in the key of an n-gram
+MIN_NGRAM_TOKENS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -60,11 +54,13 @@ class Corpus:
         """Return the index of each token's document, (n_tokens,) int32."""
         return np.repeat(np.arange(len(self.hashes), dtype=np.int32), self.lengths)
 
-    def select(self, mask):
-        """Return the Corpus of the documents where mask (n_documents,) is true."""
-        tokens = self.tokens[np.repeat(mask, self.lengths)]
-        offsets = np.append(0, np.cumsum(self.lengths[mask]))
-        return Corpus(tokens, offsets, self.hashes[mask], self.vocab_size)
+    def folds(self):
+        """Return the Fold of each part of the text."""
+        rng = np.random.default_rng(0)
+        masks = [self.hashes % N_FOLDS == i for i in range(N_FOLDS)]
+        return [Fold(Corpus(self.tokens[np.repeat(mask, self.lengths)],
+                            np.append(0, np.cumsum(self.lengths[mask])), self.hashes[mask],
+                            self.vocab_size), rng) for mask in masks]
 
 
 def read_corpus(shards, vocab_size, max_tokens):
@@ -80,57 +76,6 @@ def read_corpus(shards, vocab_size, max_tokens):
                 documents.append(tokens[start + 1:stop])
                 n_tokens += stop - start - 1
     return Corpus.of(documents or [np.zeros(2)], vocab_size)
-
-
-def find_outliers(corpus):
-    """Return the mask of long documents in which one token is far too frequent.
-
-    Such a document (a table, padding) can carry the complete correlation at long lags. The limit
-    is OUTLIER_SHARE of the document, or twice the token's share of the text if that is more.
-    """
-    counts = np.bincount(corpus.tokens, minlength=corpus.vocab_size)
-    limits = np.maximum(OUTLIER_SHARE, 2 * counts / len(corpus.tokens))
-    outliers = np.zeros(len(corpus.hashes), bool)
-    for i in np.flatnonzero(corpus.lengths >= OUTLIER_MIN_TOKENS):
-        document = corpus.tokens[corpus.offsets[i]:corpus.offsets[i + 1]]
-        shares = np.bincount(document, minlength=corpus.vocab_size) / len(document)
-        outliers[i] = (shares > limits).any()
-    return outliers
-
-
-# --- correlations --------------------------------------------------------------------------------
-
-
-class Covariance:
-    """C = J - l r^T: the joint distribution J of token pairs, from counts, and its marginals l, r.
-
-    counts: sparse (vocab_size, vocab_size). The rank-one part stays implicit.
-    """
-
-    def __init__(self, counts):
-        self.n_pairs = int(counts.sum())
-        self.joint = counts / max(self.n_pairs, 1)
-        self.left, self.right = self.joint.sum(axis=1), self.joint.sum(axis=0)
-
-    def times(self, v):
-        """Return C v for v (vocab_size, k)."""
-        return self.joint @ v - np.outer(self.left, self.right @ v)
-
-    def inner(self, other):
-        """Return the sum of the products of the entries of two covariances."""
-        joint = self.joint.multiply(other.joint).sum()
-        crossed = self.left @ (other.joint @ self.right) + other.left @ (self.joint @ other.right)
-        return float(joint - crossed + (self.left @ other.left) * (self.right @ other.right))
-
-    def top_singular(self, k=N_DIRECTIONS, n_iterations=4):
-        """Return (U, s, V) of the k largest singular values, by block power iteration."""
-        size = len(self.left)
-        v = np.random.default_rng(0).standard_normal((size, min(k + 4, size)))
-        for _ in range(n_iterations):
-            u = np.linalg.qr(self.times(v))[0]
-            v = np.linalg.qr(self.joint.T @ u - np.outer(self.right, self.left @ u))[0]
-        u, s, rotation = np.linalg.svd(self.times(v), full_matrices=False)
-        return u[:, :k], s[:k], v @ rotation[:k].T
 
 
 class Fold:
@@ -152,156 +97,112 @@ class Fold:
 
     def count(self, lag):
         """Return how often each token precedes another by `lag`, (vocab_size, vocab_size)."""
-        return _count(*self.pairs(lag, 0, len(self.tokens)), self.vocab_size)
+        left, right = self.pairs(lag, 0, len(self.tokens))
+        shape = self.vocab_size, self.vocab_size
+        pairs = sparse.coo_array((np.ones(len(left)), (left, right)), shape)
+        pairs.has_canonical_format = True  # adds duplicates later: after two transpositions they
+        counts = pairs.tocsr().tocsc()  # are sorted, which takes half the time of sorting them
+        counts.sum_duplicates()
+        return counts
 
     def resample(self, lag, left_scores, right_scores):
-        """Return the mean over pairs of products of scores, (k,), and its replicates, (R, k).
+        """Return the mean over pairs of left_scores * right_scores, and its replicates, (R,).
 
-        left_scores, right_scores: (vocab_size, k). Replicates draw groups of documents with
-        replacement, the same ones at every lag.
+        scores: (vocab_size,). Replicates draw groups of documents with replacement, the same ones
+        at every lag.
         """
-        left_scores, right_scores = left_scores.astype(np.float32), right_scores.astype(np.float32)
-        sums = np.zeros((len(self.groups), left_scores.shape[1] + 1))
+        sums = np.zeros((len(self.groups), 2))
         for i, group in enumerate(self.groups):
             left, right = self.pairs(lag, *group)
-            products = np.einsum("ij,ij->j", left_scores.take(left, 0), right_scores.take(right, 0))
-            sums[i] = [*products, len(left)]
+            sums[i] = left_scores.take(left) @ right_scores.take(right), len(left)
         total, drawn = sums.sum(axis=0), self.draws @ sums
-        return total[:-1] / max(total[-1], 1), drawn[:, :-1] / np.maximum(drawn[:, -1:], 1)
+        return total[0] / max(total[1], 1), drawn[:, 0] / np.maximum(drawn[:, 1], 1)
 
 
-def _count(left, right, vocab_size):
-    pairs = sparse.coo_array((np.ones(len(left)), (left, right)), (vocab_size, vocab_size))
-    pairs.has_canonical_format = True  # adds duplicates later: after two transpositions they are
-    counts = pairs.tocsr().tocsc()  # sorted, which takes half the time of sorting them
-    counts.sum_duplicates()
-    return counts
+class Covariance:
+    """C = J - l r^T: the joint distribution J of token pairs, from counts, and its marginals l, r.
+
+    counts: sparse (vocab_size, vocab_size). The rank-one part stays implicit.
+    """
+
+    def __init__(self, counts):
+        self.joint = counts / max(int(counts.sum()), 1)
+        self.left, self.right = self.joint.sum(axis=1), self.joint.sum(axis=0)
+
+    def times(self, v):
+        """Return C v for v (vocab_size, k)."""
+        return self.joint @ v - np.outer(self.left, self.right @ v)
+
+    def top_singular(self, width=12, n_iterations=4):
+        """Return the largest singular value and its vectors (u, s, v), by block power iteration."""
+        size = len(self.left)
+        v = np.random.default_rng(0).standard_normal((size, min(width, size)))
+        for _ in range(n_iterations):
+            u = np.linalg.qr(self.times(v))[0]
+            v = np.linalg.qr(self.joint.T @ u - np.outer(self.right, self.left @ u))[0]
+        u, s, rotation = np.linalg.svd(self.times(v), full_matrices=False)
+        return u[:, 0], s[0], v @ rotation[0]
 
 
-def null_coefficient(corpus, n_tokens=1 << 20, n_permutations=8):
-    """Return the operator norm of C of shuffled text, times the root of its number of pairs."""
-    norms = []
-    for seed in range(n_permutations):
-        tokens = np.random.default_rng(seed).permutation(corpus.tokens[:n_tokens])
-        covariance = Covariance(_count(tokens[:-1], tokens[1:], corpus.vocab_size))
-        norms.append(covariance.top_singular()[1][0] * math.sqrt(covariance.n_pairs))
-    return float(np.mean(norms))
-
-
-def estimate_lags(corpus, lags, null):
+def estimate_lags(corpus, lags):
     """Return (a dict per lag, bootstrap replicates of the operator norms, (R, n_lags)).
 
-    A dict has the operator norm `op` and the Frobenius norm of C(lag) with standard errors;
-    `frobenius` is None where noise makes the product of two folds negative. `usable`: op is above
-    `noise`. `data_tokens`: training tokens that are needed before the correlation exceeds their
-    noise, P(n) in the theory. null: see null_coefficient.
+    A dict has the operator norm `op` of C(lag) with its standard error; `usable`: op is above
+    `noise`.
     """
-    rng = np.random.default_rng(0)
-    folds = [Fold(corpus.select(corpus.hashes % N_FOLDS == i), rng) for i in range(N_FOLDS)]
-    results = [_estimate_lag(folds, lag, null)
+    folds = corpus.folds()
+    results = [_estimate_lag(folds, lag)
                for lag in progress(lags, desc="correlations", unit="lag")]
     estimates, replicates = zip(*results, strict=True)
     return list(estimates), np.transpose(replicates)
 
 
-def _estimate_lag(folds, lag, null):
+def _estimate_lag(folds, lag):
     """Return (dict of the lag, replicates of its operator norm).
 
-    The noise of different folds is independent, so that it cancels in their products. Operator
-    norm: singular directions from all folds but one, covariance of that pair in the one left out.
-    Frobenius norm: root of the inner product of the same two covariances. Both are averaged over
-    the fold left out. The error of the Frobenius norm comes from the leading directions, which
-    carry nearly all of its variance, and from the noise that independent tokens would leave.
+    The noise of different folds is independent, so that it cancels: the singular directions come
+    from all folds but one, the covariance of that pair from the one left out; the mean over the
+    folds left out.
     """
-    counts = [fold.count(lag) for fold in folds]
-    op, squared, noise_variance, replicates = 0.0, 0.0, 0.0, np.zeros((2, N_REPLICATES))
+    counts, op, replicates = [fold.count(lag) for fold in folds], 0.0, np.zeros(N_REPLICATES)
     for i, fold in enumerate(folds):
         measured, others = Covariance(counts[i]), Covariance(counts[i - 1] + counts[i - 2])
-        left, strengths, right = others.top_singular()
-        means, resampled = fold.resample(lag, left - measured.left @ left,
-                                         right - measured.right @ right)
-        op += means[0] / N_FOLDS
-        replicates[0] += resampled[:, 0] / N_FOLDS
-        # A fold is also one of the others in two of the three products; each noise enters twice.
-        replicates[1] += (resampled - means) @ strengths * 2 / N_FOLDS
-        squared += others.inner(measured) / N_FOLDS
-        independent = (others.left @ measured.left) * (others.right @ measured.right)
-        noise_variance += 2 * independent / (others.n_pairs * measured.n_pairs) / N_FOLDS**2
-    op_se, squared_se = np.std(replicates, axis=1, ddof=1).tolist()
-    frobenius = math.sqrt(squared) if squared > 0 else None
-    frobenius_se = frobenius and math.hypot(squared_se, noise_variance**0.5) / (2 * frobenius)
-    n_pairs = sum(int(matrix.sum()) for matrix in counts)
-    noise = max(MIN_STANDARD_ERRORS * op_se, MIN_NULLS * null / math.sqrt(n_pairs))
-    estimate = {"lag": lag, "n_pairs": n_pairs, "op": float(op), "op_se": op_se,
-                "frobenius": frobenius, "frobenius_se": frobenius_se, "noise": noise,
-                "data_tokens": float((null / op) ** 2) if op > 0 else None,
-                "usable": bool(op > noise)}
-    return estimate, replicates[0]
-
-
-# --- n-grams -------------------------------------------------------------------------------------
+        u, _, v = others.top_singular()
+        mean, resampled = fold.resample(lag, u - measured.left @ u, v - measured.right @ v)
+        op += mean / N_FOLDS
+        replicates += resampled / N_FOLDS
+    op_se = float(np.std(replicates, ddof=1))
+    noise = MIN_STANDARD_ERRORS * op_se
+    return {"lag": lag, "n_pairs": sum(int(matrix.sum()) for matrix in counts), "op": float(op),
+            "op_se": op_se, "noise": noise, "usable": bool(op > noise)}, replicates
 
 
 def bound_entropies(corpus):
-    """Return [{n, lo, hi}] for contexts of n = 1, 2 tokens in nats; [] for too little text.
+    """Return (upper bound of H_1, lower bound of H_2) in nats; None for too little text.
 
-    lo is the conditional entropy of the counts, which is below H_n on average because entropy is
-    concave. hi is the cross-entropy of an interpolated model on documents held out. Both allow for
-    1.96 standard errors of the latter.
+    H_1: cross-entropy of the held-out third of the text given one token, by counts interpolated
+    with those of single tokens (Witten and Bell 1991). H_2: conditional entropy of the counts,
+    which is below the truth on average because entropy is concave.
     """
-    held_out = corpus.hashes // 3 % 16 == 0
-    training, test = corpus.select(~held_out), corpus.select(held_out)
-    test = test.select(test.offsets[1:] <= HELD_OUT_TOKENS)
-    if len(training.tokens) < MIN_NGRAM_TOKENS or not len(test.tokens):
-        return []
-    ngrams, document = ngram_keys(test, 3)
-    probability, bounds, hi = np.full(len(ngrams), 1 / corpus.vocab_size), [], math.inf
-    for length in (1, 2, 3):
-        probability, entropy = witten_bell(ngram_keys(training, length)[0],
-                                           ngrams & _mask(length), probability)
-        nats = -np.log(probability)
-        sums, sizes = np.bincount(document, nats), np.bincount(document)
-        mean = sums.sum() / sizes.sum()
-        allowance = 1.96 * float(np.linalg.norm(sums - sizes * mean) / sizes.sum())
-        hi = min(hi, float(mean) + allowance)  # more context never raises the entropy
-        bounds.append({"n": length - 1, "lo": entropy - allowance, "hi": hi})
-    return bounds[1:] if bounds[-1]["lo"] > 0 else []
+    tokens, document = corpus.tokens.astype(np.int64), corpus.document
+    if len(tokens) < MIN_NGRAM_TOKENS:
+        return None
+    *training, test = (fold.count(1) for fold in corpus.folds())
+    counts = training[0] + training[1]
+    total, types = counts.sum(axis=1), np.diff(counts.tocsr().indptr)
+    single = (counts.sum(axis=0) + 1) / (counts.sum() + corpus.vocab_size)
+    left, right = test.nonzero()
+    seen = np.maximum(total + types, 1)
+    probability = (counts.tocsr()[left, right] + types[left] * single[right]) / seen[left]
+    probability = np.where(total[left], probability, single[right])
+    upper = -(test.tocsr()[left, right] @ np.log(probability)) / test.sum()
+
+    whole = document[:-2] == document[2:]
+    pairs = (tokens[:-2] << TOKEN_BITS | tokens[1:-1])[whole]
+    lower = _entropy(pairs << TOKEN_BITS | tokens[2:][whole]) - _entropy(pairs)
+    return (float(upper), lower) if lower > 0 else None
 
 
-def witten_bell(training, ngrams, shorter):
-    """Return (probability of the last token of each n-gram, conditional entropy of the counts).
-
-    training, ngrams: keys of equal length. shorter: the probabilities without the first token,
-    which an n-gram's context gets in proportion to its number of different followers (Witten and
-    Bell 1991; Chen and Goodman 1999, section 2.4).
-    """
-    keys, counts = np.unique(training, return_counts=True)
-    contexts, starts, types = np.unique(keys >> TOKEN_BITS, return_index=True, return_counts=True)
-    totals = np.add.reduceat(counts, starts)
-    entropy = (totals @ np.log(totals) - counts @ np.log(counts)) / len(training)
-    count = _look_up(ngrams, keys, counts)
-    total, n_types = (_look_up(ngrams >> TOKEN_BITS, contexts, each) for each in (totals, types))
-    probability = (count + n_types * shorter) / np.maximum(total + n_types, 1)
-    return np.where(total, probability, shorter), float(entropy)
-
-
-def ngram_keys(corpus, length):
-    """Return (keys, document index) of all runs of `length` tokens within a document.
-
-    A key is an int64 with TOKEN_BITS bits per token, the last token in the lowest ones.
-    """
-    document = corpus.document
-    first = np.flatnonzero(document[:1 - length or None] == document[length - 1:])
-    keys = np.zeros(len(first), np.int64)
-    for i in range(length):
-        keys = keys << TOKEN_BITS | corpus.tokens.take(first + i)
-    return keys, document.take(first)
-
-
-def _look_up(queries, keys, values):
-    at = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
-    return np.where(keys[at] == queries, values[at], 0)
-
-
-def _mask(length):
-    return (1 << TOKEN_BITS * length) - 1
+def _entropy(keys):
+    shares = np.unique(keys, return_counts=True)[1] / len(keys)
+    return float(-shares @ np.log(shares))

@@ -1,4 +1,4 @@
-"""Figures of lane B, drawn by matplotlib without pyplot (no global state, no display)."""
+"""The figure of lane B, drawn by matplotlib without pyplot (no global state, no display)."""
 
 import importlib.util
 from pathlib import Path
@@ -21,50 +21,12 @@ def check_plot(path):
         raise UserError(f"--plot {path}: give a name that ends with .png, .svg or .pdf")
 
 
-def _two_axes():
+def draw_inference(inference, path):
+    """Draw the calibration with its law, and the forecast cost of depth x ratio with the answer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11.0, 4.8), dpi=120, layout="constrained")
-    return figure, figure.subplots(1, 2)
-
-
-def _save(figure, path):
-    for axes in figure.axes[:2]:
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    figure.savefig(path)
-
-
-def draw_statistics(document, path):
-    """Draw stats.json: norms of the covariance by lag, entropies by context length."""
-    figure, (correlations, entropies) = _two_axes()
-    beta, gamma = document["beta"], document["gamma"]
-    for norm, color in (("op", BLUE), ("frobenius", ORANGE)):
-        lags = [lag for lag in document["lags"] if lag["usable"] and lag[norm]]
-        correlations.errorbar([lag["lag"] for lag in lags], [lag[norm] for lag in lags],
-                              [1.96 * lag[f"{norm}_se"] for lag in lags], fmt="o", color=color,
-                              label=f"{norm} norm of C(n) (95 %)")
-    correlations.plot([lag["lag"] for lag in document["lags"]],
-                      [lag["noise"] for lag in document["lags"]], "--", color=GREY,
-                      label="least usable op norm")
-    correlations.axvspan(*beta["window"], color=BLUE, alpha=0.07, label="lags that give beta")
-    correlations.set(xscale="log", yscale="log", xlabel="lag n (tokens)",
-                     title=f"beta = {beta['value']:.2f} ± {beta['se']:.2f}")
-
-    for bound in document["entropy"]["ngrams"]:
-        entropies.plot([bound["n"]] * 2, [bound["lo"], bound["hi"]], "_-", color=ORANGE,
-                       label="bounds from n-grams" if bound["n"] == 1 else None)
-    title = "gamma not reported"
-    if gamma["lo"] is not None:
-        title = f"gamma between {gamma['lo']:.2f} and {gamma['hi']:.2f}"
-    entropies.set(xscale="log", yscale="log", xlabel="context n (tokens)", title=title,
-                  ylabel="entropy of the next token (nats)")
-    _save(figure, path)
-
-
-def draw_inference(inference, path):
-    """Draw the calibration with its law, and the forecast cost of depth x ratio with the answer."""
-    figure, (curves, costs) = _two_axes()
+    curves, costs = figure.subplots(1, 2)
     setup, named, forecast = inference.setup, inference.named, inference.forecast
     for curve in (curve.late() for curve in inference.curves):
         curves.plot(curve.steps, curve.loss, "o", markersize=3, color=GREY)
@@ -91,4 +53,7 @@ def draw_inference(inference, path):
     costs.set(xlabel="tokens per scaling parameter", ylabel="depth",
               yticks=sorted({option.depth for option in reached}),
               title=f"Named: depth {named.depth}, ratio {named.ratio:.3g}")
-    _save(figure, path)
+    for axes in (curves, costs):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(path)

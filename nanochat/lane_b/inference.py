@@ -1,6 +1,6 @@
 """From runs of small models to the depth and the ratio that reach a target first.
 
-The runs share text, recipe and batch and have several depths and ratios. The law of their curves
+The runs share text and recipe and have several depths and ratios. The law of their curves
 (nanochat.lane_b.curves) forecasts every candidate: depths within the law's reach, ratios 4 to 12.
 Cost is the forecast number of steps to the target times the seconds per step of that depth.
 """
@@ -21,13 +21,14 @@ NEIGHBOUR = 1.05  # times the named horizon
 SIMILAR_COST = 1.05  # a smaller depth within this factor is preferred
 DEFAULT_RATIO = 12.0
 MAX_FACTOR = 1.35  # hi / lo of the interval of the time to target
-MAX_HOLDOUT, MAX_COLLAPSE_GAP = 0.01, 0.01  # relative
+MAX_HOLDOUT = 0.01  # relative error
+COLLAPSE_GAPS = 0.01, 0.03  # above: warning, uncertain
 SAME_RATIO = 0.02  # difference of logarithms
 
 
 @dataclass(frozen=True)
 class Option:
-    """A candidate: depth, ratio and horizon with the Time to the target in steps."""
+    """A candidate: depth, ratio and horizon with the Time to the target in reference steps."""
 
     depth: int
     ratio: float
@@ -43,11 +44,14 @@ class Option:
     def sec_p90(self):
         return self.time.p90 * self.step_sec
 
-    def to_dict(self):
-        """Return plain values; steps, lo and hi are steps to the target, None for infinity."""
-        values = {"steps": self.time.steps, "lo": self.time.lo, "hi": self.time.hi,
-                  "sec": self.sec}
-        return {"depth": self.depth, "ratio": self.ratio, "horizon": self.horizon,
+    def to_dict(self, setup):
+        """Return plain values. steps, lo, hi: steps of its batch to the target, None: infinity."""
+        batch = setup.batch(self.depth)
+        scale = setup.step_tokens / batch
+        values = {"steps": scale * self.time.steps, "lo": scale * self.time.lo,
+                  "hi": scale * self.time.hi, "sec": self.sec}
+        return {"depth": self.depth, "ratio": self.ratio, "batch": batch,
+                "horizon": setup.own_steps(self.depth, self.ratio),
                 **{name: v if math.isfinite(v) else None for name, v in values.items()}}
 
 
@@ -126,9 +130,11 @@ def infer(curves, setup, threshold, depth=None, seed=0, half_rates=()):
             f"no depth up to {asked[-1]} is sure to reach {threshold:g} at ratio 12 (forecast "
             f"{end:.4f}, floor {floor:.4f}); raise the target or calibrate with larger depths",
             "below_floor" if threshold <= floor else "beyond_reach")
-    named = option(best.depth, best.ratio * MARGIN)
+    named = option(best.depth, min(best.ratio * MARGIN, DEFAULT_RATIO))
     defaults = [option(d, DEFAULT_RATIO) for d in asked]
     default = next((one for one in defaults if math.isfinite(one.time.steps)), None)
+    if default and default.sec <= named.sec:
+        named = default
     found = Inference(setup, list(curves), threshold, forecast, options, named,
                       option(named.depth, named.ratio * NEIGHBOUR), default, {}, [])
     _check(found, best, half_rates)
@@ -169,7 +175,11 @@ def _check(found, best, half_rates):
     """Fill in the failed checks, which make the answer uncertain, and the warnings."""
     reasons, warnings, setup, named = found.reasons, found.warnings, found.setup, found.named
     longest = named.time.hi if math.isfinite(named.time.hi) else named.time.p90
-    if longest > MAX_FACTOR * named.time.lo:
+    if math.isinf(named.time.p90):
+        reasons["may_miss"] = ("more than 10 % of the replicates miss the target; depth "
+                               f"{best.depth} at ratio {best.ratio * MARGIN:.3g} is surer and "
+                               "forecast to be slower")
+    elif longest > MAX_FACTOR * named.time.lo:
         reasons["wide_interval"] = (f"the interval of the time to target is wider than a factor of "
                                     f"{MAX_FACTOR}; add a second seed of the largest size")
     elif math.isinf(named.time.hi):
@@ -186,11 +196,18 @@ def _check(found, best, half_rates):
                                     f"{available:.3g}; no calibration run shows repetition")
     if half_rates and (sentence := _rates_fault(half_rates, found)):
         reasons["rates"] = sentence
-    if (gap := collapse_gap(found.curves)) > MAX_COLLAPSE_GAP:
-        warnings.append(f"normalised curves of different sizes differ by {gap:.1%} (limit "
-                        f"{MAX_COLLAPSE_GAP:.0%}): warm-ups or learning rates act differently")
-    if best.ratio in (RATIOS[0], RATIOS[-1]):
-        warnings.append(f"the cheapest ratio is {best.ratio:g}, an edge of the tested range")
+    gap, (doubtful, excessive) = collapse_gap(found.curves), COLLAPSE_GAPS
+    sentence = (f"normalised curves of different sizes differ by {gap:.1%} (limits {doubtful:.0%} "
+                f"and {excessive:.0%}): warm-ups or learning rates act differently")
+    if gap > excessive:
+        reasons["collapse_gap"] = f"{sentence}; calibrate with larger depths or more text"
+    elif gap > doubtful:
+        warnings.append(sentence)
+    if named is found.default:
+        warnings.append(f"the default ratio {DEFAULT_RATIO:g} is the answer: no other is forecast "
+                        "to be faster")
+    if best.ratio == RATIOS[0]:
+        warnings.append(f"the cheapest ratio is {best.ratio:g}, the lowest that is tested")
     if named.depth not in setup.step_sec:
         warnings.append(f"the seconds per step of depth {named.depth} are estimated from its "
                         "FLOPs; measure them with --timing-run")

@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.stats import t as student_t
 
 from nanochat.lane_b import Refusal
-from nanochat.lane_b.corpus import bound_entropies, estimate_lags, find_outliers, null_coefficient
+from nanochat.lane_b.corpus import bound_entropies, estimate_lags
 
 DEFAULT_LAGS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 23, 32, 45, 64)
 MIN_DOCUMENTS, MIN_LAGS = 30, 5
@@ -22,52 +22,35 @@ MIN_DELTA_BIC = 10.0  # evidence that is needed for two slopes
 LAW_ACCURACY = 0.05  # no power law of real text is more accurate; limits the weight of one point
 
 
-def measure(corpus, lags=None):
-    """Return the measured part of stats.json as a dict of plain values.
-
-    lags: None for DEFAULT_LAGS. Raise Refusal if the text gives no beta.
-    """
-    outliers = find_outliers(corpus)
-    corpus = corpus.select(~outliers)
+def measure(corpus, wanted=DEFAULT_LAGS):
+    """Return the measured part of stats.json as a dict. Raise Refusal if the text gives no beta."""
     n_different = len(np.unique(corpus.hashes))
     if n_different < MIN_DOCUMENTS:
-        raise Refusal(f"only {n_different} different documents (need {MIN_DOCUMENTS} to resample) "
-                      f"besides {outliers.sum()} that are largely one token; give more text or "
-                      "split it at its chapters")
+        raise Refusal(f"only {n_different} different documents (need {MIN_DOCUMENTS} to resample); "
+                      "give more text or split it at its chapters")
     longest = int(np.median(corpus.lengths)) // 10
-    wanted = lags or DEFAULT_LAGS
     lags = [lag for lag in wanted if lag <= longest]
     if len(lags) < MIN_LAGS:
         raise Refusal(f"only {len(lags)} lags (need {MIN_LAGS}) up to {longest}, a tenth of the "
-                      "median document length; give more --lags or longer documents")
-    null = null_coefficient(corpus)
-    estimates, replicates = estimate_lags(corpus, lags, null)
-    beta, fits = measure_beta(estimates, replicates)
-    bounds = bound_entropies(corpus)
-    gamma = bound_gamma(bounds)
-    alpha = {"value": None, "lo": None, "hi": None}
-    if bounds:
-        alpha |= {"lo": gamma["lo"] / (2 * beta["hi"]), "hi": gamma["hi"] / (2 * beta["lo"])}
+                      "median document length; give longer documents")
+    estimates, replicates = estimate_lags(corpus, lags)
+    beta = measure_beta(estimates, replicates)
+    gamma = alpha = {"lo": None, "hi": None}
+    if bounds := bound_entropies(corpus):
+        upper, lower = bounds
+        gamma = {"lo": 0.0, "hi": math.log2(upper / lower)}  # H_2 is at most H_1
+        alpha = {"lo": 0.0, "hi": gamma["hi"] / (2 * beta["lo"])}
     warnings = []
-    if outliers.any():
-        warnings.append(f"{outliers.sum()} outlier document(s) left out: largely one token")
     if len(lags) < len(wanted):
         warnings.append(f"lags end at {lags[-1]}: longer ones are above {longest}, a tenth of the "
                         "median document length")
     if beta["n_break"] is not None:
-        warnings.append(f"correlations follow two regimes (break at n={beta['n_break']:.1f}: "
-                        f"{fits['op']['slope']:.2f} -> {beta['after_break']:.2f}); beta="
-                        f"{beta['value']:.2f} describes data sizes up to about "
-                        f"{beta['max_data_tokens']:.1e} tokens")
+        warnings.append(f"correlations follow two regimes: beta is the slope up to the break at "
+                        f"n={beta['n_break']:.1f}, {beta['after_break']:.2f} the slope after it")
     return {
-        "schema_version": 1, "n_tokens": len(corpus.tokens), "n_documents": len(corpus.hashes),
-        "n_outlier_documents": int(outliers.sum()), "null_coefficient": null, "lags": estimates,
-        "fits": fits, "entropy": {"positions": [], "ngrams": bounds}, "beta": beta, "gamma": gamma,
-        "alpha_theory": alpha, "warnings": warnings,
-    }
-
-
-# --- power laws and beta -------------------------------------------------------------------------
+        "schema_version": 2, "n_tokens": len(corpus.tokens), "n_documents": len(corpus.hashes),
+        "lags": estimates, "beta": beta, "gamma": gamma, "alpha_theory": alpha,
+        "warnings": warnings}
 
 
 class PowerLaw(NamedTuple):
@@ -116,30 +99,25 @@ def fit_decay(x, y, relative_se=0.0):
     return broken if single.bic - broken.bic > MIN_DELTA_BIC else single
 
 
-def measure_slope(x, y, relative_se=0.0, replicates=(), other=None):
+def measure_slope(x, y, relative_se=0.0, replicates=()):
     """Return the slope of a power law: a dict with value, se, lo and hi (95 %).
 
-    replicates: resampled values of y. other: the same decay measured differently; the distance
-    to its slope is part of the error. The scatter of few points is itself uncertain, hence
+    replicates: resampled values of y. The scatter of few points is itself uncertain, hence
     Student's t.
     """
     law = fit_power_law(x, y, relative_se)
     slopes = [fit_power_law(x, row, relative_se).slope for row in replicates if (row > 0).all()]
-    bootstrap = np.std(slopes, ddof=1) if len(slopes) > 1 else 0.0
-    gap = 0.0 if other is None else fit_power_law(x, other, relative_se).slope - law.slope
-    sampling = math.hypot(bootstrap, gap)
+    sampling = np.std(slopes, ddof=1) if len(slopes) > 1 else 0.0
     half = math.hypot(student_t.ppf(0.975, len(x) - 2) * law.slope_se, 1.96 * sampling)
     return {"value": law.slope, "se": math.hypot(law.slope_se, sampling),
             "lo": law.slope - half, "hi": law.slope + half}
 
 
 def measure_beta(estimates, replicates):
-    """Return (beta, {norm: PowerLaw as a dict}) of the results of estimate_lags.
+    """Return beta from the results of estimate_lags: the slope over the lags of `window`.
 
-    beta is the slope of the operator norm over the lags of `window`, up to a break. frobenius: that
-    of the other norm. max_data_tokens: data size at which the correlation at the last of these
-    lags exceeds the noise; larger data sizes see the slope after the break. Raise Refusal for fewer
-    than MIN_LAGS lags above the noise or before the break, and where the correlations do not decay.
+    The window ends at a break, if there is one. Raise Refusal for fewer than MIN_LAGS lags above
+    the noise or before the break, and where the correlations do not decay.
     """
     table = pd.DataFrame(estimates)
     usable = table[table.usable]
@@ -152,55 +130,28 @@ def measure_beta(estimates, replicates):
         raise Refusal(f"beta not reported: only {len(usable)} lags above noise (need {MIN_LAGS}); "
                       f"{advice}")
     law = fit_decay(usable.lag, usable.op, usable.op_se / usable.op)
-    fits = {"op": law._asdict()}
-    if usable.frobenius.notna().all():
-        errors = usable.frobenius_se / usable.frobenius
-        fits["frobenius"] = fit_decay(usable.lag, usable.frobenius, errors)._asdict()
-
     inside = usable[usable.lag <= (law.n_break or math.inf)]
     if len(inside) < MIN_LAGS:
         raise Refusal(f"beta not reported: only {len(inside)} lags before the break at "
-                      f"n={law.n_break:.1f} (need {MIN_LAGS}); give other --lags or more text")
-    errors = inside.op_se / inside.op
-    frobenius = inside.frobenius if inside.frobenius.notna().all() else None
-    slope = measure_slope(inside.lag, inside.op, errors, replicates[:, inside.index], frobenius)
+                      f"n={law.n_break:.1f} (need {MIN_LAGS}); give more text")
+    slope = measure_slope(inside.lag, inside.op, inside.op_se / inside.op,
+                          replicates[:, inside.index])
     window = [int(inside.lag.iloc[0]), int(inside.lag.iloc[-1])]
     if slope["lo"] <= 0:
         raise Refusal(f"beta not reported: {slope['value']:.2f} ± {slope['se']:.2f} over lags "
-                      f"{window[0]} to {window[1]} is not clear of 0; give more text or other "
-                      "--lags")
-    beta = slope | {
-        "window": window, "n_lags": len(inside), "n_break": law.n_break,
-        "after_break": law.slope_after, "max_data_tokens": float(inside.data_tokens.iloc[-1]),
-        "frobenius": None}
-    if frobenius is not None:
-        beta["frobenius"] = fit_power_law(inside.lag, frobenius, errors).slope
-    return beta, fits
-
-
-# --- gamma ---------------------------------------------------------------------------------------
-
-
-def bound_gamma(bounds):
-    """Return {value: None, lo, hi} of the slope between the entropies at n = 1 and n = 2."""
-    if not bounds:
-        return {"value": None, "lo": None, "hi": None}
-    one, two = bounds
-    return {"value": None, "lo": max(0.0, math.log2(one["lo"] / two["hi"])),
-            "hi": math.log2(one["hi"] / two["lo"])}
+                      f"{window[0]} to {window[1]} is not clear of 0; give more text")
+    return slope | {"window": window, "n_break": law.n_break, "after_break": law.slope_after}
 
 
 def describe(document):
     """Return the summary of stats.json for the console."""
-    lags = pd.DataFrame(document["lags"])
-    columns = ["lag", "op", "op_se", "frobenius", "frobenius_se", "usable"]
+    lags = pd.DataFrame(document["lags"])[["lag", "op", "op_se", "usable"]]
     lines = [f"{document['n_tokens']:,} tokens in {document['n_documents']:,} documents of "
              f"{document['dataset_id']}, tokenizer {document['tokenizer_id']}",
-             lags[columns].to_string(index=False, float_format="{:.3e}".format),
+             lags.to_string(index=False, float_format="{:.3e}".format),
              "beta: {value:.3f} ± {se:.3f} (95 %: {lo:.3f} to {hi:.3f})".format(**document["beta"])]
     for name in ("gamma", "alpha_theory"):
-        if document[name]["lo"] is None:
-            lines.append(f"{name}: not bounded, too little text for n-grams")
-        else:
-            lines.append("{}: between {lo:.3f} and {hi:.3f}".format(name, **document[name]))
+        bound = document[name]["hi"]
+        lines.append(f"{name}: not bounded, too little text" if bound is None else
+                     f"{name}: at most {bound:.3f}")
     return "\n".join([*lines, *(f"note: {line}" for line in document["warnings"])])
