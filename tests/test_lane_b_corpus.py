@@ -70,6 +70,8 @@ def test_exponent_of_a_copying_source(exponent, exact):
     lags, norms = np.array(COPYING_LAGS)[usable], norms[usable]
     op, op_se = values(estimates, "op")[usable], values(estimates, "op_se")[usable]
     assert (np.abs(op - norms) < 4 * op_se).all()
+    frobenius = values(estimates, "frobenius")[usable]
+    assert frobenius == pytest.approx(source.frobenius_norm(COPYING_LAGS)[usable], rel=0.05)
     slope = fit_power_law(lags, op, op_se / op).slope
     assert slope == pytest.approx(fit_power_law(lags, norms, op_se / op).slope, abs=0.03)
 
@@ -80,6 +82,7 @@ def test_correlation_of_a_markov_chain(lag):
     estimate = estimate_lag(source.sample(3000, 400, seed=1), lag)
     exact = source.covariance(lag)
     assert abs(estimate["op"] - np.linalg.norm(exact, 2)) < 4 * estimate["op_se"]
+    assert estimate["frobenius"] == pytest.approx(np.linalg.norm(exact), rel=0.05)
 
 
 @pytest.mark.parametrize("lag", [1, 8, 64])

@@ -78,6 +78,7 @@ def estimates_of(law, relative_error=0.01):
     for lag in DEFAULT_LAGS:
         op = float(law(lag))
         estimates.append({"lag": lag, "n_pairs": 32_000_000, "op": op, "op_se": relative_error * op,
+                          "frobenius": 1.2 * op,
                           "noise": 5 * relative_error * op, "usable": True})
     norms = np.array([estimate["op"] for estimate in estimates])
     noise = np.random.default_rng(0).standard_normal((100, len(norms)))

@@ -133,6 +133,12 @@ class Covariance:
         """Return C v for v (vocab_size, k)."""
         return self.joint @ v - np.outer(self.left, self.right @ v)
 
+    def inner(self, other):
+        """Return the sum of the products of the entries of two covariances."""
+        joint = self.joint.multiply(other.joint).sum()
+        crossed = self.left @ (other.joint @ self.right) + other.left @ (self.joint @ other.right)
+        return float(joint - crossed + (self.left @ other.left) * (self.right @ other.right))
+
     def top_singular(self, width=12, n_iterations=4):
         """Return the largest singular value and its vectors (u, s, v), by block power iteration."""
         size = len(self.left)
@@ -147,8 +153,8 @@ class Covariance:
 def estimate_lags(corpus, lags):
     """Return (a dict per lag, bootstrap replicates of the operator norms, (R, n_lags)).
 
-    A dict has the operator norm `op` of C(lag) with its standard error; `usable`: op is above
-    `noise`.
+    A dict has the operator norm `op` of C(lag) with its standard error, and the Frobenius norm
+    (None where noise makes its square negative). `usable`: op is above `noise`.
     """
     folds = corpus.folds()
     results = [_estimate_lag(folds, lag)
@@ -160,21 +166,24 @@ def estimate_lags(corpus, lags):
 def _estimate_lag(folds, lag):
     """Return (dict of the lag, replicates of its operator norm).
 
-    The noise of different folds is independent, so that it cancels: the singular directions come
-    from all folds but one, the covariance of that pair from the one left out; the mean over the
-    folds left out.
+    The noise of different folds is independent, so that it cancels in products of one fold and the
+    others. Operator norm: the singular directions come from the others, the covariance of that pair
+    from the one fold. Frobenius norm: root of the inner product. Both are means over the folds.
     """
-    counts, op, replicates = [fold.count(lag) for fold in folds], 0.0, np.zeros(N_REPLICATES)
+    counts, replicates = [fold.count(lag) for fold in folds], np.zeros(N_REPLICATES)
+    op = squared = 0.0
     for i, fold in enumerate(folds):
         measured, others = Covariance(counts[i]), Covariance(counts[i - 1] + counts[i - 2])
         u, _, v = others.top_singular()
         mean, resampled = fold.resample(lag, u - measured.left @ u, v - measured.right @ v)
         op += mean / N_FOLDS
+        squared += others.inner(measured) / N_FOLDS
         replicates += resampled / N_FOLDS
     op_se = float(np.std(replicates, ddof=1))
     noise = MIN_STANDARD_ERRORS * op_se
     return {"lag": lag, "n_pairs": sum(int(matrix.sum()) for matrix in counts), "op": float(op),
-            "op_se": op_se, "noise": noise, "usable": bool(op > noise)}, replicates
+            "op_se": op_se, "frobenius": squared**0.5 if squared > 0 else None, "noise": noise,
+            "usable": bool(op > noise)}, replicates
 
 
 def bound_entropies(corpus):

@@ -116,8 +116,9 @@ def measure_slope(x, y, relative_se=0.0, replicates=()):
 def measure_beta(estimates, replicates):
     """Return beta from the results of estimate_lags: the slope over the lags of `window`.
 
-    The window ends at a break, if there is one. Raise Refusal for fewer than MIN_LAGS lags above
-    the noise or before the break, and where the correlations do not decay.
+    It is that of the operator norm; `frobenius` is the slope of the Frobenius norm. The window ends
+    at a break, if there is one. Raise Refusal for fewer than MIN_LAGS lags above the noise or
+    before the break, and where the correlations do not decay.
     """
     table = pd.DataFrame(estimates)
     usable = table[table.usable]
@@ -140,16 +141,22 @@ def measure_beta(estimates, replicates):
     if slope["lo"] <= 0:
         raise Refusal(f"beta not reported: {slope['value']:.2f} ± {slope['se']:.2f} over lags "
                       f"{window[0]} to {window[1]} is not clear of 0; give more text")
-    return slope | {"window": window, "n_break": law.n_break, "after_break": law.slope_after}
+    other = None
+    if inside.frobenius.notna().all():
+        other = fit_power_law(inside.lag, inside.frobenius.astype(float)).slope
+    return slope | {"frobenius": other, "window": window, "n_break": law.n_break,
+                    "after_break": law.slope_after}
 
 
 def describe(document):
     """Return the summary of stats.json for the console."""
-    lags = pd.DataFrame(document["lags"])[["lag", "op", "op_se", "usable"]]
+    lags = pd.DataFrame(document["lags"])[["lag", "op", "op_se", "frobenius", "usable"]]
     lines = [f"{document['n_tokens']:,} tokens in {document['n_documents']:,} documents of "
              f"{document['dataset_id']}, tokenizer {document['tokenizer_id']}",
              lags.to_string(index=False, float_format="{:.3e}".format),
              "beta: {value:.3f} ± {se:.3f} (95 %: {lo:.3f} to {hi:.3f})".format(**document["beta"])]
+    if (frobenius := document["beta"]["frobenius"]) is not None:
+        lines.append(f"beta of the Frobenius norm: {frobenius:.3f}")
     for name in ("gamma", "alpha_theory"):
         bound = document[name]["hi"]
         lines.append(f"{name}: not bounded, too little text" if bound is None else
