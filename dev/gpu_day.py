@@ -216,12 +216,11 @@ def kernel_times(lab, function, n_calls=3):
 
 def step(lab, recompute=False, **size):
     """Yield compile time, ms, profile and memory of a training step, next to the plan's."""
-    options = {"ban_recompute_materialized_backward": False} if recompute else {}
-    with torch._functorch.config.patch(options):
+    compiler = torch._functorch.config
+    with compiler.patch(ban_recompute_materialized_backward=not recompute):
         run = Step(lab, **size)
+        compiler.ban_recompute_materialized_backward = not recompute  # read at the first step
         yield "attention backends", "", "", run.backends
-        banned = torch._functorch.config.ban_recompute_materialized_backward
-        yield "ban_recompute_materialized_backward", int(banned), "flag", ""
         start = time.perf_counter()
         run()
         lab.synchronize()
