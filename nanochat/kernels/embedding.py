@@ -99,7 +99,8 @@ def by_id(ids, n_rows):
     Id i is at positions[starts[i] : starts[i + 1]].
     """
     in_order, positions = ids.flatten().sort(stable=True)
-    return in_order, positions, torch.searchsorted(in_order, torch.arange(n_rows + 1, device=ids.device))
+    rows = torch.arange(n_rows + 1, device=ids.device)
+    return in_order, positions, torch.searchsorted(in_order, rows)
 
 
 def lookup(ids, n_rows):
