@@ -2,8 +2,8 @@
 
     python -m dev.bench.train_step --out results.csv
 
-Forward, backward and optimizer on one device, compiled, on random tokens that follow Zipf's law. The default is the
-micro-batch of the d12 protocol; that of the quickstart on a CPU is
+Forward, backward and optimizer on one device, compiled, on random tokens that follow Zipf's law.
+The default is the micro-batch of the d12 protocol; that of the quickstart on a CPU is
 `--depth 4 --head-dim 64 --seq-len 256 --rows 8 --vocab-size 8192`.
 A candidate that fails leaves a row that says why; losses of the third step are compared.
 """
