@@ -145,9 +145,10 @@ def head(lab):
 class Step:
     """Training steps of a model on made tokens, built as base_train builds them."""
 
-    def __init__(self, lab, micro_batches=1, depth=12, rows=16, length=512, pattern="L", **flags):
+    def __init__(self, lab, micro_batches=1, recompute=False, depth=12, rows=16, length=512,
+                 pattern="L", **flags):
         depth, rows, length = lab.pick((depth, rows, length), (2, 2, 32))
-        self.lab, self.micro_batches = lab, micro_batches
+        self.micro_batches, self.recompute = micro_batches, recompute
         self.config = TrainingConfig(
             depth=depth, head_dim=lab.pick(128, 64), device_batch_size=rows, max_seq_len=length,
             window_pattern=pattern, total_batch_size=rows * length * micro_batches,
@@ -159,7 +160,8 @@ class Step:
         self.backends = plan_attention("auto", lab.device, lab.dtype, self.shape)
         horizon = run_horizon(self.config, self.shape)
         self.optimizer = build.build_optimizer(self.config, self.model, horizon, Ranks(), lab.dtype)
-        self.compiled = build.compile_model(self.config, self.model, self.optimizer)
+        self.compiled = build.compile_model(
+            self.config, self.model, self.optimizer, recompute)
         tokens = lab.zipf(rows, length + 1, vocab_size=self.shape.vocab_size)
         self.batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -216,10 +218,8 @@ def kernel_times(lab, function, n_calls=3):
 
 def step(lab, recompute=False, **size):
     """Yield compile time, ms, profile and memory of a training step, next to the plan's."""
-    compiler = torch._functorch.config
-    with compiler.patch(ban_recompute_materialized_backward=not recompute):
-        run = Step(lab, **size)
-        compiler.ban_recompute_materialized_backward = not recompute  # read at the first step
+    with torch._functorch.config.patch(ban_recompute_materialized_backward=not recompute):
+        run = Step(lab, recompute=recompute, **size)
         yield "attention backends", "", "", run.backends
         start = time.perf_counter()
         run()
@@ -264,7 +264,8 @@ def _times(lab, run):
                 "orthogonalisation": update["matmul"],
                 "update": update["Triton"] + update["other"]}
     measured["gaps"] = step_ms - sum(measured.values())
-    planned = plan.step_time(run.config, shape, lab.dtype, lab.gpu, tokens, micro_batches, 1)
+    planned = plan.step_time(
+        run.config, shape, lab.dtype, lab.gpu, tokens, micro_batches, 1, run.recompute)
     planned["elementwise"] += planned["quantisation"]
     for kind, ms in measured.items():
         yield kind, ms, "ms", f"planned {1e3 * planned[kind]:.2f} ms"
@@ -282,7 +283,8 @@ def _times(lab, run):
 
 def _memory(lab, run):
     memory, peak = plan.memory_of(
-        run.config, run.shape, lab.dtype, torch.device("cuda"), run.micro_batches, 1)
+        run.config, run.shape, lab.dtype, torch.device("cuda"), run.micro_batches, 1,
+        run.recompute)
     if lab.dry_run:
         yield "peak memory", "", "", f"{NOT_ON_CPU}; planned {peak / 1e9:.2f} GB"
         return
@@ -302,8 +304,9 @@ def _memory(lab, run):
     yield "kept for the backward pass", kept / 1e9, "GB", (
         f"planned {(memory['activations'] + memory['logits']) / 1e9:.2f} GB, logits included")
     widths = (kept - memory["logits"]) / run.batch[0].numel() / run.shape.n_embd / 2
-    yield ("KEPT_PER_LAYER", (widths - plan.KEPT_OUTSIDE) / run.shape.n_layer, "widths",
-           f"today {plan.KEPT_PER_LAYER}; fp32 rows of norms included")
+    name = "KEPT_RECOMPUTED" if run.recompute else "KEPT_PER_LAYER"
+    yield (name, (widths - plan.KEPT_OUTSIDE) / run.shape.n_layer, "widths",
+           f"today {getattr(plan, name)}; fp32 rows of norms included")
 
 
 def compare(lab, arms):
