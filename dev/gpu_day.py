@@ -317,9 +317,8 @@ def compare(lab, arms):
         for _ in range(2):
             runs[name]()
     times = lab.median_ms(runs)
-    first, *_ = times.values()
     for name, ms in times.items():
-        yield name, ms, "ms", f"{ms / first:.3f} of the first"
+        yield name, ms, "ms", f"{ms / times[next(iter(arms))]:.3f} of the first"
 
 
 # --- pieces, most valuable first ------------------------------------------------------------------
@@ -425,8 +424,8 @@ def main(argv=None):
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on a CPU")
     parser.add_argument("--piece", choices=PIECES, help=argparse.SUPPRESS)  # runs in this process
     args = parser.parse_args(argv)
-    kind = "dry" if args.dry_run else "gpu"
-    state = args.state or Path(tempfile.gettempdir()) / f"nanochat_{kind}_day"
+    folder = "nanochat_dry_day" if args.dry_run else "nanochat_gpu_day"
+    state = args.state or Path(tempfile.gettempdir()) / folder
     if args.piece:
         return run_piece(args.piece, state / "gpu_day.csv", args.dry_run)
     if args.out is None:
