@@ -75,13 +75,17 @@ def build_optimizer(config, model, horizon, ranks, dtype):
                      casts=model.keep_casts())
 
 
-def compile_model(config, model, optimizer):
-    """Return the model compiled for its fixed shapes (with --no-compile the model itself)."""
+def compile_model(config, model, optimizer, recompute=False):
+    """Return the model compiled for its fixed shapes (with --no-compile the model itself).
+
+    recompute: recompute elementwise results in the backward pass, a third less memory.
+    """
     if config.fp8:
         train_in_fp8(model, optimizer, compiled=not config.no_compile)
     if config.no_compile:
         return model
     print0("compiling: up to a minute before the first step, less if the code is cached ...")
+    torch._functorch.config.ban_recompute_materialized_backward = not recompute
     return torch.compile(model, dynamic=False, fullgraph=True)
 
 

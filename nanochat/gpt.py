@@ -18,7 +18,7 @@ from nanochat.attention import causal_attention
 from nanochat.common import UserError
 from nanochat.kernels.embedding import lookup
 from nanochat.kernels.linear_cross_entropy import IGNORED, SOFTCAP, linear_cross_entropy
-from nanochat.kernels.rms_norm import QK_SCALE, rope_qk_norm
+from nanochat.kernels.rms_norm import NORM_EPS, QK_SCALE, rope_qk_norm
 
 VOCAB_MULTIPLE = 64
 ROTARY_BASE = 100_000.0
@@ -128,15 +128,19 @@ def norm(x):
 
 
 def plain_rope_qk_norm(q, k, cos, sin):
-    """Rotate q, k (B, T, H, D) by minus theta (arXiv:2104.09864), norm them, multiply by QK_SCALE.
+    """Norm q, k (B, T, H, D), multiply by QK_SCALE, rotate by minus theta (arXiv:2104.09864).
 
-    cos, sin (1, T, 1, D/2) in the dtype of q and k.
+    cos, sin (1, T, 1, D/2). In fp32, rounded once. A rotation keeps the norm, so this equals
+    upstream's norm after the rotation, and the gradient needs only q and k themselves.
     """
-    def rotate(x):
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+    def one(x):
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        rstd = torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + NORM_EPS)
+        first, second = (exact * (QK_SCALE * rstd)).chunk(2, dim=-1)
+        rotated = (first * cos + second * sin, second * cos - first * sin)
+        return torch.cat(rotated, dim=-1).to(x.dtype)
 
-    return tuple(norm(rotate(x)) * QK_SCALE for x in (q, k))
+    return one(q), one(k)
 
 
 def plain_cross_entropy(logits, targets, vocab_size, reduction="mean"):

@@ -51,10 +51,11 @@ def rotary(length, head_dim, x):
     return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 
-def rotate(x, cos, sin):
-    """Rotate the two halves of each head of x (B, T, H, D) by minus the angle of the position."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+def norm_and_rotate(x, cos, sin):
+    """Norm the heads of x (B, T, H, D), then rotate their halves by minus the position's angle."""
+    first, second = (norm(x.float()) * QK_SCALE).chunk(2, dim=-1)
+    rotated = (first * cos + second * sin, second * cos - first * sin)
+    return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
 def attend(q, k, v, window):
@@ -91,7 +92,7 @@ class Attention(nn.Module):
         if value_embedding is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VALUE_GATE_CHANNELS]))
             v = v + gate.unsqueeze(-1) * self.heads(value_embedding)
-        q, k = (norm(rotate(x, cos, sin)) * QK_SCALE for x in (q, k))
+        q, k = (norm_and_rotate(x, cos, sin) for x in (q, k))
         return self.c_proj(attend(q, k, v, self.window).flatten(-2))
 
     def heads(self, channels):

@@ -7,6 +7,7 @@ overlaps. dev/plan_records.csv compares the plan with published records.
 
 import dataclasses
 import math
+import os
 from functools import cache
 from typing import NamedTuple
 
@@ -53,12 +54,14 @@ LINK_ALPHA_SEC = 3.4e-6  # per hop of a ring, from NCCL's tuning table
 
 # Activations that a compiled graph keeps for its backward pass, counted at 2 and 4 layers.
 KEPT_PER_LAYER = 18.5  # elements per token and channel: q, k, v, the MLP's two, the residual's
+KEPT_RECOMPUTED = 12.5  # the same where memory is short: elementwise results are recomputed
 KEPT_OUTSIDE = 3  # elements per token and channel, around the layers
 KEPT_FP32_PER_LAYER = 8  # bytes per token and norm: one norm per layer and one per head
 
 # Bytes that compiled kernels move, without any cache: counted at depth 12 (dev/lowered_h100.csv);
 # at depth 24 they give 175.2 GB where 175.4 GB were counted.
-BYTES_PER_LAYER_CHANNEL = 137  # per token, forward and backward
+BYTES_PER_LAYER_CHANNEL = 125  # per token, forward and backward
+BYTES_RECOMPUTED = 12  # more, if elementwise results are recomputed
 BYTES_PER_LOGIT = 6  # loss: one read in the forward pass, a read and a write in the backward pass
 BYTES_PER_EMBEDDING_ELEMENT = 5  # per micro-batch: the gradients of the tables
 MUON_BYTES = 38  # per matrix element that a rank updates
@@ -112,8 +115,11 @@ def _fp8_numel(config, counts):
 
 # --- memory ---------------------------------------------------------------------------------------
 
-def memory_of(config, model, dtype, device, accumulation, world_size):
-    """Return ({part: bytes}, peak) of one rank that runs `accumulation` micro-batches per step."""
+def memory_of(config, model, dtype, device, accumulation, world_size, recompute=False):
+    """Return ({part: bytes}, peak) of one rank that runs `accumulation` micro-batches per step.
+
+    recompute: the compiled backward pass recomputes elementwise results.
+    """
     parts, buffer_bytes = model_parts(model, dtype, world_size)
     counts, muon = parameter_counts(model), [part for part in parts if part.matrix]
     copied = [part for part in parts if part.compute_itemsize < part.itemsize]
@@ -131,7 +137,7 @@ def memory_of(config, model, dtype, device, accumulation, world_size):
         + 2 * _fp8_numel(config, counts),  # fp8: two layouts
         "optimizer state": sum(p.share * (4 if p.matrix else 2 * p.itemsize) for p in parts),
         "gradients": summed + micro_batch,
-        "activations": _activation_bytes(config, model, dtype, device),
+        "activations": _activation_bytes(config, model, dtype, device, recompute),
         "logits": _logits_bytes(config, model, dtype, device),
         "update": stacks + 3 * max(p.share for p in muon) * dtype.itemsize,
     }
@@ -140,8 +146,9 @@ def memory_of(config, model, dtype, device, accumulation, world_size):
     return memory, kept + max(backward, gradients + memory["update"])
 
 
-def _activation_bytes(config, model, dtype, device):
-    per_token = (KEPT_PER_LAYER * model.n_layer + KEPT_OUTSIDE) * model.n_embd * dtype.itemsize
+def _activation_bytes(config, model, dtype, device, recompute):
+    kept = KEPT_RECOMPUTED if recompute else KEPT_PER_LAYER
+    per_token = (kept * model.n_layer + KEPT_OUTSIDE) * model.n_embd * dtype.itemsize
     per_token += KEPT_FP32_PER_LAYER * (1 + model.n_head) * model.n_layer
     heads = model.n_head, model.n_kv_head, model.head_dim
     for window in model.windows:
@@ -165,9 +172,25 @@ def _logits_bytes(config, model, dtype, device):
     return min(logits, default_chunk_bytes(device, dtype)) + gradients
 
 
+def memory_within(n_bytes, config, *run):
+    """Return (recompute, memory, peak): memory_of, recomputing only if the rest needs too much."""
+    for recompute in (False, True):
+        memory, peak = memory_of(config, *run, recompute)
+        if config.no_compile or peak <= USABLE_SHARE * n_bytes:
+            break
+    return recompute, memory, peak
+
+
+def device_bytes(device, world_size):
+    """Return the memory of a device; ranks on a CPU share it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world_size
+
+
 # --- time -----------------------------------------------------------------------------------------
 
-def step_time(config, model, dtype, gpu, step_tokens, accumulation, world_size):
+def step_time(config, model, dtype, gpu, step_tokens, accumulation, world_size, recompute=False):
     """Return {kind of work: seconds per step} of `world_size` GPUs in one node.
 
     step_tokens: of all ranks. accumulation: micro-batches of the rank that has the most.
@@ -188,6 +211,7 @@ def step_time(config, model, dtype, gpu, step_tokens, accumulation, world_size):
     polar_flops = sum(p.share // math.prod(p.matrix) * polar_express_flops(*p.matrix)
                       for p in parts if p.matrix)
     moved = BYTES_PER_LAYER_CHANNEL * channels + BYTES_PER_LOGIT * model.padded_vocab_size
+    moved += BYTES_RECOMPUTED * channels if recompute else 0
     embedding_bytes = BYTES_PER_EMBEDDING_ELEMENT * (counts["wte"] + counts["value_embeds"])
     return {
         "matmul": tokens * matmul_sec / MATMUL_SHARE,
@@ -247,10 +271,11 @@ class Estimate:
         tokens, dtype = self.horizon.total_batch_size_tokens, torch.bfloat16
         accumulation = math.ceil(schedule.count_micro_batches(
             tokens, config.device_batch_size, config.max_seq_len, n_gpus) / n_gpus)
-        self.memory, self.peak_bytes = memory_of(
-            config, self.model, dtype, torch.device("cuda"), accumulation, n_gpus)
+        self.recompute, self.memory, self.peak_bytes = memory_within(
+            gpu.memory_bytes, config, self.model, dtype, torch.device("cuda"), accumulation, n_gpus)
         self.fits = self.peak_bytes <= USABLE_SHARE * gpu.memory_bytes
-        self.time = step_time(config, self.model, dtype, gpu, tokens, accumulation, n_gpus)
+        self.time = step_time(
+            config, self.model, dtype, gpu, tokens, accumulation, n_gpus, self.recompute)
         self.step_sec = sum(self.time.values())
         # of all steps, without evaluation, checkpoints and compilation
         self.train_hours = self.step_sec * self.horizon.num_iterations / 3600
@@ -281,7 +306,7 @@ class Estimate:
             f"memory per GPU: {in_gb(self.peak_bytes)} with --device-batch-size "
             f"{self.device_batch_size}, {in_gb(usable)} of {in_gb(self.gpu.memory_bytes)} are "
             f"usable: {'fits' if self.fits else 'DOES NOT FIT'}",
-            f"  {memory_in_words(self.memory)}",
+            f"  {memory_in_words(self.memory, self.recompute)}",
             f"step on {self.n_gpus} x {self.gpu.name}: {1e3 * self.step_sec:.0f} ms "
             f"({', '.join(kinds)})"]
 
@@ -307,18 +332,22 @@ def largest_fitting(config, vocab_size, gpu, n_gpus=8):
 
 
 def at_start(config, shape, micro_batches, world_size, device, dtype):
-    """Return the line about memory that base_train prints.
+    """Return (base_train's line about memory, whether the backward pass must recompute).
 
     shape: the run's GPTConfig. micro_batches: of all ranks, per step.
     """
-    accumulation = math.ceil(micro_batches / world_size)
-    memory, peak = memory_of(config, shape, dtype, device, accumulation, world_size)
+    recompute, memory, peak = memory_within(
+        device_bytes(device, world_size), config, shape, dtype, device,
+        math.ceil(micro_batches / world_size), world_size)
     bound = "at least " if config.no_compile else ""
-    return f"plan: memory {bound}{in_gb(peak)} per rank: {memory_in_words(memory)}"
+    words = memory_in_words(memory, recompute)
+    return f"plan: memory {bound}{in_gb(peak)} per rank: {words}", recompute
 
 
-def memory_in_words(memory):
-    return ", ".join(f"{part} {in_gb(n_bytes)}" for part, n_bytes in memory.items())
+def memory_in_words(memory, recompute):
+    parts = ", ".join(f"{part} {in_gb(n_bytes)}" for part, n_bytes in memory.items())
+    note = "; memory is short: elementwise results are recomputed in the backward pass"
+    return parts + (note if recompute else "")
 
 
 def in_gb(n_bytes):

@@ -82,8 +82,10 @@ class Run:
         if meta:
             build.restore(self, meta)
         print0(build.describe_start(self))
-        print0(at_start(config, self.shape, self.micro_batches, ranks.world_size, device, dtype))
-        self.compiled = build.compile_model(config, self.model, self.optimizer)
+        line, recompute = at_start(
+            config, self.shape, self.micro_batches, ranks.world_size, device, dtype)
+        print0(line)
+        self.compiled = build.compile_model(config, self.model, self.optimizer, recompute)
 
         # State of the loop, first the part that is in every checkpoint.
         state = {"step": 0, "train_time_sec": 0.0, "best_step": None, "best_val_bpb": None,

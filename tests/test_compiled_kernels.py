@@ -15,9 +15,9 @@ import pytest
 from nanochat.kernels import runtime
 
 # per thread: with 64 an SM holds 1,024 threads, with 80 (RoPE's backward) 768
-MOST_REGISTERS = {"rows": 64, "rope": 80, "embedding": 48}
-POINTERS = {"positions": "*i64", "starts": "*i64", "targets": "*i64", "losses": "*fp32",
-            "scale": "*fp32"}
+MOST_REGISTERS = {"rows": 64, "rope": 80, "embedding": 48, "embedding tiles": 48}
+POINTERS = {**dict.fromkeys(("ids", "positions", "starts", "targets"), "*i64"),
+            **dict.fromkeys(("losses", "scale", "tiles"), "*fp32")}
 
 
 def kernels():
@@ -35,8 +35,9 @@ def kernels():
         "rope": (norm._rope_norm_kernel, {
             "HEADS": 6, "HALF": 64, "SCALE": 1.2, "EPS": 1e-7, "BACKWARD": True,
             **norm.tiling(8192, 64)[1]}),
-        "embedding": (embedding._rows_sum_kernel, {
-            "WIDTH": 768, **embedding.rows_sum_tiling(768)[1]}),
+        **{name: (embedding._rows_sum_kernel, {
+            "WIDTH": 768, "OF_TILES": of_tiles, **embedding.rows_sum_tiling(768)[1]})
+           for name, of_tiles in (("embedding", False), ("embedding tiles", True))},
     }
 
 

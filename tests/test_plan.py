@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -11,17 +12,22 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dev.bench.plan import CPU, SHAPES, planned_peak_mb, record_rows
+from nanochat import plan as plan_module
+from nanochat.build import compile_model
 from nanochat.config import TrainingConfig, model_config, parse_config
 from nanochat.device import choose_compute_dtype
 from nanochat.gpt import GPT, GPTConfig, parameter_counts
 from nanochat.optim import MuonAdamW, parameter_groups, polar_express, polar_express_flops
 from nanochat.plan import (
     GPUS,
+    KEPT_PER_LAYER,
+    KEPT_RECOMPUTED,
     LINK_SHARE,
     Estimate,
     Part,
     at_start,
     communication_sec,
+    device_bytes,
     largest_fitting,
     memory_of,
     model_parts,
@@ -116,9 +122,39 @@ def test_the_device_batch_is_the_largest_that_fits():
     assert largest_fitting(small_batch, 32768, GPUS["h100"]).device_batch_size == rows_per_gpu
 
 
-def test_at_start_memory_is_that_of_the_plan():
-    line = at_start(D24, model_config(D24, 32768), 32, 8, torch.device("cuda"), torch.bfloat16)
-    assert line.startswith("plan: memory 59.3 GB per rank: weights 4.2 GB, ")
+def record_storage(sizes, tensor):
+    sizes[tensor.data_ptr()] = tensor.nbytes
+    return tensor
+
+
+@pytest.mark.parametrize(("device_gb", "planned", "note"), [
+    (80, "59.3 GB", ""), (60, "44.8 GB", "; memory is short: elementwise results are recomputed")])
+def test_at_start_memory_is_that_of_the_plan(monkeypatch, device_gb, planned, note):
+    monkeypatch.setattr(plan_module, "device_bytes", lambda *_: device_gb * 1e9)
+    line, recompute = at_start(
+        D24, model_config(D24, 32768), 32, 8, torch.device("cuda"), torch.bfloat16)
+    assert line.startswith(f"plan: memory {planned} per rank: weights 4.2 GB, ")
+    assert recompute == bool(note) and note in line
+    assert device_bytes(CPU, 2) < 1e15
+
+
+def test_the_compiled_model_keeps_less_when_it_recomputes():
+    """Widths per token that autograd saves for a second layer, as planned."""
+    kept = {}
+    for recompute in (False, True):
+        for n_layer in (1, 2):
+            torch._dynamo.reset()
+            model = GPT(GPTConfig(64, 512, n_layer, 2, 2, 64, "L"), attention="sdpa")
+            model.init_weights(0)
+            compiled = compile_model(TrainingConfig(), model, None, recompute)
+            ids, saved = torch.zeros(8, 64, dtype=torch.int64), {}
+            keep = functools.partial(record_storage, saved)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                compiled(ids, ids)
+            kept[recompute, n_layer] = sum(saved.values()) / (8 * 64 * 64 * 4)
+    stored, recomputed = (kept[recompute, 2] - kept[recompute, 1] for recompute in (False, True))
+    assert stored - recomputed == pytest.approx(KEPT_PER_LAYER - KEPT_RECOMPUTED, abs=0.2)
+    assert stored == pytest.approx(KEPT_PER_LAYER, rel=0.1)  # and norms, many at this width
 
 
 @pytest.mark.skipif(choose_compute_dtype(CPU)[0] != torch.bfloat16, reason="measured in bf16")

@@ -78,7 +78,7 @@ def lowered_rows(case, vocab_size, flags, largest=0, code=""):
     config, counter = lowered(case, vocab_size, **flags)
     heads = config.n_head, config.n_kv_head, config.head_dim
     chosen = collections.Counter(
-        choose_backend(torch.device("cuda", 0), torch.bfloat16, heads, case.seq_len, window)[0]
+        choose_backend(torch.device("cuda", 0), torch.bfloat16, heads, case.seq_len, window)
         for window in config.windows
     )
     attention = " ".join(f"{name} {n}" for name, n in sorted(chosen.items()))
