@@ -188,7 +188,6 @@ def test_checksums_notice_any_change(tmp_path, size):
     path.parent.mkdir()
     path.write_bytes(data)
     assert sha256_of(path) == hashlib.sha256(data).hexdigest()
-    assert sha256_of(path, 1) == hashlib.sha256(data[1:]).hexdigest()
     assert matches_checksum(path, tmp_path)  # none is known
     write_checksums(tmp_path, {"part/file": sha256_of(path)})
     write_checksums(tmp_path, {"other": "0"})
@@ -214,14 +213,7 @@ def test_a_run_lock_names_its_owner_and_is_free_after_a_kill(tmp_path):
     holder.communicate()
     assert is_owned(arguments[1]) is False and is_owned(tmp_path / "none") is None
 
-    lock = RunLock(*arguments)
-    lock.check()
-    shutil.rmtree(tmp_path / "locks")
-    other = RunLock(*arguments[:2], "other", "stop it")
-    with pytest.raises(UserError, match="by run other"):
-        lock.check()
-    lock.release()
-    other.check()
+    RunLock(*arguments).release()
 
 
 # --- provenance ----------------------------------------------------------------------------------
