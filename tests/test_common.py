@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -12,6 +13,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,7 +39,7 @@ from nanochat.common import (
     write_json,
     write_text,
 )
-from nanochat.device import choose_compute_dtype, choose_device, peak_bf16_flops
+from nanochat.device import choose_compute_dtype, choose_device, memory_bytes
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
 
@@ -273,11 +275,9 @@ def test_the_dtype_is_bf16_where_it_is_native(monkeypatch, device, hardware, dty
         choose_compute_dtype(device)
 
 
-@pytest.mark.parametrize(("name", "flops"), [
-    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200 NVL", 835e12),
-    ("NVIDIA GH200 480GB", 989e12), ("NVIDIA L40S", 362e12), ("NVIDIA H20", None), ("", None)])
-def test_peak_flops_follow_the_name(name, flops):
-    assert peak_bf16_flops(name) == flops
+def test_the_memory_of_a_cpu_is_that_of_the_machine():
+    [kib] = re.findall(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())
+    assert memory_bytes(CPU) == 1024 * int(kib)
 
 
 # --- progress ------------------------------------------------------------------------------------
