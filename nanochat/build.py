@@ -1,8 +1,12 @@
 """The parts of a training run, built from its configuration: model, resume, record."""
 
 import contextlib
+import dataclasses
+import math
+import os
 import socket
 import time
+from bisect import bisect
 
 import torch
 
@@ -21,9 +25,9 @@ from nanochat.common import (
     warn,
     write_json,
 )
-from nanochat.config import model_config
+from nanochat.config import model_config, run_horizon
 from nanochat.console import ConsoleSink, WandbSink
-from nanochat.device import choose_compute_dtype, device_name, peak_memory_mib
+from nanochat.device import choose_compute_dtype, device_name, memory_bytes, peak_memory_mib
 from nanochat.distributed import on_main
 from nanochat.fp8 import check_fp8, train_in_fp8
 from nanochat.gpt import GPT, parameter_counts, scaling_params
@@ -31,8 +35,67 @@ from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
 from nanochat.kernels.rms_norm import check_rms_norm
 from nanochat.kernels.runtime import INTERPRETED
 from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.plan import in_gb, memory_of
 from nanochat.runlog import CONFIG, RunLog, changes, check_new_run, figures_of, in_words, read_run
-from nanochat.target import evaluations_of, time_to_target
+from nanochat.schedule import count_micro_batches
+from nanochat.target import target_of
+
+MEMORY_TOLERANCE = 1.1  # a run may be planned to need this multiple of the device's memory
+MAX_PASSES = 10  # over the training text, without --allow-repeats
+
+# --- checks before the work ---------------------------------------------------------------------
+
+def check_memory(config, vocab_size, device, dtype, ranks):
+    """Raise UserError if the plan exceeds the device's memory by more than 10 %.
+
+    The error names flags that fit. Ranks on one CPU share its memory.
+    """
+    def planned_bytes(**flags):
+        """Return the planned peak of the run with other flags; raise UserError if it has none."""
+        changed = dataclasses.replace(config, **flags)
+        shape = model_config(changed, vocab_size)
+        micro_batches = count_micro_batches(
+            run_horizon(changed, shape).total_batch_size_tokens, changed.device_batch_size,
+            changed.max_seq_len, ranks.world_size)
+        accumulation = math.ceil(micro_batches / ranks.world_size)
+        return memory_of(changed, shape, dtype, device, accumulation, ranks.world_size)[1]
+
+    def fits(**flags):
+        try:
+            return planned_bytes(**flags) <= limit
+        except UserError:
+            return False
+
+    available = memory_bytes(device)
+    if device.type != "cuda":
+        available /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    limit, planned = MEMORY_TOLERANCE * available, planned_bytes()
+    if planned <= limit or config.allow_memory:
+        return
+    rows, depth = config.device_batch_size, config.depth
+    smaller = bisect(range(1, depth), False, key=lambda layers: not fits(depth=layers))
+    advice = [f"--device-batch-size {n}" for n in range(rows - 1, 0, -1)
+              if fits(device_batch_size=n)][:1]
+    advice += [f"--depth {smaller}"] if smaller else []
+    if device.type != "cuda":
+        advice.append("--preset laptop")
+    advice = " or ".join(advice) or "a smaller --depth and --device-batch-size"
+    raise UserError(f"the run needs about {in_gb(planned)} of memory per rank, and "
+                    f"{in_gb(available)} are there; give {advice}, or start it nevertheless with "
+                    "--allow-memory")
+
+
+def check_passes(config, horizon, train_tokens):
+    """Raise UserError if the horizon reads the training text more than 10 times."""
+    passes = horizon.target_tokens / train_tokens
+    if passes <= MAX_PASSES or config.allow_repeats:
+        return
+    fewer = int(horizon.num_iterations * MAX_PASSES / passes)
+    advice = f"--num-iterations {fewer} or less" if fewer else "more text"
+    raise UserError(f"the horizon of {horizon.target_tokens:,} tokens reads the {train_tokens:,} "
+                    f"training tokens about {passes:,.0f} times; give {advice}, or accept "
+                    "it with --allow-repeats")
+
 
 # --- model and optimizer ------------------------------------------------------------------------
 
@@ -240,10 +303,6 @@ def close_record(run, status, started_sec):
         summary = {"status": status, **figures_of(events, *target),
                    "distinct_tokens": run.loader.distinct_tokens, "epochs": run.loader.epochs,
                    "peak_memory_mib": peak_memory_mib(run.device)}
-        if target[1] is not None:
-            reached = time_to_target(evaluations_of(events, target[0]), *target)
-            log.event("target", step=summary["steps"], **reached.summary_fields(),
-                      description=reached.describe())
         log.finish(**summary, wall_time_sec=time.monotonic() - started_sec)
     finally:
         log.close()
@@ -259,6 +318,8 @@ def close_record(run, status, started_sec):
         "peak memory {:,.0f} MiB": summary["peak_memory_mib"]}
     words = ", ".join(text.format(value) for text, value in parts.items() if value is not None)
     print0(f"{status} after {summary['steps']} steps: {words}\nrecord: {log.folder}")
+    if target[1] is not None:
+        print0(target_of(events, *target).describe())
 
 
 def describe_start(run):

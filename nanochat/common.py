@@ -1,6 +1,8 @@
 """Shared helpers: errors, paths, files, locks, provenance and progress. They do not need torch."""
 
+import argparse
 import contextlib
+import difflib
 import functools
 import hashlib
 import io
@@ -119,6 +121,27 @@ def _machine_error(error):
         return (f"another rank {what}; see the messages of the other ranks, then resume with "
                 "--resume-from-step latest")
     return None
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports a mistake in two lines and suggests a flag for a typo."""
+
+    def __init__(self, prog, description=None):
+        super().__init__(prog, description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, args=None, namespace=None):
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            similar = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            advice = f"; did you mean {similar[0]}?" if similar else ""
+            kind = "flag" if flag.startswith("-") else "argument"
+            self.error(f"unknown {kind} {flag}{advice}")
+        return values
+
+    def error(self, message):
+        self.exit(2, f"error: {message}\nrun with --help to see all flags\n")
 
 
 # --- paths ---------------------------------------------------------------------------------------
@@ -271,25 +294,13 @@ def read_json(path, remedy):
     return value
 
 
-def sha256_of(path, start=0):
-    """Return the hex SHA-256 of a file's bytes from `start` on."""
+def sha256_of(path):
+    """Return the hex SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        file.seek(start)
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def sha256_once(path, start=0):
-    """Return sha256_of, computed once per process while time, size and inode stay the same."""
-    stat = os.stat(path)
-    return _sha256_of_version(path, start, stat.st_mtime_ns, stat.st_size, stat.st_ino)
-
-
-@functools.cache
-def _sha256_of_version(path, start, *_version):
-    return sha256_of(path, start)
 
 
 def write_checksums(folder, digests):
@@ -301,7 +312,7 @@ def matches_checksum(path, folder=None):
     """Return whether a file has its entry, or none, in the checksum file of a folder (its own)."""
     folder = Path(folder or Path(path).parent)
     expected = _read_checksums(folder).get(Path(path).relative_to(folder).as_posix())
-    return expected is None or expected == sha256_once(path)
+    return expected is None or expected == sha256_of(path)
 
 
 def _read_checksums(folder):
@@ -326,30 +337,18 @@ class RunLock:
     """
 
     def __init__(self, folder, lock, owner, remedy):
-        self.folder, self.path, self.remedy = folder, Path(lock), remedy
-        self._entry = json_bytes({"owner": owner, "pid": os.getpid(), "host": socket.gethostname()})
         self._lock = FileLock(f"{lock}.lock", thread_local=False)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        Path(lock).parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise self._error() from None
-        self.path.write_bytes(self._entry)
-
-    def check(self):
-        """Raise UserError if another process has taken the folder.
-
-        This happens if lock files were deleted, or on a disk whose locks do not reach other hosts.
-        """
-        if not self.path.exists() or self.path.read_bytes() != self._entry:
-            raise self._error()
+            raise UserError(
+                f"{folder} is being written by {owner_in_words(lock)}; {remedy}") from None
+        entry = {"owner": owner, "pid": os.getpid(), "host": socket.gethostname()}
+        Path(lock).write_bytes(json_bytes(entry))
 
     def release(self):
         self._lock.release()
-
-    def _error(self):
-        return UserError(f"{self.folder} is being written by {owner_in_words(self.path)}; "
-                         f"{self.remedy}")
 
 
 def owner_in_words(lock):

@@ -4,19 +4,23 @@ The command line of scripts/base_train.py and its help, the record's `flags`, th
 `user_config` and the checks of a resumed run all follow from it.
 """
 
-import argparse
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass
 
 from nanochat import schedule
-from nanochat.common import UserError, check_name
+from nanochat.common import Parser, UserError, check_name
 from nanochat.dataset import DOWNLOADS
 from nanochat.gpt import GPTConfig, flops_per_token, scaling_params
 from nanochat.target import check_metric_name, check_target
 
 DEFAULT_SEED = 42
+# The learning rates are 16 times the defaults, which are scaled by (batch / 524,288)^0.5: that is
+# 1/16 at 2,048 tokens per step, and the unscaled rates were much better (dev/LOG.md).
+PRESETS = {"laptop": {
+    "depth": 4, "head_dim": 64, "max_seq_len": 256, "window_pattern": "L", "device_batch_size": 8,
+    "total_batch_size": 2048, "matrix_lr": 0.32, "embedding_lr": 4.8, "unembedding_lr": 0.128,
+    "target_param_data_ratio": 0.2, "core_metric_every": -1}}
 
 
 def _topic(title):
@@ -130,6 +134,10 @@ class TrainingConfig:
     resume_from_step: str = _optimization(
         "-1", "resume from the checkpoint of this step; latest: from the newest one; auto: from "
         "the newest valid one, or start a new run if there is none; -1: start a new run", "STEP")
+    allow_memory: bool = _optimization(
+        False, "start a run whose planned memory exceeds that of the device by more than 10 %")
+    allow_repeats: bool = _optimization(
+        False, "start a run whose horizon reads the training text more than 10 times")
     allow_changed: bool = _optimization(
         False, "resume even if the horizon is longer than that of the checkpoint, or if flags, "
         "dtype, device or versions that change the numbers differ; the differences are recorded")
@@ -149,8 +157,6 @@ class TrainingConfig:
         0.0, "also save a checkpoint every N minutes (0: off)", "N", at_least=0)
     keep_checkpoints: int = _events(
         0, "keep the N newest checkpoints and the best by val_bpb (0: keep all)", "N", at_least=0)
-    position_losses: bool = _events(
-        False, "record the loss at each position of the context in the final validation")
     target_metric_name: str = _events(
         "val_bpb", "metric whose time to target is measured: val_bpb or core", "METRIC")
     target_metric_threshold: float = _events(
@@ -215,29 +221,11 @@ def run_horizon(config, model):
         total_batch_size_tokens=config.total_batch_size)
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that reports a mistake in two lines and suggests a flag for a typo."""
-
-    def __init__(self, prog, description=None):
-        super().__init__(prog, description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def parse_args(self, args=None, namespace=None):
-        values, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flag = unknown[0].partition("=")[0]
-            similar = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            advice = f"; did you mean {similar[0]}?" if similar else ""
-            self.error(f"unknown flag {flag}{advice}")
-        return values
-
-    def error(self, message):
-        self.exit(2, f"error: {message}\nrun with --help to see all flags\n")
-
-
 def parse_config(argv=None, prog="python -m scripts.base_train", description=None):
     """Return the TrainingConfig that a command line asks for."""
     parser = Parser(prog, description)
+    parser.add_argument("--preset", choices=PRESETS, help="other defaults; laptop: a small model "
+                        "that trains in minutes on a CPU, for own text")
     topics = {}
     for flag in dataclasses.fields(TrainingConfig):
         title = flag.metadata["topic"]
@@ -250,7 +238,10 @@ def parse_config(argv=None, prog="python -m scripts.base_train", description=Non
         default = "" if flag.default in ("", False) else f" ({flag.default})"
         topics[title].add_argument(
             _as_flag(flag.name), default=flag.default, help=flag.metadata["help"] + default, **kind)
-    return TrainingConfig(**vars(parser.parse_args(argv)))
+    parser.set_defaults(**PRESETS.get(parser.parse_args(argv).preset, {}))
+    values = vars(parser.parse_args(argv))
+    del values["preset"]
+    return TrainingConfig(**values)
 
 
 def _check_flag(flag, value):

@@ -45,7 +45,7 @@ def _in_words(kind, event):
         return f"{step}: checkpoint saved in {event['path']}"
     if kind == "resume":
         return f"resumed at {step}"
-    return event["description"] if kind == "target" else None
+    return None
 
 
 class WandbSink:

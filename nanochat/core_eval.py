@@ -3,7 +3,6 @@
 python -m nanochat.core_eval downloads the tasks into the cache folder.
 """
 
-import argparse
 import csv
 import math
 import random
@@ -23,6 +22,7 @@ import yaml
 
 from nanochat.common import (
     CACHE_HELP,
+    Parser,
     UserError,
     base_dir,
     command,
@@ -330,7 +330,7 @@ def load_hf(path, device, dtype):
 
 def parse_args(argv=None):
     description = f"Download the tasks of CORE into <cache>/eval_bundle. {CACHE_HELP}."
-    parser = argparse.ArgumentParser("python -m nanochat.core_eval", description=description)
+    parser = Parser("python -m nanochat.core_eval", description)
     return parser.parse_args(argv)
 
 

@@ -10,7 +10,6 @@ the validation split, unless the name of a file says that it is for validation. 
 of a download is its last shard.
 """
 
-import argparse
 import hashlib
 import math
 import os
@@ -32,6 +31,7 @@ from nanochat.common import (
     DIGESTS,
     NAME_LENGTH,
     QUIET_HELP,
+    Parser,
     UserError,
     base_dir,
     command,
@@ -328,9 +328,8 @@ def download_shards(name, n_train_shards, num_workers=4):
 # --- command -------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m nanochat.dataset",
-                                     description="Download a named dataset, or prepare a folder of "
-                                     "text or Python's standard library (stdlib).")
+    parser = Parser("python -m nanochat.dataset", "Download a named dataset, or prepare a folder "
+                    "of text or Python's standard library (stdlib).")
     parser.add_argument("--dataset", default="climbmix", help=DATASET_HELP)
     parser.add_argument("-n", "--num-files", type=int,
                         help="training shards to download, about 100 MB each (-1: all)")

@@ -88,6 +88,15 @@ def keep_freed_memory(device):
             mallopt(option, value)
 
 
+def memory_bytes(device):
+    """Return the memory of the GPU, or the RAM of the machine."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def peak_memory_mib(device):
     """Return the peak memory of this process in MiB: CUDA's allocator, or the resident set."""
     if device.type == "cuda":

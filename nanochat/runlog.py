@@ -27,7 +27,7 @@ from nanochat.common import (
     warn,
     write_json,
 )
-from nanochat.target import evaluations_of, numbers_of, time_to_target
+from nanochat.target import evaluations_of, numbers_of, target_of
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 UNTIMED_STEPS = 11  # the first steps of a run compile; the training clock leaves them out
@@ -86,12 +86,7 @@ class RunLog:
                      f"used any more; the run continues, its record is {self.folder}")
 
     def before_checkpoint(self):
-        """Write the events to the disk: no checkpoint may exist without them.
-
-        Raise UserError if that fails or if another process has taken a folder of this run.
-        """
-        for lock in self.locks:
-            lock.check()
+        """Write the events to the disk: no checkpoint may exist without them."""
         with _writing(self.folder):
             os.fsync(self._file.fileno())
 
@@ -220,8 +215,7 @@ def figures_of(events, target_metric_name=None, target_metric_threshold=None):
     }
     if target_metric_threshold is None:
         return metrics
-    evaluations = evaluations_of(events, target_metric_name)
-    target = time_to_target(evaluations, target_metric_name, target_metric_threshold)
+    target = target_of(events, target_metric_name, target_metric_threshold)
     return {**metrics, **target.summary_fields()}
 
 

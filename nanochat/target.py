@@ -71,17 +71,17 @@ class TimeToTarget:
 
     def describe(self):
         """Return one line for the console."""
-        sign = "<=" if METRICS[self.metric_name] == "lower" else ">="
-        head = f"time to {self.metric_name} {sign} {self.threshold:g}"
         if self.measured_sec is not None:
-            seconds = f"{self.measured_sec:.1f} s of training"
-            return (f"{head}: {seconds if self.measured_sec else BEFORE_THE_CLOCK}, measured at "
-                    f"step {self.measured_step} (interpolated: step {self.step_interpolated:.1f})")
+            after = f"after {self.measured_sec:.1f} s of training"
+            return (f"target {self.threshold:g} reached by {self.metric_name} "
+                    f"{after if self.measured_sec else BEFORE_THE_CLOCK}, at step "
+                    f"{self.measured_step} (interpolated: step {self.step_interpolated:.1f})")
+        head = f"target {self.threshold:g} not reached by {self.metric_name}"
         if self.extrapolated_sec is None:
-            return f"{head}: not reached, not extrapolated: {self.reason}"
+            return f"{head}, not extrapolated: {self.reason}"
         high_sec = self.extrapolated_hi_sec
         high = "no upper bound" if high_sec is None else f"{high_sec:.1f} s"
-        return (f"{head}: not reached; extrapolated without learning-rate decay: "
+        return (f"{head}; extrapolated without learning-rate decay: "
                 f"{self.extrapolated_sec:.1f} s of training ({INTERVAL:.0%} interval "
                 f"{self.extrapolated_lo_sec:.1f} s to {high})")
 
@@ -138,6 +138,11 @@ def evaluations_of(events, metric_name):
                    for event in events if event["kind"] == "train"}
     return [Evaluation(*row, lr_multiplier=multipliers.get(row[0]))
             for row in numbers_of(events, kind, "step", "tokens", field, "train_time_sec")]
+
+
+def target_of(events, metric_name, threshold):
+    """Return the TimeToTarget of a run's events."""
+    return time_to_target(evaluations_of(events, metric_name), metric_name, threshold)
 
 
 def first_crossing(steps, metric, threshold):

@@ -22,7 +22,7 @@ from nanochat.common import (
     parse_json,
     print0,
     progress,
-    sha256_once,
+    sha256_of,
 )
 from nanochat.dataset import read_documents, unreadable
 from nanochat.distributed import Ranks
@@ -87,7 +87,7 @@ def _valid_shard(path, source, dataset):
     except UserError:
         return None
     is_current = shard.header.get("modified") == os.stat(source).st_mtime_ns
-    return shard if is_current or sha256_once(source) == dataset.checksums[source] else None
+    return shard if is_current or sha256_of(source) == dataset.checksums[source] else None
 
 
 def _make(path, source, tokenizer, pool):

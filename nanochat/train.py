@@ -56,8 +56,9 @@ class Run:
         dtype = build.choose_dtype(config, device, ranks)  # refuses before any text is tokenised
 
         # Data, sizes of the model, horizon.
-        dataset = open_dataset(config.dataset)
         self.tokenizer = load_tokenizer(config.tokenizer_dir)
+        build.check_memory(config, self.tokenizer.vocab_size, device, dtype, ranks)
+        dataset = open_dataset(config.dataset)
         train_shards = token_shards(dataset, self.tokenizer, "train")
         val_shards = token_shards(dataset, self.tokenizer, "val")
         self.train_tokens = sum(shard.n_tokens for shard in train_shards)
@@ -73,6 +74,8 @@ class Run:
         self.folder = checkpoint.checkpoint_folder(config.tag)
         self.resumed_step = build.resume_step(config, self.folder, ranks)  # None: a new run
         meta, self.changed = build.check_resume(self) if self.resumed_step else ({}, [])
+        if not meta:
+            build.check_passes(config, self.horizon, self.train_tokens)
         self.run_id = config.run_id or meta.get("run_id") or on_main(ranks, lambda: (
             f"{config.tag[:80]}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-s{config.seed}"))
 
@@ -97,7 +100,6 @@ class Run:
         self.mark_sec = 0.0  # start of the oldest step that has not been recorded
         self.must_save = False  # a rank asks for a checkpoint by the clock
         self.signal_number, self.signal_at_sec = 0, 0.0  # the first stop signal of this rank
-        self.can_stop_now = False  # a stop signal may raise Stopped
         self.stopping = False  # a rank got a stop signal
         self.reached_target = False
         self.log = None  # RunLog on rank 0, set by build.open_record
@@ -161,19 +163,10 @@ class Diverged(Exception):
     """A training loss, a validation loss or a weight is not finite."""
 
 
-class Stopped(BaseException):
-    """A stop signal arrived."""
-
-
 def run_steps(run):
     """Train, and save at a stop signal; return how the run ended: ok, interrupted or nan."""
     try:
-        try:
-            _train_to_the_end(run)
-            return "ok"
-        except Stopped:
-            save(run)
-            return "interrupted"
+        return _train_to_the_end(run)
     except Diverged:
         if run.saved_step == run.step and run.ranks.is_main:
             checkpoint.set_aside(run.folder, after=run.saved_step - 1)
@@ -183,22 +176,22 @@ def run_steps(run):
 
 
 def _train_to_the_end(run):
-    """Train to the horizon or the target. Raise Stopped or Diverged."""
+    """Train to the horizon, the target or a stop signal; return the status. Raise Diverged."""
     launched = deque()  # steps whose losses have not been read yet
     ahead = 1 if run.device.type in PIPELINED else 0
     while True:
         while launched and (len(launched) > ahead or run.stopping or run.is_something_due()):
             record_step(run, launched.popleft())
         if run.stopping:
-            raise Stopped
+            save(run)
+            return "interrupted"
         if run.must_save or run.is_last or run.is_due(run.config.save_every):
             save(run)  # before evaluating: if an evaluation fails, the weights are safe
-        with interruptible(run):
-            evaluate(run)
+        evaluate(run)
         if run.reached_target:
             save(run)
         if run.is_last or run.reached_target:
-            return
+            return "ok"
 
         if not launched:
             run.mark_sec = time.perf_counter()
@@ -346,9 +339,6 @@ def validate(run):
 
     if not (run.is_last or run.reached_target):
         return
-    if config.position_losses:
-        run.event("position_losses", nats_by_position=result.nats_by_position,
-                  counts_by_position=result.counts_by_position)
     if run.ranks.is_main:
         save_document_losses(run.log.folder / DOCUMENT_LOSSES, result,
                              run.facts["dataset_id"], run.facts["tokenizer_id"])
@@ -372,8 +362,6 @@ def stop_signals(run):
             if run.ranks.is_main:  # not print: the signal may have interrupted one
                 with contextlib.suppress(OSError):
                     os.write(2, b"\nstopping after this step; repeat the signal to stop at once\n")
-            if run.can_stop_now:
-                raise Stopped
         elif time.monotonic() - run.signal_at_sec > REPEAT_SEC:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -384,15 +372,3 @@ def stop_signals(run):
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def interruptible(run):
-    """Raise Stopped at a stop signal in this block. Several ranks must stop together: not there."""
-    run.can_stop_now = run.ranks.world_size == 1
-    try:
-        if run.can_stop_now and run.signal_number:
-            raise Stopped
-        yield
-    finally:
-        run.can_stop_now = False

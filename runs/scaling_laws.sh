@@ -14,7 +14,7 @@ mkdir -p out
 for FLOPS in ${1:-1e18 3e18 1e19}; do
     python -m scripts.experiment --name "scaling_$FLOPS${TAG:-}" --profile miniseries --seeds 0 \
         --depths ${2:-8 10 12 14 16 18} --nproc-per-node "${3:-1}" -- \
-        --target-flops="$FLOPS" --device-batch-size=16
+        --target-flops="$FLOPS" --device-batch-size=16 --allow-repeats
     python -m scripts.report --experiment "scaling_$FLOPS${TAG:-}" \
         --out "out/scaling_$FLOPS${TAG:-}.html"
 done

@@ -3,13 +3,12 @@
 python -m scripts.base_eval --model-tag d12 --eval core,bpb,sample,position
 """
 
-import argparse
 import math
 from functools import partial
 
 from nanochat import common
 from nanochat.checkpoint import load_trained
-from nanochat.common import NEWEST_HELP, STEP_HELP, TOKENIZER_DIR_HELP, UserError, print0
+from nanochat.common import NEWEST_HELP, STEP_HELP, TOKENIZER_DIR_HELP, Parser, UserError, print0
 from nanochat.config import TrainingConfig
 from nanochat.core_eval import bundle_folder, evaluate_core, load_hf
 from nanochat.dataset import open_dataset
@@ -24,7 +23,7 @@ SPLIT_TOKENS = {"cpu": 2**17, "mps": 40 * 2**19, "cuda": 40 * 2**19}  # per spli
 
 def parse_args(argv=None):
     summary = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m scripts.base_eval", description=summary)
+    parser = Parser("python -m scripts.base_eval", summary)
     add = parser.add_argument
     add("--model-tag", default="", help=NEWEST_HELP)
     add("--hf-path", default="", help="evaluate CORE of this folder or hub name of a Hugging Face "

@@ -9,12 +9,11 @@ give -- --dataset NAME --tokenizer-dir FOLDER. Profiles:
 
 """
 
-import argparse
 import shlex
 import sys
 from functools import partial
 
-from nanochat.common import QUIET_HELP, check_output, command, runs_dir, set_quiet
+from nanochat.common import QUIET_HELP, Parser, check_output, command, runs_dir, set_quiet
 from nanochat.config import model_config, parse_config, run_horizon
 from nanochat.dataset import download_shards
 from nanochat.experiments import runner
@@ -31,9 +30,7 @@ from nanochat.gpt import parameter_counts, scaling_params
 
 def parse_args(argv=None):
     profiles = "".join(f"  {name:<13} {one.description}\n" for name, one in PROFILES.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.experiment", description=__doc__ + profiles,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.experiment", __doc__ + profiles)
     add = parser.add_argument
     add("--name", required=True, help="name of the experiment, used in the ledger and in run ids")
     add("--profile", required=True, help="fixed training flags and dataset (see above)")

@@ -3,19 +3,17 @@
 python -m scripts.export --model-tag quickstart --to my_model
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 
 from nanochat.checkpoint import load_trained
-from nanochat.common import NEWEST_HELP, STEP_HELP, TOKENIZER_DIR_HELP, command
+from nanochat.common import NEWEST_HELP, STEP_HELP, TOKENIZER_DIR_HELP, Parser, command
 from nanochat.export import new_folder, write_hf
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser("python -m scripts.export", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.export", __doc__)
     add = parser.add_argument
     add("--model-tag", default="", help=NEWEST_HELP)
     add("--to", required=True, type=Path, metavar="FOLDER",

@@ -9,12 +9,20 @@ demonstration on two cores: it also trains the named model and the baseline and 
 the command to continue. Exit code 0: named; 3: refused; 4: named but uncertain.
 """
 
-import argparse
 import importlib.util
 import shlex
 from itertools import count
 
-from nanochat.common import QUIET_HELP, UserError, base_dir, command, print0, runs_dir, set_quiet
+from nanochat.common import (
+    QUIET_HELP,
+    Parser,
+    UserError,
+    base_dir,
+    command,
+    print0,
+    runs_dir,
+    set_quiet,
+)
 from nanochat.config import parse_config
 from nanochat.experiments.runner import run_module
 from nanochat.gpt import flops_per_token
@@ -48,8 +56,7 @@ GROWTH = 2.0  # least growth in parameters from the first depth to the second
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m scripts.lane_b", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.lane_b", __doc__)
     add = parser.add_argument
     add("--target-metric-threshold", type=float, metavar="BITS_PER_BYTE", help="val_bpb to reach")
     add("--dataset", default="stdlib", help="name or folder (%(default)s)")

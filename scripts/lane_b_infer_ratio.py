@@ -6,17 +6,14 @@ python -m scripts.lane_b_infer_ratio --calibration-run d2-r4 d2-r8 d3-r4 \\
 Exit code 0: state ok. 3: refused, no file is written. 4: an answer that is uncertain.
 """
 
-import argparse
 
-from nanochat.common import command, runs_dir
+from nanochat.common import Parser, command, runs_dir
 from nanochat.lane_b.answer import conclude
 from nanochat.runlog import find_run
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m scripts.lane_b_infer_ratio",
-                                     description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.lane_b_infer_ratio", __doc__)
     add = parser.add_argument
     add("--calibration-run", nargs="+", required=True, metavar="RUN", help="run ids or folders: "
         "complete runs of at least two depths and two ratios")

@@ -5,10 +5,9 @@ python -m scripts.lane_b_log_run RUN --inference-json infer.json --decision infe
 A run that is still training gets no row. Its curve so far is compared with the forecast.
 """
 
-import argparse
 from pathlib import Path
 
-from nanochat.common import command, print0, runs_dir
+from nanochat.common import Parser, command, print0, runs_dir
 from nanochat.experiments.ledger import append_row
 from nanochat.lane_b.answer import compare, read_inference
 from nanochat.lane_b.ledger import DECISIONS, record_of_run
@@ -18,9 +17,7 @@ LEDGER = Path(__file__).resolve().parents[1] / "ideas" / "lane_b_inference_schem
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m scripts.lane_b_log_run", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = Parser("python -m scripts.lane_b_log_run", __doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run ids or folders to log")
     add("--inference-json", required=True, help="from scripts.lane_b_infer_ratio")

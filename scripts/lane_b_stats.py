@@ -5,11 +5,10 @@ python -m scripts.lane_b_stats --dataset stdlib --out stats.json
 The text is held in memory: the default --max-tokens takes about 2 GB.
 """
 
-import argparse
 from types import SimpleNamespace
 
 from nanochat import common
-from nanochat.common import print0
+from nanochat.common import Parser, print0
 from nanochat.dataset import open_dataset
 from nanochat.device import keep_freed_memory
 from nanochat.lane_b import statistics
@@ -19,8 +18,7 @@ from nanochat.tokens import token_shards
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m scripts.lane_b_stats", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.lane_b_stats", __doc__)
     add = parser.add_argument
     add("--dataset", required=True, help="a name of nanochat.dataset, or a folder of text")
     add("--tokenizer-dir", metavar="DIR",

@@ -6,19 +6,16 @@ Every flag of scripts.base_train is accepted, too. dev/plan_records.csv compares
 published records.
 """
 
-import argparse
 import shlex
 
-from nanochat.common import UserError, command, read_json
+from nanochat.common import Parser, UserError, command, read_json
 from nanochat.config import parse_config
 from nanochat.plan import GPUS, Estimate, Gpu, largest_fitting
 
 
 def parse_args(argv=None):
     """Return (the plan's own flags, the flags for scripts.base_train)."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.plan", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = Parser("python -m scripts.plan", __doc__)
     add = parser.add_argument
     add("--gpu", default="h100", choices=GPUS, metavar="NAME",
         help="type of GPU: %(choices)s (%(default)s)")

@@ -5,14 +5,22 @@ python -m scripts.report RUN RUN --out report.html
 python -m scripts.report RUN RUN --live             update the page while the runs are trained
 """
 
-import argparse
 import contextlib
 import os
 import time
 from functools import partial
 from pathlib import Path
 
-from nanochat.common import UserError, check_output, command, print0, runs_dir, warn, write_text
+from nanochat.common import (
+    Parser,
+    UserError,
+    check_output,
+    command,
+    print0,
+    runs_dir,
+    warn,
+    write_text,
+)
 from nanochat.experiments.ledger import LEDGER_HELP, find_ledger
 from nanochat.experiments.report import experiment_page, runs_page
 
@@ -21,8 +29,7 @@ MAX_LOAD = 0.05  # share of one core that updates of the live page may use
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m scripts.report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.report", __doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="id or folder of a run")
     parser.add_argument("--experiment", help="instead of runs: name of an experiment in the ledger")
     parser.add_argument("--miniseries",

@@ -7,13 +7,12 @@ python -m scripts.runs --compare RUN RUN ...    compare flags and metrics, the b
 <cache> is $NANOCHAT_BASE_DIR, or ~/.cache/nanochat if that is not set.
 """
 
-import argparse
 import fnmatch
 from datetime import datetime, timedelta
 
 import pandas as pd
 
-from nanochat.common import UserError, command, newest_in_words, runs_dir
+from nanochat.common import Parser, UserError, command, newest_in_words, runs_dir
 from nanochat.experiments.gates import document_notes, paired
 from nanochat.experiments.table import age_sec, recipe_of, runs_table
 from nanochat.runlog import find_run, read_run
@@ -24,8 +23,7 @@ COMPARED = ["min_val_bpb", "final_val_bpb", "final_val_bpb_se", "core_metric",
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m scripts.runs", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.runs", __doc__)
     parser.add_argument("patterns", nargs="*", default=["*"], metavar="NAME",
                         help="ids of runs to list; * and ? are wildcards (default: all)")
     parser.add_argument("--compare", nargs="+", metavar="RUN",

@@ -3,14 +3,13 @@
 python -m scripts.sample --model-tag quickstart "def fib("
 """
 
-import argparse
 import itertools
 import sys
 
 import numpy as np
 
 from nanochat.checkpoint import load_trained
-from nanochat.common import NEWEST_HELP, STEP_HELP, TOKENIZER_DIR_HELP, UserError, command
+from nanochat.common import NEWEST_HELP, STEP_HELP, TOKENIZER_DIR_HELP, Parser, UserError, command
 from nanochat.device import choose_compute_dtype, choose_device
 from nanochat.engine import stream, whole_characters
 
@@ -21,7 +20,7 @@ ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))
 
 def parse_args(argv=None):
     description = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser("python -m scripts.sample", description=description)
+    parser = Parser("python -m scripts.sample", description)
     add = parser.add_argument
     add("prompt", nargs="*", help="text to continue; an empty text begins a new document. Without "
         "this argument, each line of the standard input is a prompt")

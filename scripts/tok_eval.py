@@ -3,10 +3,9 @@
 python -m scripts.tok_eval --dataset stdlib
 """
 
-import argparse
 from pathlib import Path
 
-from nanochat.common import CACHE_HELP, command
+from nanochat.common import CACHE_HELP, Parser, command
 from nanochat.dataset import DATASET_HELP, open_dataset, sample_documents
 from nanochat.tokenizer import load_tokenizer
 
@@ -14,8 +13,7 @@ MAX_CHARS = 2_000_000  # per split
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m scripts.tok_eval",
-                                     description=__doc__.splitlines()[0])
+    parser = Parser("python -m scripts.tok_eval", __doc__.splitlines()[0])
     parser.add_argument("--dataset", default="climbmix", help=DATASET_HELP)
     parser.add_argument("--tokenizer-dir", type=Path,
                         help=f"folder of the tokenizer (<cache>/tokenizer; {CACHE_HELP})")

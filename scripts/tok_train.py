@@ -3,13 +3,14 @@
 python -m scripts.tok_train --dataset stdlib --vocab-size 8192
 """
 
-import argparse
 import os
+import shlex
 from pathlib import Path
 
 from nanochat.common import (
     CACHE_HELP,
     QUIET_HELP,
+    Parser,
     UserError,
     base_dir,
     check_output,
@@ -17,13 +18,12 @@ from nanochat.common import (
     progress,
     set_quiet,
 )
-from nanochat.dataset import DATASET_HELP, open_dataset, sample_documents
+from nanochat.dataset import DATASET_HELP, DOWNLOADS, open_dataset, sample_documents
 from nanochat.tokenizer import PICKLE_FILE, train_tokenizer
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m scripts.tok_train",
-                                     description=__doc__.splitlines()[0])
+    parser = Parser("python -m scripts.tok_train", __doc__.splitlines()[0])
     parser.add_argument("--dataset", default="climbmix", help=DATASET_HELP)
     parser.add_argument("--vocab-size", type=int, default=32768,
                         help="number of tokens in the vocabulary, including nine special ones "
@@ -55,6 +55,10 @@ def main(argv=None):
     tokenizer.save(folder)
     print(f"tokenizer {tokenizer.tokenizer_id}: {tokenizer.vocab_size:,} tokens, trained on "
           f"{dataset.dataset_id}, saved in {folder}")
+    flags = ["--dataset", args.dataset]
+    flags += ["--tokenizer-dir", str(folder)] if args.tokenizer_dir else []
+    flags += [] if args.dataset in DOWNLOADS else ["--preset", "laptop"]
+    print(f"next: {shlex.join(['python', '-m', 'scripts.base_train', *flags])}")
 
 
 if __name__ == "__main__":

@@ -3,17 +3,15 @@
 python -m scripts.verdict --experiment lane_c_d12 --miniseries miniseries_d12
 """
 
-import argparse
 
-from nanochat.common import command, runs_dir
+from nanochat.common import Parser, command, runs_dir
 from nanochat.experiments.gates import RULES, judge_all
 from nanochat.experiments.ledger import LEDGER_HELP, find_ledger
 from nanochat.experiments.table import experiment_table
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m scripts.verdict", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m scripts.verdict", __doc__)
     parser.add_argument("--experiment", required=True, help="name of the experiment in the ledger, "
                         "the CSV file of runs")
     parser.add_argument("--miniseries",

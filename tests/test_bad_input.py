@@ -5,17 +5,18 @@ import importlib
 import pytest
 
 from nanochat.common import base_dir, runs_dir
+from scripts import plan
 
 MISTAKES = [
     ("scripts.base_eval", ["--model-tag", "none"]),
     ("scripts.base_train", ["--dataset", "/no/such/folder"]),
     ("scripts.experiment", ["--name", "../x", "--profile", "cpu"]),
-    ("scripts.export", ["--model-tag", "none", "--out", "/no/such/folder/x"]),
+    ("scripts.export", ["--model-tag", "none", "--to", "/no/such/folder/x"]),
     ("scripts.lane_b_infer_ratio", ["--calibration-run", "none", "--out", "/no/such/folder/x.json",
                                     "--target-metric-threshold", "1"]),
     ("scripts.lane_b_log_run", ["none", "--inference-json", "/no/such/file.json"]),
     ("scripts.lane_b_stats", ["--dataset", "/no/such/folder", "--out", "/no/such/folder/x.json"]),
-    ("scripts.plan", ["--depth", "4", "--gpu", "none"]),
+    ("scripts.plan", ["--depth", "0"]),
     ("scripts.report", ["none"]),
     ("scripts.runs", ["--compare", "none"]),
     ("scripts.sample", ["--model-tag", "none"]),
@@ -24,6 +25,13 @@ MISTAKES = [
     ("scripts.verdict", ["--experiment", "none", "--ledger", "/no/such/file.csv"]),
     ("nanochat.dataset", ["--dataset", "/no/such/folder"]),
 ]
+
+
+@pytest.mark.parametrize(("program", "arguments"), MISTAKES, ids=[name for name, _ in MISTAKES])
+def test_an_unknown_flag_is_two_lines(program, arguments, refusal):
+    printed = refusal(importlib.import_module(program).main, [*arguments, "--hel"])
+    assert printed.splitlines() == ["error: unknown flag --hel; did you mean --help?",
+                                    "run with --help to see all flags"]
 
 
 @pytest.mark.parametrize(("program", "arguments"), MISTAKES, ids=[name for name, _ in MISTAKES])
@@ -36,3 +44,8 @@ def test_a_mistake_is_one_line(program, arguments, capsys):
     [line] = [line for line in lines if "error: " in line]
     assert len(lines) <= lines.index(line) + 2 and not any("Traceback" in line for line in lines)
     assert not list(base_dir().rglob("*.tmp")) and not runs_dir().exists()
+
+
+def test_an_unknown_choice_is_two_lines(refusal):
+    lines = refusal(plan.main, ["--depth", "4", "--gpu", "none"]).splitlines()
+    assert len(lines) == 2 and "invalid choice: 'none' (choose from 'a100', 'h100'" in lines[0]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -12,6 +13,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,7 +39,7 @@ from nanochat.common import (
     write_json,
     write_text,
 )
-from nanochat.device import choose_compute_dtype, choose_device, peak_bf16_flops
+from nanochat.device import choose_compute_dtype, choose_device, memory_bytes
 
 CPU, CUDA, MPS = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
 
@@ -188,7 +190,6 @@ def test_checksums_notice_any_change(tmp_path, size):
     path.parent.mkdir()
     path.write_bytes(data)
     assert sha256_of(path) == hashlib.sha256(data).hexdigest()
-    assert sha256_of(path, 1) == hashlib.sha256(data[1:]).hexdigest()
     assert matches_checksum(path, tmp_path)  # none is known
     write_checksums(tmp_path, {"part/file": sha256_of(path)})
     write_checksums(tmp_path, {"other": "0"})
@@ -214,14 +215,7 @@ def test_a_run_lock_names_its_owner_and_is_free_after_a_kill(tmp_path):
     holder.communicate()
     assert is_owned(arguments[1]) is False and is_owned(tmp_path / "none") is None
 
-    lock = RunLock(*arguments)
-    lock.check()
-    shutil.rmtree(tmp_path / "locks")
-    other = RunLock(*arguments[:2], "other", "stop it")
-    with pytest.raises(UserError, match="by run other"):
-        lock.check()
-    lock.release()
-    other.check()
+    RunLock(*arguments).release()
 
 
 # --- provenance ----------------------------------------------------------------------------------
@@ -281,11 +275,9 @@ def test_the_dtype_is_bf16_where_it_is_native(monkeypatch, device, hardware, dty
         choose_compute_dtype(device)
 
 
-@pytest.mark.parametrize(("name", "flops"), [
-    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200 NVL", 835e12),
-    ("NVIDIA GH200 480GB", 989e12), ("NVIDIA L40S", 362e12), ("NVIDIA H20", None), ("", None)])
-def test_peak_flops_follow_the_name(name, flops):
-    assert peak_bf16_flops(name) == flops
+def test_the_memory_of_a_cpu_is_that_of_the_machine():
+    [kib] = re.findall(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())
+    assert memory_bytes(CPU) == 1024 * int(kib)
 
 
 # --- progress ------------------------------------------------------------------------------------

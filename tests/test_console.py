@@ -38,7 +38,6 @@ def test_evaluations_checkpoints_and_samples_get_their_lines(capsys):
     sink("checkpoint", {"step": 5, "path": "/cache/d4"})
     sink("resume", {"step": 7})
     sink("sample", {"step": 5, "prompt": "One\nday", "text": " later\nit [bold]"})
-    sink("target", {"step": 5, "description": "not reached"})
     sink("unknown", {"step": 5})
     sink.close()
     assert capsys.readouterr().out == (
@@ -49,8 +48,7 @@ def test_evaluations_checkpoints_and_samples_get_their_lines(capsys):
         "step 5: checkpoint saved in /cache/d4\n"
         "resumed at step 7\n"
         "step 5: sample (the model continues after [...]):\n"
-        "    One\n    day[...] later\n    it [bold]\n"
-        "not reached\n")
+        "    One\n    day[...] later\n    it [bold]\n")
 
 
 def test_a_terminal_gets_a_bar_with_loss_and_speed(capsys, monkeypatch):

@@ -270,7 +270,7 @@ def test_stdlib_is_prepared_once_with_version_and_content_in_its_id(base_dir):
 ])
 def test_wrong_arguments_are_one_line_and_exit_code_2(monkeypatch, arguments, message, refusal):
     monkeypatch.setitem(dataset_module.DOWNLOADS, "climbmix", Download("owner/repository", 4))
-    assert message in refusal(main, arguments).splitlines()[-1]
+    assert message in refusal(main, arguments)
 
 
 @pytest.mark.parametrize("name", ["corpus", "~corpus", "cor:pus", b"caf\xe9", "..corpus"])

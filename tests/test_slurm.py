@@ -65,7 +65,7 @@ def test_the_signal_makes_the_ranks_save_and_torchrun_end_without_a_restart(
                "--nproc-per-node=2", "--max-restarts=3", signals, "-m", "scripts.base_train",
                *TINY_FLAGS, "--dataset", corpus, "--num-iterations", "99999", "--run-id", "job",
                "--model-tag", "job", "--device-type", "cpu", "--eval-every", "-1",
-               "--resume-from-step", "auto"]
+               "--resume-from-step", "auto", "--allow-repeats"]
     with open(tmp_path / "log", "w") as log:
         job = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -53,7 +53,7 @@ def test_measured_time_is_the_clock_at_the_first_evaluation_at_the_threshold(
         assert found.extrapolated_sec is None and found.reason is None
     points[measured_step - 1] = dataclasses.replace(points[measured_step - 1], train_time_sec=0.0)
     text = time_to_target(points, "val_bpb", threshold).describe()
-    assert f"before the clock starts, measured at step {measured_step}" in text
+    assert f"reached by val_bpb before the clock starts, at step {measured_step}" in text
 
 
 def test_only_evaluations_before_the_learning_rate_decay_are_extrapolated():
@@ -70,7 +70,7 @@ def test_only_evaluations_before_the_learning_rate_decay_are_extrapolated():
             expected_sec = pytest.approx(4 * LAST_TOKENS * SEC_PER_TOKEN, rel=1e-3)
             assert found.extrapolated_sec == expected_sec
             assert found.extrapolated_hi_sec / found.extrapolated_lo_sec < 1.01
-            assert "not reached; extrapolated" in found.describe()
+            assert "; extrapolated" in found.describe()
 
 
 def test_estimate_and_interval_agree_with_scipy():
@@ -135,8 +135,8 @@ def test_no_time_is_invented(metric, threshold, lr_multiplier, reason):
     points = evaluations(range(1, len(metric) + 1), metric, 1.0, lr_multiplier)
     found = time_to_target(points, "val_bpb", threshold)
     assert found.extrapolated_sec is None and found.measured_sec is None
-    assert reason in found.reason and f"not reached, not extrapolated: {found.reason}" in (
-        found.describe())
+    assert reason in found.reason and found.describe() == (
+        f"target {threshold:g} not reached by val_bpb, not extrapolated: {found.reason}")
 
 
 @pytest.mark.parametrize(("name", "threshold", "message"), [

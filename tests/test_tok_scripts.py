@@ -25,7 +25,9 @@ def test_a_trained_tokenizer_is_saved_in_the_cache_folder_and_measured(corpus, b
     tok_train.main(["--dataset", corpus, "--vocab-size", "300"])
     tokenizer = load_tokenizer(base_dir / "tokenizer")
     assert tokenizer.vocab_size == 300
-    assert f"tokenizer {tokenizer.tokenizer_id}: 300 tokens, trained on " in capsys.readouterr().out
+    done, advice = capsys.readouterr().out.splitlines()[-2:]
+    assert done.startswith(f"tokenizer {tokenizer.tokenizer_id}: 300 tokens, trained on ")
+    assert advice == f"next: python -m scripts.base_train --dataset {corpus} --preset laptop"
     tok_eval.main(["--dataset", corpus])
     lines = capsys.readouterr().out.splitlines()
     for split, line in zip(("train", "val"), lines[-2:], strict=True):

@@ -75,13 +75,12 @@ def spoil(optimizer):
 # --- events ---------------------------------------------------------------------------------------
 
 def test_events_come_at_their_steps_and_in_their_order(corpus, loss_is_read):
-    main(flags(corpus, 7, "--eval-every", "3", "--sample-every", "4", "--save-every", "3",
-               "--position-losses"))
+    main(flags(corpus, 7, "--eval-every", "3", "--sample-every", "4", "--save-every", "3"))
     t = "train"
     assert happened() == [
         ("val", 0), (t, 1), (t, 2), (t, 3), ("checkpoint", 3), ("val", 3), (t, 4), ("sample", 4),
         ("sample", 4), (t, 5), (t, 6), ("checkpoint", 6), ("val", 6), (t, 7), ("checkpoint", 7),
-        ("val", 7), ("position_losses", 7), ("sample", 7), ("sample", 7)]
+        ("val", 7), ("sample", 7), ("sample", 7)]
     assert values(t, "tokens") == [STEP_TOKENS * step for step in range(1, 8)]
     assert values("val", "tokens") == [STEP_TOKENS * step for step in (0, 3, 6, 7)]
 
@@ -277,26 +276,6 @@ def test_a_signal_without_checkpoints_saves_none(corpus, at_step, capsys):
     main(flags(corpus, 10, *NEVER))
     assert happened()[-1] == ("train", 3) and not saved_steps()
     assert "continue with" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("step", "last"), [
-    (0, []), (5, [("train", 5), ("checkpoint", 5)]), (10, [("train", 10), ("checkpoint", 10)])])
-def test_a_signal_ends_an_evaluation_at_once_and_a_resume_makes_it(corpus, monkeypatch, step,
-                                                                  last):
-    evaluate = train.evaluate_split
-    with monkeypatch.context() as patch:
-        def interrupted(*arguments, **options):
-            if len(values("train", "step")) == step:
-                signal.raise_signal(signal.SIGINT)
-                raise AssertionError("the evaluation continued")
-            return evaluate(*arguments, **options)
-
-        patch.setattr(train, "evaluate_split", interrupted)
-        assert main(flags(corpus, 10)) == 128 + signal.SIGINT
-    assert happened()[-2:] == last
-    if step:
-        assert main(flags(corpus, 10, "--resume-from-step", "latest")) == 0
-        assert values("val", "step") == [0, 5, 10]
 
 
 def test_a_second_signal_ends_the_process_but_an_echo_of_the_first_does_not(

@@ -26,8 +26,8 @@ NUMBERS = (
     "peak_memory_mib", "steps", "num_iterations", "training_sec", "final_val_bpb",
     "final_val_bpb_se", "core_metric", "total_batch_size_tokens")
 _NOT_IN_RECIPE = {  # flags in which repeats of a recipe may differ
-    "seed", "run", "run_id", "model_tag", "resume_from_step", "allow_changed", "quiet",
-    "sample_every", "save_every", "save_minutes", "keep_checkpoints"}
+    "seed", "run", "run_id", "model_tag", "resume_from_step", "allow_changed", "allow_memory",
+    "allow_repeats", "quiet", "sample_every", "save_every", "save_minutes", "keep_checkpoints"}
 
 
 def experiment_table(ledger, experiment_name, runs_dir):
