@@ -23,15 +23,14 @@ MAX_LOAD = 0.05  # share of one core that updates of the live page may use
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="id or folder of a run")
-    parser.add_argument("--experiment", help="instead of runs: name of an experiment in the ledger")
-    parser.add_argument("--miniseries",
-                        help="name of the experiment with several depths, for gate 4")
-    parser.add_argument("--ledger", help=LEDGER_HELP)
-    parser.add_argument("--live", action="store_true",
-                        help="rewrite the file until Ctrl-C; the browser reloads it by itself")
-    parser.add_argument("--out", type=Path, default=Path("report.html"),
-                        help="file to write (%(default)s)")
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="id or folder of a run")
+    add("--experiment", help="instead of runs: name of an experiment in the ledger")
+    add("--miniseries", help="name of the experiment with several depths, for gate 4")
+    add("--ledger", help=LEDGER_HELP)
+    add("--live", action="store_true",
+        help="rewrite the file until Ctrl-C; the browser reloads it by itself")
+    add("--out", type=Path, default=Path("report.html"), help="file to write (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -40,8 +39,6 @@ def main(argv=None):
     args = parse_args(argv)
     if bool(args.runs) == bool(args.experiment):
         raise UserError("give either --experiment or run ids")
-    if args.miniseries and not args.experiment:
-        raise UserError("--miniseries needs --experiment")
     draw = partial(runs_page, args.runs, runs_dir())
     if args.experiment:
         ledger = args.ledger or find_ledger(args.experiment)

@@ -1,4 +1,4 @@
-"""Judge the candidates of an experiment by the four gates (see ideas/README.md).
+"""Judge the candidates of an experiment by the four gates of lane C (see ideas/README.md).
 
 python -m scripts.verdict --experiment lane_c_d12 --miniseries miniseries_d12
 """
@@ -6,9 +6,8 @@ python -m scripts.verdict --experiment lane_c_d12 --miniseries miniseries_d12
 import argparse
 
 from nanochat.common import command, runs_dir
-from nanochat.experiments.gates import RULES, judge_all
-from nanochat.experiments.ledger import LEDGER_HELP, find_ledger
-from nanochat.experiments.table import experiment_table
+from nanochat.experiments.gates import RULES, gate_lines, judge_all
+from nanochat.experiments.ledger import LEDGER_HELP, experiment_table, find_ledger
 
 
 def parse_args(argv=None):
@@ -31,12 +30,10 @@ def main(argv=None):
     table = experiment_table(ledger, args.experiment, runs_dir())
     series = experiment_table(ledger, args.miniseries, runs_dir()) if args.miniseries else None
     verdicts = judge_all(table, series, runs_dir(), args.candidates)
-    print("\n".join(RULES), end="\n\n")
+    print(*RULES, sep="\n")
     for verdict in verdicts:
-        print(f"{verdict.candidate}: {verdict.decision.upper()} ({verdict.decided_by})")
-        for name, (outcome, sentence) in verdict.gates.items():
-            print(f"  {name:<16} {outcome:<13} {sentence}")
-        print()
+        print(f"\n{verdict.candidate}: {verdict.decision.upper()} ({verdict.decided_by})")
+        print(*gate_lines(verdict.gates), sep="\n")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@ import math
 import numpy as np
 
 from nanochat.common import runs_dir
-from nanochat.experiments.ledger import append_row
+from nanochat.experiments.ledger import append_row, row_of
 from nanochat.experiments.profiles import CANDIDATES
-from nanochat.experiments.table import row_of
 from nanochat.runlog import RunLog, find_run
 from nanochat.target import evaluations_of, time_to_target
 

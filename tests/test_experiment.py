@@ -41,15 +41,14 @@ def dry_run(ledger, capsys):
     return dry_run
 
 
-def test_a_dry_run_prints_rules_sizes_and_commands(ledger, dry_run):
+def test_a_dry_run_prints_rules_and_the_commands_of_missing_runs(ledger, dry_run):
     make_trial(ledger, "x", seed=0)
     printed, commands = dry_run("--name", "x", "--profile", "cpu", "--candidates", "baseline",
                                 "both", "--seeds", "0", "1", "0", "--", "--device-type=cpu")
     assert [line.split("--run-id=")[1].split()[0] for line in commands] == [
-        f"x.{name}.d4.s{seed}" for seed in (0, 1) for name in ("baseline", "both")]
-    assert [line.startswith("# finished: ") for line in commands] == [True, False, False, False]
+        "x.both.d4.s0", "x.baseline.d4.s1", "x.both.d4.s1"]
     assert all("--device-type=cpu" in line for line in commands)
-    assert "gate 4, generalisation" in printed and "depth 4: 11.5M parameters" in printed
+    assert "gate 4, generalisation" in printed and "4 runs, 3 of them missing" in printed
 
 
 PROTOCOL = """
@@ -59,15 +58,14 @@ PROTOCOL = """
 """
 
 
-def test_the_d12_profile_is_the_protocol_to_the_letter_and_prints_its_size(base_dir, dry_run):
-    printed, commands = dry_run("--name", "b", "--profile", "d12-protocol")
+def test_the_d12_profile_is_the_protocol_to_the_letter(base_dir, dry_run):
+    _, commands = dry_run("--name", "b", "--profile", "d12-protocol")
     for seed, line in enumerate(commands):
         run_id = f"b.baseline.d12.s{seed}"
         assert line.split("scripts.base_train ")[1].split() == [
             *PROTOCOL.split(), f"--tokenizer-dir={base_dir}/tokenizer_climbmix",
             "--dataset=climbmix", f"--seed={seed}", f"--run-id={run_id}", f"--model-tag={run_id}"]
-    assert len(commands) == 2 and "depth 12: 286.3M parameters" in printed
-    assert "24.58M tokens, 0.22 per scaling parameter" in printed
+    assert len(commands) == 2
 
 
 def test_only_protocols_write_to_the_tracked_ledger(base_dir):
@@ -98,7 +96,6 @@ def test_missing_data_of_a_profile_is_prepared(ledger, base_dir, monkeypatch):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["--profile", "d99"], "no profile 'd99'"),
     (["--profile", "cpu", "--candidates", "magic"], "no candidate 'magic'"),
     (["--profile", "cpu", "--target-metric-threshold", "-1"], "above 0"),
     (["--profile", "cpu", "--depths", "0", "--dry-run"], "--depth 0 must be"),

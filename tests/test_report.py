@@ -16,10 +16,9 @@ import pytest
 from synthetic_runs import make_run, make_trial
 
 from nanochat.common import UserError, runs_dir, write_json
-from nanochat.config import parse_config
 from nanochat.experiments.gates import judge_all
+from nanochat.experiments.ledger import experiment_table
 from nanochat.experiments.report import experiment_page, runs_page
-from nanochat.experiments.table import experiment_table
 from nanochat.runlog import RunLog
 from scripts import report as script
 
@@ -68,14 +67,9 @@ def text_of(page):
 
 def table_of(page):
     """Return {first cell: [other cells]} of the table of runs."""
-    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page, re.DOTALL)
+    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
     cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
     return {row[0]: row[1:] for row in cells}
-
-
-def edit_config(run_id, **changes):
-    path = runs_dir() / run_id / "config.json"
-    write_json(path, json.loads(path.read_text()) | changes)
 
 
 # --- content -----------------------------------------------------------
@@ -89,17 +83,16 @@ def test_page_shows_the_verdicts_every_section_figure_and_run(matrix):
             assert f"{name}: {outcome}. {' '.join(sentence.split())}" in text
     assert text.index("chunked-ce promote") < text.index("both reject") < text.index("Curves")
     headings = re.findall("<h2>(.*)</h2>", matrix.page)
-    assert headings == ["Overview", "Curves", "Depths", "Gates", "Runs", "Reproduce"]
+    assert headings == ["Overview", "Curves", "Depths", "Runs"]
     assert matrix.page.count("<img ") == 2 + 2 * 3 + 2
     assert all(f"lane_c.{name}.d4.s{seed}" in rows for name in ("baseline", "chunked-ce", "both")
                for seed in (0, 1))
-    assert re.search(r'<tr class="failed"><th>lane_c\.both\.d4\.s1<', matrix.page)
-    assert "torch 2.13.0" in text and "commit 000000000000" in text
+    assert rows["lane_c.both.d4.s1"][0] == "nan" and "commit 000000000000" in text
 
 
 def test_table_of_runs_has_mean_and_sd_standard_errors_and_says_what_was_not_measured(ledger):
     not_measured = {"time_to_target_sec_measured": None, "time_to_target_sec_extrapolated": 33.0}
-    times = ({"time_to_target_sec_measured": 0.0}, not_measured, {})
+    times = ({"time_to_target_sec_measured": 12.34}, not_measured, {})
     for seed, cells in enumerate(times):
         row = cells | {"min_val_bpb": 1.5 + 0.01 * seed**2}
         make_trial(ledger, "x", seed=seed, row=row, **SMALL)
@@ -110,19 +103,19 @@ def test_table_of_runs_has_mean_and_sd_standard_errors_and_says_what_was_not_mea
     mean_sd = f"{bpb.mean():.5f} ± {bpb.std(ddof=1):.5f}"
     headings = ["state", "min val_bpb", "standard error over documents", "time to target, s"]
     assert rows["run"][:4] == headings
-    assert rows["baseline, depth 4"][:3] == ["mean ± sd of 3", mean_sd, ""]
-    assert rows["x.baseline.d4.s0"][1:4] == ["1.50000", "0.01230", "before the clock starts"]
+    assert rows["baseline, depth 4"][:3] == ["mean ± sd of 3", mean_sd, "0.01230"]
+    assert rows["x.baseline.d4.s0"][1:4] == ["1.50000", "0.01230", "12.3"]
     assert rows["x.baseline.d4.s1"][0] == "ok; target not reached: time extrapolated"
     assert rows["x.baseline.d4.s1"][2:4] == ["·", "33.0"]
 
 
-def test_state_says_how_far_a_run_is_where_it_was_resumed_and_what_changed():
+def test_state_says_how_far_a_run_is_and_what_a_resumption_changed():
     make_run("going", **SMALL, finished=False)
     changed = [["compute_dtype", "float32", HOSTILE]]
     RunLog.resume(runs_dir(), "going", 40, changed=changed).close()
     page = runs_page(["going"], runs_dir())
-    words = f"resumed at step 40; compute_dtype was float32, is {HOSTILE}"
-    assert f"going running, step 40 of 100; {words}" in text_of(page) and "<script" not in page
+    words = f"going running, step 40 of 100; compute_dtype was float32, is {HOSTILE}"
+    assert words in text_of(page) and "<script" not in page
 
 
 def test_missing_targets_candidates_and_records_leave_sections_out(ledger):
@@ -135,27 +128,6 @@ def test_missing_targets_candidates_and_records_leave_sections_out(ledger):
     assert 'id="verdict"' not in experiment_page(ledger, "no-baseline", runs_dir())
     shutil.rmtree(runs_dir())
     assert "Curves" not in text_of(experiment_page(ledger, "no-baseline", runs_dir()))
-
-
-def test_commands_give_the_flags_back(tmp_path, monkeypatch):
-    """Run them in a shell whose `python` prints its arguments."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "my folder"))
-    flags = ["--depth=4", "--save-every=0", "--weight-decay=0", "--chunked-ce", "--eval-every=-1",
-             f"--tokenizer-dir={runs_dir().parent}/tokenizer x"]
-    given = []
-    for name, seed in (("one", 0), ("other", 7)):
-        make_run(name, **SMALL)
-        own = [f"--run-id={name}", f"--seed={seed}"]
-        given.append(parse_config([*flags, *own]).to_dict())
-        edit_config(name, flags=given[-1])
-    page = runs_page(["one", "other"], runs_dir())
-    commands = html.unescape(re.search("<pre>(.*)</pre>", page, re.DOTALL)[1])
-    assert str(runs_dir().parent) not in commands
-    shell = f"python() {{ printf '%s\\0' \"$@\"; echo; }}\n{commands}"
-    printed = subprocess.run(["bash", "-c", shell], check=True, capture_output=True, text=True,
-                             env={"NANOCHAT_BASE_DIR": str(tmp_path / "my folder")}).stdout
-    argvs = [line.rstrip("\0").split("\0")[2:] for line in printed.splitlines()]
-    assert [parse_config(argv).to_dict() for argv in argvs] == given
 
 
 # --- refusals ----------------------------------------------------------
@@ -199,7 +171,7 @@ def test_page_refers_only_to_itself_and_its_ids_are_unique(matrix):
     links = re.findall(r'\b(?:src|href|srcset|data|action)="([^"]*)"', matrix.page)
     ids = re.findall(r'\bid="([^"]+)"', matrix.page)
     assert sorted(ids) == sorted(set(ids))
-    assert len(links) > 10 and all(link.startswith("data:") for link in links)
+    assert len(links) > 9 and all(link.startswith("data:") for link in links)
     assert not re.search(r"@import|url\(|<(script|iframe|object|embed|base)\b", matrix.page)
 
 
@@ -208,7 +180,6 @@ def test_hostile_text_is_escaped_everywhere(ledger):
     row = {"experiment_name": HOSTILE, "device": HOSTILE, "dataset_id": HOSTILE}
     for name, flags in (("baseline", ""), ("both", HOSTILE)):
         make_trial(ledger, "x", candidate=name, **SMALL, row=row | {"candidate_flags": flags})
-    edit_config("x.baseline.d4.s0", versions={HOSTILE: HOSTILE}, flags={"depth": 4, "x": HOSTILE})
     page = experiment_page(ledger, HOSTILE, runs_dir())
     assert "<script" not in page and "alert(1)</" not in page
     for data in re.findall('src="data:image/svg[^,]*,([^"]*)"', page):

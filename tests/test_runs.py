@@ -15,7 +15,7 @@ from scipy import stats
 from synthetic_runs import make_run
 
 from nanochat.common import RunLock, locks_dir, runs_dir, write_json
-from nanochat.experiments.table import RECENT_SEC
+from nanochat.experiments.ledger import RECENT_SEC
 from scripts import runs as script
 
 SMALL = {"steps": 40, "eval_every": 10}
@@ -127,17 +127,17 @@ def test_differences_are_paired_over_seeds_with_students_interval(capsys, refusa
     lo, hi = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
     percent = 100 * differences.mean() / np.mean(bits["baseline"])
     assert "both-s{0,1,2,3} minus baseline-s{0,1,2,3}, over the seeds that both have fin" in text
-    assert (f"min_val_bpb: n=3, mean {differences.mean():+.4g} ({percent:+.1f} %) (interval "
+    assert (f"min val_bpb: n=3, mean {differences.mean():+.4g} ({percent:+.1f} %) (interval "
             f"{lo:+.4g} to {hi:+.4g}") in text
-    assert f"{np.mean(bits['both']):.6g}" in text.split("both-s{0,1,2,3} mean")[1].split("\n")[0]
+    mean_sd = f"mean ± sd of 3 {np.mean(bits['both']):.5f} ± {np.std(bits['both'], ddof=1):.5f}"
+    assert mean_sd in " ".join(text.split("both-s{0,1,2,3}, depth 4")[1].split())
     flags = text.partition("\n\n")[0]
     assert "fused_rmsnorm" in flags and "chunked_ce" in flags and "seed" not in flags
 
     text = said(capsys, "--compare", "baseline-s0", str(runs_dir() / "baseline-s1"))
-    assert "runs of one candidate" in text and "baseline-s{0,1} mean" in text
-    assert "minus" not in text
+    assert "baseline-s{0,1}, depth 4" in text and "minus" not in text
     shutil.copytree(runs_dir() / "baseline-s0", runs_dir() / "again")
     assert "have the same flags" in refusal(script.main, ["--compare", "baseline-s0", "again"])
     make_run("b", seed=9, dataset_id="books", device="H200", **SMALL)
     text = said(capsys, "--compare", "baseline-s0", "b")
-    assert "books" in text and "H200" in text and "no difference can be given" in text
+    assert "books" in text and "H200" in text and "no difference" in text
