@@ -2,10 +2,10 @@
 
 python -m scripts.experiment --name my_test --profile cpu --candidates baseline chunked-ce
 
-A candidate is a set of flags that is compared with the baseline. Each run adds one row to the
-ledger, a CSV file that scripts.verdict and scripts.report read. Repeat the command to continue an
-interrupted experiment. Flags after `--` are passed to every scripts.base_train; for another text
-give -- --dataset NAME --tokenizer-dir FOLDER. Profiles:
+A candidate is a set of flags that is compared with the baseline. Each run leaves a record, which
+scripts.verdict and scripts.report read, and a row in the ledger, a CSV file. Repeat the command to
+continue an interrupted experiment. Flags after `--` are passed to every scripts.base_train; for
+another text give -- --dataset NAME --tokenizer-dir FOLDER. Profiles:
 
 """
 
@@ -62,7 +62,7 @@ def experiment_of(args):
     profile = PROFILES[args.profile]
     threshold = args.target_metric_threshold
     if args.target_from:
-        threshold = runner.threshold_from(args.ledger, args.target_from, args.name)
+        threshold = runner.threshold_from(args.target_from, args.name, runs_dir())
     return runner.Experiment(
         args.name, profile, dict(map(candidate_flags, args.candidates)),
         tuple(dict.fromkeys(args.seeds)), tuple(dict.fromkeys(args.depths or [profile.depth])),
@@ -89,8 +89,7 @@ def main(argv=None):
     runs = runner.training_runs(experiment)
     for run in runs:
         parse_config(run.flags)  # raises for flags that base_train refuses
-    logged = runner.logged_runs(experiment.name, args.ledger)
-    missing = [run for run in runs if run.run_id not in logged]
+    missing = [run for run in runs if not runner.has_ended(runs_dir() / run.run_id)]
     print0(f"{experiment.name}: {experiment.profile.description}; {len(runs)} runs, {len(missing)} "
            "of them missing. Rules of the verdict, fixed before the runs:", *RULES, sep="\n  ")
     if args.dry_run:

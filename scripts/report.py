@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from nanochat.common import UserError, check_output, command, print0, runs_dir, warn, write_text
-from nanochat.experiments.ledger import LEDGER_HELP, find_ledger
 from nanochat.experiments.report import experiment_page, runs_page
 
 RELOAD_SEC = 10
@@ -25,9 +24,8 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="id or folder of a run")
-    add("--experiment", help="instead of runs: name of an experiment in the ledger")
+    add("--experiment", help="instead of runs: name of an experiment")
     add("--miniseries", help="name of the experiment with several depths, for gate 4")
-    add("--ledger", help=LEDGER_HELP)
     add("--live", action="store_true",
         help="rewrite the file until Ctrl-C; the browser reloads it by itself")
     add("--out", type=Path, default=Path("report.html"), help="file to write (%(default)s)")
@@ -41,8 +39,7 @@ def main(argv=None):
         raise UserError("give either --experiment or run ids")
     draw = partial(runs_page, args.runs, runs_dir())
     if args.experiment:
-        ledger = args.ledger or find_ledger(args.experiment)
-        draw = partial(experiment_page, ledger, args.experiment, runs_dir(), args.miniseries)
+        draw = partial(experiment_page, args.experiment, runs_dir(), args.miniseries)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     check_output("--out", args.out)
     write_text(args.out, draw(reload_sec=RELOAD_SEC if args.live else None))

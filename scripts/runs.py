@@ -9,7 +9,6 @@ python -m scripts.runs --compare RUN RUN ...    compare flags and metrics, the b
 
 import argparse
 import fnmatch
-from datetime import datetime, timedelta
 
 import pandas as pd
 
@@ -31,36 +30,23 @@ def parse_args(argv=None):
 
 def list_runs(patterns):
     """Return a line per run of these names, newest first, and a line per unreadable record."""
-    listed, broken = [], []
+    tables, broken = [], []
     for folder in sorted(path for path in runs_dir().glob("[!.]*") if path.is_dir()):
         if any(fnmatch.fnmatchcase(folder.name, pattern) for pattern in patterns):
             try:
                 record = read_run(folder)
-                listed.append((age_sec(record), folder.name, runs_table([record]).iloc[0]))
+                tables.append(runs_table([record]).assign(
+                    run_id=folder.name, candidate=folder.name, age_sec=age_sec(record)))
             except (UserError, OSError) as error:
                 broken.append(f"broken: {folder.name}: {' '.join(str(error).split())}")
-    if not listed and not broken:
+    if not tables and not broken:
         if patterns == ["*"]:
             return f"no runs in {runs_dir()}"
         raise UserError(f"no run {' '.join(patterns)} in {runs_dir()}; "
                         f"{newest_in_words(runs_dir())}")
-    rows = {name: cells(run, age) for age, name, run in sorted(listed, key=lambda row: row[:2])}
-    table = [pd.DataFrame(rows).T.to_string()] if rows else []
-    return "\n".join([*table, *broken])
-
-
-def cells(run, age):
-    """Return the columns of the list for a row of the table, written `age` seconds ago."""
-    target = ""
-    if pd.notna(run.target_metric_threshold):
-        seconds = run.time_to_target_sec_measured
-        when = "not reached" if pd.isna(seconds) else f"reached after {seconds:,.0f} s"
-        target = f"{run.target_metric_threshold:g} {when}"
-    written = datetime.now() - timedelta(seconds=age)
-    return {"state": run.state, "written": f"{written:%Y-%m-%d %H:%M}",
-            "steps": f"{run.steps:,.0f}/{run.num_iterations:,.0f}",
-            "tokens": f"{run.total_tokens / 1e6:,.2f}M", "min val_bpb": f"{run.min_val_bpb:.4f}",
-            "tok/s": f"{run.tok_per_sec_median:,.0f}", "target": target}
+    if tables:
+        broken.insert(0, text_table(pd.concat(tables).sort_values("age_sec")).to_string())
+    return "\n".join(broken)
 
 
 def compare(table):

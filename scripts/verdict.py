@@ -7,28 +7,25 @@ import argparse
 
 from nanochat.common import command, runs_dir
 from nanochat.experiments.gates import RULES, gate_lines, judge_all
-from nanochat.experiments.ledger import LEDGER_HELP, experiment_table, find_ledger
+from nanochat.experiments.ledger import experiment_table
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.verdict", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", required=True, help="name of the experiment in the ledger, "
-                        "the CSV file of runs")
+    parser.add_argument("--experiment", required=True, help="name of the experiment")
     parser.add_argument("--miniseries",
                         help="name of the experiment with several depths, for gate 4")
     parser.add_argument("--candidates", nargs="+", metavar="NAME",
                         help="candidates to judge (default: all in the experiment)")
-    parser.add_argument("--ledger", help=LEDGER_HELP)
     return parser.parse_args(argv)
 
 
 @command
 def main(argv=None):
     args = parse_args(argv)
-    ledger = args.ledger or find_ledger(args.experiment)
-    table = experiment_table(ledger, args.experiment, runs_dir())
-    series = experiment_table(ledger, args.miniseries, runs_dir()) if args.miniseries else None
+    table = experiment_table(args.experiment, runs_dir())
+    series = experiment_table(args.miniseries, runs_dir()) if args.miniseries else None
     verdicts = judge_all(table, series, runs_dir(), args.candidates)
     print(*RULES, sep="\n")
     for verdict in verdicts:

@@ -1,6 +1,5 @@
-"""scripts.runs: states and numbers from records, comparison against scipy, records of strangers."""
+"""scripts.runs: status and numbers from records, comparison against scipy, records of strangers."""
 
-import json
 import os
 import shutil
 import socket
@@ -27,7 +26,7 @@ def said(capsys, *argv):
 
 
 def listed(capsys, *argv):
-    """The state of each run listed, by id."""
+    """The first word of the status of each run listed, by id."""
     return dict(line.split()[:2] for line in said(capsys, *argv).splitlines()[1:])
 
 
@@ -36,7 +35,7 @@ def set_age(name, age_sec):
         os.utime(path, (time.time() - age_sec,) * 2)
 
 
-def test_states_are_those_of_summary_and_owner(capsys):
+def test_the_status_is_that_of_summary_or_owner(capsys):
     assert said(capsys) == f"no runs in {runs_dir()}\n"
     make_run("ok", **SMALL), make_run("diverged", nan_at=20, **SMALL)
     stopped = make_run("stopped", **SMALL).folder
@@ -48,9 +47,8 @@ def test_states_are_those_of_summary_and_owner(capsys):
                            capture_output=True, text=True)
     for name, host in (("killed", socket.gethostname()), ("far", "elsewhere")):
         write_json(locks_dir() / f"run.{name}", {"host": host, "pid": int(child.stdout)})
-    states = {"ok": "finished", "diverged": "failed", "stopped": "stopped", "runs": "running",
-              "killed": "stale", "far": "running"}
-    assert listed(capsys) == states
+    assert listed(capsys) == {"ok": "ok", "diverged": "nan", "stopped": "interrupted",
+                              "runs": "running,", "killed": "stale", "far": "running,"}
     set_age("far", 2 * RECENT_SEC)
     assert listed(capsys, "far") == {"far": "stale"}
     lock.release()
@@ -66,20 +64,16 @@ def test_runs_are_listed_by_name_newest_first_with_unreadable_ones(capsys, refus
     (runs_dir() / "torn" / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
     (runs_dir() / "empty").mkdir()
     out = said(capsys)
-    assert "y       finished" in out and all(f"\nbroken: {x}: " in out for x in ("torn", "empty"))
+    assert "y   " in out and all(f"\nbroken: {x}: " in out for x in ("torn", "empty"))
     error = refusal(script.main, ["none"])
     assert f"no run none in {runs_dir()}; there are " in error and "y" in error
     assert "no run 'no' in" in refusal(script.main, ["--compare", "no"])
 
 
-def test_a_running_run_shows_its_numbers_and_a_missed_target_does_not_read_as_reached(capsys):
-    make_run("done", threshold=1.3, **SMALL), make_run("going", finished=False, **SMALL)
-    config = json.loads((runs_dir() / "going" / "config.json").read_text())
-    config["flags"] |= {"target_metric_name": "val_bpb", "target_metric_threshold": 1.5}
-    write_json(runs_dir() / "going" / "config.json", config)
-    done, going = (said(capsys, name).splitlines()[1].split()[4:] for name in ("done", "going"))
-    assert done[:3] == going[:3] == ["40/40", "0.08M", "1.4537"]
-    assert done[4:] == ["1.3", "not", "reached"] and going[4:7] == ["1.5", "reached", "after"]
+def test_a_running_run_shows_its_numbers_so_far(capsys):
+    make_run("done", **SMALL), make_run("going", finished=False, **SMALL)
+    done, going = (said(capsys, name).splitlines()[1] for name in ("done", "going"))
+    assert "running, step 40 of 40" in going and "1.45372" in going and "1.45372" in done
 
 
 scalars = (st.none() | st.booleans() | st.integers() | st.text()

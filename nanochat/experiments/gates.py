@@ -12,7 +12,13 @@ import pandas as pd
 from scipy import stats
 
 from nanochat.common import UserError
-from nanochat.experiments.ledger import INTERPRETED, check_same, check_same_world, curve
+from nanochat.experiments.ledger import (
+    INTERPRETED,
+    check_same,
+    check_same_world,
+    curve,
+    curves_of,
+)
 from nanochat.experiments.profiles import BASELINE
 from nanochat.experiments.runner import read_probe
 
@@ -154,10 +160,9 @@ def time_gate(runs, min_seeds=MIN_SEEDS):
     if not timed.any():
         return outcome_of(faults, gaps)
 
-    gain, seconds = paired(100 * (1 - after / before)[timed]), paired((before - after)[timed])
+    gain = paired(100 * (1 - after / before)[timed])
     is_extrapolated = (b.is_extrapolated | c.is_extrapolated)[timed].any()
-    notes = [f"gain {gain.describe('%')}", seconds.describe("s"),
-             "extrapolated" if is_extrapolated else "measured"]
+    notes = [f"gain {gain.describe('%')}", f"mean {(before - after)[timed].mean():+.4g} s"]
     doubt = ("the gain has no interval" if not gain.lo <= gain.hi else
              "the gain's interval reaches zero" if gain.lo <= 0 else
              "a time to target was extrapolated, not measured" if is_extrapolated else "")
@@ -180,14 +185,19 @@ def quality_gate(runs):
     margin, excesses = quality_margin(runs), (c.min_val_bpb - b.min_val_bpb).dropna()
     if margin is None or excesses.empty:
         return outcome_of([], ["two baseline seeds and one pair need val_bpb"])
-    end, (excess, allowed) = paired(excesses), _excess_curves(runs, margin)
+    end, ended = paired(excesses), runs[runs.ok]
     notes = [f"min val_bpb {end.describe('bpb')}, margin {margin:.5f}"]
     notes += document_notes(b.record, c.record)
     gaps = missing_runs(runs) or _fewer("seeds", len(excesses), max(MIN_SEEDS, len(b)))
     is_worse = end.mean > margin
+
+    excess = excess_of(ended).dropna().mean(axis=1)
+    baseline = curves_of(ended[ended.candidate == BASELINE], "val", "val_bpb")
+    sds = baseline.groupby("step").value.std().fillna(0.0).reindex(excess.index)
     if excess.empty:
-        gaps = gaps or ["the runs' curves are not here"]
+        gaps = gaps or ["the runs have no evaluation at the same step"]
     else:
+        allowed = 2 * (QUALITY_SDS * sds).clip(lower=margin)
         step = (excess - allowed).idxmax()
         is_worse |= excess[step] > allowed[step]
         notes.append(f"worst of the run {excess[step]:+.5f} at step {step:.0f}, allowed "
@@ -195,19 +205,14 @@ def quality_gate(runs):
     return (FAIL, "; ".join(notes)) if is_worse else outcome_of([], gaps, notes)
 
 
-def _excess_curves(runs, margin):
-    """Return the mean excess of val_bpb and the allowed one by step; empty without all curves."""
-    b, c = pairs(runs)
-    baseline = runs[(runs.candidate == BASELINE) & runs.ok]
-    before, after, every = (
-        pd.DataFrame([curve(record, "val", "val_bpb").set_index("step").value
-                      for record in rows.record]).T.sort_index() for rows in (b, c, baseline))
-    excess = (after - before).mean(axis=1).dropna()  # a row per step, a column per run
-    if pd.concat([before, after], axis=1).isna().all().any():
-        excess = excess[:0]
-    excess = excess[excess.index > 0]
-    sds = every.std(axis=1).fillna(0.0).reindex(excess.index)
-    return excess, 2 * (QUALITY_SDS * sds).clip(lower=margin)
+def excess_of(runs):
+    """Return val_bpb minus that of the baseline of equal depth and seed: a column per run."""
+    val, keys = curves_of(runs, "val", "val_bpb"), ["depth", "seed", "step"]
+    val = val[val.step > 0]
+    baseline = val[val.candidate == BASELINE][[*keys, "value"]]
+    both = val[val.candidate != BASELINE].merge(baseline, on=keys, suffixes=("", "_of_baseline"))
+    both["excess"] = both.value - both.value_of_baseline
+    return both.pivot(index="step", columns=["candidate", "run_id"], values="excess")
 
 
 def document_notes(records, others):
@@ -215,7 +220,7 @@ def document_notes(records, others):
     from nanochat.loss_eval import load_document_losses, paired_difference  # torch takes seconds
 
     pairs_of_paths = [[record.folder / "validation.npz" for record in pair]
-                      for pair in zip(records, others, strict=True) if all(pair)]
+                      for pair in zip(records, others, strict=True)]
     try:
         found = [paired_difference(load_document_losses(after), load_document_losses(before))
                  for before, after in pairs_of_paths if before.exists() and after.exists()]
@@ -234,7 +239,7 @@ def stability_gate(runs, probe):
     for row in tried[tried.ok].itertuples():
         n = len(curve(row.record, "train", "loss"))
         if n <= SPIKE_WINDOW:
-            gaps.append(f"seed {row.seed} has {n} losses here: too few to look for a spike")
+            gaps.append(f"seed {row.seed} has {n} losses: too few to look for a spike")
     if probe is None:
         return outcome_of(faults, [*gaps, "no save/resume probe"])
     if probe.graph_breaks is None:
@@ -256,7 +261,9 @@ def failures(runs):
     baseline = runs[runs.candidate == BASELINE].set_index(["depth", "seed"]).record
     faults = _failed(runs)
     for row in tried.itertuples():
-        steps = spikes(row.record) - spikes(baseline.get((row.depth, row.seed)))
+        steps = spikes(row.record)
+        if (row.depth, row.seed) in baseline:
+            steps -= spikes(baseline[row.depth, row.seed])
         faults += [f"{row.run_id} has a loss spike at step {min(steps):.0f}"] if steps else []
     return faults
 
@@ -339,7 +346,7 @@ def _check_comparable(runs):
 
 
 def _failed(runs):
-    failed = runs[(runs.candidate != BASELINE) & ~runs.ok]
+    failed = runs[(runs.candidate != BASELINE) & ~runs.ok & (runs.status != "running")]
     return [f"{run.run_id}: {run.status}" for run in failed.itertuples()]
 
 

@@ -1,10 +1,11 @@
-"""Ledgers (CSV files with one row per run), and runs as a pandas table.
+"""Runs as a pandas table, and ledgers: CSV files with one row per run.
 
-A ledger is the plain CSV of Python's csv module and pandas: commas, decimal points, UTF-8, any line
-ends. A dataclass with a `run_id` names and types its columns; people may add and reorder columns.
+The table is made from the runs' records only; numbers that are not known are NaN. The gates,
+`scripts.runs` and the report read it.
 
-The table has one row per run: the ledger's columns joined with the runs' records. Numbers that are
-not known are NaN. The gates, `scripts.runs` and the report read it.
+A ledger is a log to keep and commit. It is the plain CSV of Python's csv module and pandas: commas,
+decimal points, UTF-8, any line ends. A dataclass with a `run_id` names and types its columns;
+people may add and reorder columns.
 """
 
 import csv
@@ -20,14 +21,17 @@ from typing import get_args
 
 import pandas as pd
 
-from nanochat.common import UserError, atomic_path, base_dir, is_owned, locked, locks_dir
+from nanochat.common import (
+    UserError,
+    atomic_path,
+    is_owned,
+    locked,
+    locks_dir,
+    newest_in_words,
+)
 from nanochat.runlog import CONFIG, figures_of, in_words, numbers_of, part_of, read_run
 from nanochat.target import METRICS
 
-TRACKED_LEDGER = Path("dev/experiments.csv")
-LEDGER_HELP = ("path of the ledger, the CSV file of runs (default: experiments.csv in the cache "
-               f"folder if it has the experiment, otherwise {TRACKED_LEDGER})")
-STATUSES = ("ok", "nan", "interrupted", "error", "failed")
 INTERPRETED = "Triton interpreted"  # part of the device's name: such times say nothing about a GPU
 RECENT_SEC = 900  # a run on another host counts as running while its record is younger
 NUMBERS = (
@@ -81,10 +85,6 @@ class ExperimentRow:
     peak_memory_mib: float | None
     run_id: str
 
-    def __post_init__(self):
-        if self.status not in STATUSES:
-            raise UserError(f"status is {self.status!r}, not one of {', '.join(STATUSES)}")
-
 
 # --- ledgers --------------------------------------------------------------------------------------
 
@@ -93,19 +93,7 @@ def columns(row_type):
     return [field.name for field in dataclasses.fields(row_type)]
 
 
-def demonstration_ledger():
-    """Return the path of the ledger of demonstrations, in the cache folder."""
-    return base_dir() / "experiments.csv"
-
-
-def find_ledger(experiment_name):
-    """Return the ledger that has the experiment: that of demonstrations or the tracked one."""
-    own = demonstration_ledger()
-    names = {row.experiment_name for row in read_rows(own)} if own.exists() else ()
-    return own if experiment_name in names else TRACKED_LEDGER
-
-
-def read_rows(path, row_type=ExperimentRow):
+def read_rows(path, row_type):
     """Return every row as a `row_type`, in the file's order.
 
     Raise UserError with file and line for a missing column, a cell or row that does not parse or
@@ -130,16 +118,15 @@ def append_row(path, row):
     try:
         with locked(path), atomic_path(path) as temporary:
             data = path.read_bytes() if path.exists() else b""
-            data = data or _line(columns(type(row))) + b"\n"
+            data = data or _line(columns(type(row)))
             names, rows = _parse(path, data, type(row))
             if row.run_id.strip() in rows:
                 raise UserError(f"{path}: run_id {row.run_id.strip()!r} is already there; remove "
                                 "its line to log the run again")
             line = _line(cells.get(name, "") for name in names)
-            _parse("the new row", _line(names) + b"\n" + line + b"\n", type(row))
-            end = re.search(rb"\r\n|\n|\r|$", data).group() or b"\n"
-            joint = b"" if data.endswith((b"\n", b"\r")) else end
-            temporary.write_bytes(data + joint + line + end)
+            _parse("the new row", _line(names) + line, type(row))
+            joint = b"" if data.endswith((b"\n", b"\r")) else b"\n"
+            temporary.write_bytes(data + joint + line)
     except OSError as error:
         raise UserError(f"cannot write the ledger {path} ({error.strerror})") from None
 
@@ -163,12 +150,8 @@ def parse_cell(cell, field):
 
 def _parse(path, data, row_type):
     """Return (header names, {run id: row}) of a ledger's bytes."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = len((data[:error.start] + b"?").splitlines())
-        raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
-    reader, rows = csv.reader(io.StringIO(text, newline=""), strict=True), {}
+    text = io.StringIO(data.decode("utf-8-sig", "replace"), newline="")
+    reader, rows = csv.reader(text, strict=True), {}
     try:
         names = [name.strip() for name in next(reader, [])]
         if faults := [name for name in columns(row_type) if names.count(name) != 1]:
@@ -191,48 +174,44 @@ def _parse(path, data, row_type):
 
 
 def _line(cells):
-    """Return the cells as a line of CSV, without its end."""
+    """Return the cells as a line of CSV."""
     buffer = io.StringIO(newline="")
     csv.writer(buffer, lineterminator="\r\n").writerow(cells)  # quotes cells with \r or \n
-    return buffer.getvalue().removesuffix("\r\n").encode(errors="backslashreplace")
+    return buffer.getvalue().removesuffix("\r\n").encode(errors="backslashreplace") + b"\n"
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
-def experiment_table(ledger, experiment_name, runs_dir):
-    """Return the table of an experiment, in the ledger's order.
+def experiment_records(experiment_name, runs_dir):
+    """Return [(candidate, RunRecord)] of an experiment, in the order in which they were started."""
+    run_id = re.compile(re.escape(experiment_name) + r"\.([^.]+)\.d\d+\.s\d+")
+    matches = [run_id.fullmatch(path.parent.name) for path in Path(runs_dir).glob(f"*/{CONFIG}")]
+    found = [(match[1], read_run(Path(runs_dir) / match[0])) for match in matches if match]
+    return sorted(found, key=lambda run: (str(run[1].config.get("created_utc")), run[1].run_id))
 
-    Columns: the ledger's, NUMBERS, candidate, ok, time_to_target_sec, is_extrapolated,
-    tokenizer_id, state and record (a RunRecord, or None if it is not on this machine). Raise
-    UserError for an unreadable ledger, an unknown experiment, and candidates that are not one set
-    of flags with one run per depth and seed.
+
+def experiment_table(experiment_name, runs_dir):
+    """Return the table of an experiment's runs.
+
+    Columns: those of ExperimentRow, NUMBERS, candidate, ok, time_to_target_sec, is_extrapolated,
+    tokenizer_id and record (the RunRecord). Raise UserError for an unknown experiment, and
+    for runs of one candidate and depth with different flags.
     """
-    rows = read_rows(ledger)
-    names = dict.fromkeys(row.experiment_name for row in rows)
-    rows = [row for row in rows if row.experiment_name == experiment_name]
-    if not rows:
-        raise UserError(f"no experiment {experiment_name!r} in {ledger}; it has "
-                        f"{', '.join(names) or 'no rows yet'}")
-    folders = [Path(runs_dir) / row.run_id for row in rows]
-    records = [read_run(folder) if (folder / CONFIG).exists() else None for folder in folders]
-    cells = [{**(_cells_of(record) if record else {}), **vars(row)}
-             for row, record in zip(rows, records, strict=True)]
-    table = _table(cells, records, map(_candidate_of, rows))
-
-    for name, runs in table.groupby("candidate"):
-        if runs.candidate_flags.nunique() > 1:
-            flags = " and ".join(map(repr, runs.candidate_flags.unique()))
-            raise UserError(f"{ledger}: candidate {name!r} has the flags {flags}; keep the lines "
-                            "of one")
-        twice = runs[runs.duplicated(["depth", "seed"], keep=False)]
-        if len(twice):
-            raise UserError(f"{ledger}: {' and '.join(twice.run_id)} have the same candidate, "
-                            "depth and seed; remove one of the lines")
+    found = experiment_records(experiment_name, runs_dir)
+    if not found:
+        raise UserError(f"no experiment {experiment_name!r} in {runs_dir}; "
+                        f"{newest_in_words(runs_dir)}")
+    candidates, records = zip(*found, strict=True)
+    table = _table(records, candidates).assign(experiment_name=experiment_name)
+    for (name, _), runs in table.groupby(["candidate", "depth"]):
+        if len({str(_repeated_flags(record)) for record in runs.record}) > 1:
+            raise UserError(f"the runs {', '.join(runs.run_id)} of candidate {name!r} differ in "
+                            "their flags; remove some of their folders")
     return table
 
 
 def runs_table(records):
-    """Return the same table for records without a ledger; unfinished runs have numbers so far.
+    """Return the same table for any records; unfinished runs have numbers so far.
 
     Runs that differ only in their seed are one candidate, named after their ids: mine-s{0,1}.
     """
@@ -241,8 +220,7 @@ def runs_table(records):
     groups = {}
     for recipe, record in zip(recipes, records, strict=True):
         groups.setdefault(recipe, []).append(record.run_id)
-    return _table(list(map(_cells_of, records)), records,
-                  [_seeds_label(groups[recipe]) for recipe in recipes])
+    return _table(records, [_seeds_label(groups[recipe]) for recipe in recipes])
 
 
 def text_table(table):
@@ -251,12 +229,12 @@ def text_table(table):
     rows = {}
     for (candidate, depth), runs in table.groupby(["candidate", "depth"], sort=False, dropna=False):
         for _, run in runs.iterrows():
-            rows[run.run_id] = [_state_in_words(run), *(
-                _mean_sd(run[[name]].dropna(), SHOWN[name][1]) for name in names)]
+            rows[run.run_id] = [_status_in_words(run), *(
+                _mean_sd(runs[name][runs.run_id == run.run_id], SHOWN[name][1]) for name in names)]
         if len(runs) > 1:
-            means = [_mean_sd(runs[name][runs.ok].dropna(), SHOWN[name][1]) for name in names]
-            rows[f"{candidate}, depth {depth}"] = [f"mean ± sd of {runs.ok.sum()}", *means]
-    headings = ["state", *(SHOWN[name][0] for name in names)]
+            rows[f"{candidate}, depth {depth}"] = [f"mean ± sd of {runs.ok.sum()}", *(
+                _mean_sd(runs[name][runs.ok], SHOWN[name][1]) for name in names)]
+    headings = ["status", *(SHOWN[name][0] for name in names)]
     return pd.DataFrame.from_dict(rows, orient="index", columns=headings)
 
 
@@ -264,12 +242,21 @@ def curve(record, kind, value):
     """Return the columns step, tokens, train_time_sec and "value" of a run's events, as floats.
 
     kind, value: for example "val", "val_bpb" or "train", "loss". Only finite values are returned,
-    the last of each step; a record of None has none.
+    the last of each step.
     """
     names = ("step", "tokens", "train_time_sec", value)
-    points = numbers_of(record.events, kind, *names) if record else []
+    points = numbers_of(record.events, kind, *names)
     points = pd.DataFrame(points, columns=[*names[:3], "value"], dtype=float)
     return points.dropna(subset="value").drop_duplicates("step", keep="last", ignore_index=True)
+
+
+def curves_of(table, kind, value):
+    """Return the curves of all runs in one table, with the runs' id, candidate, depth and seed."""
+    return pd.concat([
+        curve(run.record, kind, value).assign(
+            run_id=run.run_id, candidate=run.candidate, depth=run.depth, seed=run.seed)
+        for run in table.itertuples()
+    ], ignore_index=True)
 
 
 def check_same_world(table):
@@ -296,16 +283,20 @@ def row_of(record, **cells):
 
 def recipe_of(record):
     """Return {name: value} of flags, dataset, tokenizer and device, equal for all seeds."""
-    config, flags = record.config, part_of(record.config, "flags")
-    flags = {name: value for name, value in flags.items() if name not in _NOT_IN_RECIPE}
-    return {**flags, "dataset_id": config.get("dataset_id"),
+    config = record.config
+    return {**_repeated_flags(record), "dataset_id": config.get("dataset_id"),
             "tokenizer_id": config.get("tokenizer_id"), "device": _device_of(config)}
 
 
-def state_of(record):
-    """Return running, finished, stopped (by a signal), failed or stale (died without a summary)."""
+def _repeated_flags(record):
+    return {name: value for name, value in part_of(record.config, "flags").items()
+            if name not in _NOT_IN_RECIPE}
+
+
+def status_of(record):
+    """Return the status of the summary; without one, running or stale (died)."""
     if record.summary is not None:
-        return {"ok": "finished", "interrupted": "stopped"}.get(str(record.status), "failed")
+        return str(record.status)
     owned = is_owned(locks_dir() / f"run.{record.folder.absolute().name}")
     if owned is None:  # another host, or no lock file
         owned = age_sec(record) < RECENT_SEC
@@ -317,12 +308,12 @@ def age_sec(record):
     return max(0.0, time.time() - max(path.stat().st_mtime for path in record.folder.iterdir()))
 
 
-def _table(cells, records, candidates):
-    """Return the table of cells (a dict per run), records and candidate names."""
+def _table(records, candidates):
+    """Return the table of records and their candidates' names."""
     names = dict.fromkeys([*columns(ExperimentRow), *NUMBERS, "tokenizer_id"])
-    table = pd.DataFrame(cells, columns=[*names]).astype(dict.fromkeys(NUMBERS, float))
-    table.insert(0, "candidate", list(candidates))
-    table["state"] = [state_of(record) if record else "" for record in records]
+    table = pd.DataFrame(map(_cells_of, records), columns=[*names])
+    table = table.astype(dict.fromkeys(NUMBERS, float))
+    table.insert(0, "candidate", candidates)
     table["record"] = pd.Series(records, dtype=object)
     table["ok"] = table.status == "ok"
     measured = table.time_to_target_sec_measured
@@ -341,7 +332,7 @@ def _cells_of(record):
     known = {**config, **summary, "total_tokens": summary.get("tokens"),
              "training_sec": summary.get("train_time_sec")}
     texts = {name: config.get(name) for name in ("git_commit", "dataset_id", "tokenizer_id")}
-    texts |= {"timestamp": config.get("created_utc"), "status": summary.get("status", "failed")}
+    texts |= {"timestamp": config.get("created_utc"), "status": status_of(record)}
     return {
         **{name: _number(known.get(name)) for name in NUMBERS},
         **{name: value if isinstance(value, str) else "" for name, value in texts.items()},
@@ -370,21 +361,22 @@ def _device_of(config):
             + (f", {INTERPRETED}" if device.get("triton_interpreted") else ""))
 
 
-def _state_in_words(run):
+def _status_in_words(run):
     """Return how a run ended or how far it is, and the settings that a resumption changed."""
-    words = [run.state if run.state in ("running", "stale") else run.status]
-    if run.state == "running":
+    words = [run.status]
+    if run.status == "running":
         words = [f"running, step {run.steps:,.0f} of {run.num_iterations:,.0f}"]
     if run.is_extrapolated:
         words.append("target not reached: time extrapolated")
-    for event in run.record.of("resume") if run.record else ():
+    for event in run.record.of("resume"):
         words += [in_words([change]) for change in event.get("changed") or ()]
     return "; ".join(words)
 
 
 def _mean_sd(values, digits):
-    """Return the mean ± standard deviation of known values as text."""
-    if not len(values):
+    """Return the mean ± standard deviation of the known values as text."""
+    values = values.dropna()
+    if values.empty:
         return "·"
     sd = f" ± {values.std():,.{digits}f}" if len(values) > 1 else ""
     return f"{values.mean():,.{digits}f}{sd}"
@@ -396,10 +388,3 @@ def _seeds_label(run_ids):
         return run_ids[0]
     shared = len(os.path.commonprefix(run_ids))  # noqa: RUF071 (of characters)
     return f"{run_ids[0][:shared]}{{{','.join(run_id[shared:] for run_id in run_ids)}}}"
-
-
-def _candidate_of(row):
-    """Return the candidate in the runner's run id, else its flags."""
-    run_id = re.escape(row.experiment_name) + r"\.(.+)\.d\d+\.s\d+"
-    match = re.fullmatch(run_id, row.run_id)
-    return match[1] if match else row.candidate_flags or "baseline"

@@ -2,9 +2,9 @@
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanochat.common import UserError, base_dir
-from nanochat.experiments.ledger import TRACKED_LEDGER, demonstration_ledger
 
 BASELINE = "baseline"
 
@@ -41,8 +41,8 @@ class Profile:
         return base_dir() / f"tokenizer_{self.dataset}"
 
     def ledger(self):
-        """Return the ledger of its runs: the tracked one, or that of demonstrations."""
-        return TRACKED_LEDGER if self.n_train_files else demonstration_ledger()
+        """Return the ledger of its runs, which people commit; that of demonstrations is cached."""
+        return (Path("dev") if self.n_train_files else base_dir()) / "experiments.csv"
 
 
 _CPU = "--device-type=cpu --aspect-ratio=64 --head-dim=64 --window-pattern=L "
@@ -78,6 +78,8 @@ PROFILES = {
 def candidate_flags(name):
     """Return (name, flags) of a known candidate, or of a candidate given as NAME=FLAGS."""
     known, equals, flags = name.partition("=")
+    if "." in known:
+        raise UserError(f"the name of candidate {known!r} must not have a dot")
     if equals:
         try:
             return known, shlex.join(shlex.split(flags))

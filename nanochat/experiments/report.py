@@ -15,10 +15,10 @@ from markupsafe import Markup
 from scipy import stats
 
 from nanochat.common import UserError
-from nanochat.experiments.gates import CONFIDENCE, RULES, judge_all, quality_margin
+from nanochat.experiments.gates import CONFIDENCE, RULES, excess_of, judge_all, quality_margin
 from nanochat.experiments.ledger import (
     check_same_world,
-    curve,
+    curves_of,
     experiment_table,
     runs_table,
     text_table,
@@ -26,7 +26,7 @@ from nanochat.experiments.ledger import (
 from nanochat.experiments.profiles import BASELINE
 from nanochat.runlog import find_run
 
-X_AXES = {"step": "step", "tokens": "tokens, millions", "train_time_sec": "training time, s"}
+X_AXES = {"step": "step", "tokens": "tokens", "train_time_sec": "training time, s"}
 INK, MUTED, GRID = "#1c1f24", "#666c75", "#d4d2cd"
 COLOURS = [
     "#5b6472", "#2a6fdb", "#d9601a", "#16896b", "#9a3fb5", "#b38600", "#c2347c", "#3a8fa3",
@@ -42,14 +42,14 @@ FIGURE_STYLE = {
 
 # --- pages -------------------------------------------------------------
 
-def experiment_page(ledger, experiment_name, runs_dir, miniseries=None, reload_sec=None):
+def experiment_page(experiment_name, runs_dir, miniseries=None, reload_sec=None):
     """Return the page of an experiment.
 
     miniseries: name of the experiment over depths that gate 4 judges by. reload_sec: the browser
     reloads the page after this time. Raise UserError for runs that cannot be compared.
     """
-    table = experiment_table(ledger, experiment_name, runs_dir)
-    series = experiment_table(ledger, miniseries, runs_dir) if miniseries else None
+    table = experiment_table(experiment_name, runs_dir)
+    series = experiment_table(miniseries, runs_dir) if miniseries else None
     candidates = set(table.candidate)
     can_judge = BASELINE in candidates and len(candidates) > 1 and table.depth.nunique() == 1
     verdicts = judge_all(table, series, runs_dir) if can_judge else []
@@ -93,7 +93,7 @@ def _render(title, table, series, verdicts, reload_sec):
 
 def _facts_of(table):
     """Return (name, value) pairs that describe the runs: number, target, dataset, device, ..."""
-    n_running = (table.state == "running").sum()
+    n_running = (table.status == "running").sum()
     n_failed = (~table.ok).sum() - n_running
     thresholds = table.target_metric_threshold
     targets = table.target_metric_name + thresholds.map(" {:.5g}".format)
@@ -126,14 +126,9 @@ def _time_figures(table, styles):
 
 def _quality_figures(table, styles):
     """Return the figure of val_bpb minus the baseline's, per seed and step."""
-    val, keys = _curves_of(table, "val", "val_bpb"), ["depth", "seed", "step"]
-    val = val[val.step > 0]
-    baseline = val[val.candidate == BASELINE][[*keys, "value"]]
-    both = val[val.candidate != BASELINE].merge(baseline, on=keys, suffixes=("", "_of_baseline"))
-    if both.empty:
+    excess = excess_of(table)
+    if excess.empty:
         return []
-    both["excess"] = both.value - both.value_of_baseline
-    excess = both.pivot(index="step", columns=["candidate", "run_id"], values="excess")
     lines = [(name, values, 1.4) for (name, _), values in excess.items()]
     image = _draw(lines, styles, "step", "val_bpb minus the baseline's",
                   margin=quality_margin(table) or 0.0)
@@ -142,7 +137,7 @@ def _quality_figures(table, styles):
 
 def _curve_figures(table, styles):
     """Return the figures of the curves against every x-axis."""
-    val, loss = _curves_of(table, "val", "val_bpb"), _curves_of(table, "train", "loss")
+    val, loss = curves_of(table, "val", "val_bpb"), curves_of(table, "train", "loss")
     loss["value"] = loss.groupby("run_id").value.transform(
         lambda values: values.rolling(len(values) // 50 + 1, min_periods=1).mean())
     is_bpb = table.target_metric_name == "val_bpb"
@@ -150,16 +145,6 @@ def _curve_figures(table, styles):
     shown = [("val_bpb, bits per byte", val, targets), ("training loss, nats per token", loss, [])]
     return [(name, "", _draw(_seeds_and_means(curves, x), styles, X_AXES[x], name, targets=own),
              f"curve {x}") for x in X_AXES for name, curves, own in shown if len(curves)]
-
-
-def _curves_of(table, kind, value):
-    """Return the curves of all runs in one table; tokens in millions."""
-    curves = pd.concat([
-        curve(run.record, kind, value).assign(
-            run_id=run.run_id, candidate=run.candidate, depth=run.depth, seed=run.seed)
-        for run in table.itertuples()
-    ], ignore_index=True)
-    return curves.assign(tokens=curves.tokens / 1e6)
 
 
 def _seeds_and_means(curves, x):

@@ -1,7 +1,7 @@
 """Run an experiment: candidates x seeds x depths, one training process and one ledger row each.
 
-A run that has a row or ended well is skipped, every other one is trained from its start, so that
-the same command can be repeated until every row is there. A lock per experiment, which the training
+A run that has ended is skipped, every other one is trained from its start, so that the same command
+can be repeated until every row is there. A lock per experiment, which the training
 process inherits, keeps two runners apart even if the first was killed and its training is still
 running.
 """
@@ -19,8 +19,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanochat.common import UserError, checkpoints_dir, print0, read_json, utc_now, write_json
-from nanochat.experiments.ledger import append_row, read_rows, row_of
-from nanochat.experiments.profiles import BASELINE, CANDIDATES, Profile
+from nanochat.experiments.ledger import (
+    ExperimentRow,
+    append_row,
+    experiment_records,
+    experiment_table,
+    read_rows,
+    row_of,
+)
+from nanochat.experiments.profiles import BASELINE, Profile
 from nanochat.runlog import CONFIG, SUMMARY, check_run_id, read_run
 
 FLAGS = "flags.json"  # in the run's folder: the flags of its training process
@@ -85,56 +92,57 @@ def training_command(flags, nproc_per_node=1):
             *flags]
 
 
-def logged_runs(experiment_name, ledger):
-    """Return {run id: row} of an experiment; a ledger that does not exist has none."""
-    rows = read_rows(ledger) if Path(ledger).exists() else []
-    return {row.run_id: row for row in rows if row.experiment_name == experiment_name}
+def has_ended(folder):
+    """Return whether the record in a folder says how its run ended, other than by a signal."""
+    return (folder / SUMMARY).exists() and read_run(folder).status != "interrupted"
 
 
 def run_experiment(experiment, ledger, runs_dir, command=training_command, report=print0):
-    """Train every run that the ledger does not have, one row each; return the number trained.
+    """Train every run that has not ended, and log it in the ledger; return the number trained.
 
-    command(flags) returns the argv of the training process. A run that crashes or diverges gets a
-    row with its status. Raise UserError before anything runs if a record is missing or was made
-    with other flags, and when a training does not start or is stopped by a signal.
+    command(flags) returns the argv of the training process. A run that diverges or crashes is
+    logged, and one that crashes is trained again by the next call. Raise UserError before anything
+    runs if a record was made with other flags, and when a training does not start or is stopped by
+    a signal.
     """
     n_trained, runs = 0, training_runs(experiment)
     with _experiment_lock(runs_dir, experiment.name, report) as lock:
-        logged = logged_runs(experiment.name, ledger)
+        rows = read_rows(ledger, ExperimentRow) if Path(ledger).exists() else []
+        logged = {row.run_id for row in rows}
         for run in runs:
-            if run.run_id in logged or _ended_well(Path(runs_dir) / run.run_id):
+            if run.run_id in logged or has_ended(Path(runs_dir) / run.run_id):
                 _check_flags(Path(runs_dir) / run.run_id, run.flags)
         for number, run in enumerate(runs, start=1):
-            if run.run_id in logged:
-                continue
             folder, title = Path(runs_dir) / run.run_id, f"[{number}/{len(runs)}] {run.run_id}"
-            if not _ended_well(folder):
+            if not has_ended(folder):
                 report(title)
                 _train_anew(folder, run.flags, command, lock)
                 n_trained += 1
-            row = row_of(read_run(folder), timestamp=utc_now(), experiment_name=experiment.name,
-                         seed=run.seed, depth=run.depth, candidate_flags=run.candidate_flags)
-            append_row(ledger, row)
-            report(f"{title}: {row.status}")
+            if not has_ended(folder):
+                report(f"{title}: crashed; repeat the command to train it again")
+            elif run.run_id not in logged:
+                row = row_of(read_run(folder), timestamp=utc_now(), seed=run.seed, depth=run.depth,
+                             experiment_name=experiment.name, candidate_flags=run.candidate_flags)
+                append_row(ledger, row)
+                report(f"{title}: {row.status}")
     return n_trained
 
 
-def threshold_from(ledger, baseline_name, experiment_name):
+def threshold_from(baseline_name, experiment_name, runs_dir):
     """Return the worst min val_bpb of an experiment's baseline seeds plus SLACK_BPB.
 
-    An experiment that has rows keeps their threshold. Raise UserError unless at least two baseline
+    An experiment that has runs keeps their threshold. Raise UserError unless at least two baseline
     seeds ended well, all at one depth.
     """
-    for row in logged_runs(experiment_name, ledger).values():
-        if row.target_metric_threshold is not None:
-            return row.target_metric_threshold
-    rows = [row for row in logged_runs(baseline_name, ledger).values() if row.status == "ok"
-            and row.candidate_flags == CANDIDATES[BASELINE] and row.min_val_bpb is not None]
-    if len(rows) < 2 or len({row.depth for row in rows}) > 1:
+    for _, record in experiment_records(experiment_name, runs_dir):
+        return record.config["flags"]["target_metric_threshold"]
+    table = experiment_table(baseline_name, runs_dir)
+    runs = table[table.ok & (table.candidate == BASELINE)]
+    if len(runs) < 2 or runs.depth.nunique() > 1:
         raise UserError(f"--target-from needs two baseline seeds of {baseline_name!r} that ended "
-                        f"well, at one depth; {ledger} has {len(rows)}; name another experiment, "
+                        f"well, at one depth; {runs_dir} has {len(runs)}; name another experiment, "
                         "or train this one with more seeds at one depth")
-    return max(row.min_val_bpb for row in rows) + SLACK_BPB
+    return float(runs.min_val_bpb.max()) + SLACK_BPB
 
 
 def probe_candidates(experiment, runs_dir, command=training_command, report=print0):
@@ -148,9 +156,7 @@ def probe_candidates(experiment, runs_dir, command=training_command, report=prin
             flags = [*run.flags, f"--run-id={folder.name}", f"--model-tag={folder.name}",
                      f"--num-iterations={PROBE_STEPS}", "--eval-every=-1",
                      f"--save-every={PROBE_RESUME_STEP}"]
-            if (folder / PROBE).exists():
-                _check_flags(folder, flags)
-            else:
+            if not (folder / PROBE).exists():
                 report(folder.name)
                 write_json(folder / PROBE, _probe(folder, flags, command, lock)._asdict())
             report(f"{folder.name}: {read_probe(runs_dir, experiment.name, run.candidate)}")
@@ -201,10 +207,6 @@ def _check_flags(folder, flags):
         changed = [flag for flag in [*before, *flags] if (flag in before) != (flag in flags)]
         raise UserError(f"{folder} was made with other flags, they differ in {' '.join(changed)}; "
                         f"{remedy}")
-
-
-def _ended_well(folder):
-    return (folder / CONFIG).exists() and read_run(folder).status == "ok"
 
 
 # --- processes ------------------------------------------------------------------------------------
