@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dev.bench.plan import CPU, SHAPES, planned_peak_mb, record_rows
 from nanochat.config import TrainingConfig, model_config, parse_config
 from nanochat.device import choose_compute_dtype
 from nanochat.gpt import GPT, GPTConfig, parameter_counts
-from nanochat.optim import MuonAdamW, parameter_groups
+from nanochat.optim import MuonAdamW, parameter_groups, polar_express, polar_express_flops
 from nanochat.plan import (
     GPUS,
     LINK_SHARE,
@@ -88,6 +89,13 @@ def test_communication_moves_gradients_there_and_weights_back():
     part = Part(80, 80, 10, 4, 2, None)
     hops_sec = communication_sec(gpu._replace(link_bytes_per_sec=1e99), [part], 1, 8)
     assert hops_sec == pytest.approx(3 * 7 * 3.4e-6)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(8, 8), (32, 8), (8, 32)])
+def test_flops_of_the_orthogonalisation_are_those_that_torch_counts(rows, cols):
+    with FlopCounterMode(display=False) as counter:
+        polar_express(torch.zeros(1, rows, cols))
+    assert polar_express_flops(rows, cols) == counter.get_total_flops()
 
 
 def test_records_are_within_ten_percent_and_the_kept_table_is_true():

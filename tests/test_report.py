@@ -76,7 +76,7 @@ def test_page_shows_the_verdicts_every_section_figure_and_run(matrix):
         assert f"{verdict.candidate} {verdict.decision}" in text
         for name, (outcome, sentence) in verdict.gates.items():
             assert f"{name}: {outcome}. {' '.join(sentence.split())}" in text
-    assert text.index("chunked-ce promote") < text.index("both reject") < text.index("Curves")
+    assert "both reject" in text and text.index("chunked-ce promote") < text.index("Curves")
     headings = re.findall("<h2>(.*)</h2>", matrix.page)
     assert headings == ["Overview", "Curves", "Depths", "Runs"]
     assert matrix.page.count("<img ") == 2 + 2 * 3 + 2
@@ -95,7 +95,7 @@ def test_table_of_runs_has_mean_and_sd_standard_errors_and_says_what_was_not_mea
     rows = table_of(experiment_page("x", runs_dir()))
     bpb = np.array([1.5, 1.51, 1.54])
     mean_sd = f"{bpb.mean():.5f} ± {bpb.std(ddof=1):.5f}"
-    headings = ["state", "min val_bpb", "standard error over documents", "time to target, s"]
+    headings = ["status", "min val_bpb", "standard error over documents", "time to target, s"]
     assert rows["run"][:4] == headings
     assert rows["baseline, depth 4"][:3] == ["mean ± sd of 3", mean_sd, "0.01230"]
     assert rows["x.baseline.d4.s0"][1:4] == ["1.50000", "0.01230", "12.3"]

@@ -136,7 +136,7 @@ def test_a_run_that_fails_keeps_the_others_going(ledger, fake, fate, statuses):
     lines = []
     run(experiment(candidates=("baseline",)), ledger, command, lines)
     assert [row.status for row in rows_of(ledger)] == statuses
-    assert ("crashed; repeat" in "".join(lines)) == (fate == "crash")
+    assert ("was killed; repeat" in "".join(lines)) == (fate == "crash")
     assert run(experiment(candidates=("baseline",)), ledger, fake) == (fate == "crash")
 
 

@@ -24,6 +24,7 @@ from nanochat.experiments.runner import read_probe
 
 PASS, NOT_SHOWN, FAIL = "pass", "not shown", "fail"
 INSUFFICIENT, NOT_JUDGED = "insufficient", "not judged"
+UNFINISHED = ("running", "stale", "interrupted")  # such a run is missing, it has not failed
 
 # The constants of the rules. Do not change them after a run: its verdict would be invalid.
 CONFIDENCE = 0.95  # of every interval
@@ -346,7 +347,7 @@ def _check_comparable(runs):
 
 
 def _failed(runs):
-    failed = runs[(runs.candidate != BASELINE) & ~runs.ok & (runs.status != "running")]
+    failed = runs[(runs.candidate != BASELINE) & ~runs.ok & ~runs.status.isin(UNFINISHED)]
     return [f"{run.run_id}: {run.status}" for run in failed.itertuples()]
 
 

@@ -100,10 +100,10 @@ def has_ended(folder):
 def run_experiment(experiment, ledger, runs_dir, command=training_command, report=print0):
     """Train every run that has not ended, and log it in the ledger; return the number trained.
 
-    command(flags) returns the argv of the training process. A run that diverges or crashes is
-    logged, and one that crashes is trained again by the next call. Raise UserError before anything
-    runs if a record was made with other flags, and when a training does not start or is stopped by
-    a signal.
+    command(flags) returns the argv of the training process. A run that diverges or fails is logged
+    with its status; one that was killed is trained again by the next call. Raise UserError before
+    anything runs if a record was made with other flags, and when a training does not start or is
+    stopped by a signal.
     """
     n_trained, runs = 0, training_runs(experiment)
     with _experiment_lock(runs_dir, experiment.name, report) as lock:
@@ -119,7 +119,7 @@ def run_experiment(experiment, ledger, runs_dir, command=training_command, repor
                 _train_anew(folder, run.flags, command, lock)
                 n_trained += 1
             if not has_ended(folder):
-                report(f"{title}: crashed; repeat the command to train it again")
+                report(f"{title}: was killed; repeat the command to train it again")
             elif run.run_id not in logged:
                 row = row_of(read_run(folder), timestamp=utc_now(), seed=run.seed, depth=run.depth,
                              experiment_name=experiment.name, candidate_flags=run.candidate_flags)
@@ -135,7 +135,8 @@ def threshold_from(baseline_name, experiment_name, runs_dir):
     seeds ended well, all at one depth.
     """
     for _, record in experiment_records(experiment_name, runs_dir):
-        return record.config["flags"]["target_metric_threshold"]
+        if threshold := record.config["flags"].get("target_metric_threshold"):
+            return threshold
     table = experiment_table(baseline_name, runs_dir)
     runs = table[table.ok & (table.candidate == BASELINE)]
     if len(runs) < 2 or runs.depth.nunique() > 1:
