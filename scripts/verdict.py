@@ -16,8 +16,6 @@ def parse_args(argv=None):
     parser.add_argument("--experiment", required=True, help="name of the experiment")
     parser.add_argument("--miniseries",
                         help="name of the experiment with several depths, for gate 4")
-    parser.add_argument("--candidates", nargs="+", metavar="NAME",
-                        help="candidates to judge (default: all in the experiment)")
     return parser.parse_args(argv)
 
 
@@ -26,9 +24,8 @@ def main(argv=None):
     args = parse_args(argv)
     table = experiment_table(args.experiment, runs_dir())
     series = experiment_table(args.miniseries, runs_dir()) if args.miniseries else None
-    verdicts = judge_all(table, series, runs_dir(), args.candidates)
     print(*RULES, sep="\n")
-    for verdict in verdicts:
+    for verdict in judge_all(table, series, runs_dir()):
         print(f"\n{verdict.candidate}: {verdict.decision.upper()} ({verdict.decided_by})")
         print(*gate_lines(verdict.gates), sep="\n")
 

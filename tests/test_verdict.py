@@ -25,13 +25,9 @@ def test_verdict_prints_rules_gates_and_decision(capsys):
     assert "gain n=2, mean +10 %" in out and "Decision: reject if" in out
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["--experiment", "x"], "no experiment 'x'"),
-    (["--experiment", "lane_c", "--candidates", "both"], "'both' is judged against"),
-])
-def test_verdict_refuses_in_one_line(refusal, argv, message):
-    error = refusal(verdict.main, argv)
-    assert error.count("\n") == 1 and message in error
+def test_verdict_refuses_in_one_line(refusal):
+    error = refusal(verdict.main, ["--experiment", "x"])
+    assert error.count("\n") == 1 and "no experiment 'x'" in error
 
 
 @pytest.mark.parametrize("derive", [min, statistics.mean, statistics.median])

@@ -96,9 +96,9 @@ class Verdict(NamedTuple):
     gates: dict
 
 
-def judge_all(table, series, runs_dir, candidates=None):
-    """Return a Verdict per candidate (None: all of the table). Raise UserError as judge."""
-    names = candidates or [name for name in table.candidate.unique() if name != BASELINE]
+def judge_all(table, series, runs_dir):
+    """Return a Verdict per candidate of an experiment_table. Raise UserError as judge."""
+    names = [name for name in table.candidate.unique() if name != BASELINE]
     experiment = table.experiment_name.iloc[0]
     return [judge(name, table, series, read_probe(runs_dir, experiment, name)) for name in names]
 

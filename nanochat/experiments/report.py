@@ -196,8 +196,9 @@ def _draw(lines, styles, x_label, y_label, targets=(), margin=None, names=()):
         values = values.dropna()
         shown += [*values[values.index >= 0.1 * values.index.max()]]
         values = values[::-(len(values) // 200 + 1)]
-        axes.plot(values.index, values, lw=width, marker="o" if len(values) <= 20 else "", ms=2.5,
-                  **styles[candidate])
+        is_interval = names and width  # without a marker, since its ends are no seeds
+        marker = "o" if len(values) <= 20 and not is_interval else ""
+        axes.plot(values.index, values, lw=width, marker=marker, ms=3, **styles[candidate])
     for target in targets:
         axes.axhline(target, color=MUTED, lw=1, ls="--")
     if margin is not None:
