@@ -37,6 +37,8 @@ def main(argv=None):
     args = parse_args(argv)
     if bool(args.runs) == bool(args.experiment):
         raise UserError("give either --experiment or run ids")
+    if args.miniseries and not args.experiment:
+        raise UserError("--miniseries needs --experiment")
     draw = partial(runs_page, args.runs, runs_dir())
     if args.experiment:
         draw = partial(experiment_page, args.experiment, runs_dir(), args.miniseries)
