@@ -37,7 +37,7 @@ def test_lane_b_refuses_a_target_derived_from_its_baseline(derive):
 
     target = derive(run.summary["min_val_bpb"] for run in runs("first"))
     for threshold, outcome in ((target, "INSUFFICIENT"), (target + 0.02, "PROMOTE")):
-        named, baseline = (runs(f"{name} {outcome}", threshold=threshold, steps=steps)
-                           for name, steps in (("named", 180), ("baseline", 200)))
+        named = runs(f"named-{outcome}", threshold=threshold, steps=180, bpb_shift=-0.01)
+        baseline = runs(f"baseline-{outcome}", threshold=threshold)
         lines = lane_b_verdict.judge(named, baseline, baseline[:1])
         assert outcome in lines[0] and ("was derived" in lines[1]) == (threshold == target)

@@ -45,9 +45,11 @@ def judge(named, baseline, calibration):
         time = (INSUFFICIENT, "the target was derived from the baseline runs being judged, about "
                 "half of which miss it; use an independent one")
     tried = table[table.candidate == "lane B"]
-    missed = tried.run_id[tried.ok & tried.time_to_target_sec.isna()].tolist()
-    reach = outcome_of(missed, [], [f"{len(missed)} of {len(tried)} runs miss the target"])
-    stability = outcome_of(failures(table), [])
+    n_missed = (tried.ok & tried.time_to_target_sec.isna()).sum()
+    missed = f"{n_missed} of {len(tried)} runs miss the target"
+    reach = outcome_of([missed] if n_missed else [], [], [] if n_missed else [missed])
+    faults = failures(table)
+    stability = outcome_of(faults, [], [] if faults else ["no NaN and no new loss spike"])
     gates = {"1 time": time, "2 reach": reach, "3 stability": stability}
     decision, _ = decide(gates)
     return [f"lane B: {decision.upper()}", *gate_lines(gates), _price(table, calibration)]
