@@ -279,36 +279,23 @@ class Estimate:
         self.step_sec = sum(self.time.values())
         # of all steps, without evaluation, checkpoints and compilation
         self.train_hours = self.step_sec * self.horizon.num_iterations / 3600
-        self.gpu_hours = self.train_hours * n_gpus
 
-    def speed(self):
-        """Return one line: device batch, time per step, share of bf16's peak, hours."""
-        tok_per_sec = self.horizon.total_batch_size_tokens / self.step_sec
-        peak_flops = self.gpu.bf16_flop_per_sec * self.n_gpus
-        return (f"{self.device_batch_size} rows, {1e3 * self.step_sec:,.0f} ms per step "
-                f"(communication {self.time['communication'] / self.step_sec:.0%}), "
-                f"{tok_per_sec:,.0f} tok/s, "
-                f"MFU {tok_per_sec * flops_per_token(self.model) / peak_flops:.0%}, "
-                f"{self.train_hours:.2f} hours of training, {self.gpu_hours:,.1f} GPU hours")
-
-    def describe(self):
-        """Return lines: model, horizon, memory and time by part."""
-        model, horizon, n_scaling = self.model, self.horizon, scaling_params(self.model)
-        tokens, usable = horizon.target_tokens, USABLE_SHARE * self.gpu.memory_bytes
+    def describe(self, price_per_gpu_hour=0.0):
+        """Return lines: memory and step time by part; horizon, hours and cost."""
+        horizon, gpu_hours = self.horizon, self.train_hours * self.n_gpus
+        usable = in_gb(USABLE_SHARE * self.gpu.memory_bytes)
         kinds = (f"{kind} {1e3 * seconds:.0f}" for kind, seconds in self.time.items() if seconds)
+        cost = f", cost {price_per_gpu_hour * gpu_hours:,.2f}" if price_per_gpu_hour else ""
         return [
-            f"model: {model.n_layer} layers, width {model.n_embd}, "
-            f"{parameter_counts(model)['total'] / 1e6:.1f}M parameters, {n_scaling / 1e6:.1f}M of "
-            f"them scaling parameters, {flops_per_token(model) / 1e9:.3f} GFLOP per token",
-            f"horizon: {horizon.num_iterations} steps of {horizon.total_batch_size_tokens} tokens, "
-            f"{tokens / 1e9:.3f}B tokens, {tokens / n_scaling:.2f} per scaling parameter, "
-            f"{tokens * flops_per_token(model):.3g} FLOPs",
             f"memory per GPU: {in_gb(self.peak_bytes)} with --device-batch-size "
-            f"{self.device_batch_size}, {in_gb(usable)} of {in_gb(self.gpu.memory_bytes)} are "
-            f"usable: {'fits' if self.fits else 'DOES NOT FIT'}",
+            f"{self.device_batch_size}; {usable} of {in_gb(self.gpu.memory_bytes)} are usable: "
+            f"{'fits' if self.fits else 'DOES NOT FIT'}",
             f"  {memory_in_words(self.memory, self.recompute)}",
-            f"step on {self.n_gpus} x {self.gpu.name}: {1e3 * self.step_sec:.0f} ms "
-            f"({', '.join(kinds)})"]
+            f"step on {self.n_gpus} x {self.gpu.name}: {1e3 * self.step_sec:.0f} ms, "
+            f"{horizon.total_batch_size_tokens / self.step_sec:,.0f} tokens per second",
+            f"  {', '.join(kinds)}",
+            f"training: {horizon.num_iterations} steps, {horizon.target_tokens / 1e9:.3f}B tokens, "
+            f"{self.train_hours:.2f} hours, {gpu_hours:,.1f} GPU hours{cost}"]
 
 
 def largest_fitting(config, vocab_size, gpu, n_gpus=8):

@@ -3,7 +3,7 @@
 # (scripts.experiment --target-from).
 #   bash runs/baseline.sh [cpu | cpu-short | d12-protocol] ["seeds"]
 # For example: d12-protocol "0 1 2".
-# TAG=_2 appends _2 to the experiment's name, to repeat an experiment that has rows in the ledger.
+# TAG=_2 appends _2 to the experiment's name, to repeat an experiment that has records.
 # This applies to all scripts in this folder that run experiments.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -2,10 +2,10 @@
 
 python -m scripts.experiment --name my_test --profile cpu --candidates baseline chunked-ce
 
-A candidate is a set of flags that is compared with the baseline. Each run adds one row to the
-ledger, a CSV file that scripts.verdict and scripts.report read. Repeat the command to continue an
-interrupted experiment. Flags after `--` are passed to every scripts.base_train; for another text
-give -- --dataset NAME --tokenizer-dir FOLDER. Profiles:
+A candidate is a set of flags that is compared with the baseline. Each run leaves a record, which
+scripts.verdict and scripts.report read, and a row in the ledger, a CSV file. Repeat the command to
+continue an interrupted experiment. Flags after `--` are passed to every scripts.base_train; for
+another text give -- --dataset NAME --tokenizer-dir FOLDER. Profiles:
 
 """
 
@@ -13,19 +13,12 @@ import shlex
 import sys
 from functools import partial
 
-from nanochat.common import QUIET_HELP, Parser, check_output, command, runs_dir, set_quiet
-from nanochat.config import model_config, parse_config, run_horizon
+from nanochat.common import QUIET_HELP, Parser, check_output, command, print0, runs_dir, set_quiet
+from nanochat.config import parse_config
 from nanochat.dataset import download_shards
 from nanochat.experiments import runner
 from nanochat.experiments.gates import RULES
-from nanochat.experiments.profiles import (
-    BASELINE,
-    CANDIDATES,
-    PROFILES,
-    candidate_flags,
-    find_profile,
-)
-from nanochat.gpt import parameter_counts, scaling_params
+from nanochat.experiments.profiles import BASELINE, CANDIDATES, PROFILES, candidate_flags
 
 
 def parse_args(argv=None):
@@ -33,7 +26,8 @@ def parse_args(argv=None):
     parser = Parser("python -m scripts.experiment", __doc__ + profiles)
     add = parser.add_argument
     add("--name", required=True, help="name of the experiment, used in the ledger and in run ids")
-    add("--profile", required=True, help="fixed training flags and dataset (see above)")
+    add("--profile", required=True, choices=PROFILES, metavar="PROFILE",
+        help="fixed training flags and dataset (see above)")
     add("--candidates", nargs="+", default=[BASELINE], metavar="NAME",
         help=f"candidates: {', '.join(CANDIDATES)}, or NAME='--its-flags ...' ({BASELINE})")
     add("--seeds", nargs="+", type=int, default=[0, 1],
@@ -56,32 +50,20 @@ def parse_args(argv=None):
     at = given.index("--") if "--" in given else len(given)
     args = parser.parse_args(given[:at])
     args.extra_flags = given[at + 1:]
-    args.ledger = args.ledger or find_profile(args.profile).ledger()
+    args.ledger = args.ledger or PROFILES[args.profile].ledger()
     return args
 
 
 def experiment_of(args):
     """Return the Experiment that the flags ask for."""
-    profile = find_profile(args.profile)
+    profile = PROFILES[args.profile]
     threshold = args.target_metric_threshold
     if args.target_from:
-        threshold = runner.threshold_from(args.ledger, args.target_from, args.name)
+        threshold = runner.threshold_from(args.target_from, args.name, runs_dir())
     return runner.Experiment(
         args.name, profile, dict(map(candidate_flags, args.candidates)),
         tuple(dict.fromkeys(args.seeds)), tuple(dict.fromkeys(args.depths or [profile.depth])),
         threshold, tuple(args.extra_flags))
-
-
-def size_of(run, vocab_size):
-    """Return the size of a run as text. Raise UserError for flags that base_train refuses."""
-    config = parse_config(run.flags)
-    model = model_config(config, vocab_size)
-    horizon = run_horizon(config, model)
-    ratio = horizon.target_tokens / scaling_params(model)
-    return (f"depth {run.depth}: {parameter_counts(model)['total'] / 1e6:.1f}M parameters with "
-            f"{vocab_size} tokens in the vocabulary; {horizon.num_iterations} steps of "
-            f"{horizon.total_batch_size_tokens} tokens, {horizon.target_tokens / 1e6:.4g}M tokens, "
-            f"{ratio:.2g} per scaling parameter")
 
 
 def prepare(experiment):
@@ -102,26 +84,23 @@ def main(argv=None):
     experiment = experiment_of(args)
     training = partial(runner.training_command, nproc_per_node=args.nproc_per_node)
     runs = runner.training_runs(experiment)
-    logged = {row.run_id for row in runner.logged_runs(experiment.name, args.ledger)}
-    finished = [run for run in runs if run.run_id in logged]
-    sizes = [size_of(run, experiment.profile.vocab_size) for run in runs]
-    print(f"{experiment.name}: profile {args.profile}: {experiment.profile.description}; "
-          f"{len(runs)} runs, {len(finished)} of them finished; additional flags: "
-          f"{shlex.join(experiment.extra_flags) or 'none'}", *dict.fromkeys(sizes), sep="\n  ")
-    print("Rules of the verdict, fixed before the runs:", *RULES, sep="\n  ", flush=True)
+    for run in runs:
+        parse_config(run.flags)  # raises for flags that base_train refuses
+    missing = [run for run in runs if not runner.has_ended(runs_dir() / run.run_id)]
+    print0(f"{experiment.name}: {experiment.profile.description}; {len(runs)} runs, {len(missing)} "
+           "of them missing. Rules of the verdict, fixed before the runs:", *RULES, sep="\n  ")
     if args.dry_run:
-        for run in runs:
-            print("# finished: " * (run in finished) + shlex.join(training(run.flags)))
+        print0(*(shlex.join(training(run.flags)) for run in missing), sep="\n")
         return
     check_output("--ledger", args.ledger)
     own_data = any(flag.startswith("--dataset") for flag in experiment.extra_flags)
-    if len(finished) < len(runs) and not own_data:
+    if missing and not own_data:
         prepare(experiment)
     n_trained = runner.run_experiment(experiment, args.ledger, runs_dir(), training)
     if args.probe:
         runner.probe_candidates(experiment, runs_dir(), training)
-    print(f"{n_trained} runs were trained; their rows are in {args.ledger}, their records in "
-          f"{runs_dir()}")
+    print0(f"{n_trained} runs were trained; their rows are in {args.ledger}, their records in "
+           f"{runs_dir()}")
 
 
 if __name__ == "__main__":

@@ -24,10 +24,8 @@ def parse_args(argv=None):
     add("--gpu-tflops", type=float, help="dense bf16 TFLOP/s of a GPU that --gpu does not know; "
         "its fp8 is assumed to be twice as fast, and its memory bandwidth to have the same ratio "
         "to TFLOP/s as an H100's; needs --gpu-memory-gb, too")
-    add("--gpus", type=int, default=8, help="GPUs in one node (%(default)s); a run on one GPU is "
-        "also estimated")
-    add("--vocab-size", type=int, default=32768, help="number of tokens in the vocabulary "
-        "(%(default)s)")
+    add("--gpus", type=int, default=8, help="GPUs in one node (%(default)s)")
+    add("--vocab-size", type=int, default=32768, help="tokens in the vocabulary (%(default)s)")
     add("--price-per-gpu-hour", type=float, default=0.0, help="price of one GPU hour in any "
         "currency; prints the cost of the run")
     add("--inference-json", default="", help="take --target-param-data-ratio from this infer.json "
@@ -64,16 +62,8 @@ def main(argv=None):
     found = plan(config, args.vocab_size, gpu, args.gpus)
     if args.as_flags:
         print(shlex.join([*flags, f"--device-batch-size={found.device_batch_size}"]))
-        return
-    print(*found.describe(), sep="\n")
-    for n_gpus in sorted({1, args.gpus}):
-        try:
-            found = plan(config, args.vocab_size, gpu, n_gpus)
-        except UserError as error:
-            print(f"{n_gpus} GPU(s): {error}")
-            continue
-        price = args.price_per_gpu_hour * found.gpu_hours
-        print(f"{n_gpus} GPU(s): {found.speed()}" + (f", cost {price:,.2f}" if price else ""))
+    else:
+        print(*found.describe(args.price_per_gpu_hour), sep="\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from nanochat.common import (
     warn,
     write_text,
 )
-from nanochat.experiments.ledger import LEDGER_HELP, find_ledger
 from nanochat.experiments.report import experiment_page, runs_page
 
 RELOAD_SEC = 10
@@ -30,15 +29,13 @@ MAX_LOAD = 0.05  # share of one core that updates of the live page may use
 
 def parse_args(argv=None):
     parser = Parser("python -m scripts.report", __doc__)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="id or folder of a run")
-    parser.add_argument("--experiment", help="instead of runs: name of an experiment in the ledger")
-    parser.add_argument("--miniseries",
-                        help="name of the experiment with several depths, for gate 4")
-    parser.add_argument("--ledger", help=LEDGER_HELP)
-    parser.add_argument("--live", action="store_true",
-                        help="rewrite the file until Ctrl-C; the browser reloads it by itself")
-    parser.add_argument("--out", type=Path, default=Path("report.html"),
-                        help="file to write (%(default)s)")
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="id or folder of a run")
+    add("--experiment", help="instead of runs: name of an experiment")
+    add("--miniseries", help="name of the experiment with several depths, for gate 4")
+    add("--live", action="store_true",
+        help="rewrite the file until Ctrl-C; the browser reloads it by itself")
+    add("--out", type=Path, default=Path("report.html"), help="file to write (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -51,8 +48,7 @@ def main(argv=None):
         raise UserError("--miniseries needs --experiment")
     draw = partial(runs_page, args.runs, runs_dir())
     if args.experiment:
-        ledger = args.ledger or find_ledger(args.experiment)
-        draw = partial(experiment_page, ledger, args.experiment, runs_dir(), args.miniseries)
+        draw = partial(experiment_page, args.experiment, runs_dir(), args.miniseries)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     check_output("--out", args.out)
     write_text(args.out, draw(reload_sec=RELOAD_SEC if args.live else None))

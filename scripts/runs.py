@@ -8,18 +8,13 @@ python -m scripts.runs --compare RUN RUN ...    compare flags and metrics, the b
 """
 
 import fnmatch
-from datetime import datetime, timedelta
 
 import pandas as pd
 
 from nanochat.common import Parser, UserError, command, newest_in_words, runs_dir
 from nanochat.experiments.gates import document_notes, paired
-from nanochat.experiments.table import age_sec, recipe_of, runs_table
+from nanochat.experiments.ledger import SHOWN, age_sec, recipe_of, runs_table, text_table
 from nanochat.runlog import find_run, read_run
-
-COMPARED = ["min_val_bpb", "final_val_bpb", "final_val_bpb_se", "core_metric",
-            "time_to_target_sec", "tok_per_sec_median", "training_sec", "total_tokens",
-            "peak_memory_mib"]
 
 
 def parse_args(argv=None):
@@ -38,7 +33,8 @@ def list_runs(patterns):
         if any(fnmatch.fnmatchcase(folder.name, pattern) for pattern in patterns):
             try:
                 record = read_run(folder)
-                tables.append(runs_table([record]).assign(run=folder.name, age=age_sec(record)))
+                tables.append(runs_table([record]).assign(
+                    run_id=folder.name, candidate=folder.name, age_sec=age_sec(record)))
             except (UserError, OSError) as error:
                 broken.append(f"broken: {folder.name}: {' '.join(str(error).split())}")
     if not tables and not broken:
@@ -47,26 +43,8 @@ def list_runs(patterns):
         raise UserError(f"no run {' '.join(patterns)} in {runs_dir()}; "
                         f"{newest_in_words(runs_dir())}")
     if tables:
-        rows = pd.concat(tables).sort_values(["age", "run"]).itertuples()
-        broken.insert(0, as_text(pd.DataFrame(map(cells, rows)).set_index("run")))
+        broken.insert(0, text_table(pd.concat(tables).sort_values("age_sec")).to_string())
     return "\n".join(broken)
-
-
-def cells(row):
-    """Return the columns of the list for a row of the table."""
-    of = "" if pd.isna(row.num_iterations) else f"/{row.num_iterations:,.0f}"
-    target = ""
-    if pd.notna(row.target_metric_threshold):
-        seconds, how = row.time_to_target_sec_measured, "reached after"
-        if row.state == "running" and pd.isna(seconds):
-            seconds, how = row.time_to_target_sec_extrapolated, "extrapolated to"
-        when = "not reached" if pd.isna(seconds) else f"{how} {seconds:,.0f} s"
-        target = f"{row.target_metric_threshold:g} {when}"
-    written = datetime.now() - timedelta(seconds=row.age)
-    return {"run": row.run, "state": row.state, "written": f"{written:%Y-%m-%d %H:%M}",
-            "steps": f"{row.steps:,.0f}{of}", "tokens": f"{row.total_tokens / 1e6:,.2f}M",
-            "min val_bpb": f"{row.min_val_bpb:.4f}", "tok/s": f"{row.tok_per_sec_median:,.0f}",
-            "target": target}
 
 
 def compare(table):
@@ -78,45 +56,30 @@ def compare(table):
     recipes = {name: pd.Series(recipe_of(record), dtype=object).map(str)
                for name, record in zip(table.candidate, table.record, strict=True)}
     recipes = pd.DataFrame(recipes).fillna("")
-    different = recipes[recipes.nunique(axis=1) > 1].rename_axis("flag")
-
-    columns = [name for name in COMPARED if table[name].notna().any()]
-    shown = table.set_index(table.run_id.rename("run"))[["state", *columns]]
-    groups = {name: runs[runs.state == "finished"].set_index("seed")
+    groups = {name: runs[runs.ok].set_index("seed")
               for name, runs in table.groupby("candidate", sort=False)}
-    for name, runs in groups.items():
-        if len(runs) > 1:
-            shown.loc[f"{name} mean"] = runs[columns].mean()
-            shown.loc[f"{name} sd"] = runs[columns].std()
-
+    blocks = [text_table(table).to_string()]
+    if len(groups) > 1:
+        blocks.insert(0, recipes[recipes.nunique(axis=1) > 1].to_string())
     first, *others = groups
-    blocks = [as_text(different) if others else "runs of one candidate: equal flags, dataset and "
-              "device", as_text(shown)]
     for other in others:
-        lines = differences(groups[first], groups[other], columns)
+        lines = differences(groups[first], groups[other])
         blocks.append("\n  ".join([f"{other} minus {first}, over the seeds that both have "
                                    "finished:", *lines]))
     return "\n\n".join(blocks)
 
 
-def differences(before, after, columns):
-    """Return the paired difference over seeds per column, and that over validation documents."""
+def differences(before, after):
+    """Return the paired difference over seeds per metric, and that over validation documents."""
     seeds = before.index.intersection(after.index)
     before, after = before.loc[seeds], after.loc[seeds]
     lines = []
-    for name in columns:
+    for name, (heading, _) in SHOWN.items():
         change = (after[name] - before[name]).dropna()
         if change.any() and name != "final_val_bpb_se":
             percent = 100 * change.mean() / before[name][change.index].mean()
-            lines.append(f"{name}: {paired(change).describe(f'({percent:+.1f} %)')}")
-    lines += document_notes(before.record, after.record)
-    return lines or ["no difference can be given"]
-
-
-def as_text(table):
-    """Return a table as text with its index to the left."""
-    table = table.rename_axis(columns=table.index.name, index=None)
-    return table.to_string(na_rep="·", float_format="{:,.6g}".format)
+            lines.append(f"{heading}: {paired(change).describe(f'({percent:+.1f} %)')}")
+    return [*lines, *document_notes(before.record, after.record)] or ["no difference"]
 
 
 @command

@@ -1,13 +1,10 @@
-"""Synthetic run records and ledger rows, for the tests of experiments, gates and report."""
+"""Synthetic run records, for the tests of experiments, gates and report."""
 
 import math
 
 import numpy as np
 
 from nanochat.common import runs_dir
-from nanochat.experiments.ledger import append_row
-from nanochat.experiments.profiles import CANDIDATES
-from nanochat.experiments.table import row_of
 from nanochat.runlog import RunLog, find_run
 from nanochat.target import evaluations_of, time_to_target
 
@@ -16,8 +13,11 @@ BATCH_TOKENS = 2048
 
 def make_run(run_id, *, candidate="baseline", depth=4, seed=0, steps=200, eval_every=20,
              step_ms=100.0, bpb_shift=0.0, threshold=1.5, device="CPU x2", dataset_id="stdlib-1",
-             nan_at=None, spike_at=None, finished=True):
-    """Write a record with a falling loss, evaluations and a summary; return the RunRecord."""
+             nan_at=None, spike_at=None, finished=True, summary=None):
+    """Write a record with a falling loss, evaluations and a summary; return the RunRecord.
+
+    summary: values in the place of the run's own.
+    """
     flags = {"depth": depth, "seed": seed, "run_id": run_id, "dataset": "stdlib",
              "fused_rmsnorm": "fused" in candidate or candidate == "both",
              "chunked_ce": "chunked" in candidate or candidate == "both"}
@@ -49,23 +49,20 @@ def make_run(run_id, *, candidate="baseline", depth=4, seed=0, steps=200, eval_e
             break
     if finished:
         evaluations = evaluations_of(find_run(run_id, runs_dir()).events, "val_bpb")
-        log.finish(status=status, steps=step, tokens=step * BATCH_TOKENS, min_val_bpb=min(bpb),
+        own = dict(status=status, steps=step, tokens=step * BATCH_TOKENS, min_val_bpb=min(bpb),
                    final_val_bpb=bpb[-1], core_metric=None, dt_median_ms=step_ms,
                    tok_per_sec_median=BATCH_TOKENS / step_ms * 1000, train_time_sec=clock_sec,
                    wall_time_sec=clock_sec + 5, peak_memory_mib=900.0,
                    **time_to_target(evaluations, "val_bpb", threshold).summary_fields())
+        log.finish(**{**own, **(summary or {})})
     log.close()
     return find_run(run_id, runs_dir())
 
 
-def make_trial(ledger, experiment, *, candidate="baseline", depth=4, seed=0, threshold=1.5,
-               row=None, **run):
-    """Write a run and its ledger row; `row` overrides cells of the row."""
-    record = make_run(f"{experiment}.{candidate}.d{depth}.s{seed}", candidate=candidate,
-                      depth=depth, seed=seed, threshold=threshold, **run)
-    cells = {"experiment_name": experiment, "target_metric_threshold": threshold,
-             "candidate_flags": CANDIDATES.get(candidate, candidate), **(row or {})}
-    append_row(ledger, row_of(record, **cells))
+def make_trial(experiment, *, candidate="baseline", depth=4, seed=0, **run):
+    """Write the record of a run of an experiment; return the RunRecord."""
+    return make_run(f"{experiment}.{candidate}.d{depth}.s{seed}", candidate=candidate, depth=depth,
+                    seed=seed, **run)
 
 
 def _bpb(step, steps, depth):

@@ -10,7 +10,6 @@ from synthetic_runs import make_trial
 
 from nanochat import core_eval, dataset
 from nanochat.config import parse_config
-from nanochat.experiments.ledger import find_ledger
 from nanochat.experiments.profiles import PROFILES
 from nanochat.experiments.runner import training_runs
 from scripts import (
@@ -41,15 +40,14 @@ def dry_run(ledger, capsys):
     return dry_run
 
 
-def test_a_dry_run_prints_rules_sizes_and_commands(ledger, dry_run):
-    make_trial(ledger, "x", seed=0)
+def test_a_dry_run_prints_rules_and_the_commands_of_missing_runs(dry_run):
+    make_trial("x", seed=0)
     printed, commands = dry_run("--name", "x", "--profile", "cpu", "--candidates", "baseline",
                                 "both", "--seeds", "0", "1", "0", "--", "--device-type=cpu")
     assert [line.split("--run-id=")[1].split()[0] for line in commands] == [
-        f"x.{name}.d4.s{seed}" for seed in (0, 1) for name in ("baseline", "both")]
-    assert [line.startswith("# finished: ") for line in commands] == [True, False, False, False]
+        "x.both.d4.s0", "x.baseline.d4.s1", "x.both.d4.s1"]
     assert all("--device-type=cpu" in line for line in commands)
-    assert "gate 4, generalisation" in printed and "depth 4: 11.5M parameters" in printed
+    assert "gate 4, generalisation" in printed and "4 runs, 3 of them missing" in printed
 
 
 PROTOCOL = """
@@ -59,15 +57,14 @@ PROTOCOL = """
 """
 
 
-def test_the_d12_profile_is_the_protocol_to_the_letter_and_prints_its_size(base_dir, dry_run):
-    printed, commands = dry_run("--name", "b", "--profile", "d12-protocol")
+def test_the_d12_profile_is_the_protocol_to_the_letter(base_dir, dry_run):
+    _, commands = dry_run("--name", "b", "--profile", "d12-protocol")
     for seed, line in enumerate(commands):
         run_id = f"b.baseline.d12.s{seed}"
         assert line.split("scripts.base_train ")[1].split() == [
             *PROTOCOL.split(), f"--tokenizer-dir={base_dir}/tokenizer_climbmix",
             "--dataset=climbmix", f"--seed={seed}", f"--run-id={run_id}", f"--model-tag={run_id}"]
-    assert len(commands) == 2 and "depth 12: 286.3M parameters" in printed
-    assert "24.58M tokens, 0.22 per scaling parameter" in printed
+    assert len(commands) == 2
 
 
 def test_only_protocols_write_to_the_tracked_ledger(base_dir):
@@ -75,9 +72,6 @@ def test_only_protocols_write_to_the_tracked_ledger(base_dir):
     tracked, own = "dev/experiments.csv", f"{base_dir}/experiments.csv"
     assert ledgers == {"d12-protocol": tracked, "miniseries": tracked, "cpu": own,
                        "cpu-short": own}
-    assert str(find_ledger("x")) == tracked
-    make_trial(base_dir / "experiments.csv", "x", steps=20)
-    assert str(find_ledger("x")) == own and str(find_ledger("y")) == tracked
 
 
 def test_missing_data_of_a_profile_is_prepared(ledger, base_dir, monkeypatch):
@@ -98,11 +92,10 @@ def test_missing_data_of_a_profile_is_prepared(ledger, base_dir, monkeypatch):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["--profile", "d99"], "no profile 'd99'"),
     (["--profile", "cpu", "--candidates", "magic"], "no candidate 'magic'"),
     (["--profile", "cpu", "--target-metric-threshold", "-1"], "above 0"),
     (["--profile", "cpu", "--depths", "0", "--dry-run"], "--depth 0 must be"),
-    (["--profile", "cpu", "--target-from", "nothing"], "two baseline seeds of 'nothing'"),
+    (["--profile", "cpu", "--target-from", "nothing"], "no experiment 'nothing'"),
 ])
 def test_experiment_refuses_in_one_line(ledger, refusal, argv, message):
     error = refusal(experiment.main, ["--name", "x", "--ledger", str(ledger), *argv])

@@ -1,6 +1,5 @@
 """The CSV ledgers: edits by people and spreadsheets, and rows that programs append."""
 
-import csv
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -9,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from full_disk import full_disk
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.common import UserError
@@ -17,7 +16,6 @@ from nanochat.experiments.ledger import (
     ExperimentRow,
     append_row,
     columns,
-    read_experiments,
     read_rows,
 )
 
@@ -47,7 +45,7 @@ row_lists = st.lists(rows, max_size=4, unique_by=lambda row: row.run_id.strip())
 
 
 @settings(deadline=None)
-@given(existing=row_lists, bom=st.booleans(), end=st.sampled_from(["\n", "\r\n", "\r"]),
+@given(existing=row_lists, bom=st.booleans(), end=st.sampled_from(["\n", "\r\n"]),
        blank=st.sampled_from(["", "   ", ",,,,"]), final_end=st.booleans(),
        names=st.permutations([*HEADER.strip().split(","), "remark"]))
 def test_appending_keeps_every_byte_that_people_wrote(
@@ -66,41 +64,28 @@ def test_appending_keeps_every_byte_that_people_wrote(
     append_row(path, new)
     assert read_rows(path, Row) == [*existing, new]
     cells = {"run_id": "the new row", "loss": "1e-300", "notes": "--chunked-ce"}
-    known_end = end if final_end or existing else "\n"  # a lone header does not show its line end
-    added = ",".join(cells.get(name, "") for name in names) + known_end
-    assert path.read_bytes().decode() == text + ("" if final_end else known_end) + added
+    added = ",".join(cells.get(name, "") for name in names) + "\n"
+    assert path.read_bytes().decode() == text + ("" if final_end else "\n") + added
 
 
 @settings(deadline=None)
-@given(row_lists, st.sampled_from(["append_row", "pandas", "csv"]))
-def test_rows_of_every_writer_are_read_here_and_in_pandas(tmp_path_factory, written, writer):
-    """pandas writes integers beside missing ones as floats: 7.0. It does not quote a lone CR."""
+@given(row_lists)
+def test_appended_rows_are_read_here_and_in_pandas(tmp_path_factory, written):
     path = tmp_path_factory.mktemp("ledger") / "ledger.csv"
-    if writer == "append_row":
-        path.write_text(HEADER)
-        for row in written:
-            append_row(path, row)
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-        assert list(frame.notes) == [row.notes for row in written]
-        assert list(map(float, frame.loss)) == [row.loss for row in written]
-    elif writer == "pandas":
-        assume(all(abs(row.seed or 0) < 1e15 and "\r" not in row.run_id + row.notes
-                   for row in written))
-        frame = pd.DataFrame(list(map(vars, written)), columns=columns(Row))
-        frame.astype({"seed": float}).to_csv(path, index=False)
-    else:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([columns(Row), *(vars(row).values() for row in written)])
+    path.write_text(HEADER)
+    for row in written:
+        append_row(path, row)
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    assert list(frame.notes) == [row.notes for row in written]
+    assert list(map(float, frame.loss)) == [row.loss for row in written]
     assert read_rows(path, Row) == written
 
 
 @pytest.mark.parametrize(("column", "cell"), [
-    *(("seed", cell) for cell in ("1.966", "1.966.080", "1,966,080", "1 966", "1'966", "1\u00a0966",
-                                  "1966%", "1_966", "1,5", "1e3", "0x10", "١", "seven", "1966.00",
-                                  "9" * 400)),
-    *(("loss", cell) for cell in ("0,5", "15.565,8", "15,565.8", "1.234.567", "1 234", "1'234.5",
-                                  "0.5\u00a0", "50%", "1_0.5", "\u22120.5", "nan", "inf", "",
-                                  "1.5 ms", "0.5\t", "1e999"))])
+    *(("seed", cell) for cell in ("1.966", "1.966.080", "1,966,080", "1 966", "1_966", "1,5", "1e3",
+                                  "0x10", "\u0661", "seven", "9" * 400)),
+    *(("loss", cell) for cell in ("0,5", "15,565.8", "1.234.567", "1 234", "50%", "1_0.5", "nan",
+                                  "inf", "", "1.5 ms", "1e999"))])
 def test_a_number_has_no_separators_units_and_decimal_commas(tmp_path, column, cell):
     path = tmp_path / "ledger.csv"
     cells = {"run_id": "b", "seed": "1", "loss": "0.5", "notes": "", column: cell}
@@ -111,22 +96,17 @@ def test_a_number_has_no_separators_units_and_decimal_commas(tmp_path, column, c
 
 @pytest.mark.parametrize("text, fault", [
     ("run_id,seed,loss\n", r"line 1: the header must have .* it has not: notes"),
-    ("sep=,\nrun_id,seed,loss,notes\n", r"line 1: the header must have"),
     ("seed,run_id,loss,notes,seed\n", r"line 1: .* it has not: seed"),
     ("\ufeffrun_id;seed;loss;notes\r\nb;1;0,5;\r\n", r"line 1: .* between commas"),
     (HEADER + "b\t1\t0.5\t\n", r"line 2: 1 cells where the header has 4"),
     ('"run_id,seed\n', r"line 1: unexpected end"), ("\n", r"the header must have"),
-    (HEADER + "b,1,0.5\n", r"line 2: 3 cells where the header has 4"),
     (HEADER + "b,1,0,5,\n", r"line 2: 5 cells where the header has 4 \(a comma inside a text"),
-    (HEADER + "b,1,0.5,\r\r\n# a comment\n", r"line 4: 1 cells"),
-    (HEADER + " ,1,0.5,\n", r"line 2: run_id is empty"),
-    (HEADER + "b,1,0.5,\nc,1,0.5,\nb ,2,0.6,\n", r"line 4: run_id 'b' is also on line 2"),
+    (HEADER + " ,1,0.5,\n", r"line 2: run_id '' is empty"),
+    (HEADER + "b,1,0.5,\nc,1,0.5,\nb ,2,0.6,\n", r"line 4: run_id 'b' is repeated"),
     (HEADER + 'b,1,0.5,"two\nlines"\nc,1,x,\n', r"line 4: loss"),
     (HEADER + 'b,1,0.5,"x" y\n', r"line 2: "),
     (HEADER + 'b,1,0.5,\nc,1,0.5,"never closed\n', r"line 3: unexpected end"),
     (HEADER + "b,1,0.5,forbidden\n", r"line 2: notes must not be"),
-    (HEADER.encode() + b"b,1,0.5,\nc,1,0.5,caf\xe9\n", r"line 3: not UTF-8"),
-    (HEADER.encode("utf-16"), r"line 1: not UTF-8"),
 ])
 def test_mistakes_are_named_by_line_and_nothing_is_written(tmp_path, text, fault):
     path = tmp_path / "ledger.csv"
@@ -140,7 +120,7 @@ def test_mistakes_are_named_by_line_and_nothing_is_written(tmp_path, text, fault
 
 @pytest.mark.parametrize("row, fault", [
     (replace(ROW, loss=float("nan")), "loss is 'nan'"), (replace(ROW, loss=None), "loss is ''"),
-    (replace(ROW, seed=1.5), "seed is '1.5'"), (replace(ROW, run_id=" "), "run_id is empty"),
+    (replace(ROW, seed=1.5), "seed is '1.5'"), (replace(ROW, run_id=" "), "run_id '' is empty"),
     (replace(ROW, notes="x" * 200_000), "field larger than"),
 ])
 def test_a_row_that_would_not_read_back_is_refused(tmp_path, row, fault):
@@ -149,37 +129,24 @@ def test_a_row_that_would_not_read_back_is_refused(tmp_path, row, fault):
     assert not (tmp_path / "ledger.csv").exists()
 
 
-def test_a_full_disk_and_a_missing_folder_leave_the_ledger_as_it_was(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_ledger_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "new" / "ledger.csv"
     with pytest.raises(UserError, match="cannot read the ledger"):
         read_rows(path, Row)
     append_row(path, ROW)
-    before = path.read_text()
-    assert before == HEADER + "a,1,0.5,\n"
-    with pytest.raises(UserError, match="cannot write"):
-        append_row(path / "ledger.csv", ROW)
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(UserError, match=r"cannot write the ledger .*No space left"):
         append_row(path, replace(ROW, run_id="b"))
-    assert path.read_text() == before and not list(path.parent.glob(".*.tmp"))
+    assert path.read_text() == HEADER + "a,1,0.5,\n" and not list(path.parent.glob(".*.tmp"))
 
 
 def test_a_run_is_logged_once_also_through_a_symlink(tmp_path):
     (tmp_path / "real.csv").write_text(HEADER)
     (tmp_path / "link.csv").symlink_to("real.csv")
     append_row(tmp_path / "link.csv", ROW)
-    with pytest.raises(UserError, match=r"line 2: run_id 'a' is already there"):
+    with pytest.raises(UserError, match=r"run_id 'a' is already there"):
         append_row(tmp_path / "real.csv", replace(ROW, run_id=" a ", seed=2))
     assert (tmp_path / "link.csv").is_symlink() and read_rows(tmp_path / "real.csv", Row) == [ROW]
-
-
-def test_a_last_line_without_its_end_is_warned_of(tmp_path, capsys):
-    path = tmp_path / "ledger.csv"
-    append_row(path, replace(ROW, notes="complete"))
-    assert read_rows(path, Row) and not capsys.readouterr().err
-    path.write_bytes(path.read_bytes()[:-5])
-    assert read_rows(path, Row) == [replace(ROW, notes="comp")]
-    assert "the last line has no line end" in capsys.readouterr().err
 
 
 APPEND_AT_ONCE = """
@@ -207,18 +174,6 @@ def test_processes_that_append_at_once_lose_no_row(tmp_path):
     assert sorted(row.seed for row in found) == list(range(40))
     assert all(row.notes == f'"{row.seed}"\n' * 50 for row in found)
 
-
-# --- the ledger of experiments ----------------------------------------------------------------
-
-EXPERIMENT = ExperimentRow(
-    timestamp="2026-11-23T10:00:00Z", git_commit="abc1234", experiment_name="lane_c", seed=0,
-    depth=12, target_metric_name="val_bpb", target_metric_threshold=None,
-    time_to_target_sec_measured=None, time_to_target_sec_extrapolated=901.25,
-    tok_per_sec_median=37_000.0, dt_median_ms=440.0, wall_time_sec=700.5, min_val_bpb=1.01,
-    status="ok", candidate_flags="--chunked-ce --fused-rmsnorm", dataset_id="d",
-    total_tokens=24_576_000, device="CPU x2", peak_memory_mib=None, run_id="lane_c-both-s0")
-
-
 def test_the_committed_ledger_has_the_plans_columns_and_reads_in_pandas():
     path = Path(__file__).parents[1] / "dev" / "experiments.csv"
     assert ",".join(columns(ExperimentRow)) == (
@@ -226,27 +181,7 @@ def test_the_committed_ledger_has_the_plans_columns_and_reads_in_pandas():
         "target_metric_threshold,time_to_target_sec_measured,time_to_target_sec_extrapolated,"
         "tok_per_sec_median,dt_median_ms,wall_time_sec,min_val_bpb,status,candidate_flags,"
         "dataset_id,total_tokens,device,peak_memory_mib,run_id")
-    frame, rows = pd.read_csv(path), read_experiments(path)
+    frame, rows = pd.read_csv(path), read_rows(path, ExperimentRow)
     assert list(frame.columns) == columns(ExperimentRow) and len(rows) > 40
     assert list(frame.run_id) == [row.run_id for row in rows]
     assert list(frame.min_val_bpb) == pytest.approx([row.min_val_bpb for row in rows])
-
-
-@pytest.mark.parametrize(("cells", "message"), [
-    ({"seed": None}, "seed is empty"), ({"depth": 0}, "depth is 0, which no run can have"),
-    ({"dataset_id": ""}, "dataset_id is empty"), ({"status": "fine"}, "'fine', not one of ok"),
-    ({"target_metric_name": "loss"}, "not one of val_bpb"),
-    ({"target_metric_threshold": -1.0}, "above 0"), ({"min_val_bpb": 0.0}, "min_val_bpb is 0.0"),
-])
-def test_values_that_no_run_can_have_are_refused(cells, message):
-    with pytest.raises(UserError, match=message):
-        replace(EXPERIMENT, **cells)
-
-
-@pytest.mark.parametrize("date", ["23.11.2026 21:48", "11/23/26"])
-def test_a_date_that_a_spreadsheet_rewrote_is_named_by_line(tmp_path, date):
-    path = tmp_path / "experiments.csv"
-    append_row(path, EXPERIMENT)
-    path.write_text(path.read_text().replace(EXPERIMENT.timestamp, date))
-    with pytest.raises(UserError, match=r"line 2: timestamp is .*; write the date as 2026-"):
-        read_experiments(path)

@@ -168,19 +168,21 @@ def test_memory_is_within_fifteen_percent_of_the_recorded_peaks():
 
 # --- scripts.plan ---------------------------------------------------------------------------------
 
-def test_the_printed_plan_has_one_gpu_and_all(capsys):
-    plan_script.main(["--depth=24", "--fp8", "--price-per-gpu-hour=3"])
+def test_the_printed_plan_has_memory_step_time_hours_and_cost(capsys):
+    flags = ["--depth=24", "--fp8", "--target-param-data-ratio=8"]
+    plan_script.main([*flags, "--price-per-gpu-hour=3"])
     printed = capsys.readouterr().out
-    assert re.findall(r"^(\d+) GPU\(s\)", printed, re.MULTILINE) == ["1", "8"]
-    assert re.findall(r"communication (\d+)%", printed) == ["0", "2"]
-    assert "weights 4.2 GB" in printed and "cost " in printed and "fits" in printed
+    assert "72.0 GB of 80.0 GB are usable: fits" in printed and "weights 4.2 GB" in printed
+    hours, gpu_hours, cost = map(float, re.search(
+        r" ([\d.]+) hours, ([\d.]+) GPU hours, cost ([\d.]+)", printed).groups())
+    assert hours == pytest.approx(Estimate(D24, 32768, GPUS["h100"]).train_hours, abs=0.01)
+    assert gpu_hours == pytest.approx(8 * hours, abs=0.1) and cost == pytest.approx(
+        3 * gpu_hours, abs=0.2)
 
 
 def test_a_gpu_that_is_not_in_the_list_is_planned_from_memory_and_rate(capsys):
     plan_script.main(["--depth=12", "--gpu-memory-gb=24", "--gpu-tflops=165", "--gpus=1"])
-    printed = capsys.readouterr().out
-    assert "21.6 GB of 24.0 GB are usable: fits" in printed
-    assert re.search(r"^1 GPU\(s\): .* hours of training", printed, re.MULTILINE)
+    assert "21.6 GB of 24.0 GB are usable: fits" in capsys.readouterr().out
 
 
 def test_the_flags_are_those_of_the_training_program(capsys):

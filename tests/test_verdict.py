@@ -1,42 +1,43 @@
-"""scripts.verdict as a person calls it."""
+"""scripts.verdict as a person calls it, and the targets that lane B's verdict refuses."""
+
+import statistics
 
 import pytest
-from synthetic_runs import make_trial
+from synthetic_runs import make_run, make_trial
 
+from nanochat.lane_b import verdict as lane_b_verdict
 from scripts import verdict
 
 
-@pytest.fixture
-def ledger(tmp_path):
+@pytest.fixture(autouse=True)
+def experiment():
     """Two seeds of baseline and candidate at depth 4, and a three-depth miniseries."""
-    path = tmp_path / "experiments.csv"
     for experiment, depth, seed in (("lane_c", 4, 0), ("lane_c", 4, 1), ("depths", 2, 0),
                                     ("depths", 3, 0), ("depths", 4, 0)):
-        make_trial(path, experiment, depth=depth, seed=seed)
-        make_trial(path, experiment, candidate="chunked-ce", depth=depth, seed=seed, step_ms=90.0)
-    return path
+        make_trial(experiment, depth=depth, seed=seed)
+        make_trial(experiment, candidate="chunked-ce", depth=depth, seed=seed, step_ms=90.0)
 
 
-def test_verdict_prints_rules_gates_and_decision(ledger, capsys):
-    verdict.main(["--experiment", "lane_c", "--miniseries", "depths", "--ledger", str(ledger)])
+def test_verdict_prints_rules_gates_and_decision(capsys):
+    verdict.main(["--experiment", "lane_c", "--miniseries", "depths"])
     out = capsys.readouterr().out
     assert "chunked-ce: INSUFFICIENT (gate 3 stability)" in out and "no save/resume probe" in out
     assert "gain n=2, mean +10 %" in out and "Decision: reject if" in out
 
 
-def test_a_fresh_clone_says_what_the_ledger_says(ledger, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "elsewhere"))
-    verdict.main(["--experiment", "lane_c", "--ledger", str(ledger)])
-    out = capsys.readouterr().out
-    assert "chunked-ce: NOT JUDGED (records missing here of 4 of 4 runs; the ledger says: " in out
-    assert "chunked-ce reached the target in 2 of 2 runs after 10.8 s on average" in out
+def test_verdict_refuses_in_one_line(refusal):
+    error = refusal(verdict.main, ["--experiment", "x"])
+    assert error.count("\n") == 1 and "no experiment 'x'" in error
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["--experiment", "x"], "no experiment 'x'"),
-    (["--experiment", "lane_c", "--candidates", "both"], "'both' is judged against"),
-    (["--experiment", "lane_c", "--ledger", "nowhere.csv"], "nowhere.csv"),
-])
-def test_verdict_refuses_in_one_line(ledger, refusal, argv, message):
-    error = refusal(verdict.main, ["--ledger", str(ledger), *argv])
-    assert error.count("\n") == 1 and message in error
+@pytest.mark.parametrize("derive", [min, statistics.mean, statistics.median])
+def test_lane_b_refuses_a_target_derived_from_its_baseline(derive):
+    def runs(name, **run):
+        return [make_run(f"{name}.s{seed}", seed=seed, **run) for seed in lane_b_verdict.SEEDS]
+
+    target = derive(run.summary["min_val_bpb"] for run in runs("first"))
+    for threshold, outcome in ((target, "INSUFFICIENT"), (target + 0.02, "PROMOTE")):
+        named = runs(f"named-{outcome}", threshold=threshold, steps=180, bpb_shift=-0.01)
+        baseline = runs(f"baseline-{outcome}", threshold=threshold)
+        lines = lane_b_verdict.judge(named, baseline, baseline[:1])
+        assert outcome in lines[0] and ("was derived" in lines[1]) == (threshold == target)

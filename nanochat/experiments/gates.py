@@ -1,8 +1,7 @@
-"""The four gates: rules for the promotion of a candidate, fixed before its runs.
+"""The four gates of lane C: rules for the promotion of a candidate, fixed before its runs.
 
 Each gate is a function of the rows of the baseline and one candidate; it returns (outcome,
-sentence). A candidate that sets only the horizon (lane B) is timed in steps and must reach its
-target, since its final loss differs by design.
+sentence). Lane B has gates of its own (nanochat/lane_b/verdict.py).
 """
 
 from math import nan
@@ -13,24 +12,23 @@ import pandas as pd
 from scipy import stats
 
 from nanochat.common import UserError
-from nanochat.experiments.profiles import BASELINE
-from nanochat.experiments.runner import SLACK_BPB, read_probe
-from nanochat.experiments.table import (
+from nanochat.experiments.ledger import (
     INTERPRETED,
     check_same,
     check_same_world,
     curve,
-    on_one_clock,
+    curves_of,
 )
+from nanochat.experiments.profiles import BASELINE
+from nanochat.experiments.runner import read_probe
 
 PASS, NOT_SHOWN, FAIL = "pass", "not shown", "fail"
 INSUFFICIENT, NOT_JUDGED = "insufficient", "not judged"
-SAME_BPB = 1e-6  # a threshold this close to one derived from the baseline counts as derived
+UNFINISHED = ("running", "stale", "interrupted")  # such a run is missing, it has not failed
 
 # The constants of the rules. Do not change them after a run: its verdict would be invalid.
 CONFIDENCE = 0.95  # of every interval
 MIN_SEEDS = 2
-HORIZON_MIN_SEEDS = 3  # for a candidate that sets only the horizon
 QUALITY_SDS = 2.0  # standard deviations of the baseline's seeds
 QUALITY_FLOOR_BPB = 0.0005
 SPIKE_NATS = 1.0  # above the median of the SPIKE_WINDOW losses before
@@ -53,17 +51,13 @@ RULES = (
     f"{SPIKE_WINDOW} losses before it where the baseline has none (shorter runs are insufficient). "
     f"Losses after a resume must agree within {RESUME_TOLERANCE_NATS:g} nats.",
     f"gate 4, generalisation: at least {MIN_DEPTHS} depths must show no systematic regression. "
-    "That is a mean relative change of val_bpb above the margin of gate 2, or of time above "
-    f"{DEPTH_TIME_TOLERANCE:.0%}, that is worse at every depth or has its interval above zero.",
-    "A candidate that sets only the horizon has other rules. Gate 1: times are the interpolated "
-    "steps to the target times the median step time of all runs, with at least "
-    f"{HORIZON_MIN_SEEDS} seeds; the target must not be derived from the baseline runs being "
-    "judged. Gate 2: every seed must reach the target. Gate 4: every depth must reach its own "
-    "target with its own horizon, without a systematic regression of time.",
-    "Decision: reject if a gate fails; not judged if records are missing, if the times of a "
-    "candidate that changes more than the horizon were measured in the Triton interpreter, or if "
-    f"the runs have fewer than {SMOKE_TEST_STEPS} steps (smoke test); insufficient if a gate lacks "
-    "runs; optional if all gates pass but the gain is not shown; otherwise promote.",
+    "That is a mean relative change of val_bpb above the margin of gate 2, or of the step time "
+    f"above {DEPTH_TIME_TOLERANCE:.0%}, that is worse at every depth or has its interval above "
+    "zero.",
+    "Decision: reject if a gate fails; not judged if the times were measured in the Triton "
+    f"interpreter, or if the runs have fewer than {SMOKE_TEST_STEPS} steps (smoke test); "
+    "insufficient if a gate lacks runs; optional if all gates pass but the gain is not shown; "
+    "otherwise promote.",
 )
 NOT_ON_THIS_DEVICE = ("the times were measured in the Triton interpreter, so they say nothing "
                       "about the kernels and are not judged: run it on a GPU")
@@ -102,9 +96,9 @@ class Verdict(NamedTuple):
     gates: dict
 
 
-def judge_all(table, series, runs_dir, candidates=None):
-    """Return a Verdict per candidate (None: all of the table). Raise UserError as judge."""
-    names = candidates or [name for name in table.candidate.unique() if name != BASELINE]
+def judge_all(table, series, runs_dir):
+    """Return a Verdict per candidate of an experiment_table. Raise UserError as judge."""
+    names = [name for name in table.candidate.unique() if name != BASELINE]
     experiment = table.experiment_name.iloc[0]
     return [judge(name, table, series, read_probe(runs_dir, experiment, name)) for name in names]
 
@@ -120,8 +114,8 @@ def judge(candidate, table, series=None, probe=None):
         raise UserError(f"{candidate!r} is judged against the {BASELINE!r} of an experiment that "
                         f"has both; this one has {', '.join(names)}")
     if table.depth.nunique() > 1:
-        raise UserError(f"this experiment has the depths {_listed(sorted(table.depth.unique()))}; "
-                        "a candidate is judged at one depth, several are gate 4's miniseries")
+        raise UserError("a candidate is judged at one depth; give an experiment of several depths "
+                        "as --miniseries")
     series = table[:0] if series is None else series
     runs, series = (rows[rows.candidate.isin([BASELINE, candidate])] for rows in (table, series))
     check_same_world(pd.concat([runs, series]))
@@ -130,47 +124,28 @@ def judge(candidate, table, series=None, probe=None):
     stability = stability_gate(runs, probe)
     if runs.num_iterations.max() < SMOKE_TEST_STEPS:
         return Verdict(candidate, NOT_JUDGED, SMOKE_TEST, {"3 stability": stability})
-    if runs[runs.candidate == candidate].horizon_only.all():
-        runs, series = on_one_clock(runs), on_one_clock(series)
-        void = target_faults(runs)
-        time = (INSUFFICIENT, "; ".join(void)) if void else time_gate(runs, HORIZON_MIN_SEEDS)
-        quality, generalisation = reach_gate(runs), generalisation_gate(series)
-    else:
-        is_interpreted = runs.device.str.contains(INTERPRETED).any()
-        time = (NOT_JUDGED, NOT_ON_THIS_DEVICE) if is_interpreted else time_gate(runs)
-        quality = quality_gate(runs)
-        generalisation = generalisation_gate(series, quality_margin(runs), is_interpreted)
-    gates = {"1 time": time, "2 quality": quality, "3 stability": stability,
-             "4 generalisation": generalisation}
-    return Verdict(candidate, *_decide(gates, runs), gates)
+    is_interpreted = runs.device.str.contains(INTERPRETED).any()
+    gates = {"1 time": (NOT_JUDGED, NOT_ON_THIS_DEVICE) if is_interpreted else time_gate(runs),
+             "2 quality": quality_gate(runs),
+             "3 stability": stability,
+             "4 generalisation": generalisation_gate(series, quality_margin(runs), is_interpreted)}
+    return Verdict(candidate, *decide(gates), gates)
 
 
-def _decide(gates, runs):
-    """Return the decision and what decided it."""
-    time = f"gate 1 time: {gates['1 time'][1].partition(';')[0]}"
-    by_outcome = {}
-    for name, (outcome, _) in gates.items():
-        by_outcome.setdefault(outcome, []).append(f"gate {name}")
-    if FAIL in by_outcome:
-        return "reject", ", ".join(by_outcome[FAIL])
-    if NOT_JUDGED in by_outcome:
-        return NOT_JUDGED, time
-    if n_missing := runs.record.isna().sum():
-        return NOT_JUDGED, (f"records missing here of {n_missing} of {len(runs)} runs; the ledger "
-                            f"says: {_ledger_says(runs)}")
-    if INSUFFICIENT in by_outcome:
-        return INSUFFICIENT, ", ".join(by_outcome[INSUFFICIENT])
-    return ("optional", time) if NOT_SHOWN in by_outcome else ("promote", "all four gates")
+def decide(gates):
+    """Return the decision and the gates that decided it."""
+    for outcome, decision in ((FAIL, "reject"), (NOT_JUDGED, NOT_JUDGED),
+                              (INSUFFICIENT, INSUFFICIENT), (NOT_SHOWN, "optional")):
+        decisive = [name for name, (found, _) in gates.items() if found == outcome]
+        if decisive:
+            return decision, f"gate {', '.join(decisive)}"
+    return "promote", "all gates"
 
 
-def _ledger_says(runs):
-    said = []
-    for name, rows in runs.groupby("candidate", sort=False):
-        seconds = rows.time_to_target_sec_measured.dropna()
-        when = f" after {seconds.mean():.4g} s on average" if len(seconds) else ""
-        said.append(f"{name} reached the target in {len(seconds)} of {len(rows)} runs{when}, mean "
-                    f"min val_bpb {rows.min_val_bpb.mean():.4f}")
-    return ", ".join(said)
+def gate_lines(gates):
+    """Return a line per gate."""
+    return [f"  {name:<16} {outcome:<13} {sentence}"
+            for name, (outcome, sentence) in gates.items()]
 
 
 def time_gate(runs, min_seeds=MIN_SEEDS):
@@ -184,34 +159,17 @@ def time_gate(runs, min_seeds=MIN_SEEDS):
         "target not reached, or before the clock starts, in seed", b.seed[~timed])
     gaps = gaps or _fewer("seeds", timed.sum(), min_seeds)
     if not timed.any():
-        return _outcome(faults, gaps)
+        return outcome_of(faults, gaps)
 
-    gain, seconds = paired(100 * (1 - after / before)[timed]), paired((before - after)[timed])
+    gain = paired(100 * (1 - after / before)[timed])
     is_extrapolated = (b.is_extrapolated | c.is_extrapolated)[timed].any()
-    notes = [f"gain {gain.describe('%')}", seconds.describe("s"),
-             "extrapolated" if is_extrapolated else "measured"]
+    notes = [f"gain {gain.describe('%')}", f"mean {(before - after)[timed].mean():+.4g} s"]
     doubt = ("the gain has no interval" if not gain.lo <= gain.hi else
              "the gain's interval reaches zero" if gain.lo <= 0 else
              "a time to target was extrapolated, not measured" if is_extrapolated else "")
     if doubt and not faults and not gaps:
         return NOT_SHOWN, "; ".join([doubt, *notes])
-    return _outcome(faults, gaps, notes)
-
-
-def target_faults(runs):
-    """Return why a horizon's times are void: its target was derived from the baseline's losses.
-
-    About half of the seeds miss one of their own final losses, their mean or median; none misses
-    the worst plus the runner's slack.
-    """
-    faults = _without_target(runs)
-    for depth, rows in runs[runs.candidate == BASELINE].groupby("depth"):
-        threshold, ends = rows.target_metric_threshold.iloc[0], rows.min_val_bpb.dropna()
-        derived = np.array([*ends, ends.mean(), ends.median(), ends.max() + SLACK_BPB])
-        if (abs(derived - threshold) < SAME_BPB).any():
-            faults.append(f"the threshold {threshold:.6g} at depth {depth} was derived from the "
-                          "baseline runs being judged: give an independent one")
-    return faults
+    return outcome_of(faults, gaps, notes)
 
 
 def quality_margin(runs):
@@ -227,37 +185,35 @@ def quality_gate(runs):
     b, c = pairs(runs)
     margin, excesses = quality_margin(runs), (c.min_val_bpb - b.min_val_bpb).dropna()
     if margin is None or excesses.empty:
-        return _outcome([], missing_runs(runs) or ["two baseline seeds and one pair need val_bpb"])
-    end = paired(excesses)
+        return outcome_of([], ["two baseline seeds and one pair need val_bpb"])
+    end, ended = paired(excesses), runs[runs.ok]
     notes = [f"min val_bpb {end.describe('bpb')}, margin {margin:.5f}"]
     notes += document_notes(b.record, c.record)
     gaps = missing_runs(runs) or _fewer("seeds", len(excesses), max(MIN_SEEDS, len(b)))
     is_worse = end.mean > margin
-    if not c.own_horizon.any():  # curves of other horizons differ by design
-        excess, allowed = _excess_curves(runs, margin)
-        if excess.empty:
-            gaps = gaps or ["the runs' curves are not here"]
-        else:
-            step = (excess - allowed).idxmax()
-            is_worse |= excess[step] > allowed[step]
-            notes.append(f"worst of the run {excess[step]:+.5f} at step {step:.0f}, allowed "
-                         f"{allowed[step]:.5f}")
-    return (FAIL, "; ".join(notes)) if is_worse else _outcome([], gaps, notes)
+
+    excess = excess_of(ended).dropna().mean(axis=1)
+    baseline = curves_of(ended[ended.candidate == BASELINE], "val", "val_bpb")
+    sds = baseline.groupby("step").value.std().fillna(0.0).reindex(excess.index)
+    if excess.empty:
+        gaps = gaps or ["the runs have no evaluation at the same step"]
+    else:
+        allowed = 2 * (QUALITY_SDS * sds).clip(lower=margin)
+        step = (excess - allowed).idxmax()
+        is_worse |= excess[step] > allowed[step]
+        notes.append(f"worst of the run {excess[step]:+.5f} at step {step:.0f}, allowed "
+                     f"{allowed[step]:.5f}")
+    return (FAIL, "; ".join(notes)) if is_worse else outcome_of([], gaps, notes)
 
 
-def _excess_curves(runs, margin):
-    """Return the mean excess of val_bpb and the allowed one by step; empty without all curves."""
-    b, c = pairs(runs)
-    baseline = runs[(runs.candidate == BASELINE) & runs.ok]
-    before, after, every = (
-        pd.DataFrame([curve(record, "val", "val_bpb").set_index("step").value
-                      for record in rows.record]).T.sort_index() for rows in (b, c, baseline))
-    excess = (after - before).mean(axis=1).dropna()  # a row per step, a column per run
-    if pd.concat([before, after], axis=1).isna().all().any():
-        excess = excess[:0]
-    excess = excess[excess.index > 0]
-    sds = every.std(axis=1).fillna(0.0).reindex(excess.index)
-    return excess, 2 * (QUALITY_SDS * sds).clip(lower=margin)
+def excess_of(runs):
+    """Return val_bpb minus that of the baseline of equal depth and seed: a column per run."""
+    val, keys = curves_of(runs, "val", "val_bpb"), ["depth", "seed", "step"]
+    val = val[val.step > 0]
+    baseline = val[val.candidate == BASELINE][[*keys, "value"]]
+    both = val[val.candidate != BASELINE].merge(baseline, on=keys, suffixes=("", "_of_baseline"))
+    both["excess"] = both.value - both.value_of_baseline
+    return both.pivot(index="step", columns=["candidate", "run_id"], values="excess")
 
 
 def document_notes(records, others):
@@ -265,7 +221,7 @@ def document_notes(records, others):
     from nanochat.loss_eval import load_document_losses, paired_difference  # torch takes seconds
 
     pairs_of_paths = [[record.folder / "validation.npz" for record in pair]
-                      for pair in zip(records, others, strict=True) if all(pair)]
+                      for pair in zip(records, others, strict=True)]
     try:
         found = [paired_difference(load_document_losses(after), load_document_losses(before))
                  for before, after in pairs_of_paths if before.exists() and after.exists()]
@@ -277,27 +233,16 @@ def document_notes(records, others):
     return [f"final val_bpb {mean:+.5f} with standard error {error:.5f} over documents, per seed"]
 
 
-def reach_gate(runs):
-    """Gate 2 of a horizon: every seed reaches the target."""
-    n = len(pairs(runs)[0])
-    gaps = missing_runs(runs) or _without_target(runs) or _fewer("seeds", n, HORIZON_MIN_SEEDS)
-    missed = _missed(runs)
-    return _outcome(missed, gaps, [] if missed or gaps else [f"target reached in all {n} seeds"])
-
-
 def stability_gate(runs, probe):
     """Gate 3: how runs end, loss spikes, graph breaks, and losses after a resume."""
     tried = runs[runs.candidate != BASELINE]
-    baseline = runs[runs.candidate == BASELINE].set_index("seed").record
-    faults, gaps = _failed(tried), []
-    for row in tried.itertuples():
-        steps = spikes(row.record) - spikes(baseline.get(row.seed))
-        faults += [f"seed {row.seed} has a loss spike at step {min(steps):.0f}"] if steps else []
+    faults, gaps = failures(runs), []
+    for row in tried[tried.ok].itertuples():
         n = len(curve(row.record, "train", "loss"))
-        if row.ok and n <= SPIKE_WINDOW:
-            gaps.append(f"seed {row.seed} has {n} losses here: too few to look for a spike")
+        if n <= SPIKE_WINDOW:
+            gaps.append(f"seed {row.seed} has {n} losses: too few to look for a spike")
     if probe is None:
-        return _outcome(faults, [*gaps, "no save/resume probe"])
+        return outcome_of(faults, [*gaps, "no save/resume probe"])
     if probe.graph_breaks is None:
         gaps.append("graph breaks were not looked for: the probe ran uncompiled")
     difference = probe.resume_difference_nats
@@ -306,9 +251,22 @@ def stability_gate(runs, probe):
     elif difference > RESUME_TOLERANCE_NATS:
         faults.append(f"losses differ by {difference:.2g} nats after a resume")
     if faults or gaps:
-        return _outcome(faults, gaps)
+        return outcome_of(faults, gaps)
     return PASS, (f"{len(tried)} runs without NaN, spike or graph break; losses after a resume "
                   f"differ by at most {difference:.2g} nats")
+
+
+def failures(runs):
+    """Return the candidate's runs that did not end well or have spikes the baseline has not."""
+    tried = runs[runs.candidate != BASELINE]
+    baseline = runs[runs.candidate == BASELINE].set_index(["depth", "seed"]).record
+    faults = _failed(runs)
+    for row in tried.itertuples():
+        steps = spikes(row.record)
+        if (row.depth, row.seed) in baseline:
+            steps -= spikes(baseline[row.depth, row.seed])
+        faults += [f"{row.run_id} has a loss spike at step {min(steps):.0f}"] if steps else []
+    return faults
 
 
 def spikes(record):
@@ -318,53 +276,44 @@ def spikes(record):
     return set(losses.step[losses.value > before + SPIKE_NATS])
 
 
-def generalisation_gate(series, margin=None, is_interpreted=False):
-    """Gate 4: the relative change over depths of time and, but for a horizon, of val_bpb."""
+def generalisation_gate(series, margin, is_interpreted):
+    """Gate 4: the relative changes of val_bpb and of the step time over depths."""
     if series.candidate.nunique() < 2:
         return INSUFFICIENT, "no miniseries of this candidate and the baseline"
     _check_comparable(series)
     b, c = pairs(series)
-    tried = series[series.candidate != BASELINE]
-    faults = _failed(tried)
+    faults = _failed(series)
     gaps = missing_runs(series) or _fewer("depths", b.depth.nunique(), MIN_DEPTHS)
-    columns = {"time to target": "time_to_target_sec"}
-    if tried.horizon_only.all():
-        faults += _missed(series)
-        gaps = gaps or target_faults(series)
-    else:
-        if margin is None:
-            gaps = gaps or ["gate 2's margin needs two baseline seeds that ended well"]
-        if not (pd.concat([b, c]).time_to_target_sec > 0).all():
-            columns = {"step time": "dt_median_ms"}  # the number of steps is the same
-        columns = {"val_bpb": "min_val_bpb", **({} if is_interpreted else columns)}
+    if margin is None:
+        gaps = gaps or ["gate 2's margin needs two baseline seeds that ended well"]
     if faults or gaps:
-        return _outcome(faults, gaps)
+        return outcome_of(faults, gaps)
 
+    limits = {"val_bpb": ("min_val_bpb", margin / b.min_val_bpb.mean())}
     notes = [NOT_ON_THIS_DEVICE] if is_interpreted else []
-    for what, column in columns.items():
-        ratios = c[column].where(c[column] > 0) / b[column].where(b[column] > 0)
-        if ratios.isna().any():
+    if not is_interpreted:
+        limits["step time"] = ("dt_median_ms", DEPTH_TIME_TOLERANCE)
+    for what, (column, tolerance) in limits.items():
+        ratios = c[column] / b[column]
+        if not (ratios > 0).all():
             return INSUFFICIENT, f"a run has no {what}"
-        tolerance = DEPTH_TIME_TOLERANCE
-        if what == "val_bpb":
-            tolerance = margin / b.min_val_bpb.mean()
-        changes = ratios.groupby(level="depth").mean() - 1
-        mean, n_worse = paired(100 * changes), int((changes > 0).sum())
-        notes.append(f"{what} {mean.describe('%')}, tolerance {100 * tolerance:.2f} %, worse at "
-                     f"{n_worse} of {mean.n} depths")
-        if mean.mean > 100 * tolerance and (n_worse == mean.n or mean.lo > 0):
+        percent = 100 * (ratios.groupby(level="depth").mean() - 1)
+        change, n_worse = paired(percent), (percent > 0).sum()
+        notes.append(f"{what} {change.describe('%')}, tolerance {100 * tolerance:.2f} %, worse at "
+                     f"{n_worse} of {change.n} depths")
+        if change.mean > 100 * tolerance and (n_worse == change.n or change.lo > 0):
             faults.append(what)
     return FAIL if faults else NOT_JUDGED if is_interpreted else PASS, "; ".join(notes)
 
 
-def paired(differences, confidence=CONFIDENCE):
+def paired(differences):
     """Return Student's t statistics (Paired) of at least one difference."""
     d = np.asarray(differences, dtype=np.float64)
     sd = float(d.std(ddof=1)) if len(d) > 1 else nan
     if not sd > 1e-12 * abs(d).max():  # one difference, or equal ones but for rounding
         return Paired(len(d), float(d.mean()), sd)
     test = stats.ttest_1samp(d, 0.0)
-    low, high = test.confidence_interval(confidence)
+    low, high = test.confidence_interval(CONFIDENCE)
     return Paired(len(d), float(d.mean()), sd, float(low), float(high), float(test.pvalue))
 
 
@@ -384,41 +333,22 @@ def missing_runs(runs):
             for (depth, seed, name), status in cells[cells != "ok"].items()]
 
 
-def _check_comparable(runs):
-    """Raise UserError unless the runs share target and, per depth, horizon in tokens.
-
-    A candidate that sets only the horizon has a target per depth, and is timed in steps, which
-    must have one size.
-    """
-    targets = runs.assign(target=runs.target_metric_name + " "
-                          + runs.target_metric_threshold.map(str))
-    if not runs.horizon_only.any():
-        check_same("target", targets, "target")
-    for _, rows in targets.groupby("depth"):
-        if runs.horizon_only.any():
-            check_same("target", rows, "target")
-            check_same("batch size", rows, "total_batch_size_tokens")
-        check_same("horizon", rows[rows.ok & ~rows.own_horizon], "total_tokens")
-
-
-def _outcome(faults, gaps, notes=()):
+def outcome_of(faults, gaps, notes=()):
+    """Return fail, insufficient or pass, and the reasons and notes as one sentence."""
     outcome = FAIL if faults else INSUFFICIENT if gaps else PASS
     return outcome, "; ".join([*faults, *gaps, *notes])
 
 
-def _failed(tried):
-    return (tried.label + ": " + tried.status)[~tried.ok].tolist()
+def _check_comparable(runs):
+    """Raise UserError unless the runs share target and, per depth, horizon in tokens."""
+    check_same("target", runs, "target_metric_threshold")
+    for _, rows in runs[runs.ok].groupby("depth"):
+        check_same("horizon", rows, "total_tokens")
 
 
-def _missed(runs):
-    missed = runs.target_metric_threshold.notna() & runs.time_to_target_sec_measured.isna()
-    return _about("target not reached:",
-                  runs.label[missed & runs.ok & (runs.candidate != BASELINE)])
-
-
-def _without_target(runs):
-    return _about("give an independent target, none is recorded of",
-                  runs.label[runs.target_metric_threshold.isna()])
+def _failed(runs):
+    failed = runs[(runs.candidate != BASELINE) & ~runs.ok & ~runs.status.isin(UNFINISHED)]
+    return [f"{run.run_id}: {run.status}" for run in failed.itertuples()]
 
 
 def _fewer(what, n, least):
@@ -426,9 +356,4 @@ def _fewer(what, n, least):
 
 
 def _about(words, values):
-    listed = _listed(values)
-    return [f"{words} {listed}"] if listed else []
-
-
-def _listed(values):
-    return ", ".join(map(str, values))
+    return [f"{words} {', '.join(map(str, values))}"] if len(values) else []

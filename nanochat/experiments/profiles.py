@@ -2,9 +2,9 @@
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanochat.common import UserError, base_dir
-from nanochat.experiments.ledger import TRACKED_LEDGER, demonstration_ledger
 
 BASELINE = "baseline"
 
@@ -31,7 +31,6 @@ class Profile:
     flags: str
     vocab_size: int = 8192
     n_train_files: int | None = None
-    min_seeds: int = 1
 
     def command_flags(self, depth):
         """Return the base_train flags of a run at `depth`, in the order of the protocol."""
@@ -42,8 +41,8 @@ class Profile:
         return base_dir() / f"tokenizer_{self.dataset}"
 
     def ledger(self):
-        """Return the ledger of its runs: the tracked one, or that of demonstrations."""
-        return TRACKED_LEDGER if self.n_train_files else demonstration_ledger()
+        """Return the ledger of its runs, which people commit; that of demonstrations is cached."""
+        return (Path("dev") if self.n_train_files else base_dir()) / "experiments.csv"
 
 
 _CPU = "--device-type=cpu --aspect-ratio=64 --head-dim=64 --window-pattern=L "
@@ -58,7 +57,7 @@ PROFILES = {
         "--head-dim=128 --window-pattern=L --max-seq-len=512 --device-batch-size=16 "
         "--total-batch-size=16384 --eval-every=100 --eval-tokens=524288 --core-metric-every=-1 "
         "--sample-every=-1 --save-every=-1 --num-iterations=1500",
-        vocab_size=32768, n_train_files=8, min_seeds=2),
+        vocab_size=32768, n_train_files=8),
     "miniseries": Profile(
         "complete schedules on GPUs: horizon and batch follow from the depth", 12, "climbmix",
         "--target-param-data-ratio=12 --eval-every=250 " + _EVALUATE_ONLY,
@@ -76,16 +75,11 @@ PROFILES = {
 }
 
 
-def find_profile(name):
-    """Return the profile of that name, or raise UserError with the known names."""
-    if name not in PROFILES:
-        raise UserError(f"no profile {name!r}; use one of {', '.join(PROFILES)}")
-    return PROFILES[name]
-
-
 def candidate_flags(name):
     """Return (name, flags) of a known candidate, or of a candidate given as NAME=FLAGS."""
     known, equals, flags = name.partition("=")
+    if "." in known:
+        raise UserError(f"the name of candidate {known!r} must not have a dot")
     if equals:
         try:
             return known, shlex.join(shlex.split(flags))
@@ -96,8 +90,3 @@ def candidate_flags(name):
         raise UserError(f"no candidate {name!r}; use one of {', '.join(CANDIDATES)}, or give "
                         "NAME='--its-flags ...'")
     return known, CANDIDATES[known]
-
-
-def candidate_name(flags):
-    """Return the name of the candidate with these flags, or the flags if it has none."""
-    return next((name for name, known in CANDIDATES.items() if known == flags), flags)

@@ -1,8 +1,9 @@
 """Run an experiment: candidates x seeds x depths, one training process and one ledger row each.
 
-Finished runs are skipped and interrupted ones start again, so that the same command can be repeated
-until every row is there. A lock per experiment, which the training process inherits, keeps two
-runners apart even if the first was killed and its training is still running.
+A run that has ended is skipped, every other one is trained from its start, so that the same command
+can be repeated until every row is there. A lock per experiment, which the training
+process inherits, keeps two runners apart even if the first was killed and its training is still
+running.
 """
 
 import contextlib
@@ -18,9 +19,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanochat.common import UserError, checkpoints_dir, print0, read_json, utc_now, write_json
-from nanochat.experiments.ledger import append_row, read_experiments
-from nanochat.experiments.profiles import BASELINE, CANDIDATES, Profile
-from nanochat.experiments.table import row_of
+from nanochat.experiments.ledger import (
+    ExperimentRow,
+    append_row,
+    experiment_records,
+    experiment_table,
+    read_rows,
+    row_of,
+)
+from nanochat.experiments.profiles import BASELINE, Profile
 from nanochat.runlog import CONFIG, SUMMARY, check_run_id, read_run
 
 FLAGS = "flags.json"  # in the run's folder: the flags of its training process
@@ -41,10 +48,6 @@ class Experiment:
     target_metric_threshold: float | None = None
     extra_flags: tuple[str, ...] = ()
 
-    def __post_init__(self):
-        if len(self.seeds) < self.profile.min_seeds:
-            raise UserError(f"this protocol needs {self.profile.min_seeds} seeds; give --seeds 0 1")
-
 
 class TrainingRun(NamedTuple):
     """One run of an experiment; flags are those of its training process."""
@@ -55,6 +58,17 @@ class TrainingRun(NamedTuple):
     depth: int
     seed: int
     flags: list
+
+
+class Probe(NamedTuple):
+    """Result of a short run that is resumed from its middle (gate 3).
+
+    graph_breaks: 0 in a compiled run, since a graph break stops it; None: the run was uncompiled.
+    resume_difference_nats: largest difference of the losses after the resume; None: a run failed.
+    """
+
+    graph_breaks: int | None
+    resume_difference_nats: float | None
 
 
 def training_runs(experiment):
@@ -78,85 +92,128 @@ def training_command(flags, nproc_per_node=1):
             *flags]
 
 
-def logged_runs(experiment_name, ledger):
-    """Return the ledger's rows of an experiment; a ledger that does not exist has none."""
-    rows = read_experiments(ledger) if Path(ledger).exists() else []
-    return [row for row in rows if row.experiment_name == experiment_name]
+def has_ended(folder):
+    """Return whether the record in a folder says how its run ended, other than by a signal."""
+    return (folder / SUMMARY).exists() and read_run(folder).status != "interrupted"
 
 
 def run_experiment(experiment, ledger, runs_dir, command=training_command, report=print0):
-    """Train every run that the ledger does not have, one row each; return the number trained.
+    """Train every run that has not ended, and log it in the ledger; return the number trained.
 
-    command(flags) returns the argv of the training process. A run that crashes or diverges gets a
-    row with its status. Raise UserError before anything runs if a record is missing or was made
-    with other flags, and when a training does not start or is stopped by a signal.
+    command(flags) returns the argv of the training process. A run that diverges or fails is logged
+    with its status; one that was killed is trained again by the next call. Raise UserError before
+    anything runs if a record was made with other flags, and when a training does not start or is
+    stopped by a signal.
     """
-    n_trained = 0
-    with experiment_lock(runs_dir, experiment.name, report) as lock:
-        runs = training_runs(experiment)
-        logged = {row.run_id for row in logged_runs(experiment.name, ledger)}
-        _check_records(runs, logged, ledger, Path(runs_dir))
+    n_trained, runs = 0, training_runs(experiment)
+    with _experiment_lock(runs_dir, experiment.name, report) as lock:
+        rows = read_rows(ledger, ExperimentRow) if Path(ledger).exists() else []
+        logged = {row.run_id for row in rows}
+        for run in runs:
+            if run.run_id in logged or has_ended(Path(runs_dir) / run.run_id):
+                _check_flags(Path(runs_dir) / run.run_id, run.flags)
         for number, run in enumerate(runs, start=1):
-            if run.run_id in logged:
-                continue
             folder, title = Path(runs_dir) / run.run_id, f"[{number}/{len(runs)}] {run.run_id}"
-            if not _ended_well(folder):
+            if not has_ended(folder):
                 report(title)
                 _train_anew(folder, run.flags, command, lock)
                 n_trained += 1
-            row = row_of(read_run(folder), timestamp=utc_now(), experiment_name=experiment.name,
-                         seed=run.seed, depth=run.depth, candidate_flags=run.candidate_flags)
-            append_row(ledger, row)
-            report(f"{title}: {row.status}")
+            if not has_ended(folder):
+                report(f"{title}: was killed; repeat the command to train it again")
+            elif run.run_id not in logged:
+                row = row_of(read_run(folder), timestamp=utc_now(), seed=run.seed, depth=run.depth,
+                             experiment_name=experiment.name, candidate_flags=run.candidate_flags)
+                append_row(ledger, row)
+                report(f"{title}: {row.status}")
     return n_trained
 
 
-def threshold_from(ledger, baseline_name, experiment_name):
+def threshold_from(baseline_name, experiment_name, runs_dir):
     """Return the worst min val_bpb of an experiment's baseline seeds plus SLACK_BPB.
 
-    An experiment that has rows keeps their threshold. Raise UserError unless at least two baseline
+    An experiment that has runs keeps their threshold. Raise UserError unless at least two baseline
     seeds ended well, all at one depth.
     """
-    thresholds = {row.target_metric_threshold for row in logged_runs(experiment_name, ledger)}
-    if len(thresholds) == 1 and None not in thresholds:
-        return thresholds.pop()
-    rows = [row for row in logged_runs(baseline_name, ledger) if row.status == "ok"
-            and row.candidate_flags == CANDIDATES[BASELINE] and row.min_val_bpb is not None]
-    if len(rows) < 2 or len({row.depth for row in rows}) > 1:
+    for _, record in experiment_records(experiment_name, runs_dir):
+        if threshold := record.config["flags"].get("target_metric_threshold"):
+            return threshold
+    table = experiment_table(baseline_name, runs_dir)
+    runs = table[table.ok & (table.candidate == BASELINE)]
+    if len(runs) < 2 or runs.depth.nunique() > 1:
         raise UserError(f"--target-from needs two baseline seeds of {baseline_name!r} that ended "
-                        f"well, at one depth; {ledger} has {len(rows)}; name another experiment, "
+                        f"well, at one depth; {runs_dir} has {len(runs)}; name another experiment, "
                         "or train this one with more seeds at one depth")
-    return max(row.min_val_bpb for row in rows) + SLACK_BPB
+    return float(runs.min_val_bpb.max()) + SLACK_BPB
 
 
-def _check_records(runs, logged, ledger, runs_dir):
-    """Raise UserError for rows without a record here, and for records made with other flags."""
-    for run_id in logged:
-        if not (runs_dir / run_id / CONFIG).exists():
-            raise UserError(f"{ledger} has {run_id}, whose record is not in {runs_dir}: it was "
-                            "made elsewhere; choose another --name (in runs/*.sh: TAG=...)")
-    for run in runs:
-        if run.run_id in logged or _ended_well(runs_dir / run.run_id):
-            _check_flags(runs_dir / run.run_id, run.flags)
+def probe_candidates(experiment, runs_dir, command=training_command, report=print0):
+    """Probe each candidate except the baseline at the first depth and seed, unless done."""
+    first = experiment.depths[0], experiment.seeds[0]
+    with _experiment_lock(runs_dir, experiment.name, report) as lock:
+        for run in training_runs(experiment):
+            if (run.depth, run.seed) != first or run.candidate == BASELINE:
+                continue
+            folder = _probe_folder(runs_dir, experiment.name, run.candidate)
+            flags = [*run.flags, f"--run-id={folder.name}", f"--model-tag={folder.name}",
+                     f"--num-iterations={PROBE_STEPS}", "--eval-every=-1",
+                     f"--save-every={PROBE_RESUME_STEP}"]
+            if not (folder / PROBE).exists():
+                report(folder.name)
+                write_json(folder / PROBE, _probe(folder, flags, command, lock)._asdict())
+            report(f"{folder.name}: {read_probe(runs_dir, experiment.name, run.candidate)}")
+
+
+def read_probe(runs_dir, experiment_name, candidate):
+    """Return the Probe of a candidate, or None if it was not run."""
+    path = _probe_folder(runs_dir, experiment_name, candidate) / PROBE
+    if not path.exists():
+        return None
+    result = read_json(path, "delete it and probe again (scripts.experiment --probe)")
+    return Probe(result.get("graph_breaks"), result.get("resume_difference_nats"))
+
+
+def _probe_folder(runs_dir, experiment_name, candidate):
+    return Path(runs_dir) / f"{experiment_name}.{candidate}.probe"
+
+
+def _probe(folder, flags, command, lock):
+    """Train, then resume from the middle; return the Probe."""
+    _train_anew(folder, flags, command, lock)
+    first = read_run(folder)
+    losses = _losses(first)  # read now: the resume writes to the same file
+    (folder / SUMMARY).unlink(missing_ok=True)  # a resume that fails must not keep this status
+    _train(folder, command([*flags, f"--resume-from-step={PROBE_RESUME_STEP}"]), lock)
+    second = read_run(folder)
+    shutil.rmtree(checkpoints_dir() / folder.name, ignore_errors=True)
+
+    resumed, difference = _losses(second), None
+    # a record that was not resumed has the losses of the first process, which equal themselves
+    if second.status == "ok" and second.of("resume") and set(losses) == set(resumed):
+        difference = max(abs(losses[step] - resumed[step]) for step in losses)
+    is_compiled = not first.config.get("flags", {}).get("no_compile")
+    return Probe(0 if is_compiled else None, difference)
+
+
+def _losses(record):
+    """Return {step: loss} of the finite losses."""
+    return {event["step"]: event["loss"] for event in record.of("train")
+            if event["loss"] is not None}
 
 
 def _check_flags(folder, flags):
-    """Raise UserError unless the run in `folder` was made with the same flags."""
-    before = read_json(folder / FLAGS, "delete that folder to train it again").get("flags", [])
-    changed = [flag for flag in [*before, *flags] if (flag in before) != (flag in flags)]
+    """Raise UserError unless the run in `folder` is there and was made with the same flags."""
+    remedy = "choose another --name (in runs/*.sh: TAG=...)"
+    before = read_json(folder / FLAGS, f"the run was made elsewhere; {remedy}").get("flags", [])
     if before != flags:
+        changed = [flag for flag in [*before, *flags] if (flag in before) != (flag in flags)]
         raise UserError(f"{folder} was made with other flags, they differ in {' '.join(changed)}; "
-                        "choose another --name (in runs/*.sh: TAG=...)")
-
-
-def _ended_well(folder):
-    return (folder / CONFIG).exists() and read_run(folder).status == "ok"
+                        f"{remedy}")
 
 
 # --- processes ------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def experiment_lock(runs_dir, name, report=print0):
+def _experiment_lock(runs_dir, name, report):
     """Hold the lock of an experiment for the block, waiting for it; yield its open file."""
     Path(runs_dir).mkdir(parents=True, exist_ok=True)
     with open(Path(runs_dir) / f".{check_run_id(name)}.lock", "a") as lock:
@@ -209,72 +266,3 @@ def _train(folder, argv, lock):
     killed = code in (-signal.SIGINT, -signal.SIGTERM) and not (folder / SUMMARY).exists()
     if killed or read_run(folder).status == "interrupted":
         raise UserError(f"{folder.name} was stopped by a signal; repeat the command to continue")
-
-
-# --- stability probe ------------------------------------------------------------------------------
-
-class Probe(NamedTuple):
-    """Result of a short run that is resumed from its middle (gate 3).
-
-    graph_breaks: 0 in a compiled run, since a graph break stops it; None: the run was uncompiled.
-    resume_difference_nats: largest difference of the losses after the resume; None: a run failed.
-    """
-
-    graph_breaks: int | None
-    resume_difference_nats: float | None
-
-
-def probe_candidates(experiment, runs_dir, command=training_command, report=print0):
-    """Probe each candidate except the baseline at the first depth and seed, unless done."""
-    first = experiment.depths[0], experiment.seeds[0]
-    with experiment_lock(runs_dir, experiment.name, report) as lock:
-        for run in training_runs(experiment):
-            if (run.depth, run.seed) != first or run.candidate == BASELINE:
-                continue
-            folder = _probe_folder(runs_dir, experiment.name, run.candidate)
-            flags = [*run.flags, f"--run-id={folder.name}", f"--model-tag={folder.name}",
-                     f"--num-iterations={PROBE_STEPS}", "--eval-every=-1",
-                     f"--save-every={PROBE_RESUME_STEP}"]
-            if (folder / PROBE).exists():
-                _check_flags(folder, flags)
-            else:
-                report(folder.name)
-                write_json(folder / PROBE, _probe(folder, flags, command, lock)._asdict())
-            report(f"{folder.name}: {read_probe(runs_dir, experiment.name, run.candidate)}")
-
-
-def read_probe(runs_dir, experiment_name, candidate):
-    """Return the Probe of a candidate, or None if it was not run."""
-    path = _probe_folder(runs_dir, experiment_name, candidate) / PROBE
-    if not path.exists():
-        return None
-    result = read_json(path, "delete it and probe again (scripts.experiment --probe)")
-    return Probe(result.get("graph_breaks"), result.get("resume_difference_nats"))
-
-
-def _probe(folder, flags, command, lock):
-    _train_anew(folder, flags, command, lock)
-    first = read_run(folder)
-    losses = _losses(first)  # read now: the resume writes to the same file
-    (folder / SUMMARY).unlink(missing_ok=True)  # a resume that fails must not keep this status
-    _train(folder, command([*flags, f"--resume-from-step={PROBE_RESUME_STEP}"]), lock)
-    second = read_run(folder)
-    shutil.rmtree(checkpoints_dir() / folder.name, ignore_errors=True)
-
-    resumed = _losses(second)
-    steps = range(PROBE_RESUME_STEP + 1, PROBE_STEPS + 1)
-    compared = [(losses.get(step), resumed.get(step)) for step in steps]
-    difference = None
-    # a record that was not resumed has the losses of the first process, which equal themselves
-    if second.status == "ok" and second.of("resume") and all(None not in p for p in compared):
-        difference = max(abs(one - other) for one, other in compared)
-    is_compiled = not first.config.get("flags", {}).get("no_compile")
-    return Probe(0 if is_compiled else None, difference)
-
-
-def _losses(record):
-    return {event["step"]: event["loss"] for event in record.of("train")}
-
-
-def _probe_folder(runs_dir, experiment_name, candidate):
-    return Path(runs_dir) / f"{experiment_name}.{candidate}.probe"
