@@ -50,7 +50,7 @@ READ_AS_ONE_TWO = {
     "utf-32.txt": "one<|endoftext|>two".encode("utf-32"),
     "utf-16.jsonl": LINES.encode("utf-16"),
     "crlf.txt": "one\r\n<|endoftext|>\r\ntwo",
-    "a.txt.gz": gzip.compress(b"one<|endoftext|>two"),
+    "a.txt.gz": gzip.compress(b"one<|endoftext|>two", mtime=0),
     "A.PARQUET": STRINGS.cast(pa.large_string()),
     "view.parquet": STRINGS.cast(pa.string_view()),
     "dictionary.parquet": STRINGS.dictionary_encode(),
@@ -173,7 +173,7 @@ def test_an_unusable_line_is_refused_by_its_number(tmp_path, line):
     ("a.txt", "Text.\n\n".encode("utf-16-le") * 500),
     ("a.txt", ("Text.\n\n" * 500).encode("utf-16")[:-1]),
     ("a.jsonl.gz", gzip.compress(json.dumps({"text": "document"}).encode() * 99)[:-20]),
-    ("a.jsonl.gz", b"\x00" + gzip.compress(b"\n")),
+    ("a.jsonl.gz", b"\x00" + gzip.compress(b"\n", mtime=0)),
     ("a.parquet", b"no parquet"),
     ("a.parquet", b""),
 ])
