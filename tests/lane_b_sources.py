@@ -44,6 +44,10 @@ class Copying:
         p = self.p[:400]  # the leading direction is in the most frequent tokens
         return self.c[lags] * np.linalg.norm(np.diag(p) - np.outer(p, p), 2)
 
+    def frobenius_norm(self, lags):
+        squares = np.sum(self.p ** 2)
+        return self.c[lags] * np.sqrt(squares - 2 * np.sum(self.p ** 3) + squares ** 2)
+
 
 class Markov:
     """A chain of order 1. C(n) = diag(pi) T^n - pi pi^T; H_n = H_1 for every n >= 1."""

@@ -71,7 +71,7 @@ def test_exponent_of_a_copying_source(exponent, exact):
     op, op_se = values(estimates, "op")[usable], values(estimates, "op_se")[usable]
     assert (np.abs(op - norms) < 4 * op_se).all()
     frobenius = values(estimates, "frobenius")[usable]
-    assert frobenius == pytest.approx(source.frobenius_norm(COPYING_LAGS)[usable], rel=0.05)
+    assert frobenius == pytest.approx(source.frobenius_norm(COPYING_LAGS)[usable], rel=0.1)
     slope = fit_power_law(lags, op, op_se / op).slope
     assert slope == pytest.approx(fit_power_law(lags, norms, op_se / op).slope, abs=0.03)
 

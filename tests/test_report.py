@@ -99,7 +99,7 @@ def test_table_of_runs_has_mean_and_sd_standard_errors_and_says_what_was_not_mea
     assert rows["run"][:4] == headings
     assert rows["baseline, depth 4"][:3] == ["mean ± sd of 3", mean_sd, "0.01230"]
     assert rows["x.baseline.d4.s0"][1:4] == ["1.50000", "0.01230", "12.3"]
-    assert rows["x.baseline.d4.s1"][0] == "ok; target not reached: time extrapolated"
+    assert rows["x.baseline.d4.s1"][0] == "ok; target 1.5 not reached, time extrapolated"
     assert rows["x.baseline.d4.s1"][2:4] == ["·", "33.0"]
 
 

@@ -367,8 +367,10 @@ def _status_in_words(run):
     words = [run.status]
     if run.status == "running":
         words = [f"running, step {run.steps:,.0f} of {run.num_iterations:,.0f}"]
-    if run.is_extrapolated:
-        words.append("target not reached: time extrapolated")
+    threshold = run.target_metric_threshold
+    if run.ok and pd.notna(threshold) and pd.isna(run.time_to_target_sec_measured):
+        words.append(f"target {threshold:g} not reached"
+                     + (", time extrapolated" if run.is_extrapolated else ""))
     for event in run.record.of("resume"):
         words += [in_words([change]) for change in event.get("changed") or ()]
     return "; ".join(words)
