@@ -236,8 +236,8 @@ def parse_config(argv=None, prog="python -m scripts.base_train", description=Non
         else:
             kind = {"type": flag.type, "metavar": flag.metadata["unit"]}
         default = "" if flag.default in ("", False) else f" ({flag.default})"
-        topics[title].add_argument(
-            _as_flag(flag.name), default=flag.default, help=flag.metadata["help"] + default, **kind)
+        text = flag.metadata["help"].replace("%", "%%") + default  # argparse expands %(name)s
+        topics[title].add_argument(_as_flag(flag.name), default=flag.default, help=text, **kind)
     parser.set_defaults(**PRESETS.get(parser.parse_args(argv).preset, {}))
     values = vars(parser.parse_args(argv))
     del values["preset"]

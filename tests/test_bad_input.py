@@ -27,6 +27,16 @@ MISTAKES = [
 ]
 
 
+PROGRAMS = [name for name, _ in MISTAKES] + ["scripts.lane_b", "nanochat.core_eval"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_help_is_printed(program, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(program).main(["--help"])
+    assert stopped.value.code == 0 and f"usage: python -m {program} " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("program", "arguments"), MISTAKES, ids=[name for name, _ in MISTAKES])
 def test_an_unknown_flag_is_two_lines(program, arguments, refusal):
     printed = refusal(importlib.import_module(program).main, [*arguments, "--hel"])
