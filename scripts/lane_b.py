@@ -82,7 +82,10 @@ def parse_args(argv=None):
     args.name = args.name or f"lane_b_{args.profile}"
     args.flags = args.flags or shlex.split(flags)
     args.verify = args.verify or target is not None
-    args.target_metric_threshold = args.target_metric_threshold or target
+    if args.target_metric_threshold is None:
+        args.target_metric_threshold = target
+    if args.target_metric_threshold is None:
+        raise UserError(f"--profile {args.profile} has no target; give --target-metric-threshold")
     check_target("val_bpb", args.target_metric_threshold)
     return args
 
