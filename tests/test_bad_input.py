@@ -23,7 +23,7 @@ MISTAKES = [
     ("scripts.sample", ["--model-tag", "none"]),
     ("scripts.tok_eval", ["--tokenizer-dir", "/no/such/folder"]),
     ("scripts.tok_train", ["--dataset", "/no/such/folder"]),
-    ("scripts.verdict", ["--experiment", "none", "--ledger", "/no/such/file.csv"]),
+    ("scripts.verdict", ["--experiment", "none"]),
     ("nanochat.dataset", ["--dataset", "/no/such/folder"]),
 ]
 
