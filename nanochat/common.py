@@ -150,7 +150,7 @@ class Parser(argparse.ArgumentParser):
 CACHE_HELP = "<cache>: $NANOCHAT_BASE_DIR, or ~/.cache/nanochat if that is not set"
 MODEL_TAG_HELP = ("name of a checkpoint folder in <cache>/base_checkpoints, or its absolute path "
                   f"({CACHE_HELP})")
-NEWEST_HELP = f"{MODEL_TAG_HELP} (default: that of the newest checkpoint)"
+NEWEST_HELP = f"{MODEL_TAG_HELP} (default: the folder of the newest checkpoint)"
 STEP_HELP = "step of the checkpoint; latest: the newest (%(default)s)"
 TOKENIZER_DIR_HELP = ("folder of the tokenizer (default: the one of the checkpoint, else "
                       "<cache>/tokenizer)")

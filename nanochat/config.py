@@ -41,6 +41,7 @@ def _topic(title):
 _record, _machine, _data, _model = map(_topic, ("names and output", "machine", "data", "model"))
 _horizon = _topic("horizon: the first of these flags that is not -1 sets the number of steps")
 _optimization = _topic("optimization")
+_start = _topic("resume, and limits that refuse a run")
 _events = _topic("evaluation, samples, checkpoints (intervals in steps; -1: never)")
 
 
@@ -131,14 +132,14 @@ class TrainingConfig:
         at_most=1, on_resume=True)
     final_lr_frac: float = _optimization(
         0.05, "final learning rate as a share of its peak", "SHARE", at_least=0, on_resume=True)
-    resume_from_step: str = _optimization(
+    resume_from_step: str = _start(
         "-1", "resume from the checkpoint of this step; latest: from the newest one; auto: from "
         "the newest valid one, or start a new run if there is none; -1: start a new run", "STEP")
-    allow_memory: bool = _optimization(
+    allow_memory: bool = _start(
         False, "start a run whose planned memory exceeds that of the device by more than 10 %")
-    allow_repeats: bool = _optimization(
+    allow_repeats: bool = _start(
         False, "start a run whose horizon reads the training text more than 10 times")
-    allow_changed: bool = _optimization(
+    allow_changed: bool = _start(
         False, "resume even if the horizon is longer than that of the checkpoint, or if flags, "
         "dtype, device or versions that change the numbers differ; the differences are recorded")
 
@@ -224,8 +225,8 @@ def run_horizon(config, model):
 def parse_config(argv=None, prog="python -m scripts.base_train", description=None):
     """Return the TrainingConfig that a command line asks for."""
     parser = Parser(prog, description)
-    parser.add_argument("--preset", choices=PRESETS, help="other defaults; laptop: a small model "
-                        "that trains in minutes on a CPU, for own text")
+    parser.add_argument("--preset", choices=PRESETS, help="set other defaults; laptop: a small "
+                        "model that trains in minutes on a CPU, for own text. Flags override it")
     topics = {}
     for flag in dataclasses.fields(TrainingConfig):
         title = flag.metadata["topic"]
@@ -236,8 +237,8 @@ def parse_config(argv=None, prog="python -m scripts.base_train", description=Non
         else:
             kind = {"type": flag.type, "metavar": flag.metadata["unit"]}
         default = "" if flag.default in ("", False) else f" ({flag.default})"
-        topics[title].add_argument(
-            _as_flag(flag.name), default=flag.default, help=flag.metadata["help"] + default, **kind)
+        text = flag.metadata["help"].replace("%", "%%") + default  # argparse expands %(name)s
+        topics[title].add_argument(_as_flag(flag.name), default=flag.default, help=text, **kind)
     parser.set_defaults(**PRESETS.get(parser.parse_args(argv).preset, {}))
     values = vars(parser.parse_args(argv))
     del values["preset"]

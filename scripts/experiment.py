@@ -12,12 +12,14 @@ another text give -- --dataset NAME --tokenizer-dir FOLDER. Profiles:
 import shlex
 import sys
 from functools import partial
+from pathlib import Path
 
 from nanochat.common import QUIET_HELP, Parser, check_output, command, print0, runs_dir, set_quiet
 from nanochat.config import parse_config
 from nanochat.dataset import download_shards
 from nanochat.experiments import runner
 from nanochat.experiments.gates import RULES
+from nanochat.experiments.ledger import ExperimentRow, read_rows
 from nanochat.experiments.profiles import BASELINE, CANDIDATES, PROFILES, candidate_flags
 
 
@@ -93,6 +95,8 @@ def main(argv=None):
         print0(*(shlex.join(training(run.flags)) for run in missing), sep="\n")
         return
     check_output("--ledger", args.ledger)
+    if Path(args.ledger).exists():
+        read_rows(args.ledger, ExperimentRow)  # raises for a broken row before any download
     own_data = any(flag.startswith("--dataset") for flag in experiment.extra_flags)
     if missing and not own_data:
         prepare(experiment)

@@ -1,12 +1,13 @@
-"""Train a few small models on a text; name the depth and ratio that reach a target first.
+"""Train small models on a text; infer the depth and ratio that reach a target in the least time.
 
 python -m scripts.lane_b --dataset FOLDER --target-metric-threshold 1.62
 python -m scripts.lane_b --dataset FOLDER --target-metric-threshold 1.62 --name gpu -- FLAGS
 python -m scripts.lane_b --profile cpu
 
 FLAGS of scripts.base_train replace the default recipe, which is for a CPU. The profile cpu is a
-demonstration on two cores: it also trains the named model and the baseline and judges them. Repeat
-the command to continue. Exit code 0: named; 3: refused; 4: named but uncertain.
+demonstration on two cores: it also trains the model of the inferred depth and ratio ("named model")
+and the baseline, and compares them. Repeat the command to continue. Exit code 0: inferred; 3: no
+answer, with the reason; 4: inferred, but uncertain.
 """
 
 import importlib.util
@@ -59,10 +60,11 @@ def parse_args(argv=None):
     parser = Parser("python -m scripts.lane_b", __doc__)
     add = parser.add_argument
     add("--target-metric-threshold", type=float, metavar="BITS_PER_BYTE", help="val_bpb to reach")
-    add("--dataset", default="stdlib", help="name or folder (%(default)s)")
+    add("--dataset", default="stdlib", help="name of a dataset, or a folder of text (%(default)s)")
     add("--tokenizer-dir", default="", help="tokenizer folder; empty: trained on the text")
-    add("--budget", type=float, default=0.25, metavar="SHARE", help="further runs are trained "
-        "while the calibration costs at most this share of the named run, in FLOPs and in seconds "
+    add("--budget", type=float, default=0.25, metavar="SHARE", help="train further "
+        "calibration runs while all of them cost at most this share of the named model's run, in "
+        "FLOPs and in seconds "
         "(%(default)s)")
     add("--smallest-depth", type=int, help="least depth to calibrate (default: of the profile)")
     add("--depth", type=int, help="infer only the ratio of this depth")
@@ -82,7 +84,10 @@ def parse_args(argv=None):
     args.name = args.name or f"lane_b_{args.profile}"
     args.flags = args.flags or shlex.split(flags)
     args.verify = args.verify or target is not None
-    args.target_metric_threshold = args.target_metric_threshold or target
+    if args.target_metric_threshold is None:
+        args.target_metric_threshold = target
+    if args.target_metric_threshold is None:
+        raise UserError(f"--profile {args.profile} has no target; give --target-metric-threshold")
     check_target("val_bpb", args.target_metric_threshold)
     return args
 

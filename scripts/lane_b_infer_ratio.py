@@ -1,9 +1,9 @@
-"""Infer the depth and the ratio that reach a target first from runs of small models.
+"""From runs of small models infer the depth and ratio that reach a target in the least time.
 
 python -m scripts.lane_b_infer_ratio --calibration-run d2-r4 d2-r8 d3-r4 \\
     --target-metric-threshold 1.62 --out infer.json --plot infer.png
 
-Exit code 0: state ok. 3: refused, no file is written. 4: an answer that is uncertain.
+Exit code 0: inferred; 3: no answer, and no file is written; 4: inferred, but uncertain.
 """
 
 
@@ -22,12 +22,13 @@ def parse_args(argv=None):
     add("--depth", type=int, help="infer only the ratio of this depth")
     add("--timing-run", nargs="+", default=[], metavar="RUN",
         help="short runs of other depths, for their seconds per step")
-    add("--half-rate-run", nargs="+", default=[], metavar="RUN", help="runs as the calibration's "
-        "of the smallest and the largest depth at half the learning rates, to test the rates")
-    add("--stats-json", help="from scripts.lane_b_stats; its exponent is printed beside the law's "
-        "and not used")
+    add("--half-rate-run", nargs="+", default=[], metavar="RUN", help="calibration "
+        "runs of the smallest and the largest depth, repeated at half the learning rates, to test "
+        "whether the rates transfer")
+    add("--stats-json", help="stats.json of scripts.lane_b_stats; its exponent is only "
+        "printed beside that of the scaling law")
     add("--out", required=True, metavar="FILE.json",
-        help="output file, read by lane_b_log_run and plan")
+        help="output file, read by scripts.lane_b_log_run and scripts.plan")
     add("--plot", metavar="FILE.png", help="also draw curves and cost")
     return parser.parse_args(argv)
 

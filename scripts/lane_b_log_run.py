@@ -20,11 +20,13 @@ def parse_args(argv=None):
     parser = Parser("python -m scripts.lane_b_log_run", __doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run ids or folders to log")
-    add("--inference-json", required=True, help="from scripts.lane_b_infer_ratio")
+    add("--inference-json", required=True, help="infer.json of scripts.lane_b_infer_ratio")
     add("--decision", choices=DECISIONS, default="inferred",
-        help="fallback: a run at the default ratio 12 (%(default)s)")
-    add("--ledger", type=Path, default=LEDGER, help="default: the one in ideas/")
-    add("--notes", default="", help="added to the notes of the row")
+        help="ratio of the runs: inferred (the named ratio), "
+        "confirmation (its neighbour), or fallback (the default ratio 12) (%(default)s)")
+    add("--ledger", type=Path, default=LEDGER, help="path of the ledger (default: "
+        "ideas/lane_b_inference_schema.csv)")
+    add("--notes", default="", help="text to add to the notes of the row")
     return parser.parse_args(argv)
 
 

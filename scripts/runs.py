@@ -72,6 +72,8 @@ def compare(table):
 def differences(before, after):
     """Return the paired difference over seeds per metric, and that over validation documents."""
     seeds = before.index.intersection(after.index)
+    if seeds.empty:
+        return ["no difference is computed: there is no such seed; train both with the same --seed"]
     before, after = before.loc[seeds], after.loc[seeds]
     lines = []
     for name, (heading, _) in SHOWN.items():

@@ -12,6 +12,7 @@ MISTAKES = [
     ("scripts.base_train", ["--dataset", "/no/such/folder"]),
     ("scripts.experiment", ["--name", "../x", "--profile", "cpu"]),
     ("scripts.export", ["--model-tag", "none", "--to", "/no/such/folder/x"]),
+    ("scripts.lane_b", ["--profile", "small"]),
     ("scripts.lane_b_infer_ratio", ["--calibration-run", "none", "--out", "/no/such/folder/x.json",
                                     "--target-metric-threshold", "1"]),
     ("scripts.lane_b_log_run", ["none", "--inference-json", "/no/such/file.json"]),
@@ -25,6 +26,16 @@ MISTAKES = [
     ("scripts.verdict", ["--experiment", "none"]),
     ("nanochat.dataset", ["--dataset", "/no/such/folder"]),
 ]
+
+
+PROGRAMS = [name for name, _ in MISTAKES] + ["nanochat.core_eval"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_help_is_printed(program, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(program).main(["--help"])
+    assert stopped.value.code == 0 and f"usage: python -m {program} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("program", "arguments"), MISTAKES, ids=[name for name, _ in MISTAKES])

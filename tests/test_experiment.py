@@ -102,6 +102,13 @@ def test_experiment_refuses_in_one_line(ledger, refusal, argv, message):
     assert error.count("\n") == 1 and message in error
 
 
+def test_a_broken_ledger_is_refused_before_the_data_are_prepared(ledger, refusal, monkeypatch):
+    monkeypatch.setattr(experiment, "prepare", lambda _: pytest.fail("data were prepared"))
+    Path(ledger).write_text("seed,depth\n0,4\n")
+    error = refusal(experiment.main, ["--name", "x", "--profile", "cpu", "--ledger", str(ledger)])
+    assert f"{ledger}, line 1" in error
+
+
 MODULES = (core_eval, dataset, base_eval, experiment, lane_b, plan, report, runs, tok_eval,
            tok_train, verdict)
 PARSERS = {module.__name__: module.parse_args for module in MODULES}

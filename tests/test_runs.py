@@ -134,4 +134,4 @@ def test_differences_are_paired_over_seeds_with_students_interval(capsys, refusa
     assert "have the same flags" in refusal(script.main, ["--compare", "baseline-s0", "again"])
     make_run("b", seed=9, dataset_id="books", device="H200", **SMALL)
     text = said(capsys, "--compare", "baseline-s0", "b")
-    assert "books" in text and "H200" in text and "no difference" in text
+    assert "books" in text and "H200" in text and "there is no such seed" in text

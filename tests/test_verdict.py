@@ -1,12 +1,15 @@
 """scripts.verdict as a person calls it, and the targets that lane B's verdict refuses."""
 
+import shutil
 import statistics
 
 import pytest
 from synthetic_runs import make_run, make_trial
 
+from nanochat.common import base_dir, runs_dir
+from nanochat.experiments.ledger import append_row, row_of
 from nanochat.lane_b import verdict as lane_b_verdict
-from scripts import verdict
+from scripts import report, verdict
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +31,17 @@ def test_verdict_prints_rules_gates_and_decision(capsys):
 def test_verdict_refuses_in_one_line(refusal):
     error = refusal(verdict.main, ["--experiment", "x"])
     assert error.count("\n") == 1 and "no experiment 'x'" in error
+
+
+@pytest.mark.parametrize("program", [verdict, report])
+def test_an_experiment_that_only_the_ledger_has_is_named(program, refusal):
+    for seed, status in enumerate(("ok", "ok", "nan")):
+        record = make_trial("elsewhere", seed=seed)
+        append_row(base_dir() / "experiments.csv",
+                   row_of(record, experiment_name="elsewhere", status=status))
+        shutil.rmtree(record.folder)
+    error = refusal(program.main, ["--experiment", "elsewhere"])
+    assert "'elsewhere' (status: 2 ok, 1 nan)" in error and f"not in {runs_dir()};" in error
 
 
 @pytest.mark.parametrize("derive", [min, statistics.mean, statistics.median])

@@ -24,6 +24,7 @@ import pandas as pd
 from nanochat.common import (
     UserError,
     atomic_path,
+    base_dir,
     is_owned,
     locked,
     locks_dir,
@@ -200,8 +201,7 @@ def experiment_table(experiment_name, runs_dir):
     """
     found = experiment_records(experiment_name, runs_dir)
     if not found:
-        raise UserError(f"no experiment {experiment_name!r} in {runs_dir}; "
-                        f"{newest_in_words(runs_dir)}")
+        raise UserError(_missing_records(experiment_name, runs_dir))
     candidates, records = zip(*found, strict=True)
     table = _table(records, candidates).assign(experiment_name=experiment_name)
     for (name, _), runs in table.groupby(["candidate", "depth"]):
@@ -209,6 +209,21 @@ def experiment_table(experiment_name, runs_dir):
             raise UserError(f"the runs {', '.join(runs.run_id)} of candidate {name!r} differ in "
                             "their flags; remove some of their folders")
     return table
+
+
+def _missing_records(experiment_name, runs_dir):
+    """Return the message for an experiment without records; a ledger may have its rows."""
+    for ledger in (Path("dev") / "experiments.csv", base_dir() / "experiments.csv"):
+        rows = read_rows(ledger, ExperimentRow) if ledger.exists() else []
+        statuses = [row.status for row in rows if row.experiment_name == experiment_name]
+        if statuses:
+            counts = ", ".join(f"{statuses.count(status)} {status}"
+                               for status in dict.fromkeys(statuses))
+            return (f"the ledger {ledger} has runs of experiment {experiment_name!r} (status: "
+                    f"{counts}), but their records, which are needed here, are not in {runs_dir}; "
+                    "copy the records from the machine that trained the runs, or train the "
+                    "experiment again under another name")
+    return f"no experiment {experiment_name!r} in {runs_dir}; {newest_in_words(runs_dir)}"
 
 
 def runs_table(records):
