@@ -74,11 +74,10 @@ def check_memory(config, vocab_size, device, dtype, ranks):
         return
     rows, depth = config.device_batch_size, config.depth
     smaller = bisect(range(1, depth), False, key=lambda layers: not fits(depth=layers))
-    advice = [f"--device-batch-size {n}" for n in range(rows - 1, 0, -1)
-              if fits(device_batch_size=n)][:1]
+    advice = [] if device.type == "cuda" else ["--preset laptop"]
+    advice += [f"--device-batch-size {n}" for n in range(rows - 1, 0, -1)
+               if fits(device_batch_size=n)][:1]
     advice += [f"--depth {smaller}"] if smaller else []
-    if device.type != "cuda":
-        advice.append("--preset laptop")
     advice = " or ".join(advice) or "a smaller --depth and --device-batch-size"
     raise UserError(f"the run needs about {in_gb(planned)} of memory per rank, and "
                     f"{in_gb(available)} are there; give {advice}, or start it nevertheless with "
@@ -307,11 +306,11 @@ def close_record(run, status, started_sec):
     finally:
         log.close()
 
-    error = summary["final_val_bpb_se"]
+    error, word = summary["final_val_bpb_se"], "final" if status == "ok" else "last"
     parts = {
         "{:.1f} s of training": summary["train_time_sec"],
         "{:,.0f} tok/s (median)": summary["tok_per_sec_median"],
-        "final val_bpb {:.4f}" + (f" ± {error:.4f}" if error else ""): summary["final_val_bpb"],
+        f"{word} val_bpb {{:.4f}}" + (f" ± {error:.4f}" if error else ""): summary["final_val_bpb"],
         "min val_bpb {:.4f}": summary["min_val_bpb"],
         "{:.2f}M distinct tokens": summary["distinct_tokens"] / 1e6,
         "read {:.2f} times": summary["epochs"],

@@ -181,7 +181,7 @@ def test_a_run_that_exceeds_the_memory_is_refused_with_flags_that_fit(
     line = refusal(main, large).splitlines()[-1]
     needed, rows, depth = re.fullmatch(
         r"error: the run needs about (\d+) MB of memory per rank, and 50 MB are there; give "
-        r"--device-batch-size (\d) or --depth (\d) or --preset laptop, or start it nevertheless "
+        r"--preset laptop or --device-batch-size (\d) or --depth (\d), or start it nevertheless "
         r"with --allow-memory", line).groups()
     assert int(needed) > 55 and not (base_dir() / "tokens").exists()
     refusal(main, [*large, "--depth", str(int(depth) + 1)])
