@@ -25,6 +25,7 @@ def base_dir(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     folder.mkdir()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    monkeypatch.setenv("NANOCHAT_QUIET", "")  # a program that a test calls with --quiet sets it
     return folder
 
 
