@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import os
 import socket
 import time
 from bisect import bisect
@@ -35,7 +34,7 @@ from nanochat.kernels.linear_cross_entropy import check_linear_cross_entropy
 from nanochat.kernels.rms_norm import check_rms_norm
 from nanochat.kernels.runtime import INTERPRETED
 from nanochat.optim import MuonAdamW, parameter_groups
-from nanochat.plan import in_gb, memory_of
+from nanochat.plan import in_gb, memory_within
 from nanochat.runlog import CONFIG, RunLog, changes, check_new_run, figures_of, in_words, read_run
 from nanochat.schedule import count_micro_batches
 from nanochat.target import target_of
@@ -48,7 +47,7 @@ MAX_PASSES = 10  # over the training text, without --allow-repeats
 def check_memory(config, vocab_size, device, dtype, ranks):
     """Raise UserError if the plan exceeds the device's memory by more than 10 %.
 
-    The error names flags that fit. Ranks on one CPU share its memory.
+    The error names flags that fit.
     """
     def planned_bytes(**flags):
         """Return the planned peak of the run with other flags; raise UserError if it has none."""
@@ -58,7 +57,9 @@ def check_memory(config, vocab_size, device, dtype, ranks):
             run_horizon(changed, shape).total_batch_size_tokens, changed.device_batch_size,
             changed.max_seq_len, ranks.world_size)
         accumulation = math.ceil(micro_batches / ranks.world_size)
-        return memory_of(changed, shape, dtype, device, accumulation, ranks.world_size)[1]
+        *_, peak = memory_within(available, changed, shape, dtype, device, accumulation,
+                                 ranks.world_size)
+        return peak
 
     def fits(**flags):
         try:
@@ -67,8 +68,6 @@ def check_memory(config, vocab_size, device, dtype, ranks):
             return False
 
     available = memory_bytes(device)
-    if device.type != "cuda":
-        available /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     limit, planned = MEMORY_TOLERANCE * available, planned_bytes()
     if planned <= limit or config.allow_memory:
         return

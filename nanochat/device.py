@@ -89,12 +89,13 @@ def keep_freed_memory(device):
 
 
 def memory_bytes(device):
-    """Return the memory of the GPU, or the RAM of the machine."""
+    """Return the memory of the GPU, or the share of the machine's RAM that a rank has."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return ram // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def peak_memory_mib(device):

@@ -7,7 +7,6 @@ overlaps. dev/plan_records.csv compares the plan with published records.
 
 import dataclasses
 import math
-import os
 from functools import cache
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from nanochat import schedule
 from nanochat.attention import BLOCK_QUERIES, choose_backend
 from nanochat.common import UserError
 from nanochat.config import model_config, run_horizon
+from nanochat.device import memory_bytes
 from nanochat.gpt import GPT, flops_per_token, parameter_counts, scaling_params
 from nanochat.kernels.linear_cross_entropy import default_chunk_bytes
 from nanochat.optim import SMALL_NUMEL, parameter_groups, polar_express_flops
@@ -181,13 +181,6 @@ def memory_within(n_bytes, config, *run):
     return recompute, memory, peak
 
 
-def device_bytes(device, world_size):
-    """Return the memory of a device; ranks on a CPU share it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world_size
-
-
 # --- time -----------------------------------------------------------------------------------------
 
 def step_time(config, model, dtype, gpu, step_tokens, accumulation, world_size, recompute=False):
@@ -324,7 +317,7 @@ def at_start(config, shape, micro_batches, world_size, device, dtype):
     shape: the run's GPTConfig. micro_batches: of all ranks, per step.
     """
     recompute, memory, peak = memory_within(
-        device_bytes(device, world_size), config, shape, dtype, device,
+        memory_bytes(device), config, shape, dtype, device,
         math.ceil(micro_batches / world_size), world_size)
     bound = "at least " if config.no_compile else ""
     words = memory_in_words(memory, recompute)
