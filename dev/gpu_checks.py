@@ -4,16 +4,9 @@ dev/gpu_day.py runs these checks; in a dry run on a CPU the Triton kernels run i
 """
 
 import os
-import sys
 import tempfile
-import types
 from functools import partial
 from pathlib import Path
-
-try:
-    import rustbpe  # noqa: F401
-except ImportError:  # only training a tokenizer needs it
-    sys.modules["rustbpe"] = types.ModuleType("rustbpe")
 
 import torch
 

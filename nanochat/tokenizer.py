@@ -13,7 +13,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import rustbpe
 import tiktoken
 
 from nanochat.common import UserError, atomic_path, base_dir
@@ -87,6 +86,8 @@ def train_tokenizer(texts, vocab_size):
     if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(f"a vocabulary of {vocab_size} is not possible: choose {MIN_VOCAB_SIZE} "
                         f"(256 bytes and special tokens) to {MAX_VOCAB_SIZE}")
+    import rustbpe  # only here, so that a machine without it can train a model
+
     trainer = rustbpe.Tokenizer()
     parts = (part for text in texts for part in _parts(text))
     trainer.train_from_iterator(parts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
