@@ -8,8 +8,9 @@ published records.
 
 import shlex
 
-from nanochat.common import Parser, UserError, command, read_json
+from nanochat.common import Parser, UserError, command
 from nanochat.config import parse_config
+from nanochat.lane_b.answer import read_inference
 from nanochat.plan import GPUS, Estimate, Gpu, largest_fitting
 
 
@@ -49,9 +50,9 @@ def find_gpu(args):
 def main(argv=None):
     args, flags = parse_args(argv)
     gpu = find_gpu(args)
-    inferred = read_json(args.inference_json, "run lane B again") if args.inference_json else {}
+    inferred = read_inference(args.inference_json) if args.inference_json else {}
     if args.inference_json:
-        flags.append(f"--target-param-data-ratio={inferred.get('chosen_ratio')}")
+        flags.append(f"--target-param-data-ratio={inferred['chosen_ratio']}")
     config = parse_config(flags, prog="python -m scripts.plan")
     if inferred.get("chosen_depth") not in (None, config.depth):
         raise UserError(f"{args.inference_json} is for --depth {inferred['chosen_depth']}, not "

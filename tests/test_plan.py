@@ -12,11 +12,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dev.bench.plan import CPU, SHAPES, planned_peak_mb, record_rows
+from nanochat import build
 from nanochat import plan as plan_module
 from nanochat.build import compile_model
+from nanochat.common import UserError
 from nanochat.config import TrainingConfig, model_config, parse_config
 from nanochat.device import choose_compute_dtype
+from nanochat.distributed import Ranks
 from nanochat.gpt import GPT, GPTConfig, parameter_counts
+from nanochat.lane_b.answer import VERSION
 from nanochat.optim import MuonAdamW, parameter_groups, polar_express, polar_express_flops
 from nanochat.plan import (
     GPUS,
@@ -27,7 +31,6 @@ from nanochat.plan import (
     Part,
     at_start,
     communication_sec,
-    device_bytes,
     largest_fitting,
     memory_of,
     model_parts,
@@ -130,12 +133,21 @@ def record_storage(sizes, tensor):
 @pytest.mark.parametrize(("device_gb", "planned", "note"), [
     (80, "59.3 GB", ""), (60, "44.8 GB", "; memory is short: elementwise results are recomputed")])
 def test_at_start_memory_is_that_of_the_plan(monkeypatch, device_gb, planned, note):
-    monkeypatch.setattr(plan_module, "device_bytes", lambda *_: device_gb * 1e9)
+    monkeypatch.setattr(plan_module, "memory_bytes", lambda device: device_gb * 1e9)
     line, recompute = at_start(
         D24, model_config(D24, 32768), 32, 8, torch.device("cuda"), torch.bfloat16)
     assert line.startswith(f"plan: memory {planned} per rank: weights 4.2 GB, ")
     assert recompute == bool(note) and note in line
-    assert device_bytes(CPU, 2) < 1e15
+
+
+def test_a_run_that_fits_by_recomputing_is_not_refused(monkeypatch):
+    def check(device_gb):
+        monkeypatch.setattr(build, "memory_bytes", lambda device: device_gb * 1e9)
+        build.check_memory(D24, 32768, torch.device("cuda"), torch.bfloat16, Ranks(0, 0, 8))
+
+    check(52)  # 59.3 GB are planned without, 44.8 GB with recomputing
+    with pytest.raises(UserError, match=r"needs about 44.8 GB"):
+        check(40)
 
 
 def test_the_compiled_model_keeps_less_when_it_recomputes():
@@ -191,11 +203,14 @@ def test_the_flags_are_those_of_the_training_program(capsys):
 
 
 def test_the_ratio_of_lane_b_is_taken_from_its_file(tmp_path, capsys, refusal):
-    (tmp_path / "infer.json").write_text(json.dumps({"chosen_ratio": 9.0, "chosen_depth": 12}))
+    (tmp_path / "infer.json").write_text(json.dumps(
+        {"schema_version": VERSION, "chosen_ratio": 9.0, "chosen_depth": 12}))
     flag = f"--inference-json={tmp_path / 'infer.json'}"
     plan_script.main(["--depth=12", flag, "--as-flags"])
     assert "--target-param-data-ratio=9.0" in capsys.readouterr().out
     assert "is for --depth 12, not 24" in refusal(plan_script.main, ["--depth=24", flag])
+    (tmp_path / "infer.json").write_text(json.dumps({"schema_version": 2, "n_tokens": 1}))
+    assert "make the file again" in refusal(plan_script.main, ["--depth=12", flag])
 
 
 @pytest.mark.parametrize(("flags", "message"), [
