@@ -95,8 +95,8 @@ class TrainingConfig:
         "SSSL", "attention window of each layer, repeated over the layers: L is the full context, "
         "S is a quarter of it; the last layer always has the full context", "PATTERN")
     fused_rmsnorm: bool = _model(
-        False, "compute rotary embedding and QK-norm in one Triton kernel; with --no-compile, use "
-        "it for the other norms too (lane C, see ideas/)", on_resume=True)
+        False, "compute rotary embedding and QK-norm in one Triton kernel (lane C, see ideas/)",
+        on_resume=True)
     chunked_ce: bool = _model(
         False, "compute output head and cross-entropy in chunks of rows, so that the complete "
         "logits are never stored (lane C, see ideas/)", on_resume=True)

@@ -1,6 +1,6 @@
 """Judge the candidates of an experiment by the four gates of lane C (see ideas/README.md).
 
-python -m scripts.verdict --experiment lane_c_d12 --miniseries miniseries_d12
+python -m scripts.verdict --experiment lane_c_d12-protocol --miniseries miniseries_d12-protocol
 """
 
 
