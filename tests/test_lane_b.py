@@ -14,7 +14,7 @@ from lane_b_runs import CALIBRATION, CURVES, write_record
 from nanochat import schedule
 from nanochat.config import parse_config
 from nanochat.experiments.ledger import append_row, columns, read_rows
-from nanochat.lane_b import calibration, curves, inference, verdict
+from nanochat.lane_b import calibration, curves, inference, trainings, verdict
 from nanochat.lane_b.ledger import LaneBRecord
 from nanochat.runlog import find_run
 from scripts import base_train, lane_b, lane_b_infer_ratio, lane_b_log_run, tok_train
@@ -350,19 +350,21 @@ def test_the_first_trainings_are_two_ratios_and_two_depths(capsys):
 def test_one_command_trains_infers_and_continues(tmp_path, base_dir, monkeypatch, capsys, refusal):
     """A miniature: its law means nothing; the chain of programs does."""
     for module, name, value in (
-            (calibration, "MIN_STEPS", 25), (lane_b, "MIN_STEPS", 25), (curves, "FIRST_STEP", 5),
-            (lane_b, "EVALUATIONS", 12), (lane_b, "TIMED_STEPS", 13), (lane_b, "GROWTH", 1.4),
+            (calibration, "MIN_STEPS", 25), (trainings, "MIN_STEPS", 25), (curves, "FIRST_STEP", 5),
+            (trainings, "EVALUATIONS", 12), (trainings, "TIMED_STEPS", 13),
+            (trainings, "GROWTH", 1.4),
             (lane_b, "PROFILES", {"small": ("", 300, None, 2)}), (verdict, "SEEDS", (10,)),
             (inference, "REACH_LARGEST", 5)):
         monkeypatch.setattr(module, name, value)
-    programs, trainings = {"scripts.base_train": base_train, "scripts.tok_train": tok_train}, []
+    programs, trained = {"scripts.base_train": base_train, "scripts.tok_train": tok_train}, []
 
     def train(module, flags):
         if module == "scripts.base_train":
-            trainings.append(parse_config(flags))
+            trained.append(parse_config(flags))
         programs[module].main(list(map(str, flags)))
 
     monkeypatch.setattr(lane_b, "run_module", train)
+    monkeypatch.setattr(trainings, "run_module", train)
     corpus = write_corpus(tmp_path / "corpus", documents_per_shard=6000)
     flags = ["--aspect-ratio=12", "--head-dim=24", "--max-seq-len=32", "--device-batch-size=32",
              "--total-batch-size=2048", "--window-pattern=L", "--eval-tokens=1024", "--no-compile",
@@ -378,11 +380,11 @@ def test_one_command_trains_infers_and_continues(tmp_path, base_dir, monkeypatch
         return 0
 
     code, printed = exit_code(), capsys.readouterr().out
-    assert [(c.depth, c.num_iterations) for c in trainings][:4] == [(1, 28), (1, 57), (2, 42),
+    assert [(c.depth, c.num_iterations) for c in trained][:4] == [(1, 28), (1, 57), (2, 42),
                                                                     (3, 13)]
     assert code in (0, 3, 4) and ("train it: " in printed) == (code != 3)
     assert ("\n  2 reach" in printed or "no baseline" in printed) == (code != 3)
-    trainings.clear()
-    assert exit_code() == code and not trainings  # every record is there
+    trained.clear()
+    assert exit_code() == code and not trained  # every record is there
     argv[-1] = "--warmup-steps=3"
     assert "another warmup_steps" in refusal(lane_b.main, argv)
